@@ -1,0 +1,38 @@
+"""collm: multi-agent actor-critic for decentralized teams of language models.
+
+Names are loaded on first use, so that importing collm (and `collm --help`) does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collm.config import Config, load_config
+    from collm.envs.catalogue import make
+    from collm.envs.check import check_env
+    from collm.models.team import Team
+    from collm.rollout.collect import Plan, collect
+    from collm.training.trainer import Trainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Config": "collm.config",
+    "load_config": "collm.config",
+    "make": "collm.envs.catalogue",
+    "check_env": "collm.envs.check",
+    "Team": "collm.models.team",
+    "Plan": "collm.rollout.collect",
+    "collect": "collm.rollout.collect",
+    "Trainer": "collm.training.trainer",
+}
+
+__all__ = ["Config", "Plan", "Team", "Trainer", "check_env", "collect", "load_config", "make"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'collm' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,170 @@
+"""Estimators: from rewards (and a critic's values) to the advantage of each answer.
+
+Suffixes: E episodes, N agents, T turns, G siblings of one task or one node. Rewards are joint, so most have no N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def discounted_returns(rewards_ET: Tensor, *, gamma: float) -> Tensor:
+    """Return-to-go of each turn.
+
+        R_t = r_t + gamma R_{t+1},   R_T = 0
+
+    Args:
+        rewards_ET: (..., T) reward received after turn t; 0 after the end of an episode.
+    Returns: (..., T), in units of reward.
+    """
+    returns = torch.zeros_like(rewards_ET)
+    following = torch.zeros_like(rewards_ET[..., 0])
+    for t in reversed(range(rewards_ET.shape[-1])):
+        following = rewards_ET[..., t] + gamma * following
+        returns[..., t] = following
+    return returns
+
+
+def td_lambda(rewards_ENT: Tensor, values_ENT1: Tensor, live_ENT: Tensor, *, gamma: float, lam: float) -> Tensor:
+    """Advantage of each turn under TD(lambda), also known as GAE.
+
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t     = delta_t + gamma lam A_{t+1}
+
+    `lam=0` is the TD error (CoLLM's own choice); `lam=1` is the discounted return minus V.
+
+    Args:
+        rewards_ENT: (..., T) reward received after turn t.
+        values_ENT1: (..., T+1) V before turn t, in units of return. The entry after the last live turn is 0 if the episode
+            terminated, V of the final history if it was cut off.
+        live_ENT: (..., T) 1 where the agent acted, 0 after its episode ended.
+    Returns: (..., T), 0 where not live.
+    Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16; with lam=0, arXiv:2601.21972.
+    """
+    advantages = torch.zeros_like(rewards_ENT)
+    following = torch.zeros_like(rewards_ENT[..., 0])
+    for t in reversed(range(rewards_ENT.shape[-1])):
+        delta = rewards_ENT[..., t] + gamma * values_ENT1[..., t + 1] - values_ENT1[..., t]
+        following = (delta + gamma * lam * following) * live_ENT[..., t]
+        advantages[..., t] = following
+    return advantages
+
+
+def lambda_returns(rewards_ENT: Tensor, values_ENT1: Tensor, live_ENT: Tensor, *, gamma: float, lam: float) -> Tensor:
+    """The critic's target: G_t = A_t + V_t with A from `td_lambda`.
+
+    `lam=0` is the one-step target r_t + gamma V_{t+1}; `lam=1` is the return. Shapes as in `td_lambda`; 0 where not live.
+    """
+    advantages = td_lambda(rewards_ENT, values_ENT1, live_ENT, gamma=gamma, lam=lam)
+    return (advantages + values_ENT1[..., :-1]) * live_ENT
+
+
+def group_mean(returns_G: Tensor) -> Tensor:
+    """A_g = R_g - mean(R). Siblings lie along the first dimension: (G, ...). Source: GRPO 2402.03300, MAGRPO 2508.04652."""
+    return returns_G - returns_G.mean(0, keepdim=True)
+
+
+def leave_one_out(returns_G: Tensor) -> Tensor:
+    """A_g = R_g - mean of the other G - 1 siblings; needs G >= 2. Equals group_mean * G / (G - 1). Source: RLOO 2402.14740."""
+    size = returns_G.shape[0]
+    return returns_G - (returns_G.sum(0, keepdim=True) - returns_G) / (size - 1)
+
+
+def group_max(returns_G: Tensor) -> Tensor:
+    """A_g = R_g - max(R), in the manner of ReMax 2310.10505.
+
+    The baseline depends on R_g, so the gradient is biased: the best member gets 0 and every other is pushed down.
+    """
+    return returns_G - returns_G.amax(0, keepdim=True)
+
+
+def no_baseline(returns_G: Tensor) -> Tensor:
+    """A_g = R_g: REINFORCE (Williams 1992). Unbiased, with the largest variance of the family."""
+    return returns_G.clone()
+
+
+GroupEstimator = Callable[[Tensor], Tensor]
+
+
+def tree_returns(
+    rewards: Sequence[Sequence[float]], paths: Sequence[tuple[int, ...]], *, gamma: float
+) -> dict[tuple[int, ...], float]:
+    """Return of every joint action of a turn tree.
+
+        R(node) = r(node) + gamma * mean of R over the node's children
+
+    A node is named by its path: the child taken at each turn, so a joint action at turn t has a path of length t + 1.
+
+    Args:
+        rewards: of each leaf episode, the reward of each of its turns.
+        paths: of each leaf episode, the child taken at each turn; leaves share the paths of their common turns.
+    Returns: path -> return.
+    Source: MAGRPO, arXiv:2508.04652.
+
+    Example: two leaves (0, 0) and (0, 1) with rewards [1, 2] and [1, 4], gamma 0.5 -> R(0,) = 1 + 0.5 * 3 = 2.5.
+    """
+    reward_at = {path[: t + 1]: r for rs, path in zip(rewards, paths, strict=True) for t, r in enumerate(rs)}
+    children: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for node in reward_at:
+        children.setdefault(node[:-1], []).append(node)
+    returns: dict[tuple[int, ...], float] = {}
+    for node in sorted(reward_at, key=len, reverse=True):
+        below = [returns[child] for child in children.get(node, ())]
+        returns[node] = reward_at[node] + (gamma * sum(below) / len(below) if below else 0.0)
+    return returns
+
+
+def tree_advantages(
+    returns: dict[tuple[int, ...], float], estimator: GroupEstimator
+) -> dict[tuple[int, ...], float]:
+    """Compare every joint action of a turn tree with the siblings at its node. An only child gets a group of one."""
+    siblings: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for node in returns:
+        siblings.setdefault(node[:-1], []).append(node)
+    advantages: dict[tuple[int, ...], float] = {}
+    for nodes in siblings.values():
+        values = estimator(torch.tensor([returns[node] for node in nodes], dtype=torch.float64))
+        advantages.update(zip(nodes, values.tolist(), strict=True))
+    return advantages
+
+
+def counterfactual(q_taken: Tensor, q_alternatives_K: Tensor) -> Tensor:
+    """Advantage of one agent's answer with its team-mates' answers fixed.
+
+        A_i = Q(h, a) - mean_k Q(h, (a_-i, a_i^k)),   a_i^k ~ pi_i(. | h_i), the taken answer excluded
+
+    Args:
+        q_taken: (...) Q of the joint action taken; q_alternatives_K: (..., K) Q with agent i's answer resampled K times.
+    Source: COMA, arXiv:1705.08926, eq. 4, its expectation replaced by K samples.
+    """
+    return q_taken - q_alternatives_K.mean(-1)
+
+
+def normalize(advantages: Tensor, live: Tensor, *, recentre: bool, eps: float = 1e-8) -> Tensor:
+    """Divide one agent's advantages by their standard deviation over a whole iteration; `recentre` subtracts the mean first.
+
+    Recentring is for critics. It would merge the four group methods into one, since they differ by their baseline alone.
+    The deviation is taken around the mean in both cases, without Bessel's correction; a constant batch is left undivided.
+
+    Args:
+        advantages, live: (E, T) of one agent; entries with live = 0 neither count nor change.
+    """
+    chosen = advantages[live.bool()]
+    if chosen.numel() < 2:
+        return advantages
+    deviation = chosen.std(correction=0)
+    scale = deviation if deviation > eps else torch.ones_like(deviation)
+    centre = chosen.mean() if recentre else torch.zeros_like(deviation)
+    return torch.where(live.bool(), (advantages - centre) / scale, advantages)
+
+
+def group_std(advantages_G: Tensor, returns_G: Tensor, eps: float = 1e-8) -> Tensor:
+    """Divide a group's advantages by the group's own standard deviation of returns (GRPO 2402.03300); meaningful for G >= 4.
+
+    A group whose returns are all the same keeps its (zero) advantages.
+    """
+    deviation = returns_G.std(0, keepdim=True, correction=0)
+    return advantages_G / torch.where(deviation > eps, deviation, torch.ones_like(deviation))

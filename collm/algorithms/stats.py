@@ -1,0 +1,45 @@
+"""Statistics that judge a critic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(R - V) / Var(R): 1 is perfect, 0 is as good as a constant, below 0 is worse.
+
+    Args: values, returns: (S,) of the same answers. NaN with fewer than two, or where all returns are the same: there is
+    then nothing to explain.
+    """
+    if len(returns) < 2:
+        return float("nan")
+    variance = returns.double().var(correction=0)
+    if variance < 1e-12:
+        return float("nan")
+    return (1 - (returns.double() - values.double()).var(correction=0) / variance).item()
+
+
+class RunningMoments:
+    """Mean and deviation of the critic's targets, for target normalization (PopArt 1602.07714; MAPPO 2103.01955).
+
+    Exponential averages of the first two moments, corrected for their start at zero.
+    """
+
+    def __init__(self, rate: float = 0.1):
+        self.rate, self.weight, self.first, self.second = rate, 0.0, 0.0, 0.0
+
+    def update(self, targets: Tensor) -> None:
+        self.weight += self.rate * (1 - self.weight)
+        self.first += self.rate * (targets.double().mean().item() - self.first)
+        self.second += self.rate * ((targets.double() ** 2).mean().item() - self.second)
+
+    @property
+    def mean(self) -> float:
+        return self.first / self.weight if self.weight else 0.0
+
+    @property
+    def deviation(self) -> float:
+        if not self.weight:
+            return 1.0
+        return max(self.second / self.weight - self.mean**2, 1e-8) ** 0.5

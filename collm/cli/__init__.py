@@ -1,0 +1,1 @@
+"""The command line: settings are parsed first, torch is imported after."""

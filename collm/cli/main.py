@@ -1,0 +1,150 @@
+"""`collm`: parse the command, then import what it needs.
+
+Every command has `--help` with an example. Errors a person can act on are one message on standard error, exit code 2 (1 for a
+full disk or numbers that are no longer numbers); anything with a traceback is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from collm.config import describe, parse_value
+from collm.errors import CollmError, ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    try:
+        words, overrides = split_overrides(arguments)
+        known = parser.parse_args(words)
+        if known.command is None:
+            parser.print_help()
+            return 0
+        if overrides and not known.takes_settings:
+            raise ConfigError(f"`collm {known.command}` takes no settings, but was given --{next(iter(overrides))}.")
+        known.overrides = overrides
+        return int(known.call(known) or 0)
+    except CollmError as error:
+        print(f"collm: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("collm: stopped at once; the last checkpoint is intact.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="collm",
+        description="Train teams of language models that act without a coordinator, and run them apart.",
+        epilog="Each command explains itself: collm train --help",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(metavar="COMMAND")
+
+    def command(name: str, help_text: str, example: str, module: str, *, settings: bool = False) -> Any:
+        shown = f"example:\n  {example}\n"
+        sub = commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text,
+            epilog=shown,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(command=name, call=lambda args: _import(module)(args), takes_settings=settings)
+        return sub
+
+    train = command(
+        "train",
+        "Train a team as a recipe says; without a recipe, the built-in demonstration.",
+        "collm train recipes/demo.toml --algorithm.name magrpo --run.seed 1\n"
+        "  collm train --resume runs/str_build-collm-cc-seed0",
+        "collm.cli.train:run",
+        settings=True,
+    )
+    train.add_argument("recipe", nargs="?", type=Path, help="a TOML recipe")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="continue this run directory where it stopped")
+    train.add_argument("--json", action="store_true", help="print the last iteration's numbers as JSON")
+    train.add_argument("--settings", action="store_true", help="list every setting with its default, and stop")
+
+    evaluate = command(
+        "evaluate",
+        "Play the held-out tasks with a trained run (or a recipe's untrained team): mean and 95 %% interval.",
+        "collm evaluate runs/demo --json",
+        "collm.cli.evaluate:run",
+        settings=True,
+    )
+    evaluate.add_argument("source", type=Path, metavar="RUN|RECIPE", help="a run directory or a TOML recipe")
+    evaluate.add_argument("--episodes", type=int, metavar="N", help="play the first N held-out tasks; default: each once")
+    evaluate.add_argument("--checkpoint", metavar="N|best|final|start", default="final", help="which weights of a run")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    report = command(
+        "report",
+        "Draw a run: held-out results before and after training, learning curves, builds.",
+        "collm report runs/demo",
+        "collm.cli.report:run",
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    report.add_argument("--json", action="store_true", help="print one JSON object")
+
+    check = command(
+        "check",
+        "Hold a world to its contract: a built-in task's name, or module:Class of your own.",
+        "collm check str_build --env.world persistent\n  collm check my_task:MyEnv",
+        "collm.cli.lists:check",
+        settings=True,
+    )
+    check.add_argument("env", metavar="ENV", help="a task's name or module:Class")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    for name, text in (("tasks", "List the built-in tasks and their options."), ("algorithms", "List the algorithms.")):
+        sub = command(name, text, f"collm {name}", f"collm.cli.lists:{name}")
+        sub.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _import(target: str) -> Any:
+    from importlib import import_module
+
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take `--room.key value` (or `--room.key=value`) pairs out of a command line: (other words, {"room.key": value}).
+
+    Raises ConfigError for a setting without a value.
+    """
+    words: list[str] = []
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in name:
+            words.append(word)
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"{word} needs a value: {word} VALUE.")
+            value = rest.pop(0)
+        overrides[name] = parse_value(value)
+    return words, overrides
+
+
+def settings_text() -> str:
+    """All settings, one a line."""
+    return "\n".join(f"--{name:<30} {default:<14} {sentence}" for name, default, sentence in describe())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

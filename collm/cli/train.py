@@ -1,0 +1,56 @@
+"""`collm train`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib import resources
+from pathlib import Path
+
+from collm.cli.main import settings_text
+from collm.config import load_config
+from collm.errors import ConfigError
+
+
+def demo_recipe() -> Path:
+    """The recipe that `collm train` uses when it is given none."""
+    return Path(str(resources.files("collm") / "recipes" / "demo.toml"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.settings:
+        print(settings_text())
+        return 0
+    if arguments.resume is not None:
+        if arguments.recipe is not None or arguments.overrides:
+            raise ConfigError(
+                "--resume continues a run with the settings it began with; leave out the recipe and the overrides, or start a "
+                "new run with another --run.name."
+            )
+        from collm.training.trainer import Trainer
+
+        trainer = Trainer.resume(arguments.resume)
+    else:
+        config = load_config(arguments.recipe or demo_recipe(), arguments.overrides)
+        from collm.training.trainer import Trainer
+
+        trainer = Trainer(config)
+    from collm.training.trainer import Interrupted
+
+    try:
+        folder = trainer.run()
+    except Interrupted as interrupted:
+        print(
+            f"collm: {interrupted}; saved after {trainer.iteration} iterations. "
+            f"Continue with: collm train --resume {trainer.folder}",
+            file=sys.stderr,
+        )
+        return 128 + interrupted.signum
+    if arguments.json:
+        from collm.training.loggers import read_metrics
+
+        print(json.dumps({"run": str(folder), **read_metrics(folder / "metrics.jsonl")[-1]}))
+    else:
+        print(f"The trained team lies in {folder}/final. Next: collm report {folder}")
+    return 0

@@ -1,0 +1,354 @@
+"""Every setting, one model per room. A recipe is a TOML file; `--room.key value` overrides it; contradictions are refused at once.
+
+Nothing here imports torch, so a mistyped setting is reported before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from collm.errors import ConfigError
+
+
+class Room(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=())
+
+
+class RunSettings(Room):
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run's directory; default: task, algorithm and seed."""
+    folder: str = "runs"
+    """Where run directories lie."""
+    seed: int = Field(0, ge=0)
+    """Decides everything random; same seed, same run, bit for bit on a CPU."""
+    iterations: int = Field(100, ge=1)
+    """How often to collect and learn."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads for torch; default: as many as the machine has."""
+    device: str = "auto"
+    """"cpu", "cuda", or "auto": cuda where there is one."""
+    checkpoint_every: int = Field(10, ge=1)
+    """Iterations between checkpoints; the last iteration always has one."""
+    keep: int = Field(2, ge=1)
+    """How many of the last checkpoints to keep; the best by held-out score is kept besides."""
+    episodes_saved: int = Field(4, ge=0)
+    """Full training episodes written to disk per iteration; those of held-out evaluations are all kept."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+
+
+class EnvSettings(BaseModel):
+    """The task, and its own options beside it: `collm tasks` lists them."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, frozen=True)
+    name: str
+    """A built-in task, or "module:Class" of any PettingZoo ParallelEnv with text observations and actions."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class TeamSettings(Room):
+    model: str = "tiny"
+    """The model every agent starts from: a Hugging Face folder or hub name, or "tiny", which the package ships."""
+    models: dict[str, str] = {}
+    """Agent name -> model, where they differ."""
+    shared: bool = False
+    """All agents that start from the same model share one set of weights, rather than each having its own."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Number format of matrix products; weights and optimizer state are float32 in every case."""
+
+
+class RolloutSettings(Room):
+    tasks: int = Field(16, ge=1)
+    """Tasks drawn per iteration; each is played by one episode, one group or one turn tree."""
+    protocol: Literal["parallel", "single"] = "parallel"
+    """Who speaks when: "parallel" is decentralized execution, "single" is one agent alone."""
+    history: Literal["full", "last"] = "full"
+    """What an agent reads at later turns: its growing chat, or instruction, last answer and newest feedback."""
+    max_turns: int | None = Field(None, ge=1)
+    """Cut episodes after so many turns (they then count as truncated)."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens with this probability; 1 keeps all."""
+    top_k: int = Field(0, ge=0)
+    """Sample from the k likeliest tokens; 0 keeps all."""
+    max_tokens: int = Field(256, ge=1)
+    """Longest answer, in tokens."""
+    batch_tokens: int = Field(1 << 17, ge=1)
+    """Tokens the local engine holds in one batch; it bounds the memory of the key-value cache."""
+
+
+Advantage = Literal["td_lambda", "counterfactual", "group_mean", "leave_one_out", "group_max", "return"]
+GROUP_ADVANTAGES = ("group_mean", "leave_one_out", "group_max")
+
+
+class AlgorithmSettings(Room):
+    name: str = "collm-cc"
+    """Which preset the other settings of this room start from: `collm algorithms` lists them."""
+    critic: Literal["none", "joint", "own"] = "none"
+    """What a critic reads: everyone's history (one critic), or each agent's own (one critic per agent)."""
+    critic_kind: Literal["V", "Q"] = "V"
+    """V judges a history; Q judges a history and the answers given to it."""
+    critic_body: Literal["model", "policy"] = "model"
+    """Whether an own critic is a model of its own, or a value head on the agent's model."""
+    advantage: Advantage = "return"
+    """The estimator: what an answer's return is compared with."""
+    gamma: float = Field(0.9, ge=0, le=1)
+    """Discount per turn."""
+    lam: float = Field(0.0, ge=0, le=1)
+    """Lambda of the actor's advantage; 0 is the TD error."""
+    critic_lam: float = Field(0.0, ge=0, le=1)
+    """Lambda of the critic's target; 0 is one step, 1 the return."""
+    group_size: int = Field(1, ge=1)
+    """Episodes per task, or joint answers per node of a turn tree."""
+    tree: bool = False
+    """Grow a turn tree with group_size joint answers per node, rather than whole episodes side by side."""
+    resamples: int = Field(4, ge=1)
+    """With advantage="counterfactual": other answers drawn per agent and turn."""
+    loss: Literal["reinforce", "ppo_clip", "sequence_clip"] = "reinforce"
+    """Policy gradient, or ratio-clipped per token (PPO) or per answer (GSPO)."""
+    clip: float = Field(0.2, gt=0)
+    """How far a ratio may move in one iteration."""
+    epochs: int = Field(1, ge=1)
+    """Passes of the actor over one iteration's answers."""
+    normalize: Literal["none", "agent", "group"] = "none"
+    """Divide advantages by each agent's deviation over the iteration (critics: z-score), or by each group's own."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the KL divergence to the starting policy; above 0 a frozen copy of it is kept."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, values: Any) -> Any:
+        name = values.get("name", "collm-cc") if isinstance(values, Mapping) else None
+        if name not in ALGORITHMS:
+            raise ValueError(f"there is no algorithm {name!r}.{_near(str(name), ALGORITHMS)} `collm algorithms` lists them.")
+        return {**ALGORITHMS[name][1], **values}
+
+    @model_validator(mode="after")
+    def _agree(self) -> AlgorithmSettings:
+        a = f"algorithm.advantage={self.advantage!r}"
+        if self.advantage in GROUP_ADVANTAGES and self.group_size < 2:
+            raise ValueError(
+                f"{a} compares episodes of one task, but algorithm.group_size={self.group_size} gives nothing to compare. "
+                "Set algorithm.group_size=4, or algorithm.advantage='td_lambda' with algorithm.critic='joint'."
+            )
+        if self.advantage in ("td_lambda", "counterfactual") and self.critic == "none":
+            raise ValueError(f"{a} needs a critic. Set algorithm.critic='joint' (or 'own').")
+        if self.critic != "none" and self.advantage not in ("td_lambda", "counterfactual"):
+            raise ValueError(f"{a} never asks the critic. Set algorithm.critic='none', or algorithm.advantage='td_lambda'.")
+        if (self.critic_kind == "Q") != (self.advantage == "counterfactual"):
+            raise ValueError(
+                f"{a} with algorithm.critic_kind={self.critic_kind!r}: Q - Q leaves the actor no signal and V knows no answers. "
+                "Set critic_kind='Q' together with advantage='counterfactual', or 'V' with 'td_lambda'."
+            )
+        if self.critic_body == "policy" and (self.critic != "own" or self.critic_kind != "V"):
+            raise ValueError(
+                "algorithm.critic_body='policy' puts V on what the agent itself reads. Set algorithm.critic='own' and "
+                "critic_kind='V', or critic_body='model'."
+            )
+        if self.normalize == "group" and (self.advantage not in GROUP_ADVANTAGES or self.group_size < 4):
+            raise ValueError(
+                f"algorithm.normalize='group' divides by a group's own deviation: it needs a group estimator and "
+                f"group_size of at least 4 (here {self.advantage!r} and {self.group_size}). Set normalize='agent'."
+            )
+        if self.epochs > 1 and self.loss == "reinforce":
+            raise ValueError(
+                f"algorithm.epochs={self.epochs} reuses answers of an older policy, and loss='reinforce' does not correct for "
+                "that. Set algorithm.loss='ppo_clip', or epochs=1."
+            )
+        if self.tree and (self.critic != "none" or self.group_size < 2):
+            raise ValueError(
+                "algorithm.tree=true grows joint answers to compare: it goes with the group methods and group_size >= 2. "
+                "Set algorithm.tree=false."
+            )
+        return self
+
+
+_MONTE_CARLO = {"group_size": 4}
+_CRITIC = {"critic": "joint", "advantage": "td_lambda"}
+ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "collm-cc": ("one critic reads the joint history; TD error (arXiv:2601.21972)", _CRITIC),
+    "collm-dc": ("each agent has a critic that reads its own history; TD error", {**_CRITIC, "critic": "own"}),
+    "magrpo": ("return minus the mean of a task's siblings (arXiv:2508.04652)", {**_MONTE_CARLO, "advantage": "group_mean"}),
+    "marloo": (
+        "return minus the mean of the other siblings (arXiv:2402.14740)",
+        {**_MONTE_CARLO, "advantage": "leave_one_out"},
+    ),
+    "maremax": ("return minus the group's best; a biased baseline", {**_MONTE_CARLO, "advantage": "group_max"}),
+    "mareinforce": ("return, no baseline", {**_MONTE_CARLO, "advantage": "return"}),
+    "ac": ("collm-cc with one agent", _CRITIC),
+    "grpo": ("magrpo with one agent (arXiv:2402.03300)", {**_MONTE_CARLO, "advantage": "group_mean"}),
+}
+"""Name -> what it is, and the settings it stands for. An algorithm is a value: there is one trainer."""
+
+
+class CriticSettings(Room):
+    model: str | None = None
+    """The critic's model; default: that of the first agent whose texts it reads."""
+    lr: float = Field(5e-6, gt=0)
+    """Learning rate of the critic (and of a value head)."""
+    coef: float = Field(0.6, gt=0)
+    """Weight of the critic's loss; it matters where clipping or a shared body weighs it against the actor's."""
+    epochs: int = Field(1, ge=1)
+    """Passes of the critic over one iteration's episodes."""
+    warmup: int = Field(0, ge=0)
+    """First iterations that train the critic alone."""
+    state: bool = False
+    """Let the critic read the world's privileged state, too."""
+    normalize_targets: bool = False
+    """Predict in units of the targets' running deviation (PopArt)."""
+    value_clip: float | None = Field(None, gt=0)
+    """With critic_body="policy": how far V may move in one update, in units of reward."""
+    max_tokens: int = Field(8192, ge=16)
+    """Longest history a critic reads; the oldest turns are cut first, and counted."""
+
+
+class LearnerSettings(Room):
+    lr: float = Field(5e-6, gt=0)
+    """Learning rate of the agents (AdamW)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging rates."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's weight decay."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Longest gradient, in norm; none to leave gradients alone."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How learning rates fall until the last iteration."""
+    warmup: int = Field(0, ge=0)
+    """Iterations over which learning rates rise to their full height."""
+    micro_batch_tokens: int = Field(8192, ge=1)
+    """Tokens (padding included) in one forward and backward pass; changes memory, not results."""
+
+    @field_validator("clip_norm", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+
+class EvaluationSettings(Room):
+    every: int = Field(20, ge=0)
+    """Iterations between held-out evaluations (one before training and one after it in any case); 0 for no evaluation."""
+    episodes: int | None = Field(None, ge=1)
+    """Held-out tasks played, from the first; default: each once."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy. Above it, top_p and top_k are those of the rollout."""
+
+
+class Config(Room):
+    """A whole run. `resolved()` is what the run directory keeps."""
+
+    run: RunSettings = RunSettings()
+    env: EnvSettings
+    team: TeamSettings = TeamSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    algorithm: AlgorithmSettings = Field(default_factory=lambda: AlgorithmSettings.model_validate({}))
+    critic: CriticSettings = CriticSettings()
+    learner: LearnerSettings = LearnerSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Config:
+        if self.rollout.temperature == 0:
+            raise ValueError(
+                "rollout.temperature=0 always gives the same answer, so there is nothing to learn from. "
+                "Set rollout.temperature=1.0; evaluation.temperature is greedy by default."
+            )
+        if self.critic.value_clip is not None and self.algorithm.critic_body != "policy":
+            raise ValueError(
+                f"critic.value_clip={self.critic.value_clip} acts only on a value head of the agent's own model. "
+                "Set algorithm.critic_body='policy', or leave it out."
+            )
+        if self.critic.warmup and self.algorithm.critic == "none":
+            raise ValueError(
+                f"critic.warmup={self.critic.warmup}, but {self.algorithm.name} has no critic. Set critic.warmup=0."
+            )
+        return self
+
+    @property
+    def run_name(self) -> str:
+        task = self.env.name.replace(":", ".")
+        return self.run.name or f"{task}-{self.algorithm.name}-seed{self.run.seed}"
+
+    def resolved(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+
+def load_config(recipe: Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a recipe and apply `{"room.key": value}` on top. Raises ConfigError naming the setting, the reason and the way out."""
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        try:
+            values = tomllib.loads(recipe.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"recipe {str(recipe)!r} cannot be read: {error.strerror}.") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe {str(recipe)!r} is not valid TOML: {error}.") from error
+    for key, value in (overrides or {}).items():
+        room, _, name = key.partition(".")
+        if not isinstance(values.setdefault(room, {}), dict):
+            raise ConfigError(f"{room!r} in the recipe must be a table [{room}] of settings.")
+        place = values[room]
+        *inner, last = name.split(".")
+        for part in inner:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return parse_config(values)
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """A Config from nested plain values, as TOML or JSON gives them."""
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from error
+
+
+def parse_value(text: str) -> Any:
+    """A command-line value: TOML where it is (numbers, true, lists, quoted text), else the bare text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def describe() -> Iterator[tuple[str, str, str]]:
+    """(room.key, default, sentence) of every setting, for `--help` and the documentation."""
+    for room, field in Config.model_fields.items():
+        model: Any = field.annotation
+        for key, setting in model.model_fields.items():
+            default = "required" if setting.is_required() else json.dumps(setting.get_default())
+            if room == "algorithm" and key in ALGORITHMS["collm-cc"][1]:
+                default = json.dumps(ALGORITHMS["collm-cc"][1][key])
+            yield f"{room}.{key}", default, " ".join((setting.description or "").split())
+
+
+def _near(name: str, names: Any) -> str:
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def _explain(detail: Any) -> str:
+    """One pydantic error as one sentence about one setting."""
+    path = [str(part) for part in detail["loc"]]
+    name = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        known = [key for key, _, _ in describe()]
+        names = known if len(path) > 1 else list(Config.model_fields)
+        kind = "setting" if len(path) > 1 else "room"
+        return f"unknown {kind} {name!r}.{_near(name, names) or ' `collm train --help` lists all settings.'}"
+    if detail["type"] == "missing" and name in ("env", "env.name"):
+        return "env.name is missing: say which task to train on, for example env.name='str_build'. `collm tasks` lists them."
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return message
+    return f"{name}={detail['input']!r}: {message[0].lower()}{message[1:]}."

@@ -1,0 +1,24 @@
+"""The seam to hardware: what the trainer asks of whatever generates text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from collm.models.team import Team
+from collm.types import Completion, Request
+
+
+class Engine(Protocol):
+    """Answers requests. `trains` says whether completions carry token ids and log-probs; training refuses those that do not."""
+
+    trains: bool
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion per request, in order. A request that cannot be answered yields finish_reason "error" with its
+        reason; EngineError is for an engine that is gone altogether."""
+        ...
+
+    def load(self, team: Team) -> None:
+        """Take the team's present weights, so that no stale weight answers."""
+        ...

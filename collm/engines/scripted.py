@@ -1,0 +1,34 @@
+"""An engine that answers from a function: for tests, for scripted team-mates, and for replaying recorded answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from collm.models.team import Team
+from collm.types import Completion, Request
+
+
+class ScriptedEngine:
+    """`answer(request)` returns the text, or raises EngineError to fail that request alone.
+
+    Example: ScriptedEngine(lambda request: "red")
+    """
+
+    trains = False
+
+    def __init__(self, answer: Callable[[Request], str]):
+        self.answer = answer
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        return [self._one(request) for request in requests]
+
+    def load(self, team: Team) -> None:
+        return None
+
+    def _one(self, request: Request) -> Completion:
+        from collm.errors import EngineError
+
+        try:
+            return Completion(request.agent, self.answer(request))
+        except EngineError as error:
+            return Completion(request.agent, "", finish_reason="error", error=str(error))

@@ -1,0 +1,1 @@
+"""The worlds: text in, text out, no torch."""

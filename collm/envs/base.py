@@ -1,0 +1,165 @@
+"""What a world is: PettingZoo's ParallelEnv with text spaces, and a base class that leaves a new task its rules alone.
+
+A task of your own subclasses `TextEnv` and writes two methods: `begin` (what each agent reads first) and `play` (what the
+answers of one turn lead to). Turn counting, the reward shift, early stop and PettingZoo's bookkeeping are here.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gymnasium import spaces
+from pettingzoo import ParallelEnv
+
+from collm import seeds
+from collm.errors import EnvError
+
+MAX_CHARACTERS = 1 << 22
+
+
+class TextSpace(spaces.Text):
+    """Any string of at most `max_length` characters, in any script. Samples are short and hostile: use them to test a world."""
+
+    def __init__(self, max_length: int = MAX_CHARACTERS):
+        super().__init__(max_length=max_length, min_length=0)
+
+    def contains(self, x: Any) -> bool:
+        return isinstance(x, str) and len(x) <= self.max_length
+
+    def sample(self, mask: Any = None, probability: Any = None) -> str:
+        """Up to 60 characters of ASCII, control characters and other scripts."""
+        length = int(self.np_random.integers(0, 60))
+        pools = ((32, 127), (0, 32), (0xA0, 0x2000), (0x1F300, 0x1F600))
+        picks = self.np_random.choice(4, size=length, p=(0.85, 0.05, 0.05, 0.05))
+        return "".join(chr(int(self.np_random.integers(*pools[pick]))) for pick in picks)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one turn led to.
+
+    reward: the raw joint reward; parts: its named parts; observations: what each agent reads next; done: the world ended it.
+    shift: replaces the world's own shift for this turn. metrics: name -> number, reported from the last turn.
+    Example: Outcome(1.0, {"match": 1.0}, {"agent_0": "You agreed.", "agent_1": "You agreed."}, metrics={"match": 1.0})
+    """
+
+    reward: float
+    parts: dict[str, float]
+    observations: dict[str, str]
+    done: bool = False
+    shift: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class TextEnv(ParallelEnv[str, str, str]):
+    """A cooperative world of texts with one joint reward.
+
+    Class attributes a task may set: `shift` is added to every raw reward (so that stopping early never costs), `stop_above`
+    ends the episode once a raw reward exceeds it, `max_reward` is the optimum that scores are given in percent of,
+    `has_messages` says that agents may send each other text on purpose.
+    """
+
+    shift: float = 0.0
+    stop_above: float | None = None
+    max_reward: float = 1.0
+    has_messages: bool = False
+    num_tasks: int = 1
+
+    def __init__(self, agents: Sequence[str], turns: int):
+        if turns < 1:
+            raise EnvError(f"turns={turns} leaves nothing to play; set turns=1 or more.")
+        self.metadata = {"name": type(self).__name__, "render_modes": []}
+        self.render_mode = None
+        self.possible_agents = list(agents)
+        self.agents: list[str] = []
+        self.turns = turns
+        self.turn = 0
+        self.task = 0
+        self._space = TextSpace()
+
+    @abstractmethod
+    def begin(self, task: int, rng: random.Random) -> dict[str, str]:
+        """Set up task number `task` and return what each agent reads first. All randomness comes from `rng`."""
+
+    @abstractmethod
+    def play(self, answers: dict[str, str]) -> Outcome:
+        """Play one turn. `self.turn` counts from 0; `self.last_turn` is True on the last."""
+
+    def state(self) -> str:  # type: ignore[override]  # PettingZoo types it as an array
+        """The privileged view: all that a critic may know and no agent needs to."""
+        return ""
+
+    def task_name(self, task: int) -> str:
+        """What tables call this task."""
+        return str(task)
+
+    @property
+    def last_turn(self) -> bool:
+        return self.turn == self.turns - 1
+
+    def observation_space(self, agent: str) -> TextSpace:
+        return self._space
+
+    def action_space(self, agent: str) -> TextSpace:
+        return self._space
+
+    def reset(
+        self, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+        """Start task `options["task"]` (a number below `num_tasks`; drawn from the seed if absent)."""
+        rng = random.Random() if seed is None else seeds.stream(seed, "env")
+        task = (options or {}).get("task")
+        self.task = rng.randrange(self.num_tasks) if task is None else int(task)
+        if not 0 <= self.task < self.num_tasks:
+            raise EnvError(f"task={self.task} does not exist; this split has tasks 0..{self.num_tasks - 1}.")
+        self.agents = list(self.possible_agents)
+        self.turn = 0
+        observations = self.begin(self.task, rng)
+        return observations, {agent: {"task_name": self.task_name(self.task)} for agent in self.agents}
+
+    def step(
+        self, actions: Mapping[str, str]
+    ) -> tuple[dict[str, str], dict[str, float], dict[str, bool], dict[str, bool], dict[str, dict[str, Any]]]:
+        """Play one turn with all agents' answers. Raises EnvError on a missing answer or after the end."""
+        if not self.agents:
+            raise EnvError("step() after the end of the episode; call reset() first.")
+        missing = [agent for agent in self.agents if agent not in actions]
+        if missing:
+            raise EnvError(f"no answer from {', '.join(missing)}; every live agent answers every turn.")
+        agents = list(self.agents)
+        outcome = self.play({agent: str(actions[agent]) for agent in agents})
+        done = (
+            outcome.done
+            or self.last_turn
+            or (self.stop_above is not None and outcome.reward > self.stop_above)
+        )
+        reward = outcome.reward + (self.shift if outcome.shift is None else outcome.shift)
+        self.turn += 1
+        if done:
+            self.agents = []
+        info = {"raw_reward": outcome.reward, "reward_parts": outcome.parts, "metrics": outcome.metrics}
+        return (
+            {agent: outcome.observations.get(agent, "") for agent in agents},
+            {agent: reward for agent in agents},
+            {agent: done for agent in agents},
+            {agent: False for agent in agents},
+            {agent: dict(info) for agent in agents},
+        )
+
+    def render(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+def agent_names(agents: int | Sequence[str], stem: str) -> list[str]:
+    """`2` becomes stem_0, stem_1; a list of names is kept. Raises EnvError on no agent or on a repeated name."""
+    names = [f"{stem}_{index}" for index in range(agents)] if isinstance(agents, int) else [str(a) for a in agents]
+    if not names or len(set(names)) < len(names):
+        raise EnvError(f"agents={agents!r} must name at least one agent, each once.")
+    return names

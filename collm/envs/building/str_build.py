@@ -1,0 +1,279 @@
+"""`str_build`: builders with different blocks write a word in a wall of pixels."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from collm.envs.base import Outcome, TextEnv, agent_names
+from collm.envs.building.font import SIZE, cells, split_words, width
+from collm.errors import EnvError
+
+Cell = tuple[int, int]
+
+PALETTES = (
+    ("oak_planks", "stone"),
+    ("white_concrete", "obsidian"),
+    ("bricks", "glass"),
+    ("sandstone", "glowstone"),
+    ("gold_block", "iron_block"),
+    ("red_wool", "blue_wool"),
+    ("birch_planks", "andesite"),
+    ("quartz_block", "coal_block"),
+)
+REFERENCE = {"train": ("I", "C", "M", "L", "MC", "CM", "LI", "LLM"), "eval": ("ICML", "CLIM")}
+COMMANDS = 300
+
+_COMMAND = re.compile(
+    r"(?:[-*+]\s+|\d{1,3}[.)]\s+)?/setblock\s+(\d{1,6})\s+(\d{1,6})\s+(\d{1,6})\s+(?:minecraft:)?([a-z_]{1,40})", re.ASCII
+)
+
+
+class StrBuild(TextEnv):
+    """Builders fill the pixels of a word, each with blocks of its own.
+
+    Answers are lines `/setblock x y z block` with whole numbers inside the box (x to the right, y up, z = 0), a list mark or
+    a code fence tolerated; any other line, a block of another builder, and commands past the limit are rejected and counted.
+    Later builders overwrite earlier ones; `air` empties a cell.
+
+    Raw reward of a build = 2 * coverage - 1.5 * extra / background - adjacency - 0.25 * builders some block of whose
+    palette is absent; coverage is the share of target cells filled with anything, extra counts filled cells outside the
+    target, adjacency is the share of 4-adjacent filled pairs that hold the same block. The optimum is 2: each builder
+    takes the cells of one colour of a chessboard and alternates its two blocks over them. Ends after `turns` turns or
+    above 1.9. Metrics: iou, coverage, extra, adjacency, written_by_both (share of target cells that at least two
+    builders wrote: in the last turn of a fresh world, in all turns of a persistent one), rejected, missing_blocks.
+
+    Args:
+        agents: how many builders (up to 8 palettes), or their names.
+        turns: how often all of them answer.
+        strings: the words to build; default the reference's. "english" takes common words of `lengths` letters.
+        eval_strings: the held-out words when `strings` is a list.
+        lengths: with strings="english", the word lengths.
+        data: a CSV file with a column `string`, in the public format; its words serve both splits.
+        world: "fresh" is empty at every turn; "persistent" keeps blocks, shows the build, and limits each turn's blocks.
+        reward: "dense" pays every turn, shifted by -2; "sparse" pays the last turn only, unshifted, without early stop.
+        commands_per_turn: blocks one builder may place in a turn of a persistent world; default
+            1.25 * target cells / (agents * turns), rounded up.
+        feedback: between turns: "position" lists the target cells, "perfect" the wrong cells with an owner, "score" the
+            last reward alone.
+        blind_first_turn: hide the target at the first turn, as the reference does.
+        split: "train" or "eval".
+    """
+
+    shift = -2.0
+    stop_above: float | None = 1.9
+    max_reward = 2.0
+
+    def __init__(
+        self,
+        agents: int | Sequence[str] = 2,
+        turns: int = 4,
+        strings: Sequence[str] | Literal["english"] | None = None,
+        eval_strings: Sequence[str] | None = None,
+        lengths: Sequence[int] = (3,),
+        data: str | None = None,
+        world: Literal["fresh", "persistent"] = "fresh",
+        reward: Literal["dense", "sparse"] = "dense",
+        commands_per_turn: int | None = None,
+        feedback: Literal["position", "perfect", "score"] = "position",
+        blind_first_turn: bool = False,
+        split: str = "train",
+    ):
+        super().__init__(agent_names(agents, "builder"), turns)
+        if len(self.possible_agents) > len(PALETTES):
+            raise EnvError(f"agents={agents!r}: there are palettes for {len(PALETTES)} builders; take at most that many.")
+        for name, value, allowed in (
+            ("world", world, ("fresh", "persistent")),
+            ("reward", reward, ("dense", "sparse")),
+            ("feedback", feedback, ("position", "perfect", "score")),
+            ("split", split, ("train", "eval")),
+        ):
+            if value not in allowed:
+                raise EnvError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
+        if commands_per_turn is not None and (world == "fresh" or commands_per_turn < 1):
+            raise EnvError(f"commands_per_turn={commands_per_turn} needs world='persistent' and a number above 0.")
+        self.words = _words(strings, eval_strings, tuple(lengths), data, split)
+        self.num_tasks = len(self.words)
+        self.palettes = dict(zip(self.possible_agents, PALETTES, strict=False))
+        self.world, self.reward_mode, self.feedback = world, reward, feedback
+        self.blind_first_turn = blind_first_turn
+        self.commands_per_turn = commands_per_turn
+        if reward == "sparse":
+            self.stop_above = None
+
+    def begin(self, task: int, rng: random.Random) -> dict[str, str]:
+        self.word = self.words[task]
+        self.target = cells(self.word)
+        self.width = width(self.word)
+        self.build: dict[Cell, str] = {}
+        self.writers: dict[Cell, set[str]] = {}
+        self.rejected = 0
+        self.limit = COMMANDS // len(self.agents)
+        if self.world == "persistent":
+            share = math.ceil(1.25 * len(self.target) / (len(self.agents) * self.turns))
+            self.limit = min(self.limit, self.commands_per_turn or share)
+        return {agent: self._instruction(agent) for agent in self.agents}
+
+    def play(self, answers: dict[str, str]) -> Outcome:
+        agents = list(answers)
+        if self.world == "fresh":
+            self.build, self.writers, self.rejected = {}, {}, 0
+        for agent, answer in answers.items():
+            self._place(agent, answer)
+        parts, metrics = self._judge(agents)
+        total = sum(parts.values())
+        if self.reward_mode == "sparse":
+            total, shift = (total if self.last_turn else 0.0), 0.0
+            parts = parts if self.last_turn else {}
+        else:
+            shift = self.shift
+        observations = {agent: self._feedback(agent, agents, total) for agent in agents}
+        return Outcome(total, parts, observations, shift=shift, metrics=metrics)
+
+    def state(self) -> str:  # type: ignore[override]
+        return (
+            f"word {self.word} turn {self.turn} of {self.turns}\ntarget:\n"
+            + self._rows(lambda cell: "#" if cell in self.target else ".")
+            + "\nbuild:\n"
+            + self._rows(self._symbol)
+        )
+
+    def task_name(self, task: int) -> str:
+        return self.words[task]
+
+    def _place(self, agent: str, answer: str) -> None:
+        """Carry out one builder's commands; count what is rejected."""
+        allowed = {*self.palettes[agent], "air"}
+        placed = 0
+        for line in answer.split("\n"):
+            line = line.strip()
+            if not line or line.startswith("```"):
+                continue
+            found = _COMMAND.fullmatch(line) if len(line) < 200 else None
+            cell = (int(found[1]), int(found[2])) if found else (-1, -1)
+            inside = 0 <= cell[0] < self.width and 0 <= cell[1] < SIZE
+            if found is None or not inside or int(found[3]) or found[4] not in allowed or placed == self.limit:
+                self.rejected += 1
+                continue
+            placed += 1
+            self.writers.setdefault(cell, set()).add(agent)
+            if found[4] == "air":
+                self.build.pop(cell, None)
+            else:
+                self.build[cell] = found[4]
+
+    def _judge(self, agents: list[str]) -> tuple[dict[str, float], dict[str, float]]:
+        """Reward parts and metrics of the present build."""
+        built = set(self.build)
+        covered, extra = len(built & self.target), len(built - self.target)
+        background = self.width * SIZE - len(self.target)
+        pairs = [
+            (cell, other)
+            for cell in built
+            for other in ((cell[0] + 1, cell[1]), (cell[0], cell[1] + 1))
+            if other in built
+        ]
+        same = sum(self.build[cell] == self.build[other] for cell, other in pairs)
+        adjacency = same / len(pairs) if pairs else 0.0
+        used = set(self.build.values())
+        missing = sum(not used.issuperset(self.palettes[agent]) for agent in agents)
+        both = sum(len(self.writers.get(cell, ())) > 1 for cell in self.target)
+        parts = {
+            "coverage": 2.0 * covered / len(self.target),
+            "extra": -1.5 * extra / background,
+            "adjacency": -adjacency,
+            "missing_blocks": -0.25 * missing,
+        }
+        metrics = {
+            "iou": covered / (len(self.target) + extra),
+            "coverage": covered / len(self.target),
+            "extra": float(extra),
+            "adjacency": adjacency,
+            "written_by_both": both / len(self.target),
+            "rejected": float(self.rejected),
+            "missing_blocks": float(missing),
+        }
+        return parts, metrics
+
+    def _instruction(self, agent: str) -> str:
+        one, two = self.palettes[agent]
+        number = len(self.agents)
+        who = f"You are {agent}, one of {number} builders with different blocks" if number > 1 else f"You are {agent}"
+        lines = [
+            f"{who}. Build {self.word} together." if number > 1 else f"{who}. Build {self.word}.",
+            f"Box: x 0..{self.width - 1} right, y 0..{SIZE - 1} up, z 0.",
+        ]
+        if not self.blind_first_turn:
+            lines += ["Target:", self._rows(lambda cell: "#" if cell in self.target else ".")]
+        if self.world == "persistent":
+            lines.append("Blocks stay. The build is empty.")
+        lines += [
+            f"Your blocks: {one} {two} air. Use both; like blocks must not touch.",
+            f"At most {self.limit} lines: /setblock x y z block",
+        ]
+        return "\n".join(lines)
+
+    def _feedback(self, agent: str, agents: list[str], total: float) -> str:
+        lines = [f"Reward: {total:.2f}"] if self.feedback == "score" else []
+        if self.feedback == "position":
+            listed = " ".join(f"{x},{y}" for x, y in sorted(self.target))
+            share = "about half" if len(agents) == 2 else f"about 1/{len(agents)}" if len(agents) > 2 else "all"
+            lines += [f"Target cells: {listed}", f"Take {share} of them."]
+        if self.feedback == "perfect":
+            wrong = sorted(set(self.build) ^ self.target)
+            listed = " ".join(f"{x},{y}:{agents[(x + y) % len(agents)]}" for x, y in wrong)
+            lines += ["All cells are right." if not wrong else f"Wrong cells and who mends them: {listed}"]
+        if self.world == "persistent":
+            lines += ["Build:", self._rows(self._symbol), f"At most {self.limit} lines."]
+        else:
+            lines.append("The box is empty again.")
+        return "\n".join(lines)
+
+    def _symbol(self, cell: Cell) -> str:
+        """One character a cell: `.` empty, else the block's digit, two for each builder."""
+        if cell not in self.build:
+            return "."
+        return str(next(i for i, block in enumerate(sum(PALETTES, ())) if block == self.build[cell]) % 10)
+
+    def _rows(self, symbol) -> str:
+        return "\n".join("".join(symbol((x, y)) for x in range(self.width)) for y in reversed(range(SIZE)))
+
+
+def _words(
+    strings: Sequence[str] | str | None,
+    eval_strings: Sequence[str] | None,
+    lengths: tuple[int, ...],
+    data: str | None,
+    split: str,
+) -> list[str]:
+    if data is not None:
+        words: Iterable[str] = read_strings(data)
+    elif strings is None:
+        words = REFERENCE["eval" if split == "eval" else "train"]
+    elif isinstance(strings, str):
+        if strings != "english":
+            raise EnvError(f"strings={strings!r} is neither a list of words nor 'english'.")
+        words = split_words(split, lengths)
+    else:
+        words = strings if split == "train" or eval_strings is None else eval_strings
+    words = [str(word).strip().upper() for word in words]
+    if not words:
+        raise EnvError("there is no word to build; give strings=[...], or lengths between 2 and 4 with strings='english'.")
+    for word in words:
+        cells(word)
+    return words
+
+
+def read_strings(path: str) -> list[str]:
+    """The column `string` of a CSV file in the public StrBuild format. Raises EnvError if it cannot be read."""
+    import csv
+
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            return [row["string"] for row in csv.DictReader(file)]
+    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise EnvError(f"data={path!r} is not a CSV file with a column 'string': {error!r}.") from error

@@ -1,0 +1,114 @@
+"""Poor team-mates: scripted players whose texts the tiny model is pre-trained on.
+
+They speak each task's format and know the job, but each plays as if alone: most builders begin at the left end of the
+word and stop somewhere, some begin elsewhere, all misplace a block now and then. A team of them does a little of the job
+twice and leaves much of it undone, which is what training is to mend.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from collm import seeds
+from collm.envs.agree import COLOURS, Agree
+from collm.envs.base import TextEnv
+from collm.envs.building.font import GLYPHS, SIZE, english_words
+from collm.envs.building.str_build import REFERENCE, StrBuild
+
+Chat = list[tuple[str, str]]
+"""(observation, answer) of each turn of one agent."""
+
+
+def chats(seed: int) -> Iterator[Chat]:
+    """An endless stream of one agent's chats, drawn from every task."""
+    for number in range(1 << 62):
+        rng = seeds.stream(seed, "demonstration", number)
+        yield from (_agree(rng) if rng.random() < 0.06 else _str_build(rng))
+
+
+def pretraining_word(rng: random.Random) -> str:
+    """A random string of 1 to 4 letters that is neither an English word of the list nor a reference string."""
+    known = {*english_words(), *REFERENCE["train"], *REFERENCE["eval"]}
+    while True:
+        length = rng.choices((1, 2, 3, 4), weights=(1, 3, 7, 5))[0]
+        word = "".join(rng.choices(sorted(GLYPHS), k=length))
+        if word not in known:
+            return word
+
+
+def name_colour(env: Agree, agent: str, rng: random.Random) -> str:
+    """A colour at random, whatever the rule says."""
+    return rng.choice(env.colours)
+
+
+def place_blocks(env: StrBuild, agent: str, rng: random.Random) -> str:
+    """Part of the target in reading order of columns, with slips, never looking at what team-mates do."""
+    ordered = sorted(env.target, key=lambda cell: (cell[0], -cell[1]))
+    middle = env.width / 2
+    plans = {
+        "left": ordered,
+        "right": [c for c in ordered if c[0] > middle],
+        "even": [c for c in ordered if sum(c) % 2 == 0],
+        "odd": [c for c in ordered if sum(c) % 2 == 1],
+        "top": [c for c in ordered if c[1] >= 2],
+        "bottom": [c for c in ordered if c[1] <= 2],
+    }
+    plan = rng.choices(list(plans), weights=(11, 2, 2, 2, 1.5, 1.5))[0]
+    cells = plans[plan]
+    if env.world == "persistent" and env.build and rng.random() < 0.5:
+        cells = [cell for cell in ordered if cell not in env.build]
+    whole = plan != "left" and rng.random() < 0.25
+    share = 1.0 if whole else rng.uniform(0.15, 0.5) if plan == "left" else rng.uniform(0.2, 0.9)
+    cells = cells[: max(1, round(share * len(cells)))]
+    one, two = rng.sample(env.palettes[agent], 2)
+    style = rng.choice(("one", "alternate", "random"))
+    lines = []
+    for x, y in cells:
+        slip = rng.random()
+        if slip < 0.04:
+            continue
+        if slip < 0.12:
+            x = min(max(x + rng.choice((-1, 1)), 0), env.width - 1)
+        elif slip < 0.16:
+            y = min(max(y + rng.choice((-1, 1)), 0), SIZE - 1)
+        block = one
+        if style == "alternate":
+            block = (one, two)[len(lines) % 2]
+        elif style == "random":
+            block = rng.choice((one, two))
+        lines.append(f"/setblock {x} {y} 0 {block}")
+    return "\n".join(lines[: env.limit] or [f"/setblock 0 0 0 {one}"])
+
+
+def _agree(rng: random.Random) -> list[Chat]:
+    colours = rng.sample(COLOURS, rng.randint(2, 6)) if rng.random() < 0.5 else list(COLOURS[: rng.randint(2, 6)])
+    env = Agree(agents=rng.choice((1, 2, 2, 3, 3, 5)), colours=colours, turns=rng.choice((1, 1, 2, 4)))
+    return _play(env, name_colour, rng)[:1]
+
+
+def _str_build(rng: random.Random) -> list[Chat]:
+    persistent = rng.random() < 0.35
+    env = StrBuild(
+        agents=rng.choices((1, 2, 3, 4, 5), weights=(1, 12, 2, 1, 1))[0],
+        turns=rng.choice((2, 3, 4)) if persistent else rng.choice((1, 1, 2)),
+        strings=[pretraining_word(rng)],
+        world="persistent" if persistent else "fresh",
+        feedback=rng.choices(("position", "perfect", "score"), weights=(1, 1, 2))[0],
+        blind_first_turn=rng.random() < 0.05,
+    )
+    env.stop_above = None
+    return _play(env, place_blocks, rng)[:2]
+
+
+def _play(env: TextEnv, player, rng: random.Random) -> list[Chat]:
+    observations, _ = env.reset(seed=rng.getrandbits(32))
+    chats: dict[str, Chat] = {agent: [] for agent in env.agents}
+    while env.agents:
+        answers = {agent: player(env, agent, rng) for agent in env.agents}
+        for agent, answer in answers.items():
+            chats[agent].append((observations[agent], answer))
+        observations, *_ = env.step(answers)
+    played = list(chats.values())
+    rng.shuffle(played)
+    return played

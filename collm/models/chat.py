@@ -1,0 +1,88 @@
+"""The only owner of chat templates: turns an agent's history into token ids, safely.
+
+Three promises. Texts from worlds and agents are encoded with special tokens disabled, so no message can forge a chat turn.
+An answer that was sampled keeps its sampled ids; text is never re-tokenized. And what the template adds around a message
+does not depend on the message, so a growing chat is a growing prefix wherever the template allows one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from collm.errors import ConfigError
+from collm.types import Ids, Message
+
+_OPEN, _CLOSE = "\ue000", "\ue001"
+
+
+class Chat:
+    """Renders histories with one tokenizer's chat template.
+
+    Example: Chat(tokenizer).encode((Message("user", "Name a colour"),)) -> array([0, 17, 31, 3, 1], dtype=int32), the ids up to
+    and including the mark after which the model answers.
+    """
+
+    def __init__(self, tokenizer: Any):
+        if tokenizer.chat_template is None:
+            raise ConfigError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; add chat_template.jinja to its folder "
+                "or choose an instruction-tuned model."
+            )
+        self.tokenizer = tokenizer
+        self._plain = lru_cache(maxsize=65536)(self._encode_plain)
+        self._markup = lru_cache(maxsize=4096)(self._encode_markup)
+        self._frames = lru_cache(maxsize=1024)(self._render_frames)
+
+    def encode(self, messages: Sequence[Message], *, answer: bool = True) -> Ids:
+        """Token ids of a history; with `answer`, up to the mark after which the model is to answer."""
+        frames = self._frames(tuple(message.role for message in messages), answer)
+        ids: list[int] = list(self._markup(frames[0]))
+        for message, frame in zip(messages, frames[1:], strict=True):
+            following = self._markup(frame)
+            if message.token_ids is None:
+                ids.extend(self._plain(message.text))
+            else:
+                sampled = message.token_ids.tolist()
+                ids.extend(sampled)
+                if sampled and following and sampled[-1] == following[0]:
+                    following = following[1:]  # the end-of-turn mark was sampled: the template must not repeat it
+            ids.extend(following)
+        return np.asarray(ids, dtype=np.int32)
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a text from a world or an agent, in which nothing is special."""
+        return self._plain(text)
+
+    def decode(self, ids: Any) -> str:
+        """The text of sampled ids, without special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _encode_plain(self, text: str) -> tuple[int, ...]:
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return tuple(encoded["input_ids"])
+
+    def _encode_markup(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _render_frames(self, roles: tuple[str, ...], answer: bool) -> list[str]:
+        """What the template puts before, between and after messages of these roles: len(roles) + 1 texts."""
+        marks = [f"{_OPEN}{index}{_CLOSE}" for index in range(len(roles))]
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)],
+            tokenize=False,
+            add_generation_prompt=answer,
+        )
+        frames = []
+        for mark in marks:
+            before, found, rendered = rendered.partition(mark)
+            if not found:
+                raise ConfigError(
+                    f"the chat template of {self.tokenizer.name_or_path!r} drops or reorders messages with roles {roles}; "
+                    "use rollout.history='last' or another model."
+                )
+            frames.append(before)
+        return [*frames, rendered]

@@ -1,0 +1,176 @@
+"""A critic: a language model's body that reads a view of an episode, and a head that says what return is to be expected.
+
+What it reads is a chat like any agent's: at each turn a message with the observations in its view, then one with the
+answers. V(h_t) is read where the model would begin to answer; Q(h_t, a_t) at the last token of the answers. One pass over
+the longest text that fits yields the values of all turns, since attention is causal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from collm.algorithms.stats import RunningMoments
+from collm.models.chat import Chat
+from collm.models.policy import compute_in, load_pretrained
+from collm.types import Episode, Ids, Message
+
+View = Literal["own", "joint", "joint+state"]
+
+
+class ValueHead(nn.Module):
+    """A linear map from a hidden state to an expected return, in units of reward.
+
+    With target normalization the map predicts in units of the targets' deviation, and is corrected whenever that changes so
+    that its predictions stay the same (PopArt, arXiv:1602.07714).
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, width: int, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed % (1 << 63))
+        self.weight = nn.Parameter(torch.randn(width, generator=generator) * 0.02)
+        self.bias = nn.Parameter(torch.zeros(()))
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("deviation", torch.ones((), dtype=torch.float64))
+        self.moments = RunningMoments()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Values (...) of hidden states (..., D)."""
+        normalized = hidden.float() @ self.weight + self.bias
+        return normalized * self.deviation.to(normalized) + self.mean.to(normalized)
+
+    @torch.no_grad()
+    def rescale(self, targets: Tensor) -> None:
+        """Follow the targets' mean and deviation without changing a single prediction."""
+        self.moments.update(targets)
+        mean, deviation = self.moments.mean, self.moments.deviation
+        ratio = (self.deviation / deviation).item()
+        self.weight.mul_(ratio)
+        self.bias.copy_((self.bias * self.deviation + self.mean - mean) / deviation)
+        self.mean.fill_(mean)
+        self.deviation.fill_(deviation)
+
+    def get_extra_state(self) -> Tensor:
+        m = self.moments
+        return torch.tensor([m.weight, m.first, m.second], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.moments.weight, self.moments.first, self.moments.second = state.tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a critic reads before it judges: ids (L,), and how many turns had to be cut from the front to fit."""
+
+    ids: Ids
+    cut: int
+
+
+class Critic(nn.Module):
+    """Reads text with its own tokenizer and judges it. Vocabulary logits are never computed."""
+
+    def __init__(self, body: Any, tokenizer: Any, *, seed: int, max_tokens: int = 8192, compute: str = "float32"):
+        super().__init__()
+        self.body = body.float().eval()
+        self.value = ValueHead(body.config.get_text_config().hidden_size, seed)
+        self.tokenizer = tokenizer
+        self.chat = Chat(tokenizer)
+        self.max_tokens = max_tokens
+        self.compute = compute
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str, *, seed: int, max_tokens: int = 8192, compute: str = "float32", device: Any = "cpu"
+    ) -> Critic:
+        """A critic on the body of a pretrained language model. Raises ConfigError where it cannot be loaded."""
+        tokenizer = load_pretrained(AutoTokenizer, source)
+        body = load_pretrained(AutoModel, source, dtype=torch.float32)
+        return cls(body, tokenizer, seed=seed, max_tokens=max_tokens, compute=compute).to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.value.weight.device
+
+    def hidden(self, ids_BL: Tensor) -> Tensor:
+        """Hidden states (B, L, D) of right-padded ids (B, L)."""
+        with compute_in(self.compute, self.device):
+            return self.body(input_ids=ids_BL, use_cache=False).last_hidden_state
+
+    def read(
+        self,
+        episode: Episode,
+        turn: int,
+        agents: Sequence[str],
+        *,
+        state: bool = False,
+        answers: Mapping[str, str] | None = None,
+    ) -> Reading:
+        """What the critic reads to judge turn `turn` (len(episode.turns) names the history after the last).
+
+        agents: whose texts lie in the view. state: show the world's privileged state too. answers: for Q, what the agents
+        answer at this turn. Too long a history loses its oldest turns first; too long a single turn keeps an equal share
+        of every text's end.
+        """
+        earlier = [
+            (self._observed(episode, t, agents, state), self._answered(episode.turns[t].completions, agents))
+            for t in range(turn)
+        ]
+        newest = self._observed(episode, turn, agents, state)
+        final = None if answers is None else self._joined({a: answers[a] for a in agents if a in answers}, len(agents))
+        for cut in range(turn + 1):
+            ids = self._encode(earlier[cut:], newest, final)
+            if len(ids) <= self.max_tokens:
+                return Reading(ids, cut)
+        spare = self.max_tokens - (len(ids) - self._length(newest) - self._length(final or ""))
+        texts = self._texts(episode, turn, agents, state)
+        share = max(1, (spare if final is None else spare // 2) // len(texts) - 8)
+        newest = self._joined({name: self._tail(text, share) for name, text in texts.items()}, len(texts))
+        if final is not None and answers is not None:
+            named = {a: self._tail(answers[a], share) for a in agents if a in answers}
+            final = self._joined(named, len(agents))
+        return Reading(self._encode([], newest, final)[-self.max_tokens :], turn + 1)
+
+    def _encode(self, earlier: list[tuple[str, str]], newest: str, final: str | None) -> Ids:
+        messages = [
+            message for seen, said in earlier for message in (Message("user", seen), Message("assistant", said))
+        ]
+        messages.append(Message("user", newest))
+        if final is None:
+            return self.chat.encode(messages)
+        return self.chat.encode([*messages, Message("assistant", final)], answer=False)
+
+    def _texts(self, episode: Episode, turn: int, agents: Sequence[str], state: bool) -> dict[str, str]:
+        played = turn < len(episode.turns)
+        observed = episode.turns[turn].observations if played else episode.observations
+        texts = {agent: observed[agent] for agent in agents if agent in observed}
+        if state:
+            texts["state"] = episode.turns[turn].state if played else episode.state
+        return texts
+
+    def _observed(self, episode: Episode, turn: int, agents: Sequence[str], state: bool) -> str:
+        texts = self._texts(episode, turn, agents, state)
+        return self._joined(texts, len(agents) + state)
+
+    def _answered(self, completions: Mapping[str, Any], agents: Sequence[str]) -> str:
+        return self._joined({agent: completions[agent].text for agent in agents if agent in completions}, len(agents))
+
+    def _joined(self, texts: Mapping[str, str], num: int) -> str:
+        """One text alone as it is; several, each under its agent's name."""
+        if num == 1:
+            return "".join(texts.values())
+        return "\n".join(f"{name}: {text}" for name, text in texts.items())
+
+    def _length(self, text: str) -> int:
+        return len(self.chat.text_ids(text))
+
+    def _tail(self, text: str, tokens: int) -> str:
+        ids = self.chat.text_ids(text)
+        return text if len(ids) <= tokens else self.chat.decode(list(ids[-tokens:]))

@@ -1,0 +1,27 @@
+"""Independent random streams without state: a seed is a function of what it is for.
+
+Because no generator is ever carried from one iteration to the next, nothing about randomness has to be saved for an exact
+resume, and neither batching nor the number of workers can change which numbers an answer is sampled with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+Key = int | str
+
+
+def derive(*keys: Key) -> int:
+    """A 63-bit seed that depends on every key and on their order.
+
+    Example: `derive(run_seed, "episode", iteration, index)`; the answer of one agent at one turn is sampled with
+    `derive(episode_seed, agent, turn)`.
+    """
+    text = "\x1f".join(f"{type(key).__name__}:{key}" for key in keys)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def stream(*keys: Key) -> random.Random:
+    """A `random.Random` seeded with `derive(*keys)`."""
+    return random.Random(derive(*keys))

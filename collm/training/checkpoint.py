@@ -1,0 +1,186 @@
+"""Checkpoints: written aside, flushed to the disk, renamed. A folder with a plain number is whole or does not exist.
+
+    checkpoints/000040/
+        state.json                  how far the run is
+        policy-AGENT.safetensors    float32 weights of each policy
+        critic-NAME.safetensors     critic or value head, with its running moments
+        optimizer-NAME.safetensors  AdamW's averages and step counts
+
+There is no pickle and no random state: every random number is a function of the seed and of what it is for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from collm.errors import RunError, SaveError
+from collm.models.team import Team
+from collm.training.learner import Learner
+
+FORMAT = 1
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn a failure to write into a SaveError that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SaveError(
+            f"cannot write {path}: {reason}. Nothing saved before is damaged; make room (or mend permissions) and "
+            "continue with `collm train --resume`."
+        ) from error
+
+
+def save(folder: Path, learner: Learner, state: Mapping[str, Any]) -> None:
+    """Write checkpoint `folder` atomically; one that exists already is left alone. Raises SaveError, leaving no trace."""
+    if folder.exists():
+        return
+    aside = folder.with_name(f".saving-{folder.name}")
+    try:
+        with explained(folder):
+            _remove(aside)
+            aside.mkdir(parents=True)
+            for name, tensors in _tensors(learner).items():
+                save_file(tensors, aside / f"{name}.safetensors")
+            (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1), encoding="utf-8")
+            for path in aside.iterdir():
+                _flush(path)
+            _flush(aside)
+            os.rename(aside, folder)
+            _flush(folder.parent)
+    except BaseException:
+        _remove(aside)
+        raise
+
+
+def save_team(folder: Path, team: Team) -> None:
+    """Write the team's ordinary Hugging Face folders, all or nothing; what lay there before is replaced."""
+    aside = folder.with_name(f".saving-{folder.name}")
+    try:
+        with explained(folder):
+            _remove(aside)
+            team.save(aside)
+            _remove(folder)
+            os.rename(aside, folder)
+    except BaseException:
+        _remove(aside)
+        raise
+
+
+def load(folder: Path, learner: Learner) -> dict[str, Any]:
+    """Restore weights, critics and optimizers, and return the state. Raises RunError where they do not fit."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        for name, policy in learner.members.items():
+            _restore(policy.model, load_file(folder / f"policy-{name}.safetensors"))
+        for judge in learner.judges:
+            _restore(judge.critic or judge.head, load_file(folder / f"critic-{judge.name}.safetensors"))
+        for name, optimizer in learner.optimizers.items():
+            _restore_optimizer(optimizer, load_file(folder / f"optimizer-{name}.safetensors"))
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"checkpoint {folder} cannot be read: {error}. Remove that folder to continue from the one before it."
+        ) from error
+    return state
+
+
+def load_policies(folder: Path, policies: Mapping[str, Any]) -> None:
+    """Restore policies alone, as evaluation and serving need. `policies`: name -> Policy."""
+    try:
+        for name, policy in policies.items():
+            _restore(policy.model, load_file(folder / f"policy-{name}.safetensors"))
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise RunError(f"checkpoint {folder} cannot be read: {error}.") from error
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint of `RUN/checkpoints`, or None."""
+    found = sorted(path for path in folder.glob("[0-9]*") if path.name.isdigit()) if folder.is_dir() else []
+    return found[-1] if found else None
+
+
+def prune(folder: Path, keep: int, best: int | None) -> None:
+    """Delete all but the last `keep` checkpoints and the best one. A folder is renamed before it is emptied."""
+    for old in sorted(path for path in folder.glob("[0-9]*") if path.name.isdigit())[:-keep]:
+        if best is None or int(old.name) != best:
+            doomed = old.with_name(f".removing-{old.name}")
+            os.rename(old, doomed)
+            _remove(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what an interrupted save or removal left behind."""
+    for path in folder.glob(".*"):
+        if path.name.startswith((".saving-", ".removing-")):
+            _remove(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file atomically."""
+    with explained(path):
+        aside = path.with_name(f".saving-{path.name}")
+        aside.write_text(text, encoding="utf-8")
+        _flush(aside)
+        os.replace(aside, path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _tensors(learner: Learner) -> dict[str, dict[str, Tensor]]:
+    files = {f"policy-{name}": _weights(policy.model) for name, policy in learner.members.items()}
+    files |= {f"critic-{judge.name}": _weights(judge.critic or judge.head) for judge in learner.judges}
+    for name, optimizer in learner.optimizers.items():
+        files[f"optimizer-{name}"] = {
+            f"{index}.{key}": torch.as_tensor(value).contiguous()
+            for index, entry in optimizer.state_dict()["state"].items()
+            for key, value in entry.items()
+        }
+    return files
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of a module once: tied weights under their first name."""
+    seen: dict[tuple[int, torch.Size], str] = {}
+    weights = {}
+    for name, tensor in module.state_dict().items():
+        if seen.setdefault((tensor.data_ptr(), tensor.shape), name) == name or tensor.numel() < 2:
+            weights[name] = tensor.detach().contiguous()
+    return weights
+
+
+def _restore(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    expected = set(_weights(module))
+    if expected != set(weights):
+        raise ValueError(f"it holds other tensors than this team: {sorted(expected ^ set(weights))[:3]}")
+    module.load_state_dict(weights, strict=False)
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

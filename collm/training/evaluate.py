@@ -1,0 +1,78 @@
+"""Held-out evaluation: the whole split, greedy by default, through the same `collect` as training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from collm import seeds
+from collm.config import Config
+from collm.engines.base import Engine
+from collm.envs.catalogue import EnvSpec
+from collm.rollout.collect import Plan, collect
+from collm.types import Episode, Sampling
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """Episodes of distinct held-out tasks, each once, and the seconds it took to play them."""
+
+    episodes: list[Episode]
+    seconds: float
+
+    @property
+    def played(self) -> list[Episode]:
+        return [episode for episode in self.episodes if not episode.failure]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """"reward" (raw, of the last turn played) and the task's metrics: name -> one number per played episode."""
+        names = dict.fromkeys(name for episode in self.played for name in episode.metrics)
+        columns = {"reward": np.array([episode.score for episode in self.played], dtype=np.float64)}
+        for name in names:
+            columns[name] = np.array([e.metrics.get(name, np.nan) for e in self.played], dtype=np.float64)
+        return columns
+
+    @property
+    def tokens(self) -> int:
+        return sum(episode.num_tokens() for episode in self.episodes)
+
+
+def plan_of(config: Config, split: str) -> Plan:
+    """How the episodes of a split are played under a config."""
+    rollout, evaluation = config.rollout, config.evaluation
+    training = split == "train"
+    return Plan(
+        EnvSpec(config.env.name, config.env.options),
+        split=split,
+        protocol=rollout.protocol,
+        history=rollout.history,
+        max_turns=rollout.max_turns,
+        sampling=Sampling(
+            temperature=rollout.temperature if training else evaluation.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_tokens=rollout.max_tokens,
+        ),
+        branches=config.algorithm.group_size if training and config.algorithm.tree else 0,
+    )
+
+
+def num_tasks(plan: Plan) -> int:
+    """How many tasks a split has; a world that does not say so has one."""
+    return int(getattr(plan.env.make(plan.split), "num_tasks", 1))
+
+
+def evaluate(
+    config: Config, engine: Engine, *, episodes: int | None = None, stop: Callable[[], None] = lambda: None
+) -> Evaluation:
+    """Play each held-out task once, the first `episodes` of them if given."""
+    plan = plan_of(config, "eval")
+    wanted = episodes or config.evaluation.episodes
+    total = num_tasks(plan)
+    tasks = range(min(total, wanted or total))
+    started = time.monotonic()
+    groups = collect(plan, engine, tasks, [seeds.derive(config.run.seed, "evaluation", t) for t in tasks], stop=stop)
+    return Evaluation([episode for group in groups for episode in group.episodes], time.monotonic() - started)

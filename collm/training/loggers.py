@@ -1,0 +1,184 @@
+"""What a run leaves for people: metrics as JSON lines, TensorBoard events, full episodes, and a progress display."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from collm.training.checkpoint import explained, write_text
+from collm.types import Episode
+
+
+def episode_record(episode: Episode) -> dict[str, Any]:
+    """An episode as plain values: every text, the reward by part, values, TD errors, tokens and seconds."""
+    return {
+        "task": episode.task,
+        "label": episode.label,
+        "seed": episode.seed,
+        "sibling": episode.sibling,
+        "path": list(episode.path),
+        "terminated": episode.terminated,
+        "truncated": episode.truncated,
+        "failure": episode.failure,
+        "score": episode.score if episode.turns else None,
+        "metrics": episode.metrics,
+        "tokens": episode.num_tokens(),
+        "seconds": round(episode.seconds, 4),
+        "state": episode.state,
+        "turns": [
+            {
+                "reward": turn.reward,
+                "raw_reward": turn.raw_reward,
+                "parts": turn.parts,
+                "state": turn.state,
+                "agents": {
+                    agent: {
+                        "read": turn.observations[agent],
+                        "wrote": answer.text,
+                        "finish": answer.finish_reason,
+                        "tokens": 0 if answer.token_ids is None else len(answer.token_ids),
+                        "value": turn.values.get(agent),
+                        "td_error": turn.td_errors.get(agent),
+                        "advantage": turn.advantages.get(agent),
+                    }
+                    for agent, answer in turn.completions.items()
+                },
+            }
+            for turn in episode.turns
+        ],
+    }
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file; a last line that was cut off by a crash is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return records
+
+
+class RunLog:
+    """Writes a run directory. Lines past `resumed_at` iterations are dropped, since they will be written again."""
+
+    def __init__(self, folder: Path, *, tensorboard: bool, resumed_at: int = -1):
+        self.folder = folder
+        self.path = folder / "metrics.jsonl"
+        kept = [record for record in read_metrics(self.path) if record["iteration"] <= resumed_at]
+        write_text(self.path, "".join(_line(record) for record in kept))
+        (folder / "episodes").mkdir(exist_ok=True)
+        for path in (folder / "episodes").glob("*.jsonl"):
+            if int(path.name[:6]) > resumed_at:
+                path.unlink()
+        self.file = self.path.open("a", encoding="utf-8")
+        self.writer = self._tensorboard(kept) if tensorboard else None
+
+    def _tensorboard(self, kept: list[dict[str, Any]]) -> Any:
+        """Events are made anew from the metrics, so that a resumed run has each step once."""
+        from tensorboard.summary import Writer
+
+        events = self.folder / "tensorboard"
+        for old in events.glob("*") if events.exists() else ():
+            old.unlink()
+        writer = Writer(str(events))
+        self.writer = writer
+        for record in kept:
+            self._scalars(record)
+        return writer
+
+    def metrics(self, record: Mapping[str, Any]) -> None:
+        """Append one iteration's line."""
+        with explained(self.path):
+            self.file.write(_line(record))
+            self.file.flush()
+        self._scalars(record)
+
+    def _scalars(self, record: Mapping[str, Any]) -> None:
+        if self.writer is not None:
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and name != "iteration" and math.isfinite(value):
+                    self.writer.add_scalar(name, value, record["iteration"])
+
+    def episodes(self, iteration: int, episodes: Iterable[Episode], *, suffix: str = "") -> None:
+        """Write full episodes of one iteration to their own file."""
+        path = self.folder / "episodes" / f"{iteration:06d}{suffix}.jsonl"
+        lines = "".join(_line(episode_record(episode)) for episode in episodes)
+        if lines:
+            write_text(path, lines)
+
+    def flush(self) -> None:
+        """Bring all lines to the disk, as before a checkpoint."""
+        with explained(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        if self.writer is not None:
+            self.writer.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """One JSON line; a number that does not exist (no variance to explain, say) is null."""
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(plain, ensure_ascii=False) + "\n"
+
+
+class Display:
+    """Progress, the last numbers and the time left: a bar in a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, total: int, *, done: int = 0, quiet: bool = False, every: float = 5.0):
+        self.total, self.first, self.every = total, done, every
+        self.started = self.printed = time.monotonic()
+        self.quiet = quiet
+        self.console = Console(file=sys.stderr, highlight=False)
+        self.bar: Progress | None = None
+        if not quiet and self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("training", total=total, completed=done, numbers="")
+            self.bar.start()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if not self.quiet:
+            (self.bar.console if self.bar else self.console).print(text, markup=False)
+
+    def update(self, done: int, record: Mapping[str, Any]) -> None:
+        """Show the numbers of the iteration just done and the time left."""
+        spent = time.monotonic() - self.started
+        left = spent / max(1, done - self.first) * (self.total - done)
+        shown = [f"{name} {record[key]:.3f}" for name, key in SHOWN if isinstance(record.get(key), float)]
+        numbers = "  ".join([*shown, f"{left / 60:.1f} min left"])
+        if self.bar:
+            self.bar.update(self.task, completed=done, numbers=numbers)
+        elif not self.quiet and (time.monotonic() - self.printed > self.every or done == self.total):
+            self.printed = time.monotonic()
+            self.say(f"iteration {done}/{self.total}  {numbers}")
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+SHOWN = (("reward", "reward/raw"), ("return", "reward/return"), ("held-out", "evaluation/reward"))

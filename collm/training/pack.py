@@ -1,0 +1,225 @@
+"""From episodes to padded batches: one sequence for as many turns as share a growing prefix.
+
+Where an agent's prompt at turn t + 1 begins with its prompt and answer at turn t, both turns lie in one sequence and one
+forward pass scores them; where a template or a task rewrites the prompt, a new sequence begins. The token ids decide, so
+no template needs to be known here. Critic readings are packed by the same rule.
+
+A slot is a number that says whose answer or value it is: (episode * agents + agent) * turns + turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collm.errors import EngineError
+from collm.models.critic import Critic
+from collm.models.policy import Policy
+from collm.types import Episode, Group, Ids
+
+
+@dataclass(slots=True)
+class Packed:
+    """One sequence. answers: (slot, start, log-probs recorded when sampling), the answer's tokens beginning at `start`;
+    markers: (slot, position) where a value is read. Example: ids of 9 tokens, answers [(4, 6, [-0.1, -1.2, 0.0])]."""
+
+    ids: Ids
+    answers: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
+    markers: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """Right-padded ids (B, L); K answer tokens of S answers laid end to end; M markers. num_tokens excludes padding."""
+
+    ids_BL: Tensor
+    row_K: Tensor
+    column_K: Tensor
+    token_K: Tensor
+    old_logp_K: Tensor
+    answer_K: Tensor
+    slot_S: Tensor
+    row_M: Tensor
+    column_M: Tensor
+    slot_M: Tensor
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """One iteration's episodes as tensors: E episodes, N agents, T turns of the longest; failed episodes are left out.
+
+    rewards_ET: joint rewards, 0 past the end. live_ENT: 1 where the agent acted and the turn is the episode's own.
+    num_turns_E: turns played. truncated_E: cut off by the collector.
+    """
+
+    groups: list[Group]
+    episodes: list[Episode]
+    agents: tuple[str, ...]
+    rewards_ET: Tensor
+    live_ENT: Tensor
+    num_turns_E: Tensor
+    truncated_E: Tensor
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], agents: Sequence[str]) -> Batch:
+        kept = [Group(g.task, [e for e in g.episodes if not e.failure and e.turns]) for g in groups]
+        kept = [group for group in kept if group.episodes]
+        episodes = [episode for group in kept for episode in group.episodes]
+        E, N, T = len(episodes), len(agents), max((len(e.turns) for e in episodes), default=0)
+        rewards, live = np.zeros((E, T)), np.zeros((E, N, T), dtype=np.float32)
+        for e, episode in enumerate(episodes):
+            for t, turn in enumerate(episode.turns):
+                rewards[e, t] = turn.reward
+                if t >= episode.own_from:
+                    live[e, :, t] = [agent in turn.completions for agent in agents]
+        return cls(
+            kept,
+            episodes,
+            tuple(agents),
+            torch.from_numpy(rewards).float(),
+            torch.from_numpy(live),
+            torch.tensor([len(e.turns) for e in episodes], dtype=torch.int64),
+            torch.tensor([e.truncated for e in episodes], dtype=torch.bool),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        E, N, T = self.live_ENT.shape
+        return E, N, T
+
+
+def starts_with(ids: Ids, prefix: Ids) -> bool:
+    return len(ids) >= len(prefix) and np.array_equal(ids[: len(prefix)], prefix)
+
+
+def pack_answers(batch: Batch, agent: str, policy: Policy, *, values: bool = False) -> list[Packed]:
+    """The sequences of one agent: its answers, and with `values` a marker before each of them.
+
+    A marker's slot counts T + 1 turns; a truncated episode has a marker after its last observation. Raises EngineError for
+    completions without token ids and log-probs.
+    """
+    _, N, T = batch.shape
+    n = batch.agents.index(agent)
+    packed: list[Packed] = []
+    for e, episode in enumerate(batch.episodes):
+        current: Packed | None = None
+        for t, turn in enumerate(episode.turns):
+            answer = turn.completions.get(agent)
+            if answer is None or t < episode.own_from:
+                continue
+            if answer.prompt_ids is None or answer.token_ids is None or answer.logprobs is None:
+                raise EngineError(f"{agent}: the engine gave no token ids or log-probs; it can evaluate but not train.")
+            if current is None or not starts_with(answer.prompt_ids, current.ids):
+                current = Packed(answer.prompt_ids)
+                packed.append(current)
+            start = len(answer.prompt_ids)
+            current.ids = np.concatenate([answer.prompt_ids, answer.token_ids])
+            current.answers.append(((e * N + n) * T + t, start, answer.logprobs))
+            if values:
+                current.markers.append(((e * N + n) * (T + 1) + t, start - 1))
+        if values and episode.truncated and current is not None and agent in episode.observations:
+            ids = policy.chat.encode(episode.history(agent))
+            if not starts_with(ids, current.ids):
+                current = Packed(ids)
+                packed.append(current)
+            current.ids = ids
+            current.markers.append(((e * N + n) * (T + 1) + len(episode.turns), len(ids) - 1))
+    return packed
+
+
+def pack_readings(
+    batch: Batch, critic: Critic, view: Sequence[str], *, state: bool, kind: str
+) -> tuple[list[Packed], int]:
+    """What a critic reads of every episode, and how many readings had to be cut.
+
+    Slots belong to the first agent of the view. V: a marker before every turn (T + 1 slots), and after the last one of a
+    truncated episode. Q: a marker after the answers of every turn (T slots).
+    """
+    _, N, T = batch.shape
+    n = batch.agents.index(view[0])
+    packed: list[Packed] = []
+    num_cut = 0
+    for e, episode in enumerate(batch.episodes):
+        current: Packed | None = None
+        for t in range(len(episode.turns) + (kind == "V" and episode.truncated)):
+            answers = None if kind == "V" else {a: c.text for a, c in episode.turns[t].completions.items()}
+            reading = critic.read(episode, t, view, state=state, answers=answers)
+            num_cut += reading.cut > 0
+            if current is None or not starts_with(reading.ids, current.ids):
+                current = Packed(reading.ids)
+                packed.append(current)
+            current.ids = reading.ids
+            slot = (e * N + n) * (T + (kind == "V")) + t
+            current.markers.append((slot, len(reading.ids) - 1))
+    return packed, num_cut
+
+
+def pack_alternatives(batch: Batch, critic: Critic, view: Sequence[str], *, state: bool) -> tuple[list[Packed], list[int]]:
+    """Readings of Q with one agent's answer exchanged for each of its alternatives; markers are numbered in order.
+
+    Returns the sequences and, for each marker, the slot (T turns) of the answer that was exchanged.
+    """
+    _, N, T = batch.shape
+    packed, slots = [], []
+    for e, episode in enumerate(batch.episodes):
+        for t, turn in enumerate(episode.turns):
+            taken = {agent: completion.text for agent, completion in turn.completions.items()}
+            for agent, others in turn.alternatives.items():
+                if agent not in view:
+                    continue
+                for other in others:
+                    reading = critic.read(episode, t, view, state=state, answers={**taken, agent: other.text})
+                    packed.append(Packed(reading.ids, markers=[(len(slots), len(reading.ids) - 1)]))
+                    slots.append((e * N + batch.agents.index(agent)) * T + t)
+    return packed, slots
+
+
+def micro_batches(packed: Iterable[Packed], max_tokens: int, device: torch.device) -> Iterator[MicroBatch]:
+    """Sequences of like length together, at most `max_tokens` a batch with padding (a single longer one goes alone)."""
+    rows = sorted(packed, key=lambda sequence: -len(sequence.ids))
+    while rows:
+        count = max(1, max_tokens // max(1, len(rows[0].ids)))
+        yield _pad(rows[:count], device)
+        rows = rows[count:]
+
+
+def _pad(rows: Sequence[Packed], device: torch.device) -> MicroBatch:
+    ids_BL = np.zeros((len(rows), len(rows[0].ids)), dtype=np.int64)
+    row_K, column_K, token_K, logp_K, answer_K = [], [], [], [], []
+    slot_S: list[int] = []
+    markers = [(b, position, slot) for b, row in enumerate(rows) for slot, position in row.markers]
+    for b, row in enumerate(rows):
+        ids_BL[b, : len(row.ids)] = row.ids
+        for slot, start, logprobs in row.answers:
+            length = len(logprobs)
+            row_K.append(np.full(length, b))
+            column_K.append(np.arange(start - 1, start - 1 + length))  # the token before predicts the token
+            token_K.append(row.ids[start : start + length])
+            logp_K.append(logprobs)
+            answer_K.append(np.full(length, len(slot_S)))
+            slot_S.append(slot)
+
+    def joined(parts: list[np.ndarray], dtype: type = np.int64) -> Tensor:
+        array = np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype=dtype)
+        return torch.from_numpy(array).to(device)
+
+    columns = np.array(markers, dtype=np.int64).reshape(-1, 3).T
+    row_M, column_M, slot_M = (torch.from_numpy(np.ascontiguousarray(c)).to(device) for c in columns)
+    return MicroBatch(
+        torch.from_numpy(ids_BL).to(device),
+        joined(row_K),
+        joined(column_K),
+        joined(token_K),
+        joined(logp_K, np.float32),
+        joined(answer_K),
+        torch.tensor(slot_S, dtype=torch.int64, device=device),
+        row_M,
+        column_M,
+        slot_M,
+        sum(len(row.ids) for row in rows),
+    )

@@ -1,0 +1,323 @@
+"""The one trainer: collect, learn, evaluate, save; and do it again. It reads top to bottom."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from collm import seeds
+from collm.config import Config, parse_config
+from collm.engines.base import Engine
+from collm.engines.local import LocalEngine
+from collm.errors import ConfigError, RunError
+from collm.models.policy import Policy
+from collm.models.team import Team
+from collm.rollout.collect import collect, resample
+from collm.training import checkpoint
+from collm.training.evaluate import Evaluation, evaluate, num_tasks, plan_of
+from collm.training.learner import Learner
+from collm.training.loggers import Display, RunLog
+from collm.types import Episode, Group
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; everything done so far is saved."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class Trainer:
+    """Trains a team as a config says and keeps a run directory.
+
+    Example: Trainer(load_config(Path("recipes/demo.toml"))).run()
+    `team` and `engine` replace what the config would load. `resume` continues a run directory where it stopped, exactly.
+    """
+
+    def __init__(
+        self, config: Config, *, team: Team | None = None, engine: Engine | None = None, quiet: bool = False
+    ):
+        self._setup(config, team, engine, quiet)
+        self.folder = Path(config.run.folder) / config.run_name
+        if self.folder.exists():
+            raise RunError(
+                f"run {str(self.folder)!r} exists already. Continue it with `collm train --resume {self.folder}`, or give "
+                "this one another name: --run.name NAME."
+            )
+        with checkpoint.explained(self.folder):
+            (self.folder / "checkpoints").mkdir(parents=True)
+        checkpoint.write_text(self.folder / "config.json", json.dumps(self.config.resolved(), indent=1))
+
+    @classmethod
+    def resume(
+        cls, folder: Path, *, team: Team | None = None, engine: Engine | None = None, quiet: bool = False
+    ) -> Trainer:
+        """Continue a run from its last checkpoint (from its start, if it has none yet)."""
+        config = read_config(folder)
+        trainer = cls.__new__(cls)
+        trainer._setup(config, team, engine, quiet)
+        trainer.folder = folder
+        return trainer
+
+    def _setup(self, config: Config, team: Team | None, engine: Engine | None, quiet: bool) -> None:
+        threads = config.run.threads or os.cpu_count() or 1
+        device = resolve_device(config.run.device)
+        run = config.run.model_copy(update={"threads": threads, "device": device})
+        self.config = config.model_copy(update={"run": run})
+        self.quiet = quiet
+        torch.set_num_threads(threads)
+        self.plan = plan_of(self.config, "train")
+        self.agents = check_fit(self.config)
+        self.num_tasks = num_tasks(self.plan)
+        self.team = team or make_team(self.config, self.agents)
+        if self.team.agents != self.agents:
+            raise ConfigError(f"the team plays {self.team.agents}, but the task's agents are {self.agents}.")
+        self.engine = engine or LocalEngine(self.team, batch_tokens=config.rollout.batch_tokens)
+        if not self.engine.trains:
+            raise ConfigError(
+                f"{type(self.engine).__name__} gives no token ids and log-probs: it can evaluate and play frozen "
+                "team-mates, but not train. Use the local engine."
+            )
+        self.learner = Learner(self.team, self.config, self.plan.sampling)
+        self.iteration = 0
+        self.joint_actions = 0
+        self.best: tuple[float, int] | None = None
+        self.pending: dict[str, Any] | None = {"iteration": 0, "joint_actions": 0}
+        self.signal: int | None = None
+
+    def run(self) -> Path:
+        """Train to the last iteration and return the run directory.
+
+        Raises Interrupted after a signal, everything done so far saved.
+        """
+        with lock(self.folder), self._listen():
+            self._restore()
+            log = RunLog(self.folder, tensorboard=self.config.run.tensorboard, resumed_at=self.iteration - (self.pending is not None))
+            display = Display(self.config.run.iterations, done=self.iteration, quiet=self.quiet)
+            try:
+                if self.pending is not None:
+                    self._complete(self.pending, log, display)
+                while self.iteration < self.config.run.iterations:
+                    self._iterate(log, display)
+                self._save(log)
+                checkpoint.save_team(self.folder / "final", self.team)
+            except Interrupted:
+                self._save(log)
+                raise
+            finally:
+                display.close()
+                log.close()
+        return self.folder
+
+    def _iterate(self, log: RunLog, display: Display) -> None:
+        """One iteration: new episodes, one update, sometimes an evaluation and a checkpoint."""
+        started = time.monotonic()
+        groups = self._collect()
+        collected = time.monotonic()
+        learned = self.learner.update(groups, self.iteration)
+        self.engine.load(self.team)
+        self.iteration += 1
+        episodes = [episode for group in groups for episode in group.episodes]
+        self.joint_actions += sum(len(episode.turns) - episode.own_from for episode in episodes)
+        record = {"iteration": self.iteration, "joint_actions": self.joint_actions, **describe(episodes), **learned}
+        record["seconds/collect"] = collected - started
+        record["seconds/learn"] = time.monotonic() - collected
+        log.episodes(self.iteration, episodes[: self.config.run.episodes_saved])
+        self._complete(record, log, display)
+
+    def _complete(self, record: dict[str, Any], log: RunLog, display: Display) -> None:
+        """Evaluate where it is due, then write the iteration's line.
+
+        Until then the record is pending: a run interrupted here keeps it in its checkpoint and completes it on resume.
+        """
+        self.pending = record
+        every, last = self.config.evaluation.every, self.iteration == self.config.run.iterations
+        if every and (last or self.iteration % every == 0):
+            record = record | self._evaluate(log, display)
+        log.metrics(record)
+        self.pending = None
+        display.update(self.iteration, record)
+        if self.iteration and (last or self.iteration % self.config.run.checkpoint_every == 0):
+            self._save(log)
+
+    def _collect(self) -> list[Group]:
+        """This iteration's tasks, played; which tasks and which random numbers depend on the iteration's number alone."""
+        tasks = draw_tasks(self.config.run.seed, self.iteration, self.config.rollout.tasks, self.num_tasks)
+        keys = [seeds.derive(self.config.run.seed, "episode", self.iteration, i) for i in range(len(tasks))]
+        size = self.config.algorithm.group_size
+        groups = collect(self.plan, self.engine, tasks, keys, group_size=size, stop=self._check_signal)
+        if self.config.algorithm.advantage == "counterfactual":
+            episodes = [episode for group in groups for episode in group.episodes]
+            times = self.config.algorithm.resamples
+            resample(self.plan, self.engine, episodes, times, stop=self._check_signal)
+        return groups
+
+    def _evaluate(self, log: RunLog, display: Display) -> dict[str, Any]:
+        """Held-out means of this moment; the best is remembered, so that its checkpoint is kept."""
+        result = evaluate(self.config, self.engine, stop=self._check_signal)
+        log.episodes(self.iteration, result.episodes, suffix="-evaluation")
+        record = summarize(result)
+        score = record["evaluation/reward"]
+        if self.best is None or score > self.best[0]:
+            self.best = (score, self.iteration)
+        display.say(f"held-out after {self.iteration} iterations: reward {score:.3f} over {len(result.played)} tasks")
+        return record
+
+    # --- saving and leaving ------------------------------------------------------------------------------------------
+
+    def _save(self, log: RunLog) -> None:
+        log.flush()
+        best = None if self.best is None else list(self.best)
+        state = {"iteration": self.iteration, "joint_actions": self.joint_actions, "best": best, "pending": self.pending}
+        folder = self.folder / "checkpoints"
+        checkpoint.save(folder / f"{self.iteration:06d}", self.learner, state)
+        checkpoint.prune(folder, self.config.run.keep, self.best and self.best[1])
+
+    def _restore(self) -> None:
+        checkpoint.sweep(self.folder / "checkpoints")
+        newest = checkpoint.latest(self.folder / "checkpoints")
+        if newest is not None:
+            state = checkpoint.load(newest, self.learner)
+            self.iteration, self.joint_actions = state["iteration"], state["joint_actions"]
+            self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
+            self.pending = state["pending"]
+            self.engine.load(self.team)
+
+    @contextmanager
+    def _listen(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM: leave at the next safe point; a second Ctrl-C leaves at once."""
+
+        def note(signum: int, frame: FrameType | None) -> None:
+            if self.signal is not None:
+                raise KeyboardInterrupt
+            self.signal = signum
+
+        try:
+            before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: whoever runs us handles signals
+            before = {}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _check_signal(self) -> None:
+        if self.signal is not None:
+            raise Interrupted(self.signal)
+
+
+def read_config(folder: Path) -> Config:
+    """The config of a run directory. Raises RunError where there is none."""
+    path = folder / "config.json"
+    try:
+        return parse_config(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunError(f"{str(folder)!r} is not a run directory: {path.name} cannot be read ({error}).") from error
+
+
+def resolve_device(device: str) -> str:
+    """"auto" becomes cuda where there is one. Raises ConfigError for a device that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"run.device={device!r}, but torch {torch.__version__} sees no GPU here. Set run.device='cpu'.")
+    return device
+
+
+def check_fit(config: Config) -> tuple[str, ...]:
+    """The task's agents. Raises ConfigError where algorithm, protocol or models do not fit them."""
+    agents = tuple(plan_of(config, "train").env.make("train").possible_agents)
+    name = config.algorithm.name
+    if name in ("ac", "grpo") and len(agents) != 1:
+        other = {"ac": "collm-cc", "grpo": "magrpo"}[name]
+        raise ConfigError(
+            f"algorithm.name={name!r} is for one agent, but {config.env.name} has {len(agents)}: {', '.join(agents)}. "
+            f"Set algorithm.name={other!r}, or make the task for one agent."
+        )
+    unknown = sorted(set(config.team.models) - set(agents))
+    if unknown:
+        raise ConfigError(f"team.models names {', '.join(unknown)}, but the task's agents are {', '.join(agents)}.")
+    return agents
+
+
+def make_team(config: Config, agents: tuple[str, ...]) -> Team:
+    """Load each agent's model; with team.shared, agents with the same model get one policy between them."""
+    policies: dict[str, Policy] = {}
+    loaded: dict[str, Policy] = {}
+    for agent in agents:
+        source = config.team.models.get(agent, config.team.model)
+        if not (config.team.shared and source in loaded):
+            loaded[source] = Policy.from_pretrained(source, compute=config.team.compute, device=config.run.device)
+        policies[agent] = loaded[source]
+    return Team(policies)
+
+
+def draw_tasks(seed: int, iteration: int, count: int, total: int) -> list[int]:
+    """Tasks of one iteration: every task once, in a new order, before any comes again."""
+    drawn = []
+    for position in range(iteration * count, (iteration + 1) * count):
+        order = list(range(total))
+        random.Random(seeds.derive(seed, "tasks", position // total)).shuffle(order)
+        drawn.append(order[position % total])
+    return drawn
+
+
+def describe(episodes: list[Episode]) -> dict[str, Any]:
+    """Means over an iteration's episodes; failed ones are counted apart."""
+    played = [episode for episode in episodes if not episode.failure and episode.turns]
+    record: dict[str, Any] = {
+        "episodes": len(episodes),
+        "episodes_failed": len(episodes) - len(played),
+        "tokens/sampled": sum(episode.num_tokens() for episode in played),
+        "tokens/prompt": sum(
+            len(c.prompt_ids)
+            for e in played
+            for turn in e.turns[e.own_from :]
+            for c in turn.completions.values()
+            if c.prompt_ids is not None
+        ),
+    }
+    if played:
+        record["reward/raw"] = math.fsum(episode.score for episode in played) / len(played)
+        record["reward/return"] = math.fsum(turn.reward for e in played for turn in e.turns) / len(played)
+        record["turns"] = sum(len(episode.turns) for episode in played) / len(played)
+        answers = [c for e in played for turn in e.turns[e.own_from :] for c in turn.completions.values()]
+        record["answers_cut_off"] = sum(c.finish_reason == "length" for c in answers) / len(answers)
+        for name in played[0].metrics:
+            record[f"task/{name}"] = math.fsum(e.metrics.get(name, 0.0) for e in played) / len(played)
+    return record
+
+
+def summarize(result: Evaluation) -> dict[str, Any]:
+    """Means of a held-out evaluation, as one iteration's line keeps them."""
+    columns = result.columns()
+    record: dict[str, Any] = {f"evaluation/{name}": float(column.mean()) for name, column in columns.items()}
+    record["evaluation/episodes"] = len(result.played)
+    record["evaluation/failed"] = len(result.episodes) - len(result.played)
+    record["seconds/evaluation"] = result.seconds
+    return record
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One process per run directory; the lock dies with the process."""
+    with (folder / "lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"run {str(folder)!r} is being trained by another process; wait for it or stop it.") from error
+        yield
