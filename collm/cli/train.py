@@ -15,7 +15,7 @@ from collm.errors import ConfigError
 
 def demo_recipe() -> Path:
     """The recipe that `collm train` uses when it is given none."""
-    return Path(str(resources.files("collm") / "recipes" / "demo.toml"))
+    return Path(str(resources.files("collm.cli") / "demo.toml"))
 
 
 def run(arguments: argparse.Namespace) -> int:

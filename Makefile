@@ -1,0 +1,39 @@
+# `make demo` and `make test` are all a newcomer needs: both make their own virtual environment first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+
+.PHONY: demo test test-slow lint tiny clean help
+
+help:
+	@echo "make demo       install, train two tiny builders (at most 5 minutes), show before and after"
+	@echo "make test       install, check style and types, run the quick tests"
+	@echo "make test-slow  the long checks (at most an hour)"
+	@echo "make tiny       make the tiny language model anew into build/tiny (about 20 minutes on two cores)"
+
+$(BIN)/collm: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  (echo "collm needs Python 3.11 to 3.13; name one: make PYTHON=python3.12 ..." && exit 1)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".[dev]"
+	@touch $(BIN)/collm
+
+demo: $(BIN)/collm
+	@if [ -e $(RUN) ]; then $(BIN)/collm train --resume $(RUN); else $(BIN)/collm train --run.name $(notdir $(RUN)); fi
+	@$(BIN)/collm report $(RUN)
+
+test: $(BIN)/collm
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-slow: $(BIN)/collm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -v
+
+tiny: $(BIN)/collm
+	$(BIN)/python -m collm.training.pretrain build/tiny
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache *.egg-info

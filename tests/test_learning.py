@@ -1,0 +1,149 @@
+"""Every algorithm solves the toy world: from at most 0.4 to at least 0.9 of the optimum on `agree` with four colours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from collm import seeds
+from collm.config import parse_config
+from collm.rollout.collect import collect
+from collm.training.loggers import read_metrics
+from collm.training.trainer import Trainer
+
+MONTE_CARLO = ("magrpo", "marloo", "maremax", "mareinforce", "grpo")
+
+
+def make_trainer(folder: Path, name: str, agents: int, seed: int, **changes: dict[str, Any]) -> Trainer:
+    """64 joint samples an iteration: 16 groups of 4, or 64 single episodes under a critic."""
+    values: dict[str, dict[str, Any]] = {
+        "run": {"name": "run", "seed": seed, "iterations": 40, "threads": 1, "folder": str(folder), "tensorboard": False},
+        "env": {"name": "agree", "agents": agents},
+        "rollout": {"tasks": 16 if name in MONTE_CARLO else 64, "max_tokens": 4},
+        "algorithm": {"name": name},
+        "learner": {"lr": 1e-3},
+        "critic": {"lr": 1e-3},
+        "evaluation": {"every": 0},
+    }
+    for room, settings in changes.items():
+        values[room] |= settings
+    return Trainer(parse_config(values), quiet=True)
+
+
+def score(trainer: Trainer, episodes: int = 256) -> float:
+    """Share of the optimum: mean reward per turn of sampled play."""
+    plan = replace(trainer.plan, branches=0)
+    tasks = [index % trainer.num_tasks for index in range(episodes)]
+    groups = collect(plan, trainer.engine, tasks, [seeds.derive("score", index) for index in range(episodes)])
+    played = [episode for group in groups for episode in group.episodes]
+    return sum(turn.raw_reward for e in played for turn in e.turns) / sum(len(e.turns) for e in played)
+
+
+def solves(trainer: Trainer) -> None:
+    before = score(trainer)
+    assert before <= 0.4
+    trainer.run()
+    after = score(trainer)
+    print(f"{trainer.config.algorithm.name} {trainer.agents} seed {trainer.config.run.seed}: {before:.2f} -> {after:.2f}")
+    assert after >= 0.9
+
+
+# The biased baseline of maremax is pushed about by failures while success is rare: it needs larger groups, nothing else.
+LARGER_GROUPS = {"algorithm": {"name": "maremax", "group_size": 16}, "rollout": {"tasks": 8}, "learner": {"lr": 3e-4}}
+
+
+@pytest.mark.parametrize("name", ["collm-cc", "magrpo"])
+def test_two_agents_agree(tmp_path: Path, name: str) -> None:
+    solves(make_trainer(tmp_path, name, 2, 0, run={"iterations": 25}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("agents", [2, 3])
+@pytest.mark.parametrize("name", ["collm-cc", "collm-dc", "magrpo", "marloo", "maremax", "mareinforce"])
+def test_every_algorithm_agrees(tmp_path: Path, name: str, agents: int, seed: int) -> None:
+    changes = {**LARGER_GROUPS, "run": {"iterations": 80}} if name == "maremax" and agents == 3 else {}
+    solves(make_trainer(tmp_path, name, agents, seed, **changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", ["ac", "grpo"])
+def test_one_agent_names_the_stated_target(tmp_path: Path, name: str, seed: int) -> None:
+    solves(make_trainer(tmp_path, name, 1, seed, learner={"lr": 3e-4}, critic={"lr": 3e-4}, run={"iterations": 100}))
+
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "own critic as a value head": {"algorithm": {"name": "collm-dc", "critic_body": "policy"}, "critic": {"value_clip": 0.2}},
+    "Q with a counterfactual baseline": {"algorithm": {"critic_kind": "Q", "advantage": "counterfactual"}},
+    "own Q": {"algorithm": {"name": "collm-dc", "critic_kind": "Q", "advantage": "counterfactual"}},
+    "TD(lambda), three turns": {"algorithm": {"lam": 0.9, "critic_lam": 0.9}, "env": {"turns": 3}, "rollout": {"tasks": 24}},
+    "turn tree": {"algorithm": {"name": "magrpo", "tree": True, "group_size": 3}, "env": {"turns": 3}, "rollout": {"tasks": 2}},
+    "ratio per token": {"algorithm": {"loss": "ppo_clip", "epochs": 3}},
+    "ratio per answer": {"algorithm": {"loss": "sequence_clip", "epochs": 3, "normalize": "agent"}},
+    "group deviation": {"algorithm": {"name": "magrpo", "normalize": "group"}, "rollout": {"tasks": 16}},
+    "everything on": {
+        "algorithm": {"kl_coef": 0.001, "normalize": "agent", "lam": 0.5, "critic_lam": 0.5},
+        "critic": {"warmup": 3, "epochs": 2, "normalize_targets": True, "state": True},
+        "env": {"turns": 2},
+        "rollout": {"tasks": 32},
+    },
+    "a fresh prompt each turn": {"env": {"turns": 3}, "rollout": {"history": "last", "tasks": 24}},
+    "one set of weights for all": {"team": {"shared": True}},
+    "a small support": {"rollout": {"temperature": 0.9, "top_p": 0.95, "top_k": 20}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_every_switch_still_agrees(tmp_path: Path, variant: str) -> None:
+    changes = VARIANTS[variant]
+    name = changes.get("algorithm", {}).get("name", "collm-cc")
+    changes = {"team": {}, **changes}
+    solves(make_trainer(tmp_path, name, 2, 0, **{"run": {"iterations": 50}, **changes}))
+
+
+@pytest.mark.parametrize("agents", [2, 3, 5])
+def test_tokens_grow_with_agents_and_critic_steps_do_not(tmp_path: Path, agents: int) -> None:
+    """Policy tokens per joint action with N agents are N times those with one; the critic takes one step in every case."""
+    records = {}
+    for number in (1, agents):
+        changes = {"run": {"iterations": 1}, "env": {"name": "worlds:Echo", "agents": number}}
+        trainer = make_trainer(tmp_path / str(number), "collm-cc", number, 0, rollout={"max_tokens": 1}, **changes)
+        steps = count_steps(trainer)
+        trainer.run()
+        records[number] = read_metrics(trainer.folder / "metrics.jsonl")[-1]
+        assert steps == {"critic-team": 1, **{agent: 1 for agent in trainer.agents}}
+    for key in ("tokens/policy", "tokens/prompt", "tokens/sampled"):
+        assert records[agents][key] == agents * records[1][key]
+    assert records[agents]["joint_actions"] == records[1]["joint_actions"] == 128
+    assert records[agents]["tokens/critic"] > 0
+
+
+def count_steps(trainer: Trainer) -> dict[str, int]:
+    steps = dict.fromkeys(trainer.learner.optimizers, 0)
+    for name, optimizer in trainer.learner.optimizers.items():
+
+        def count(*_: Any, name: str = name) -> None:
+            steps[name] += 1
+
+        optimizer.register_step_post_hook(count)
+    return steps
+
+
+def test_the_wrong_variant_fails(tmp_path: Path) -> None:
+    """With advantages of the wrong sign the same recipe unlearns: the test above can fail."""
+    trainer = make_trainer(tmp_path, "collm-cc", 2, 0, run={"iterations": 25})
+    estimate = trainer.learner._estimate
+
+    def wrong(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        advantages, targets = estimate(*arguments)
+        return -advantages, targets
+
+    trainer.learner._estimate = wrong  # type: ignore[method-assign]
+    trainer.run()
+    assert score(trainer) < 0.4

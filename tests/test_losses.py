@@ -1,0 +1,200 @@
+"""Losses against gradients by hand, on the right side of the clip, and additive over micro-batches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from collm.algorithms import losses
+from collm.algorithms.catalogue import CLIPPED_LOSSES
+
+# A toy policy over three tokens: z = (ln 1, ln 2, ln 1), p = (0.25, 0.5, 0.25). Two answers, [0, 2] with A = 2, [1] with A = -1.
+TOKENS = torch.tensor([0, 2, 1])
+ANSWERS = torch.tensor([0, 0, 1])
+ADVANTAGES = torch.tensor([2.0, -1.0], dtype=torch.float64)
+
+
+def toy():
+    z = torch.tensor([0.0, math.log(2), 0.0], dtype=torch.float64, requires_grad=True)
+    return z, torch.log_softmax(z, -1)[TOKENS]
+
+
+def number(value):
+    return torch.tensor([value], dtype=torch.float64, requires_grad=True)
+
+
+def test_reinforce_gradient_by_hand():
+    # d log p_k / dz = e_k - p. dL/dz = -1/2 (2 (e_0 + e_2 - 2p) - (e_1 - p)) = -1/2 (2e_0 + 2e_2 - e_1 - 3p)
+    #       = -1/2 (2 - 0.75, -1 - 1.5, 2 - 0.75) = (-0.625, 1.25, -0.625)
+    z, logp = toy()
+    loss, _ = losses.reinforce(logp, ANSWERS, ADVANTAGES, num_answers=2)
+    # L = -1/2 (2 (ln 0.25 + ln 0.25) - ln 0.5) = -1/2 (-8 ln 2 + ln 2) = 3.5 ln 2
+    assert loss.item() == pytest.approx(3.5 * math.log(2))
+    loss.backward()
+    assert torch.allclose(z.grad, torch.tensor([-0.625, 1.25, -0.625], dtype=torch.float64))
+
+
+def test_the_mean_of_token_logprobs_is_another_gradient():
+    """Length-normalized answers, a common wrong variant, have half the pull on the two-token answer."""
+    z, logp = toy()
+    loss, _ = losses.reinforce(logp / torch.tensor([2.0, 2.0, 1.0]), ANSWERS, ADVANTAGES, num_answers=2)
+    loss.backward()
+    assert not torch.allclose(z.grad, torch.tensor([-0.625, 1.25, -0.625], dtype=torch.float64), atol=0.1)
+
+
+@pytest.mark.parametrize("name", list(CLIPPED_LOSSES))
+@pytest.mark.parametrize("clip", [1e-6, 0.2])
+def test_clipped_losses_at_ratio_one_have_the_gradient_of_reinforce(name, clip):
+    z, logp = toy()
+    loss, stats = CLIPPED_LOSSES[name](logp, logp.detach(), ANSWERS, ADVANTAGES, clip=clip, num_answers=2)
+    # L = -1/2 sum over tokens of A = -1/2 (2 + 2 - 1)
+    assert loss.item() == pytest.approx(-1.5)
+    loss.backward()
+    assert torch.allclose(z.grad, torch.tensor([-0.625, 1.25, -0.625], dtype=torch.float64))
+    assert stats == {"clipped": 0.0, "tokens": 3.0}
+
+
+# clip 0.2. Ratio 1.5: A = 1 earns min(1.5, 1.2), flat; A = -1 pays max(1.5, 1.2), slope = ratio. Ratio 0.5: A = 1 earns
+# min(0.5, 0.8), slope; A = -1 pays max(0.5, 0.8), flat. Inside, 1.1 and 0.9: never flat.
+@pytest.mark.parametrize("name", list(CLIPPED_LOSSES))
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "slope"),
+    [
+        (1.5, 1.0, -1.2, 0.0),
+        (1.5, -1.0, 1.5, 1.5),
+        (0.5, 1.0, -0.5, -0.5),
+        (0.5, -1.0, 0.8, 0.0),
+        (1.1, 1.0, -1.1, -1.1),
+        (0.9, -1.0, 0.9, 0.9),
+    ],
+)
+def test_clipping_acts_on_the_side_that_has_moved_far_enough(name, ratio, advantage, value, slope):
+    logp, old = number(math.log(ratio) - 3), torch.tensor([-3.0], dtype=torch.float64)
+    adv, answer = torch.tensor([advantage], dtype=torch.float64), torch.tensor([0])
+    loss, stats = CLIPPED_LOSSES[name](logp, old, answer, adv, clip=0.2, num_answers=1)
+    loss.backward()
+    assert loss.item() == pytest.approx(value)
+    assert logp.grad.item() == pytest.approx(slope)
+    assert stats["clipped"] == float(slope == 0)
+
+
+def test_a_sequence_has_one_ratio_and_tokens_have_their_own():
+    # Token ratios 4 and 1: geometric mean 2. A = -1. Sequence: 2 tokens * 2 = 4, slope 2*2*(1/2) = 2 on each token.
+    # Per token: 4 + 1 = 5, slopes 4 and 1.
+    old = torch.tensor([-2.0, -1.0], dtype=torch.float64)
+    for name, value, slopes in (("sequence_clip", 4.0, [2.0, 2.0]), ("ppo_clip", 5.0, [4.0, 1.0])):
+        logp = (old + torch.tensor([math.log(4), 0.0])).detach().requires_grad_()
+        adv = torch.tensor([-1.0], dtype=torch.float64)
+        loss, _ = CLIPPED_LOSSES[name](logp, old, torch.tensor([0, 0]), adv, clip=0.2, num_answers=1)
+        loss.backward()
+        assert loss.item() == pytest.approx(value)
+        assert logp.grad.tolist() == pytest.approx(slopes)
+    # A = +1: the sequence is clipped as a whole (2 * 1.2, flat); per token only the first (1.2 + 1; the second pulls).
+    for name, value, slopes, clipped in (("sequence_clip", -2.4, [0.0, 0.0], 2.0), ("ppo_clip", -2.2, [0.0, -1.0], 1.0)):
+        logp = (old + torch.tensor([math.log(4), 0.0])).detach().requires_grad_()
+        adv = torch.tensor([1.0], dtype=torch.float64)
+        loss, stats = CLIPPED_LOSSES[name](logp, old, torch.tensor([0, 0]), adv, clip=0.2, num_answers=1)
+        loss.backward()
+        assert loss.item() == pytest.approx(value)
+        assert logp.grad.tolist() == pytest.approx(slopes)
+        assert stats == {"clipped": clipped, "tokens": 2.0}
+
+
+def test_answer_sums_go_to_their_answers_in_any_order():
+    values, answers = torch.tensor([1.0, 10.0, 100.0, 1000.0]), torch.tensor([2, 0, 2, 0])
+    assert losses.answer_sums(values, answers, 4).tolist() == [1010.0, 0.0, 101.0, 0.0]
+
+
+def parts(name, keep):
+    """A loss and its gradient over the answers in `keep`, with num_answers of the whole update."""
+    torch.manual_seed(3)
+    lengths = [3, 1, 4, 2, 6]
+    answer = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths))
+    logp = (-torch.rand(16, dtype=torch.float64)).requires_grad_()
+    old, adv = logp.detach() + 0.4 * torch.randn(16).double(), torch.randn(5).double()
+    chosen = torch.isin(answer, torch.tensor(keep))
+    renumbered = torch.tensor([keep.index(a) for a in answer[chosen].tolist()])
+    if name == "reinforce":
+        loss, _ = losses.reinforce(logp[chosen], renumbered, adv[keep], num_answers=5)
+    elif name == "kl":
+        loss, _ = losses.kl_to_reference(logp[chosen], old[chosen], num_answers=5)
+    else:
+        loss, _ = CLIPPED_LOSSES[name](logp[chosen], old[chosen], renumbered, adv[keep], clip=0.2, num_answers=5)
+    loss.backward()
+    return loss.item(), logp.grad
+
+
+@pytest.mark.parametrize("name", ["reinforce", "ppo_clip", "sequence_clip", "kl"])
+def test_micro_batches_add_up(name):
+    whole, gradient = parts(name, [0, 1, 2, 3, 4])
+    for split in ([[0], [1], [2], [3], [4]], [[0, 1, 2], [3, 4]], [[4, 0], [2, 3, 1]]):
+        pieces = [parts(name, keep) for keep in split]
+        assert sum(loss for loss, _ in pieces) == pytest.approx(whole, abs=1e-12)
+        assert torch.allclose(sum(grad for _, grad in pieces), gradient, atol=1e-12)
+
+
+def test_value_errors_add_up():
+    torch.manual_seed(4)
+    values, old, targets = torch.randn(3, 5).double()
+    for loss in (
+        lambda s: losses.value_error(values[s], targets[s], num_values=5)[0],
+        lambda s: losses.clipped_value_error(values[s], old[s], targets[s], clip=0.3, num_values=5)[0],
+    ):
+        assert loss(slice(0, 2)) + loss(slice(2, 5)) == pytest.approx(loss(slice(0, 5)).item())
+
+
+def test_kl_by_hand():
+    # d = ln 2: 2 - ln 2 - 1; d = -ln 2: 0.5 + ln 2 - 1. Two answers.
+    logp = torch.tensor([-2.0, -1.0], dtype=torch.float64)
+    reference = logp + torch.tensor([math.log(2), -math.log(2)])
+    loss, stats = losses.kl_to_reference(logp, reference, num_answers=2)
+    assert loss.item() == pytest.approx(0.25)
+    assert stats == {"kl": pytest.approx(0.5), "tokens": 2.0}
+
+
+def test_kl_is_never_negative_and_zero_with_zero_gradient_at_equality():
+    torch.manual_seed(5)
+    logp, reference = -3 * torch.rand(2, 1000, dtype=torch.float64)
+    for k in range(1000):
+        assert losses.kl_to_reference(logp[k : k + 1], reference[k : k + 1], num_answers=1)[0] >= 0
+    same = logp.clone().requires_grad_()
+    loss, _ = losses.kl_to_reference(same, logp, num_answers=1)
+    loss.backward()
+    assert loss.item() == 0
+    assert same.grad.abs().max() == 0
+
+
+def test_kl_estimate_has_the_divergence_as_its_mean():
+    p, q = torch.tensor([0.2, 0.5, 0.3]).double(), torch.tensor([0.6, 0.1, 0.3]).double()
+    expected = (p * (p / q).log()).sum().item()
+    mean = sum(p[k] * losses.kl_to_reference(p[k : k + 1].log(), q[k : k + 1].log(), num_answers=1)[0] for k in range(3))
+    assert mean.item() == pytest.approx(expected)
+
+
+def test_value_error_by_hand_and_its_target_has_no_gradient():
+    values = torch.tensor([1.0, 2.0], requires_grad=True)
+    targets = torch.tensor([3.0, -1.0], requires_grad=True)
+    loss, _ = losses.value_error(values, targets, num_values=4)
+    loss.backward()
+    assert loss.item() == pytest.approx((4 + 9) / 4)
+    assert values.grad.tolist() == pytest.approx([2 * -2 / 4, 2 * 3 / 4])
+    assert targets.grad is None
+
+
+# V_old = 1, clip 0.5. V = 2 is moved to 1.5. Target 3: max(1, 2.25) = 2.25, flat: it has gone far enough towards it.
+# Target 0: max(4, 2.25) = 4, slope 2*2: the way back is open. V = 1.2 lies inside: plain.
+@pytest.mark.parametrize(
+    ("value", "target", "expected", "slope"), [(2.0, 3.0, 2.25, 0.0), (2.0, 0.0, 4.0, 4.0), (1.2, 3.0, 3.24, -3.6)]
+)
+def test_clipped_value_error_by_hand(value, target, expected, slope):
+    values = number(value)
+    old, targets = torch.ones(1).double(), torch.tensor([target], dtype=torch.float64, requires_grad=True)
+    loss, _ = losses.clipped_value_error(values, old, targets, clip=0.5, num_values=1)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected)
+    assert values.grad.item() == pytest.approx(slope)
+    assert targets.grad is None
+    wide, _ = losses.clipped_value_error(values, old, targets, clip=100.0, num_values=1)
+    assert wide.item() == pytest.approx(losses.value_error(values, targets, num_values=1)[0].item())

@@ -1,0 +1,136 @@
+"""A run that is stopped anywhere, by a signal or by kill -9 inside a save, repeats the uninterrupted one bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+RECIPE = """
+[run]
+iterations = {iterations}
+threads = 1
+checkpoint_every = 2
+[env]
+name = "agree"
+turns = 2
+[rollout]
+tasks = 8
+max_tokens = 4
+[algorithm]
+name = "collm-cc"
+lam = 0.5
+[critic]
+lr = 1e-3
+normalize_targets = true
+[learner]
+lr = 1e-3
+schedule = "cosine"
+[evaluation]
+every = 3
+temperature = 1.0
+"""
+
+
+def collm(*words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "collm.cli.main", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def start(folder: Path, name: str, iterations: int) -> list[str]:
+    recipe = folder / "recipe.toml"
+    recipe.write_text(RECIPE.format(iterations=iterations))
+    return ["train", str(recipe), "--run.folder", str(folder), "--run.name", name]
+
+
+def outcome(run: Path) -> tuple[dict[str, bytes], list[dict], dict[str, object]]:
+    """Final weights, metrics without seconds, and episode files without seconds."""
+    weights = {
+        f"{path.parent.name}.{name}": tensor.tobytes()
+        for path in sorted((run / "checkpoints").glob("*/*.safetensors"))
+        if path.parent == max((run / "checkpoints").glob("[0-9]*"))
+        for name, tensor in ((f"{path.name}/{k}", v) for k, v in load_file(path).items())
+    }
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+    episodes = {
+        path.name: [{**json.loads(line), "seconds": 0} for line in path.read_text().splitlines()]
+        for path in sorted((run / "episodes").iterdir())
+    }
+    return weights, metrics, episodes
+
+
+def finish(run: Path) -> None:
+    process = collm("train", "--resume", str(run))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(tmp_path: Path, signum: int, code: int) -> None:
+    whole = collm(*start(tmp_path, "whole", 6))
+    assert whole.wait(timeout=300) == 0
+    part = collm(*start(tmp_path, "part", 6))
+    metrics = tmp_path / "part" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert part.poll() is None, part.stderr.read()
+        time.sleep(0.02)
+    part.send_signal(signum)
+    _, err = part.communicate(timeout=300)
+    assert part.returncode == code
+    assert "--resume" in err
+    assert "Traceback" not in err
+    finish(tmp_path / "part")
+    assert outcome(tmp_path / "part") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_five_of_them_inside_a_save(tmp_path: Path) -> None:
+    iterations = 80
+    whole = collm(*start(tmp_path, "whole", iterations))
+    assert whole.wait(timeout=600) == 0
+    run = tmp_path / "part"
+    rng = random.Random(0)
+    process = collm(*start(tmp_path, "part", iterations))
+    inside = 0
+    for kills in range(20):
+        lines = num_lines(run)
+        if kills % 3 == 0:  # inside a save, as soon as one begins
+            wait(process, lambda: any((run / "checkpoints").glob(".saving-*/*")), pause=0.0)
+        else:  # anywhere after some new iteration
+            wait(process, lambda known=lines: num_lines(run) > known, pause=0.005)
+            time.sleep(rng.uniform(0, 0.25))
+        assert process.poll() is None, "the run ended before it could be killed often enough"
+        process.kill()
+        process.wait()
+        inside += any((run / "checkpoints").glob(".saving-*"))
+        process = collm("train", "--resume", str(run))
+    assert process.wait(timeout=600) == 0
+    assert inside >= 5, f"only {inside} kills inside a save"
+    assert outcome(run) == outcome(tmp_path / "whole")
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def num_lines(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def wait(process: subprocess.Popen[str], ready: Callable[[], bool], pause: float) -> None:
+    deadline = time.monotonic() + 120
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(pause)

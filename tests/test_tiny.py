@@ -1,0 +1,71 @@
+"""The shipped tiny model: it speaks the format, fits its size, and is a poor team-mate."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from collm.config import parse_config
+from collm.engines.local import LocalEngine
+from collm.models import tiny
+from collm.models.team import Team
+from collm.training.evaluate import Evaluation, evaluate
+
+
+def play(temperature: float = 1.0, **options: object) -> Evaluation:
+    config = parse_config(
+        {
+            "env": {"name": "str_build", **options},
+            "rollout": {"max_tokens": 200},
+            "evaluation": {"temperature": temperature},
+        }
+    )
+    team = Team.from_pretrained({"builder_0": "tiny", "builder_1": "tiny"})
+    return evaluate(config, LocalEngine(team))
+
+
+def test_it_fits_in_eight_megabytes_and_unties_its_embeddings() -> None:
+    assert sum(path.stat().st_size for path in tiny.folder().iterdir()) <= 8e6
+    model = Team.from_pretrained({"a": "tiny"}).policies["a"].model
+    assert model.get_input_embeddings().weight.data_ptr() != model.get_output_embeddings().weight.data_ptr()
+
+
+def test_it_builds_unseen_words_without_coordination() -> None:
+    """IoU of two untrained builders on held-out words, none of them in its pre-training, lies between 0.2 and 0.5."""
+    result = play(strings="english", lengths=[2, 3, 4], turns=1)
+    columns = result.columns()
+    assert len(result.played) == len({e.label for e in result.played}) > 200
+    assert 0.2 <= columns["iou"].mean() <= 0.5
+    assert columns["written_by_both"].mean() > 0.05
+
+
+def test_it_writes_valid_commands_for_words_of_any_length() -> None:
+    for words in (["A", "W", "Q"], ["ZA", "KE"], ["VEX", "JIG"], ["QUIZ", "FLUX"]):
+        result = play(strings=words, turns=1)
+        lines = [
+            line
+            for episode in result.played
+            for turn in episode.turns
+            for completion in turn.completions.values()
+            for line in completion.text.split("\n")
+        ]
+        rejected = result.columns()["rejected"].sum()
+        assert len(lines) > 2 * len(words)
+        assert rejected <= 0.1 * len(lines)
+
+
+@pytest.mark.slow
+def test_its_recipe_gives_the_same_weights_twice(tmp_path: Path) -> None:
+    """A short run of the command that makes it, twice: the same file to the bit."""
+    digests = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        command = [sys.executable, "-m", "collm.training.pretrain", str(folder), "--steps", "20", "--threads", "1"]
+        subprocess.run(command, check=True, capture_output=True, timeout=600)
+        digests.append(hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest())
+    assert digests[0] == digests[1]
+    assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (tiny.folder() / "tokenizer.json").read_bytes()
