@@ -39,8 +39,8 @@ def explained(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SaveError(
-            f"cannot write {path}: {reason}. Nothing saved before is damaged; make room (or mend permissions) and "
-            "continue with `collm train --resume`."
+            f"cannot write {path}: {reason}. Nothing saved before is damaged: make room (or mend permissions) and "
+            "continue with `collm train --resume RUN`."
         ) from error
 
 

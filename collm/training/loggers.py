@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -127,9 +128,12 @@ class RunLog:
             self.writer.flush()
 
     def close(self) -> None:
-        self.file.close()
+        """Close the files; on a full disk the error that led here says more than another one would."""
+        with contextlib.suppress(OSError):
+            self.file.close()
         if self.writer is not None:
-            self.writer.close()
+            with contextlib.suppress(OSError):
+                self.writer.close()
 
 
 def _line(record: Mapping[str, Any]) -> str:
