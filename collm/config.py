@@ -1,4 +1,4 @@
-"""Every setting, one model per room. A recipe is a TOML file; `--room.key value` overrides it; contradictions are refused at once.
+"""Every setting, one model per room. A recipe is a TOML file, `--room.key value` overrides it, contradictions are refused.
 
 Nothing here imports torch, so a mistyped setting is reported before anything heavy is loaded.
 """
@@ -148,7 +148,7 @@ class AlgorithmSettings(Room):
             raise ValueError(f"{a} never asks the critic. Set algorithm.critic='none', or algorithm.advantage='td_lambda'.")
         if (self.critic_kind == "Q") != (self.advantage == "counterfactual"):
             raise ValueError(
-                f"{a} with algorithm.critic_kind={self.critic_kind!r}: Q - Q leaves the actor no signal and V knows no answers. "
+                f"{a} with algorithm.critic_kind={self.critic_kind!r}: Q - Q leaves the actor no signal, and V knows no answer. "
                 "Set critic_kind='Q' together with advantage='counterfactual', or 'V' with 'td_lambda'."
             )
         if self.critic_body == "policy" and (self.critic != "own" or self.critic_kind != "V"):
@@ -284,7 +284,7 @@ class Config(Room):
 
 
 def load_config(recipe: Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read a recipe and apply `{"room.key": value}` on top. Raises ConfigError naming the setting, the reason and the way out."""
+    """Read a recipe and apply `{"room.key": value}` on top. Raises ConfigError naming setting, reason and way out."""
     values: dict[str, Any] = {}
     if recipe is not None:
         try:

@@ -3,7 +3,7 @@
 One worked example runs through this file: two agents play one turn of `agree`.
 
     Request("agent_0", (Message("user", "Name one colour ..."),), sampling=Sampling(max_tokens=4), seed=7)
-      -> Completion("agent_0", text="red", prompt_ids=[5, 9, ...], token_ids=[71, 2], logprobs=[-1.39, -0.01], finish_reason="stop")
+      -> Completion("agent_0", text="red", prompt_ids=[5, 9, ...], token_ids=[71, 2], logprobs=[-1.39, -0.01])
     Turn(observations={"agent_0": "Name one ...", "agent_1": ...}, completions={...}, reward=1.0, ...)
     Episode(task=0, seed=3, agents=("agent_0", "agent_1"), turns=[...], terminated=True)
     Group(task=0, episodes=[four episodes of task 0])

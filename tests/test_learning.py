@@ -12,6 +12,7 @@ import torch
 from collm import seeds
 from collm.config import parse_config
 from collm.rollout.collect import collect
+from collm.training import credit
 from collm.training.loggers import read_metrics
 from collm.training.trainer import Trainer
 
@@ -80,7 +81,10 @@ def test_one_agent_names_the_stated_target(tmp_path: Path, name: str, seed: int)
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "own critic as a value head": {"algorithm": {"name": "collm-dc", "critic_body": "policy"}, "critic": {"value_clip": 0.2}},
     "Q with a counterfactual baseline": {"algorithm": {"critic_kind": "Q", "advantage": "counterfactual"}},
-    "own Q": {"algorithm": {"name": "collm-dc", "critic_kind": "Q", "advantage": "counterfactual"}},
+    "own Q": {
+        "algorithm": {"name": "collm-dc", "critic_kind": "Q", "advantage": "counterfactual"},
+        "learner": {"lr": 5e-4},
+    },
     "TD(lambda), three turns": {"algorithm": {"lam": 0.9, "critic_lam": 0.9}, "env": {"turns": 3}, "rollout": {"tasks": 24}},
     "turn tree": {"algorithm": {"name": "magrpo", "tree": True, "group_size": 3}, "env": {"turns": 3}, "rollout": {"tasks": 2}},
     "ratio per token": {"algorithm": {"loss": "ppo_clip", "epochs": 3}},
@@ -137,15 +141,15 @@ def count_steps(trainer: Trainer) -> dict[str, int]:
     return steps
 
 
-def test_the_wrong_variant_fails(tmp_path: Path) -> None:
+def test_the_wrong_variant_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With advantages of the wrong sign the same recipe unlearns: the test above can fail."""
     trainer = make_trainer(tmp_path, "collm-cc", 2, 0, run={"iterations": 25})
-    estimate = trainer.learner._estimate
+    assign = credit.assign
 
     def wrong(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        advantages, targets = estimate(*arguments)
+        advantages, targets = assign(*arguments)
         return -advantages, targets
 
-    trainer.learner._estimate = wrong  # type: ignore[method-assign]
+    monkeypatch.setattr(credit, "assign", wrong)
     trainer.run()
     assert score(trainer) < 0.4

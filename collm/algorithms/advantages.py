@@ -118,15 +118,21 @@ def tree_returns(
 
 
 def tree_advantages(
-    returns: dict[tuple[int, ...], float], estimator: GroupEstimator
+    returns: dict[tuple[int, ...], float], estimator: GroupEstimator, *, by_deviation: bool = False
 ) -> dict[tuple[int, ...], float]:
-    """Compare every joint action of a turn tree with the siblings at its node. An only child gets a group of one."""
+    """Compare every joint action of a turn tree with the siblings at its node; `by_deviation` divides as `group_std` does.
+
+    Args: returns: path -> return, from `tree_returns`. Returns: path -> advantage.
+    """
     siblings: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for node in returns:
         siblings.setdefault(node[:-1], []).append(node)
     advantages: dict[tuple[int, ...], float] = {}
     for nodes in siblings.values():
-        values = estimator(torch.tensor([returns[node] for node in nodes], dtype=torch.float64))
+        returns_G = torch.tensor([returns[node] for node in nodes], dtype=torch.float64)
+        values = estimator(returns_G)
+        if by_deviation:
+            values = group_std(values, returns_G)
         advantages.update(zip(nodes, values.tolist(), strict=True))
     return advantages
 

@@ -26,9 +26,7 @@ def support(logits_KV: Tensor, *, top_p: float, top_k: int) -> Tensor:
     return torch.zeros_like(logits_KV, dtype=torch.bool).scatter(-1, order_KL, kept_KL)
 
 
-def restrict(
-    logits_KV: Tensor, tokens_K: Tensor | None = None, *, temperature: float, top_p: float, top_k: int
-) -> Tensor:
+def restrict(logits_KV: Tensor, tokens_K: Tensor | None = None, *, temperature: float, top_p: float, top_k: int) -> Tensor:
     """Logits of the sampling distribution: divided by the temperature, minus infinity outside the support.
 
     `tokens_K`, where given, are always kept: a token that was sampled is in its own support, whatever rounding says.
@@ -46,9 +44,7 @@ def restrict(
     return scaled_KV.masked_fill(~kept_KV, float("-inf"))
 
 
-def token_logprobs(
-    logits_KV: Tensor, tokens_K: Tensor, *, temperature: float, top_p: float, top_k: int
-) -> Tensor:
+def token_logprobs(logits_KV: Tensor, tokens_K: Tensor, *, temperature: float, top_p: float, top_k: int) -> Tensor:
     """Log-prob of given tokens under the sampling distribution.
 
         log pi(k) = z_k / temperature - log sum_{j in support} exp(z_j / temperature)
@@ -60,9 +56,7 @@ def token_logprobs(
     return chosen_K - torch.logsumexp(restricted_KV, dim=-1)
 
 
-def sample(
-    logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float, top_k: int
-) -> tuple[Tensor, Tensor]:
+def sample(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverting the distribution function at a given uniform number.
 
     The number, not a generator, decides the draw, so a row's answer does not depend on which rows share its batch.

@@ -48,7 +48,7 @@ def ppo_clip(
     clipped_K = torch.clamp(ratio_K, 1 - clip, 1 + clip)
     loss = -torch.minimum(ratio_K * advantages_K, clipped_K * advantages_K).sum() / num_answers
     outside = (clipped_K * advantages_K < ratio_K * advantages_K).float().sum()
-    return loss, {"clipped": outside.item(), "tokens": float(len(ratio_K))}
+    return loss, {"clipped": outside.item()}
 
 
 def sequence_clip(
@@ -67,7 +67,7 @@ def sequence_clip(
     clipped_S = torch.clamp(ratio_S, 1 - clip, 1 + clip)
     gain_S = torch.minimum(ratio_S * advantages_S, clipped_S * advantages_S)
     outside = (clipped_S * advantages_S < ratio_S * advantages_S).float() @ length_S
-    return -(length_S * gain_S).sum() / num_answers, {"clipped": outside.item(), "tokens": float(len(logp_K))}
+    return -(length_S * gain_S).sum() / num_answers, {"clipped": outside.item()}
 
 
 def kl_to_reference(logp_K: Tensor, reference_logp_K: Tensor, *, num_answers: int) -> tuple[Tensor, Stats]:
@@ -79,7 +79,7 @@ def kl_to_reference(logp_K: Tensor, reference_logp_K: Tensor, *, num_answers: in
     """
     difference_K = reference_logp_K - logp_K
     kl_K = torch.exp(difference_K) - difference_K - 1
-    return kl_K.sum() / num_answers, {"kl": kl_K.detach().sum().item(), "tokens": float(len(kl_K))}
+    return kl_K.sum() / num_answers, {"kl": kl_K.detach().sum().item()}
 
 
 def value_error(values_S: Tensor, targets_S: Tensor, *, num_values: int) -> tuple[Tensor, Stats]:
@@ -92,7 +92,7 @@ def clipped_value_error(
 ) -> tuple[Tensor, Stats]:
     """Squared error that does not reward moving V further than `clip` (in units of return) from its value before the update.
 
-        sum max( (V - y)^2, (V_old + clamp(V - V_old, -clip, clip) - y)^2 ) / num_values
+    sum max( (V - y)^2, (V_old + clamp(V - V_old, -clip, clip) - y)^2 ) / num_values
     """
     near_S = old_values_S + torch.clamp(values_S - old_values_S, -clip, clip)
     targets_S = targets_S.detach()

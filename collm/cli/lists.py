@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+from typing import Any
 
 from collm.config import ALGORITHMS
 from collm.envs.catalogue import WORLDS, find, make
@@ -13,7 +14,7 @@ from collm.errors import ConfigError
 
 
 def tasks(arguments: argparse.Namespace) -> int:
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in WORLDS:
         world = find(name)
         options = {

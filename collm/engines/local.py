@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,9 +66,7 @@ def _uniforms(seed: int, length: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=seed)).random(length, dtype=np.float32)
 
 
-def decode(
-    policy: Policy, prompts: Sequence[Ids], uniforms_BT: Tensor, sampling: Sampling
-) -> list[tuple[Ids, np.ndarray]]:
+def decode(policy: Policy, prompts: Sequence[Ids], uniforms_BT: Tensor, sampling: Sampling) -> list[tuple[Ids, np.ndarray]]:
     """Sample an answer to every prompt: a list of (ids (L,), log-probs (L,)), end-of-text included where sampled.
 
     Args: uniforms_BT: (B, max_tokens), the random number of each token of each answer.
@@ -134,8 +133,9 @@ class _GrowingLayer(DynamicLayer):
     def __init__(self, length: int):
         super().__init__()
         self.length, self.used = length, 0
+        self.is_initialized = False
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             B, H, _, D = key_states.shape
             self.buffers = [states.new_empty(B, H, self.length, D) for states in (key_states, value_states)]
@@ -159,7 +159,9 @@ class GrowingCache(DynamicCache):
         super().__init__()
         self.length = length
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         while len(self.layers) <= layer_idx:
             self.layers.append(_GrowingLayer(self.length))
         return self.layers[layer_idx].update(key_states, value_states)

@@ -26,9 +26,7 @@ class Agree(TextEnv):
         split: "train" and "eval" hold the same tasks.
     """
 
-    def __init__(
-        self, agents: int | Sequence[str] = 2, colours: int | Sequence[str] = 4, turns: int = 1, split: str = "train"
-    ):
+    def __init__(self, agents: int | Sequence[str] = 2, colours: int | Sequence[str] = 4, turns: int = 1, split: str = "train"):
         super().__init__(agent_names(agents, "agent"), turns)
         self.colours = list(COLOURS[:colours]) if isinstance(colours, int) else [str(c).lower() for c in colours]
         if len(self.colours) < 2 or len(set(self.colours)) < len(self.colours):
@@ -55,7 +53,7 @@ class Agree(TextEnv):
         found = self._pattern.search(answer.lower())
         return found.group(1) if found else None
 
-    def state(self) -> str:  # type: ignore[override]
+    def state(self) -> str:
         return f"turn {self.turn} of {self.turns} {self.target}".strip()
 
     def task_name(self, task: int) -> str:

@@ -89,7 +89,7 @@ class TextEnv(ParallelEnv[str, str, str]):
     def play(self, answers: dict[str, str]) -> Outcome:
         """Play one turn. `self.turn` counts from 0; `self.last_turn` is True on the last."""
 
-    def state(self) -> str:  # type: ignore[override]  # PettingZoo types it as an array
+    def state(self) -> str:
         """The privileged view: all that a critic may know and no agent needs to."""
         return ""
 
@@ -132,11 +132,7 @@ class TextEnv(ParallelEnv[str, str, str]):
             raise EnvError(f"no answer from {', '.join(missing)}; every live agent answers every turn.")
         agents = list(self.agents)
         outcome = self.play({agent: str(actions[agent]) for agent in agents})
-        done = (
-            outcome.done
-            or self.last_turn
-            or (self.stop_above is not None and outcome.reward > self.stop_above)
-        )
+        done = outcome.done or self.last_turn or (self.stop_above is not None and outcome.reward > self.stop_above)
         reward = outcome.reward + (self.shift if outcome.shift is None else outcome.shift)
         self.turn += 1
         if done:

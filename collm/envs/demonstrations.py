@@ -8,7 +8,7 @@ twice and leaves much of it undone, which is what training is to mend.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from collm import seeds
 from collm.envs.agree import COLOURS, Agree
@@ -63,7 +63,7 @@ def place_blocks(env: StrBuild, agent: str, rng: random.Random) -> str:
     cells = cells[: max(1, round(share * len(cells)))]
     one, two = rng.sample(env.palettes[agent], 2)
     style = rng.choice(("one", "alternate", "random"))
-    lines = []
+    lines: list[str] = []
     for x, y in cells:
         slip = rng.random()
         if slip < 0.04:
@@ -101,7 +101,7 @@ def _str_build(rng: random.Random) -> list[Chat]:
     return _play(env, place_blocks, rng)[:2]
 
 
-def _play(env: TextEnv, player, rng: random.Random) -> list[Chat]:
+def _play(env: TextEnv, player: Callable[..., str], rng: random.Random) -> list[Chat]:
     observations, _ = env.reset(seed=rng.getrandbits(32))
     chats: dict[str, Chat] = {agent: [] for agent in env.agents}
     while env.agents:

@@ -139,9 +139,7 @@ class Critic(nn.Module):
         return Reading(self._encode([], newest, final)[-self.max_tokens :], turn + 1)
 
     def _encode(self, earlier: list[tuple[str, str]], newest: str, final: str | None) -> Ids:
-        messages = [
-            message for seen, said in earlier for message in (Message("user", seen), Message("assistant", said))
-        ]
+        messages = [message for seen, said in earlier for message in (Message("user", seen), Message("assistant", said))]
         messages.append(Message("user", newest))
         if final is None:
             return self.chat.encode(messages)

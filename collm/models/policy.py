@@ -63,7 +63,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.chat = Chat(tokenizer)
         self.compute = compute
-        self.head: nn.Module = model.get_output_embeddings()
+        self.head: Any = model.get_output_embeddings()
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         stops = model.generation_config.eos_token_id if model.generation_config is not None else None
         stops = stops if isinstance(stops, list) else [stops]

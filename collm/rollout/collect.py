@@ -15,6 +15,8 @@ from collm.envs.catalogue import EnvSpec
 from collm.rollout.protocols import PROTOCOLS, Play
 from collm.types import Completion, Episode, Group, History, Request, Sampling
 
+DEFAULT_SAMPLING = Sampling()
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -25,7 +27,7 @@ class Plan:
     protocol: str = "parallel"
     history: History = "full"
     max_turns: int | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = DEFAULT_SAMPLING
     agent_sampling: tuple[tuple[str, Sampling], ...] = ()
     branches: int = 0
 
@@ -66,9 +68,7 @@ def collect(
         trees = _grow(plan, engine, roots, stop)
         return [Group(task, leaves) for task, leaves in zip(tasks, trees, strict=True)]
     seats = [
-        _open(plan, task, seed, sibling)
-        for task, seed in zip(tasks, group_seeds, strict=True)
-        for sibling in range(group_size)
+        _open(plan, task, seed, sibling) for task, seed in zip(tasks, group_seeds, strict=True) for sibling in range(group_size)
     ]
     while live := [seat for seat in seats if seat.requests]:
         _advance(plan, engine, live, stop)
@@ -76,9 +76,7 @@ def collect(
     return [Group(task, episodes[i * group_size : (i + 1) * group_size]) for i, task in enumerate(tasks)]
 
 
-def resample(
-    plan: Plan, engine: Engine, episodes: Sequence[Episode], times: int, *, stop: Stop = lambda: None
-) -> None:
+def resample(plan: Plan, engine: Engine, episodes: Sequence[Episode], times: int, *, stop: Stop = lambda: None) -> None:
     """Draw `times` other answers of every agent at every turn, for counterfactual baselines, into `Turn.alternatives`."""
     wanted = [
         (episode, t, agent)
@@ -125,9 +123,7 @@ def _stamped(plan: Plan, seat: _Seat) -> list[Request]:
     """The seat's requests with sampling and seed. Every sibling and every branch of a tree has random numbers of its own."""
     episode = seat.episode
     keys = (episode.seed, episode.sibling, ".".join(map(str, episode.path)), len(episode.turns))
-    return [
-        replace(r, sampling=plan.sampling_of(r.agent), seed=seeds.derive(*keys, r.agent)) for r in seat.requests
-    ]
+    return [replace(r, sampling=plan.sampling_of(r.agent), seed=seeds.derive(*keys, r.agent)) for r in seat.requests]
 
 
 def _advance(plan: Plan, engine: Engine, seats: Sequence[_Seat], stop: Stop) -> None:

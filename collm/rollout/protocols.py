@@ -30,7 +30,8 @@ def parallel(env: ParallelEnv, episode: Episode, *, history: History = "full", m
         return episode
     episode.observations = dict(observations)
     episode.state = _state(env)
-    episode.label = str(next(iter(infos.values()), {}).get("task_name", episode.task)) if infos else str(episode.task)
+    names = [info["task_name"] for info in infos.values() if "task_name" in info]
+    episode.label = str(names[0] if names else episode.task)
     while env.agents:
         if max_turns is not None and len(episode.turns) == max_turns:
             episode.truncated = True
@@ -41,11 +42,11 @@ def parallel(env: ParallelEnv, episode: Episode, *, history: History = "full", m
             episode.failure = f"{failed.agent}, turn {len(episode.turns)}: {failed.error}"
             return episode
         try:
-            outcome = env.step({c.agent: c.text for c in completions})
+            observations, rewards, terminations, truncations, infos = env.step({c.agent: c.text for c in completions})
         except EnvError as error:
             episode.failure = f"step {len(episode.turns)}: {error}"
             return episode
-        episode.add(completions, *outcome, state=_state(env))
+        episode.add(completions, observations, rewards, terminations, truncations, infos, _state(env))
     return episode
 
 

@@ -28,7 +28,7 @@ class Evaluation:
         return [episode for episode in self.episodes if not episode.failure]
 
     def columns(self) -> dict[str, np.ndarray]:
-        """"reward" (raw, of the last turn played) and the task's metrics: name -> one number per played episode."""
+        """ "reward" (raw, of the last turn played) and the task's metrics: name -> one number per played episode."""
         names = dict.fromkeys(name for episode in self.played for name in episode.metrics)
         columns = {"reward": np.array([episode.score for episode in self.played], dtype=np.float64)}
         for name in names:

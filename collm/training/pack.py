@@ -92,6 +92,11 @@ class Batch:
         E, N, T = self.live_ENT.shape
         return E, N, T
 
+    def episodes_of(self, slots: Tensor, extra: bool = False) -> list[int]:
+        """Numbers of the episodes that slots belong to; `extra` for slots that count T + 1 turns."""
+        _, N, T = self.shape
+        return sorted(set((slots.cpu() // (N * (T + extra))).tolist()))
+
 
 def starts_with(ids: Ids, prefix: Ids) -> bool:
     return len(ids) >= len(prefix) and np.array_equal(ids[: len(prefix)], prefix)
@@ -132,9 +137,7 @@ def pack_answers(batch: Batch, agent: str, policy: Policy, *, values: bool = Fal
     return packed
 
 
-def pack_readings(
-    batch: Batch, critic: Critic, view: Sequence[str], *, state: bool, kind: str
-) -> tuple[list[Packed], int]:
+def pack_readings(batch: Batch, critic: Critic, view: Sequence[str], *, state: bool, kind: str) -> tuple[list[Packed], int]:
     """What a critic reads of every episode, and how many readings had to be cut.
 
     Slots belong to the first agent of the view. V: a marker before every turn (T + 1 slots), and after the last one of a
@@ -165,7 +168,8 @@ def pack_alternatives(batch: Batch, critic: Critic, view: Sequence[str], *, stat
     Returns the sequences and, for each marker, the slot (T turns) of the answer that was exchanged.
     """
     _, N, T = batch.shape
-    packed, slots = [], []
+    packed: list[Packed] = []
+    slots: list[int] = []
     for e, episode in enumerate(batch.episodes):
         for t, turn in enumerate(episode.turns):
             taken = {agent: completion.text for agent, completion in turn.completions.items()}
@@ -205,8 +209,7 @@ def _pad(rows: Sequence[Packed], device: torch.device) -> MicroBatch:
             slot_S.append(slot)
 
     def joined(parts: list[np.ndarray], dtype: type = np.int64) -> Tensor:
-        array = np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype=dtype)
-        return torch.from_numpy(array).to(device)
+        return torch.from_numpy(np.concatenate([np.zeros(0), *parts]).astype(dtype)).to(device)
 
     columns = np.array(markers, dtype=np.int64).reshape(-1, 3).T
     row_M, column_M, slot_M = (torch.from_numpy(np.ascontiguousarray(c)).to(device) for c in columns)

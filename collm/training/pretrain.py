@@ -111,10 +111,7 @@ def batches(chat: Chat, seed: int, tokens: int, longest: int) -> Iterator[tuple[
 def pretrain(folder: Path, *, seed: int = 0, steps: int = 3000, tokens: int = 6144, lr: float = 3e-3) -> None:
     """Train and write model and tokenizer (fp16 safetensors) to `folder`; prints the loss and the time left."""
     tokenizer = make_tokenizer(
-        text
-        for turns in itertools.islice(demonstrations.chats(seed + 1), 8000)
-        for pair in turns
-        for text in pair
+        text for turns in itertools.islice(demonstrations.chats(seed + 1), 8000) for pair in turns for text in pair
     )
     chat = Chat(tokenizer)
     model = make_model(len(tokenizer), seed)

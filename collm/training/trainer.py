@@ -47,9 +47,7 @@ class Trainer:
     `team` and `engine` replace what the config would load. `resume` continues a run directory where it stopped, exactly.
     """
 
-    def __init__(
-        self, config: Config, *, team: Team | None = None, engine: Engine | None = None, quiet: bool = False
-    ):
+    def __init__(self, config: Config, *, team: Team | None = None, engine: Engine | None = None, quiet: bool = False):
         self._setup(config, team, engine, quiet)
         self.folder = Path(config.run.folder) / config.run_name
         if self.folder.exists():
@@ -62,9 +60,7 @@ class Trainer:
         checkpoint.write_text(self.folder / "config.json", json.dumps(self.config.resolved(), indent=1))
 
     @classmethod
-    def resume(
-        cls, folder: Path, *, team: Team | None = None, engine: Engine | None = None, quiet: bool = False
-    ) -> Trainer:
+    def resume(cls, folder: Path, *, team: Team | None = None, engine: Engine | None = None, quiet: bool = False) -> Trainer:
         """Continue a run from its last checkpoint (from its start, if it has none yet)."""
         config = read_config(folder)
         trainer = cls.__new__(cls)
@@ -105,7 +101,9 @@ class Trainer:
         """
         with lock(self.folder), self._listen():
             self._restore()
-            log = RunLog(self.folder, tensorboard=self.config.run.tensorboard, resumed_at=self.iteration - (self.pending is not None))
+            log = RunLog(
+                self.folder, tensorboard=self.config.run.tensorboard, resumed_at=self.iteration - (self.pending is not None)
+            )
             display = Display(self.config.run.iterations, done=self.iteration, quiet=self.quiet)
             try:
                 if self.pending is not None:
@@ -230,7 +228,7 @@ def read_config(folder: Path) -> Config:
 
 
 def resolve_device(device: str) -> str:
-    """"auto" becomes cuda where there is one. Raises ConfigError for a device that is not there."""
+    """ "auto" becomes cuda where there is one. Raises ConfigError for a device that is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

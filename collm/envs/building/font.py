@@ -40,9 +40,7 @@ Y 10001 01010 00100 00100 00100
 Z 11111 00010 00100 01000 11111
 """
 
-GLYPHS: dict[str, tuple[str, ...]] = {
-    line.split()[0]: tuple(line.split()[1:]) for line in _ROWS.strip().splitlines()
-}
+GLYPHS: dict[str, tuple[str, ...]] = {line.split()[0]: tuple(line.split()[1:]) for line in _ROWS.strip().splitlines()}
 
 
 def width(word: str) -> int:

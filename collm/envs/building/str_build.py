@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -134,7 +134,7 @@ class StrBuild(TextEnv):
         observations = {agent: self._feedback(agent, agents, total) for agent in agents}
         return Outcome(total, parts, observations, shift=shift, metrics=metrics)
 
-    def state(self) -> str:  # type: ignore[override]
+    def state(self) -> str:
         return (
             f"word {self.word} turn {self.turn} of {self.turns}\ntarget:\n"
             + self._rows(lambda cell: "#" if cell in self.target else ".")
@@ -172,10 +172,7 @@ class StrBuild(TextEnv):
         covered, extra = len(built & self.target), len(built - self.target)
         background = self.width * SIZE - len(self.target)
         pairs = [
-            (cell, other)
-            for cell in built
-            for other in ((cell[0] + 1, cell[1]), (cell[0], cell[1] + 1))
-            if other in built
+            (cell, other) for cell in built for other in ((cell[0] + 1, cell[1]), (cell[0], cell[1] + 1)) if other in built
         ]
         same = sum(self.build[cell] == self.build[other] for cell, other in pairs)
         adjacency = same / len(pairs) if pairs else 0.0
@@ -239,7 +236,7 @@ class StrBuild(TextEnv):
             return "."
         return str(next(i for i, block in enumerate(sum(PALETTES, ())) if block == self.build[cell]) % 10)
 
-    def _rows(self, symbol) -> str:
+    def _rows(self, symbol: Callable[[Cell], str]) -> str:
         return "\n".join("".join(symbol((x, y)) for x in range(self.width)) for y in reversed(range(SIZE)))
 
 

@@ -1,0 +1,1 @@
+"""Tables, curves and pictures of runs. This room reads run directories only and never imports torch."""

@@ -1,0 +1,109 @@
+"""Learning curves of one run or several."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from collm.reports.intervals import Interval, interval
+from collm.reports.runs import Run, read_evaluation, saved
+from collm.reports.tables import REWARD, scores
+
+COLOURS = ("#2f6fb7", "#d9732b", "#3a9157", "#b5446e", "#7b5bb0", "#8a6d3b", "#3f9aa8", "#6b6f76")
+FLOOR = -1.0
+"""Explained variance is drawn down to here: a critic that has only begun can be off by any factor."""
+_EXPLAINED = re.compile(r"(?:.*/)?explained_variance_turn_(\d+)")
+
+
+def draw_curves(runs: Sequence[Run], path: Path) -> Path:
+    """Raw reward in training and on held-out tasks against joint actions; below, explained variance by turn, per run.
+
+    The band around a held-out curve is its 95 % interval over tasks. Raises RunError or SaveError.
+    """
+    names = run_names(runs)
+    judged = {name: turns for name, run in zip(names, runs, strict=True) if (turns := explained_by_turn(run))}
+    rows = (len(judged) + 1) // 2
+    figure = Figure(figsize=(8, 4 + 2.4 * rows), dpi=150, layout="constrained")
+    grid = figure.add_gridspec(1 + rows, 2, height_ratios=[4, *[2.4] * rows])
+    axes = figure.add_subplot(grid[0, :])
+    for number, (name, run) in enumerate(zip(names, runs, strict=True)):
+        colour = COLOURS[number % len(COLOURS)]
+        _reward(axes, run, colour, ("held-out", "training") if len(runs) == 1 else (name, None))
+    title = names[0] if len(runs) == 1 else "held-out tasks (thick) and training (thin)"
+    _dress(axes, title, "raw reward, last turn")
+    for number, (name, turns) in enumerate(judged.items()):
+        alone = number == len(judged) - 1 and number % 2 == 0
+        below = figure.add_subplot(grid[1 + number // 2, slice(None) if alone else number % 2])
+        shades = colormaps["viridis"](np.linspace(0, 0.85, len(turns)))
+        for (turn, (x, y)), shade in zip(turns.items(), shades, strict=True):
+            below.plot(x, y, color=shade, linewidth=1.4, label=f"turn {turn + 1}")
+        if any(np.nanmin(y, initial=0) < FLOOR for _, y in turns.values()):
+            below.set_ylim(bottom=FLOOR)
+        below.axhline(0, color="#9aa0a6", linewidth=0.8)
+        _dress(below, "critic" if len(runs) == 1 else f"critic of {name}", "explained variance")
+    with saved(path):
+        figure.savefig(path)
+    return path
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """The runs' names, or their paths where names repeat."""
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+
+
+def explained_by_turn(run: Run) -> dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Turn -> (joint actions, share of the return's variance that the critic explains); the mean over several critics.
+
+    A share that does not exist (no variance to explain) is NaN: a gap in the curve.
+    """
+    points: dict[int, dict[int, list[float]]] = {}
+    for record in run.metrics:
+        for name, value in record.items():
+            if found := _EXPLAINED.fullmatch(name):
+                at = points.setdefault(int(found[1]), {}).setdefault(record["joint_actions"], [])
+                at.append(math.nan if value is None else float(value))
+    return {
+        turn: (np.array(list(by_x), dtype=np.float64), np.array([np.mean(values) for values in by_x.values()]))
+        for turn, by_x in sorted(points.items())
+    }
+
+
+def held_out_curve(run: Run) -> tuple[list[int], list[Interval]]:
+    """Joint actions done at each held-out evaluation, and its reward over distinct tasks."""
+    done = {record["iteration"]: record["joint_actions"] for record in run.metrics}
+    evaluations = {i: path for i, path in run.evaluations().items() if i in done}
+    rewards = [interval(list(scores(read_evaluation(path))[REWARD].values())) for path in evaluations.values()]
+    return [done[i] for i in evaluations], rewards
+
+
+def _reward(axes: Axes, run: Run, colour: str, labels: tuple[str, str | None]) -> None:
+    """One run's curves: training thin, held-out thick with its band."""
+    steps = [record for record in run.metrics if record.get("reward/raw") is not None]
+    x, y = [record["joint_actions"] for record in steps], [record["reward/raw"] for record in steps]
+    axes.plot(x, y, color=colour, alpha=0.45, linewidth=0.9, label=labels[1])
+    at, rewards = held_out_curve(run)
+    axes.plot(at, [r.mean for r in rewards], color=colour, linewidth=2, marker="o", markersize=4, label=labels[0])
+    if all(r.low is not None for r in rewards):
+        low, high = [r.low or 0.0 for r in rewards], [r.high or 0.0 for r in rewards]
+        axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _dress(axes: Axes, title: str, quantity: str) -> None:
+    axes.set_title(title, fontsize=11, loc="left", fontweight="bold")
+    axes.set_xlabel("joint actions", fontsize=9)
+    axes.set_ylabel(quantity, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(color="#e3e5e8", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, ncols=2 if len(axes.get_lines()) > 6 else 1)

@@ -1,0 +1,75 @@
+"""How sure a mean is: the bootstrap over distinct tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+FEWEST = 8
+"""With fewer distinct tasks, resampling them says little about tasks not seen: no interval is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean over distinct tasks with its 95 % interval, in the units of the values.
+
+    `low` and `high` are None where there is no interval; `note` then says why.
+    Example: Interval(mean=0.41, low=0.35, high=0.47, num_tasks=115)
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    num_tasks: int
+    note: str = ""
+
+    def apart(self, other: Interval) -> bool:
+        """Whether both intervals exist and share no point."""
+        if self.low is None or self.high is None or other.low is None or other.high is None:
+            return False
+        return self.high < other.low or other.high < self.low
+
+    def plain(self) -> dict[str, float | None]:
+        """As JSON has it; a mean that is not a number is null."""
+        return {"mean": self.mean if math.isfinite(self.mean) else None, "low": self.low, "high": self.high}
+
+
+def interval(values_K: Sequence[float], *, seed: int = 0) -> Interval:
+    """The mean of K tasks, and the percentiles 2.5 and 97.5 of 10,000 means of K tasks drawn from them with replacement.
+
+    The same seed and K draw the same tasks, so columns of one table are resampled together. A value that is not a finite
+    number is not left out: the mean is then NaN, without an interval, and the note counts such tasks.
+
+    Args:
+        values_K: (K,) one value per distinct task, K >= 1.
+    Raises: ValueError where there is no task.
+    Source: Efron 1979, the bootstrap; percentile method.
+    """
+    values = np.asarray(values_K, dtype=np.float64)
+    num = len(values)
+    if num == 0:
+        raise ValueError("there is no task to average over")
+    lost = int(np.count_nonzero(~np.isfinite(values)))
+    if lost:
+        return Interval(math.nan, None, None, num, f"not a finite number for {lost} of {num} tasks")
+    mean = float(values.mean())
+    if num < FEWEST:
+        tasks = "task" if num == 1 else "tasks"
+        note = f"no interval: {num} distinct {tasks}, and a bootstrap over tasks needs at least {FEWEST}"
+        return Interval(mean, None, None, num, note)
+    rng = np.random.default_rng(seed)
+    blocks = [values[rng.integers(num, size=(RESAMPLES // 10, num))].mean(axis=1) for _ in range(10)]
+    low, high = np.percentile(np.concatenate(blocks), [2.5, 97.5])
+    return Interval(mean, float(low), float(high), num)
+
+
+def by_task(tasks: Sequence[str], values: Iterable[float]) -> dict[str, float]:
+    """Each distinct task once, with the mean of its episodes' values, in order of first appearance."""
+    grouped: dict[str, list[float]] = {}
+    for task, value in zip(tasks, values, strict=True):
+        grouped.setdefault(task, []).append(float(value))
+    return {task: sum(episodes) / len(episodes) for task, episodes in grouped.items()}

@@ -1,0 +1,208 @@
+"""Held-out results as numbers and as tables for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from collm.errors import RunError
+from collm.reports.intervals import Interval, by_task, interval
+from collm.reports.runs import Record, Run, read_evaluation
+
+REWARD = "reward"
+"""The raw reward of the last turn played; the other rows are the task's own metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measure before and after training, and the mean of its tasks' differences (after minus before)."""
+
+    before: Interval
+    after: Interval
+    difference: Interval
+
+    @property
+    def apart(self) -> bool:
+        """Whether the intervals before and after do not overlap."""
+        return self.before.apart(self.after)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A run's first and last held-out evaluation, over the tasks that both played to their end.
+
+    first, last: iterations done when they were made. before, after: their episodes. rows: "reward" first.
+    notes: what a reader must know about the numbers.
+    """
+
+    run: Run
+    first: int
+    last: int
+    num_tasks: int
+    rows: dict[str, Row]
+    before: list[Record]
+    after: list[Record]
+    notes: list[str]
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """What to call the two evaluations."""
+        of = "" if self.last == self.run.planned else f" of {self.run.planned}"
+        return "before training" if self.first == 0 else f"after {self.first}", f"after {self.last}{of} iterations"
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        config = self.run.config
+        rows = {
+            name: {
+                "before": row.before.plain(),
+                "after": row.after.plain(),
+                "difference": row.difference.plain(),
+                "apart": row.apart,
+            }
+            for name, row in self.rows.items()
+        }
+        return {
+            "run": str(self.run.folder),
+            "env": config["env"]["name"],
+            "algorithm": config["algorithm"]["name"],
+            "seed": config["run"].get("seed"),
+            "iterations": {"before": self.first, "after": self.last, "planned": self.run.planned},
+            "tasks": self.num_tasks,
+            "reward": rows.pop(REWARD),
+            "metrics": rows,
+            "notes": self.notes,
+            **self.run.cost(),
+        }
+
+
+def compare(run: Run) -> Comparison:
+    """Compare a run's last held-out evaluation with its first. Raises RunError while there are not two of them."""
+    evaluations = run.evaluations()
+    if len(evaluations) < 2:
+        have = f"only one, after {next(iter(evaluations))} iterations" if evaluations else "none"
+        raise RunError(
+            f"run {str(run.folder)!r} needs two held-out evaluations to compare and has {have}. Let it train on "
+            f"(collm train --resume {run.folder}); a run with evaluation.every=0 makes none: see `collm evaluate`."
+        )
+    first, last = min(evaluations), max(evaluations)
+    before, after = read_evaluation(evaluations[first]), read_evaluation(evaluations[last])
+    old, new = scores(before), scores(after)
+    tasks = [task for task in new[REWARD] if task in old[REWARD]]
+    if not tasks:
+        raise RunError(f"the first and the last held-out evaluation of run {str(run.folder)!r} have no task in common.")
+    rows = {
+        name: Row(
+            interval([old[name][task] for task in tasks]),
+            interval([new[name][task] for task in tasks]),
+            interval([new[name][task] - old[name][task] for task in tasks]),
+        )
+        for name in new
+        if name in old
+    }
+    notes = explain({name: row.difference for name, row in rows.items()})
+    left_out = len(old[REWARD].keys() | new[REWARD].keys()) - len(tasks)
+    if left_out:
+        notes.append(f"left out: {left_out} tasks that were not played to their end both times")
+    return Comparison(run, first, last, len(tasks), rows, before, after, notes)
+
+
+def scores(episodes: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """Measure -> distinct task -> value; "reward" first. A metric that an episode lacks is NaN."""
+    tasks = [episode["label"] or str(episode["task"]) for episode in episodes]
+    columns = {REWARD: [episode["score"] for episode in episodes]}
+    for name in dict.fromkeys(name for episode in episodes for name in episode["metrics"]):
+        columns[name] = [episode["metrics"].get(name) for episode in episodes]
+    return {
+        name: by_task(tasks, [math.nan if value is None else float(value) for value in column])
+        for name, column in columns.items()
+    }
+
+
+def explain(intervals: Mapping[str, Interval]) -> list[str]:
+    """Why intervals are missing, each reason once, with the measures it holds for unless these are all."""
+    reasons: dict[str, list[str]] = {}
+    for name, found in intervals.items():
+        if found.note:
+            reasons.setdefault(found.note, []).append(name)
+    return [
+        reason if len(names) == len(intervals) else f"{', '.join(names)}: {reason}" for reason, names in reasons.items()
+    ]
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Before and after training, a measure a line."""
+    title = f"{comparison.run.name}: {comparison.num_tasks} held-out tasks, mean [95 % interval]"
+    apart = ["* the two intervals do not overlap"] if any(row.apart for row in comparison.rows.values()) else []
+    table = _table(title, [*apart, *comparison.notes])
+    for heading in ("", *comparison.labels, "difference"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("")
+    for name, row in comparison.rows.items():
+        mark = "*" if row.apart else ""
+        cells = (name, spread(row.before), spread(row.after), spread(row.difference, sign=True), mark)
+        table.add_row(*cells, style="bold" if row.apart else "")
+    return table
+
+
+def runs_table(comparisons: Sequence[Comparison]) -> Table:
+    """One line a run: held-out results after training, and what training cost."""
+    shared = [name for name in comparisons[0].rows if all(name in c.rows for c in comparisons)]
+    table = _table("held-out results after training, and what training cost", [])
+    table.add_column("run")
+    for name in shared[:4]:
+        table.add_column(name)
+    for heading in ("joint actions", "seconds", "tokens sampled"):
+        table.add_column(heading, justify="right")
+    for comparison in comparisons:
+        cost = comparison.run.cost()
+        results = [spread(comparison.rows[name].after) for name in shared[:4]]
+        table.add_row(comparison.run.name, *results, *(f"{value:,.0f}" for value in cost.values()))
+    return table
+
+
+def evaluation_table(
+    title: str, intervals: Mapping[str, Interval], notes: Sequence[str], max_reward: float | None
+) -> Table:
+    """Results of one evaluation; the reward also in % of `max_reward`, where that is known."""
+    table = _table(title, notes)
+    table.add_column("")
+    table.add_column("mean [95 % interval]", no_wrap=True)
+    if max_reward:
+        table.add_column("% of maximum", no_wrap=True)
+    for name, found in intervals.items():
+        share = ""
+        if max_reward and name == REWARD:
+            share = spread(found, scale=100 / max_reward, digits=1)
+        table.add_row(name, spread(found), *([share] if max_reward else []))
+    return table
+
+
+def spread(found: Interval, *, sign: bool = False, scale: float = 1.0, digits: int = 3) -> str:
+    """`0.412 [0.350, 0.470]`, or the mean alone where there is no interval."""
+
+    def show(value: float) -> str:
+        return f"{value * scale:{'+' if sign else ''}.{digits}f}"
+
+    if found.low is None or found.high is None:
+        return show(found.mean)
+    return f"{show(found.mean)} [{show(found.low)}, {show(found.high)}]"
+
+
+def _table(title: str, notes: Sequence[str]) -> Table:
+    """The look that all tables share."""
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption="\n".join(notes) or None,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+    )

@@ -1,0 +1,200 @@
+"""The critics of a run: who reads what, what they expect, how well that explains returns, and their own updates."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from collm import seeds
+from collm.algorithms import losses
+from collm.algorithms.advantages import discounted_returns
+from collm.algorithms.stats import explained_variance
+from collm.config import Config
+from collm.models.critic import Critic, ValueHead
+from collm.models.policy import Policy
+from collm.models.team import Team
+from collm.training.pack import Batch, MicroBatch, Packed, micro_batches, pack_alternatives, pack_answers, pack_readings
+
+Metrics = dict[str, float]
+Check = Callable[[Tensor, str, Iterable[int]], None]
+"""check(loss, whose, episodes): raises if the loss is not finite."""
+
+
+@dataclass(slots=True)
+class Judge:
+    """One critic and the agents it serves. Without a `critic` model it is a value head on the agent's own policy."""
+
+    name: str
+    agents: tuple[str, ...]
+    label: str
+    head: ValueHead
+    critic: Critic | None
+    policy: Policy
+    packed: list[Packed] = field(default_factory=list)
+
+    @property
+    def module(self) -> nn.Module:
+        """What belongs to the judge alone: its whole model, or its head."""
+        return self.critic or self.head
+
+
+class Critics:
+    """All judges of a run: one over the joint history, one per agent, or none."""
+
+    def __init__(self, team: Team, config: Config):
+        self.team, self.config = team, config
+        self.kind = config.algorithm.critic_kind
+        self.joint = config.algorithm.critic == "joint"
+        agents = team.agents
+        own: dict[str, tuple[str, ...]] = {agent: (agent,) for agent in agents}
+        views: dict[str, dict[str, tuple[str, ...]]] = {"none": {}, "joint": {"team": agents}, "own": own}
+        self.judges = [self._make(name, group) for name, group in views[config.algorithm.critic].items()]
+
+    def _make(self, name: str, agents: tuple[str, ...]) -> Judge:
+        settings, policy = self.config.critic, self.team.policies[agents[0]]
+        seed = seeds.derive(self.config.run.seed, "value head", name)
+        label = "critic" if self.joint else f"{name}/critic"
+        if self.config.algorithm.critic_body == "policy":
+            head = ValueHead(policy.model.config.get_text_config().hidden_size, seed).to(policy.device)
+            return Judge(name, agents, label, head, None, policy)
+        common: dict[str, Any] = {"seed": seed, "max_tokens": settings.max_tokens, "compute": policy.compute}
+        if settings.model is None:
+            critic = Critic(copy.deepcopy(policy.body), policy.tokenizer, **common).to(policy.device)
+        else:
+            critic = Critic.from_pretrained(settings.model, device=policy.device, **common)
+        return Judge(name, agents, label, critic.value, critic, policy)
+
+    def head_of(self, agent: str) -> ValueHead | None:
+        """The value head on an agent's own model, if that is where its critic sits."""
+        return next((judge.head for judge in self.judges if judge.critic is None and agent in judge.agents), None)
+
+    def targeted(self, batch: Batch) -> Tensor:
+        """(E, N, T): where a critic has a target. A joint critic has one while anybody acts; Q has none where a cut-off
+        episode ends, since nobody knows what would have been answered next."""
+        wanted_ENT = batch.live_ENT
+        if self.joint:
+            wanted_ENT = wanted_ENT.amax(1, keepdim=True).expand_as(wanted_ENT)
+        if self.kind == "Q":
+            last_ET = nn.functional.one_hot(batch.num_turns_E - 1, wanted_ENT.shape[-1]).bool()
+            wanted_ENT = wanted_ENT * ~(last_ET & batch.truncated_E[:, None])[:, None]
+        return wanted_ENT
+
+    def values(self, batch: Batch, metrics: Metrics) -> Tensor:
+        """What every critic expects now: V (E, N, T + 1), 0 after an end; or Q of the answers given (E, N, T)."""
+        E, N, T = batch.shape
+        width = T + (self.kind == "V")
+        values_ENT = torch.zeros(E, N, width)
+        metrics["critic/cut"] = 0.0
+        for judge in self.judges:
+            if judge.critic is None:
+                judge.packed = pack_answers(batch, judge.agents[0], judge.policy, values=True)
+            else:
+                state = self.config.critic.state
+                judge.packed, num_cut = pack_readings(batch, judge.critic, judge.agents, state=state, kind=self.kind)
+                metrics["critic/cut"] += num_cut
+            values = self._read(judge, judge.packed, E * N * width, metrics).view(E, N, width)
+            first = batch.agents.index(judge.agents[0])
+            for agent in judge.agents:
+                values_ENT[:, batch.agents.index(agent)] = values[:, first]
+        return values_ENT
+
+    def alternatives(self, batch: Batch, metrics: Metrics) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each critic: slots (M,) of answers, and Q (M, K) with each of them exchanged for its K alternatives."""
+        for judge in self.judges:
+            assert judge.critic is not None
+            packed, slots = pack_alternatives(batch, judge.critic, judge.agents, state=self.config.critic.state)
+            if slots:
+                q_MK = self._read(judge, packed, len(slots), metrics).view(-1, self.config.algorithm.resamples)
+                yield torch.tensor(slots).view(q_MK.shape)[:, 0], q_MK
+
+    def explain(self, batch: Batch, values_ENT: Tensor, metrics: Metrics) -> None:
+        """Explained variance per turn against realized returns, on episodes no critic has been trained on yet."""
+        returns_ET = discounted_returns(batch.rewards_ET, gamma=self.config.algorithm.gamma)
+        for judge in self.judges:
+            n = batch.agents.index(judge.agents[0])
+            live_ET = self.targeted(batch)[:, n].bool() & ~batch.truncated_E[:, None]
+            values_ET = values_ENT[:, n, : live_ET.shape[1]]
+            metrics[f"{judge.label}/value"] = values_ET[live_ET].mean().item() if live_ET.any() else math.nan
+            for t in range(live_ET.shape[1]):
+                chosen = live_ET[:, t]
+                explained = explained_variance(values_ET[chosen, t], returns_ET[chosen, t])
+                metrics[f"{judge.label}/explained_variance_turn_{t}"] = explained
+
+    def rescale(self, batch: Batch, targets_ENT: Tensor) -> None:
+        """Target normalization: follow mean and deviation of each critic's targets."""
+        for judge in self.judges:
+            n = batch.agents.index(judge.agents[0])
+            judge.head.rescale(targets_ENT[:, n][self.targeted(batch)[:, n].bool()])
+
+    def train(
+        self, batch: Batch, targets_ENT: Tensor, step: Callable[[str, str], float], check: Check, metrics: Metrics
+    ) -> None:
+        """Regress every critic model on its targets: `critic.epochs` steps, each over all joint samples.
+
+        Args: targets_ENT: (E, N, T) in units of return. step(optimizer's name, whose) -> gradient norm.
+        """
+        for judge in self.judges:
+            if judge.critic is None:
+                continue  # trained with the policy it sits on
+            num = self.num_targets(judge, batch)
+            for _ in range(self.config.critic.epochs):
+                total = 0.0
+                for micro in self._batches(judge.packed, judge.critic.device):
+                    loss = self.loss(judge, micro, judge.critic.hidden(micro.ids_BL), batch, targets_ENT, None, num)
+                    if loss is None:
+                        continue
+                    check(loss, judge.label, batch.episodes_of(micro.slot_M, self.kind == "V"))
+                    (self.config.critic.coef * loss).backward()
+                    total += loss.item()
+                    metrics["tokens/critic"] += micro.num_tokens
+                metrics[f"{judge.label}/gradient_norm"] = step(f"critic-{judge.name}", judge.label)
+                metrics[f"{judge.label}/loss"] = total
+
+    def num_targets(self, judge: Judge, batch: Batch) -> int:
+        return int(self.targeted(batch)[:, batch.agents.index(judge.agents[0])].sum())
+
+    def loss(
+        self,
+        judge: Judge,
+        micro: MicroBatch,
+        hidden_BLD: Tensor,
+        batch: Batch,
+        targets_ENT: Tensor,
+        old_values_ENT1: Tensor | None,
+        num: int,
+    ) -> Tensor | None:
+        """A micro-batch's share of the squared error; None where it holds no target. Clipped if old values are given."""
+        wanted_ENT = self.targeted(batch).bool()
+        if self.kind == "V":  # V has one slot more per agent than there are turns
+            targets_ENT, wanted_ENT = nn.functional.pad(targets_ENT, (0, 1)), nn.functional.pad(wanted_ENT, (0, 1))
+        chosen = wanted_ENT.flatten()[micro.slot_M.cpu()]
+        if not chosen.any():
+            return None
+        slots = micro.slot_M.cpu()[chosen]
+        values = judge.head(hidden_BLD[micro.row_M, micro.column_M][chosen.to(hidden_BLD.device)])
+        targets = targets_ENT.flatten()[slots].to(values)
+        clip = self.config.critic.value_clip
+        if clip is None or old_values_ENT1 is None:
+            return losses.value_error(values, targets, num_values=num)[0]
+        old = old_values_ENT1.flatten()[slots].to(values)
+        return losses.clipped_value_error(values, old, targets, clip=clip, num_values=num)[0]
+
+    @torch.no_grad()
+    def _read(self, judge: Judge, packed: Sequence[Packed], num: int, metrics: Metrics) -> Tensor:
+        """Values (num,) at the markers' slots, 0 where there is no marker."""
+        reader = judge.critic or judge.policy
+        values = torch.zeros(num)
+        for micro in self._batches(packed, reader.device):
+            hidden = reader.hidden(micro.ids_BL)[micro.row_M, micro.column_M]
+            values[micro.slot_M.cpu()] = judge.head(hidden).cpu()
+            metrics["tokens/critic"] += micro.num_tokens
+        return values
+
+    def _batches(self, packed: Sequence[Packed], device: torch.device) -> Iterable[MicroBatch]:
+        return micro_batches(packed, self.config.learner.micro_batch_tokens, device)
