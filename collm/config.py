@@ -148,7 +148,7 @@ class AlgorithmSettings(Room):
             raise ValueError(f"{a} never asks the critic. Set algorithm.critic='none', or algorithm.advantage='td_lambda'.")
         if (self.critic_kind == "Q") != (self.advantage == "counterfactual"):
             raise ValueError(
-                f"{a} with algorithm.critic_kind={self.critic_kind!r}: Q - Q leaves the actor no signal, and V knows no answer. "
+                f"{a} with algorithm.critic_kind={self.critic_kind!r}: Q - Q is no signal to the actor, V knows no answer. "
                 "Set critic_kind='Q' together with advantage='counterfactual', or 'V' with 'td_lambda'."
             )
         if self.critic_body == "policy" and (self.critic != "own" or self.critic_kind != "V"):
