@@ -18,8 +18,7 @@ def derive(*keys: Key) -> int:
     Example: `derive(run_seed, "episode", iteration, index)`; the answer of one agent at one turn is sampled with
     `derive(episode_seed, agent, turn)`.
     """
-    text = "\x1f".join(f"{type(key).__name__}:{key}" for key in keys)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def stream(*keys: Key) -> random.Random:

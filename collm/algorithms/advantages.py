@@ -64,13 +64,17 @@ def lambda_returns(rewards_ENT: Tensor, values_ENT1: Tensor, live_ENT: Tensor, *
 
 def group_mean(returns_G: Tensor) -> Tensor:
     """A_g = R_g - mean(R). Siblings lie along the first dimension: (G, ...). Source: GRPO 2402.03300, MAGRPO 2508.04652."""
-    return returns_G - returns_G.mean(0, keepdim=True)
+    mean = returns_G.double().mean(0, keepdim=True)  # exact where all returns are the same
+    return (returns_G - mean).to(returns_G)
 
 
 def leave_one_out(returns_G: Tensor) -> Tensor:
-    """A_g = R_g - mean of the other G - 1 siblings; needs G >= 2. Equals group_mean * G / (G - 1). Source: RLOO 2402.14740."""
+    """A_g = R_g - mean of the other G - 1 siblings = group_mean * G / (G - 1); an only child, compared with nobody, gets 0.
+
+    Source: RLOO 2402.14740.
+    """
     size = returns_G.shape[0]
-    return returns_G - (returns_G.sum(0, keepdim=True) - returns_G) / (size - 1)
+    return group_mean(returns_G) * (size / max(1, size - 1))
 
 
 def group_max(returns_G: Tensor) -> Tensor:
@@ -158,13 +162,13 @@ def normalize(advantages: Tensor, live: Tensor, *, recentre: bool, eps: float = 
     Args:
         advantages, live: (E, T) of one agent; entries with live = 0 neither count nor change.
     """
-    chosen = advantages[live.bool()]
+    chosen = advantages[live.bool()].double()
     if chosen.numel() < 2:
         return advantages
     deviation = chosen.std(correction=0)
     scale = deviation if deviation > eps else torch.ones_like(deviation)
     centre = chosen.mean() if recentre else torch.zeros_like(deviation)
-    return torch.where(live.bool(), (advantages - centre) / scale, advantages)
+    return torch.where(live.bool(), (advantages - centre) / scale, advantages).to(advantages)
 
 
 def group_std(advantages_G: Tensor, returns_G: Tensor, eps: float = 1e-8) -> Tensor:
@@ -172,5 +176,5 @@ def group_std(advantages_G: Tensor, returns_G: Tensor, eps: float = 1e-8) -> Ten
 
     A group whose returns are all the same keeps its (zero) advantages.
     """
-    deviation = returns_G.std(0, keepdim=True, correction=0)
-    return advantages_G / torch.where(deviation > eps, deviation, torch.ones_like(deviation))
+    deviation = returns_G.double().std(0, keepdim=True, correction=0)
+    return (advantages_G / torch.where(deviation > eps, deviation, torch.ones_like(deviation))).to(advantages_G)

@@ -66,7 +66,7 @@ def sequence_clip(
     ratio_S = torch.exp(answer_sums(logp_K - old_logp_K, answer_K, num) / length_S)
     clipped_S = torch.clamp(ratio_S, 1 - clip, 1 + clip)
     gain_S = torch.minimum(ratio_S * advantages_S, clipped_S * advantages_S)
-    outside = (clipped_S * advantages_S < ratio_S * advantages_S).float() @ length_S
+    outside = length_S[clipped_S * advantages_S < ratio_S * advantages_S].sum()
     return -(length_S * gain_S).sum() / num_answers, {"clipped": outside.item()}
 
 

@@ -19,33 +19,38 @@ def run(arguments: argparse.Namespace) -> int:
     comparisons = [compare(read_run(folder)) for folder in folders.values()]
     console = Console(highlight=False, quiet=arguments.json)
     if not console.is_terminal:
-        console.width = max(console.width, 120)
+        console.width = 160
+    wide = console.width >= 120
+    digits = 3 if wide else 2
     reports = []
     for comparison in comparisons:
-        files = [draw_curves([comparison.run], comparison.run.folder / "report" / "curves.png")]
-        console.print(comparison_table(comparison))
+        run, folder = comparison.run, comparison.run.folder / "report"
+        console.print(comparison_table(comparison, digits))
+        console.print()
+        files = [draw_curves([run], folder / "curves.png")]
         gallery = choose(comparison.before, comparison.after)
         if gallery is not None:
-            labels = comparison.labels
-            files.append(draw_builds(gallery, comparison.run.name, labels, comparison.run.folder / "report" / "builds.png"))
+            title = f"{run.name}: {comparison.labels[0]} (above) and {comparison.labels[1]} (below)"
+            files.append(draw_builds(gallery, title, folder / "builds.png"))
             if len(comparisons) == 1:
+                console.print(picture(gallery, console.width))
                 console.print()
-                console.print(picture(gallery, labels, console.width))
-        console.print()
-        _list(console, files)
+        _name(console, files)
         reports.append({**comparison.plain(), "files": [str(path) for path in files]})
-    files = []
+    together = []
     if len(comparisons) > 1:
         runs = [comparison.run for comparison in comparisons]
-        files = [draw_curves(runs, runs[0].folder / "report" / "curves-of-runs.png")]
-        console.print(runs_table(comparisons))
+        together = [draw_curves(runs, runs[0].folder / "report" / "curves-of-runs.png")]
+        console.print(runs_table(comparisons, digits, 3 if wide else 2))
         console.print()
-        _list(console, files)
+        _name(console, together)
     if arguments.json:
-        print(json.dumps({"runs": reports, "files": [str(path) for path in files]}, allow_nan=False))
+        print(json.dumps({"runs": reports, "files": [str(path) for path in together]}, allow_nan=False))
     return 0
 
 
-def _list(console: Console, files: list[Path]) -> None:
+def _name(console: Console, files: list[Path]) -> None:
+    """Say where pictures lie, a path a line and never broken."""
     for path in files:
-        console.print(str(path), soft_wrap=True, markup=False)
+        console.print(f"wrote {path}", soft_wrap=True, markup=False)
+    console.print()

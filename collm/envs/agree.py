@@ -28,12 +28,14 @@ class Agree(TextEnv):
 
     def __init__(self, agents: int | Sequence[str] = 2, colours: int | Sequence[str] = 4, turns: int = 1, split: str = "train"):
         super().__init__(agent_names(agents, "agent"), turns)
-        self.colours = list(COLOURS[:colours]) if isinstance(colours, int) else [str(c).lower() for c in colours]
-        if len(self.colours) < 2 or len(set(self.colours)) < len(self.colours):
-            raise EnvError(f"colours={colours!r} must give at least two different colours (a number up to 8, or a list).")
+        counted = isinstance(colours, int)
+        self.colours = list(COLOURS[: max(0, colours)]) if isinstance(colours, int) else [str(c).lower() for c in colours]
+        too_many = counted and len(self.colours) != colours
+        if len(self.colours) < 2 or len(set(self.colours)) < len(self.colours) or too_many:
+            raise EnvError(f"colours={colours!r} must give at least two different colours: a number from 2 to 8, or a list.")
         self.alone = len(self.possible_agents) == 1
         self.num_tasks = len(self.colours) if self.alone else 1
-        self._pattern = re.compile(r"\b(" + "|".join(map(re.escape, self.colours)) + r")\b")
+        self._pattern = re.compile(r"\b(" + "|".join(map(re.escape, sorted(self.colours, key=len, reverse=True))) + r")\b")
 
     def begin(self, task: int, rng: random.Random) -> dict[str, str]:
         self.target = self.colours[task] if self.alone else ""

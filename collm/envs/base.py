@@ -10,7 +10,7 @@ import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from gymnasium import spaces
 from pettingzoo import ParallelEnv
@@ -19,6 +19,12 @@ from collm import seeds
 from collm.errors import EnvError
 
 MAX_CHARACTERS = 1 << 22
+
+
+class EnvMaker(Protocol):
+    """Makes a fresh world for each episode; `EnvSpec` of the catalogue is one."""
+
+    def make(self, split: str) -> ParallelEnv: ...
 
 
 class TextSpace(spaces.Text):

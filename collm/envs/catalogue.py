@@ -7,9 +7,12 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
 
 from pettingzoo import ParallelEnv
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
 
 from collm.errors import ConfigError, EnvError
 
@@ -27,6 +30,9 @@ class EnvSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def make(self, split: str = "train") -> ParallelEnv:
+        """A fresh world of one split. Raises ConfigError as `make` does."""
+        if "split" in self.options:
+            raise ConfigError("env.split is no setting: training plays the split 'train', evaluation the split 'eval'.")
         return make(self.name, split=split, **self.options)
 
 
@@ -41,15 +47,19 @@ def find(name: str) -> Any:
         )
     module, _, attribute = target.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"task {name!r} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
+    if not callable(found):
+        raise ConfigError(f"task {name!r} is {type(found).__name__}, not a class or function that makes a ParallelEnv.")
+    return found
 
 
 def make(name: str, split: str = "train", **options: Any) -> ParallelEnv:
     """Make a world, for example `make("str_build", strings=["ICML"])`.
 
     `name` is a built-in world or "module:attribute" of any PettingZoo ParallelEnv with text observations and actions.
+    Options are checked against the type annotations of the world's constructor, where it has them.
     Raises ConfigError for an unknown name or option, or an option's bad value.
     """
     factory = find(name)
@@ -60,9 +70,37 @@ def make(name: str, split: str = "train", **options: Any) -> ParallelEnv:
             near = difflib.get_close_matches(option, parameters, n=1)
             hint = f"Did you mean 'env.{near[0]}'?" if near else f"{name} takes: {', '.join(parameters)}."
             raise ConfigError(f"unknown setting 'env.{option}'. {hint}")
+    _check_types(factory, options)
     if "split" in parameters or open_ended:
         options["split"] = split
     try:
-        return factory(**options)
+        env = factory(**options)
     except EnvError as error:
         raise ConfigError(f"env {name}: {error}") from error
+    except TypeError as error:
+        raise ConfigError(f"task {name!r} cannot be made with the options {options}: {error}.") from error
+    if not isinstance(env, ParallelEnv):
+        raise ConfigError(f"task {name!r} makes {type(env).__name__}, not a PettingZoo ParallelEnv.")
+    return env
+
+
+def _check_types(factory: Any, options: Mapping[str, Any]) -> None:
+    """Hold options to the constructor's annotations, without converting any value."""
+    for option, value in options.items():
+        adapter = _adapter(factory, option)
+        if adapter is not None:
+            try:
+                adapter.validate_python(value, strict=not isinstance(value, list))
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"]
+                raise ConfigError(f"env.{option}={value!r}: {reason[0].lower()}{reason[1:]}.") from error
+
+
+@cache
+def _adapter(factory: Any, option: str) -> TypeAdapter[Any] | None:
+    """What checks one option's type; None where an annotation is missing or cannot be resolved: it promises nothing."""
+    try:
+        hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+        return TypeAdapter(hints[option]) if option in hints else None
+    except (NameError, TypeError, AttributeError, PydanticSchemaGenerationError):
+        return None

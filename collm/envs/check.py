@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
+from gymnasium import spaces
 from pettingzoo import ParallelEnv
 from pettingzoo.test import parallel_api_test
 
 from collm.errors import EnvError
 
-SECRET = "zyzzogeton-4711"
+SECRET = "zyzzogeton"
+Step = tuple[Any, ...]
+"""(who acted, what was answered, *what `step` returned)."""
 
 
 def check_env(env: ParallelEnv, *, episodes: int = 4) -> list[str]:
@@ -20,20 +26,42 @@ def check_env(env: ParallelEnv, *, episodes: int = 4) -> list[str]:
 
     Returns the names of the checks passed. Raises EnvError naming the first broken promise.
     """
+    fresh = copy.deepcopy(env)  # never played: what a branch of a turn tree replays in
     passed = []
     for name, check in (
+        ("spaces hold texts", _spaces),
         ("PettingZoo's parallel_api_test", _pettingzoo),
-        ("texts lie in the spaces", _spaces),
-        ("same seed, same episode", _replays),
-        ("one joint reward", _joint_reward),
+        ("texts lie in the spaces", _texts),
+        ("one joint reward, a finite number", _joint_reward),
+        ("same seed, same episode, in a fresh world too", _replays),
         ("terminated apart from truncated", _ends),
         ("no answer leaks to another agent", _leaks),
         ("metrics are numbers", _metrics),
     ):
-        for seed in range(episodes if check is not _pettingzoo else 1):
-            check(env, seed)
+        for seed in range(episodes):
+            check(env, fresh, seed)
         passed.append(name)
     return passed
+
+
+def play(env: ParallelEnv, seed: int, secrets: Mapping[str, str] | None = None) -> tuple[Any, list[Step]]:
+    """One episode of sampled answers: (first observations, steps). An agent with a secret begins and ends its answers
+    with it, where its space allows."""
+    for index, agent in enumerate(env.possible_agents):
+        env.action_space(agent).seed(1000 * seed + index)
+    observations, _ = env.reset(seed=seed)
+    steps: list[Step] = []
+    while env.agents:
+        _require(len(steps) < 1000, "an episode does not end within 1000 turns; end it, or truncate it.")
+        actions = {agent: env.action_space(agent).sample() for agent in env.agents}
+        for agent in (secrets or {}).keys() & actions.keys():
+            secret = (secrets or {})[agent]
+            for marked in (f"{secret} {actions[agent]} {secret}", f"{secret} {secret}", secret + secret):
+                if env.action_space(agent).contains(marked):
+                    actions[agent] = marked
+                    break
+        steps.append((tuple(env.agents), actions, *env.step(actions)))
+    return observations, steps
 
 
 def _require(condition: bool, message: str) -> None:
@@ -41,7 +69,17 @@ def _require(condition: bool, message: str) -> None:
         raise EnvError(message)
 
 
-def _pettingzoo(env: ParallelEnv, seed: int) -> None:
+def _spaces(env: ParallelEnv, fresh: ParallelEnv, seed: int) -> None:
+    for agent in env.possible_agents:
+        for kind, space in (("observation", env.observation_space(agent)), ("action", env.action_space(agent))):
+            _require(
+                isinstance(space, spaces.Text),
+                f"{agent}'s {kind} space is {type(space).__name__}, not text: collm trains worlds of text "
+                "(gymnasium.spaces.Text, or collm.envs.base.TextSpace for any script).",
+            )
+
+
+def _pettingzoo(env: ParallelEnv, fresh: ParallelEnv, seed: int) -> None:
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -50,56 +88,59 @@ def _pettingzoo(env: ParallelEnv, seed: int) -> None:
         raise EnvError(f"PettingZoo's parallel_api_test fails: {error}") from error
 
 
-def play(env: ParallelEnv, seed: int, answers: dict[str, str] | None = None) -> list[Any]:
-    """One episode of sampled answers (with `answers` put in front of them): [first observations, step, step, ...]."""
-    for index, agent in enumerate(env.possible_agents):
-        env.action_space(agent).seed(1000 * seed + index)
-    observations, _ = env.reset(seed=seed)
-    record: list[Any] = [observations]
-    while env.agents:
-        _require(len(record) < 1000, "an episode does not end within 1000 turns; end it, or truncate it.")
-        actions = {a: (answers or {}).get(a, "") + env.action_space(a).sample() for a in env.agents}
-        record.append((tuple(env.agents), *env.step(actions)))
-    return record
-
-
-def _spaces(env: ParallelEnv, seed: int) -> None:
-    record = play(env, seed)
-    for observations in [record[0], *(step[1] for step in record[1:])]:
+def _texts(env: ParallelEnv, fresh: ParallelEnv, seed: int) -> None:
+    first, steps = play(env, seed)
+    for observations in [first, *(step[2] for step in steps)]:
         for agent, text in observations.items():
             _require(isinstance(text, str), f"{agent} observed {type(text).__name__}, not text.")
             _require(env.observation_space(agent).contains(text), f"{agent}'s text lies outside its space: {text[:80]!r}")
-    for agent, text in record[0].items():
+    for agent, text in first.items():
         _require(bool(text), f"{agent} reads nothing at the first turn.")
 
 
-def _replays(env: ParallelEnv, seed: int) -> None:
-    _require(play(env, seed) == play(env, seed), f"two episodes with seed {seed} and the same answers differ.")
+def _replays(env: ParallelEnv, fresh: ParallelEnv, seed: int) -> None:
+    record = play(env, seed)
+    _require(record == play(env, seed), f"two episodes with seed {seed} and the same answers differ.")
+    _require(
+        record == play(copy.deepcopy(fresh), seed),
+        f"an episode with seed {seed} and the same answers differs in a world that has not been played yet.",
+    )
 
 
-def _joint_reward(env: ParallelEnv, seed: int) -> None:
-    for _, _, rewards, _, _, _ in play(env, seed)[1:]:
+def _joint_reward(env: ParallelEnv, fresh: ParallelEnv, seed: int) -> None:
+    for _, _, _, rewards, *_ in play(env, seed)[1]:
+        for agent, reward in rewards.items():
+            _require(_is_number(reward), f"{agent}'s reward is {reward!r}, not a finite number.")
         _require(len(set(rewards.values())) == 1, f"agents got different rewards in one turn: {rewards}.")
 
 
-def _ends(env: ParallelEnv, seed: int) -> None:
-    *_, terminations, truncations, _ = play(env, seed)[-1]
+def _ends(env: ParallelEnv, fresh: ParallelEnv, seed: int) -> None:
+    for acted, _, _, _, terminations, truncations, _ in play(env, seed)[1]:
+        for agent in acted:
+            both = bool(terminations[agent]) and bool(truncations[agent])
+            _require(not both, f"{agent} ends both or neither terminated and truncated.")
+    *_, terminations, truncations, _ = play(env, seed)[1][-1]
     for agent, terminated in terminations.items():
         _require(terminated != truncations[agent], f"{agent} ends both or neither terminated and truncated.")
 
 
-def _leaks(env: ParallelEnv, seed: int) -> None:
+def _leaks(env: ParallelEnv, fresh: ParallelEnv, seed: int) -> None:
     if getattr(env, "has_messages", False):
         return
     for agent in env.possible_agents:
-        for _, observations, *_ in play(env, seed, {agent: SECRET})[1:]:
+        for _, actions, observations, *_ in play(env, seed, {agent: SECRET})[1]:
+            written = actions.get(agent, "").lower()
             for other, text in observations.items():
-                _require(other == agent or SECRET not in text, f"what {agent} wrote shows in what {other} reads next.")
+                leaked = SECRET in written and SECRET in text.lower()
+                _require(other == agent or not leaked, f"what {agent} wrote shows in what {other} reads next.")
 
 
-def _metrics(env: ParallelEnv, seed: int) -> None:
-    infos = play(env, seed)[-1][-1]
-    for agent, info in infos.items():
+def _metrics(env: ParallelEnv, fresh: ParallelEnv, seed: int) -> None:
+    for agent, info in play(env, seed)[1][-1][-1].items():
         for key in ("metrics", "reward_parts"):
             for name, value in info.get(key, {}).items():
-                _require(isinstance(value, (int, float)), f"{agent}: {key}[{name!r}] is {value!r}, not a number.")
+                _require(_is_number(value), f"{agent}: {key}[{name!r}] is {value!r}, not a number.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

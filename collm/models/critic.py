@@ -129,14 +129,22 @@ class Critic(nn.Module):
             ids = self._encode(earlier[cut:], newest, final)
             if len(ids) <= self.max_tokens:
                 return Reading(ids, cut)
-        spare = self.max_tokens - (len(ids) - self._length(newest) - self._length(final or ""))
         texts = self._texts(episode, turn, agents, state)
-        share = max(1, (spare if final is None else spare // 2) // len(texts) - 8)
-        newest = self._joined({name: self._tail(text, share) for name, text in texts.items()}, len(texts))
-        if final is not None and answers is not None:
-            named = {a: self._tail(answers[a], share) for a in agents if a in answers}
-            final = self._joined(named, len(agents))
-        return Reading(self._encode([], newest, final)[-self.max_tokens :], turn + 1)
+        said = {agent: answers[agent] for agent in agents if agent in answers} if answers is not None else {}
+        blank = self._encode(
+            [],
+            self._joined(dict.fromkeys(texts, ""), len(texts)),
+            None if final is None else self._joined(dict.fromkeys(said, ""), len(agents)),
+        )
+        share = max(0, self.max_tokens - len(blank)) // (len(texts) + len(said))
+        while True:
+            newest = self._joined({name: self._tail(text, share) for name, text in texts.items()}, len(texts))
+            if final is not None:
+                final = self._joined({agent: self._tail(text, share) for agent, text in said.items()}, len(agents))
+            ids = self._encode([], newest, final)
+            if len(ids) <= self.max_tokens or share == 0:  # cut texts may tokenize a little longer than they did whole
+                return Reading(ids[-self.max_tokens :], turn + 1)
+            share = share * 9 // 10
 
     def _encode(self, earlier: list[tuple[str, str]], newest: str, final: str | None) -> Ids:
         messages = [message for seen, said in earlier for message in (Message("user", seen), Message("assistant", said))]
@@ -166,9 +174,6 @@ class Critic(nn.Module):
             return "".join(texts.values())
         return "\n".join(f"{name}: {text}" for name, text in texts.items())
 
-    def _length(self, text: str) -> int:
-        return len(self.chat.text_ids(text))
-
     def _tail(self, text: str, tokens: int) -> str:
         ids = self.chat.text_ids(text)
-        return text if len(ids) <= tokens else self.chat.decode(list(ids[-tokens:]))
+        return text if len(ids) <= tokens else self.chat.decode(list(ids[len(ids) - tokens :]))

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from rich.console import Group
 from rich.table import Table
@@ -102,7 +104,7 @@ def choose(before: Sequence[Record], after: Sequence[Record], count: int = 3) ->
     return Gallery([old[w] for w in chosen], [new[w] for w in chosen], [place + 1 for place in places], len(words))
 
 
-def picture(gallery: Gallery, labels: tuple[str, str], width: int) -> Group:
+def picture(gallery: Gallery, width: int) -> Group:
     """The gallery for a terminal of `width` columns, two characters a cell.
 
     Without colours the characters say the same: a block's digit twice, `x` and the digit where it is outside the word,
@@ -110,11 +112,9 @@ def picture(gallery: Gallery, labels: tuple[str, str], width: int) -> Group:
     """
     words = Table.grid(padding=(0, 3))
     for old, new in zip(gallery.before, gallery.after, strict=True):
-        walls = [
-            Text.assemble((f"{build.word} {label}", "bold"), f"  {build.caption}\n", _wall(build))
-            for build, label in ((old, labels[0]), (new, labels[1]))
-        ]
-        if 2 * len(old.target[0]) * 2 + 3 <= width:
+        captions = f"{old.word} before  {old.caption}", f"{new.word} after  {new.caption}"
+        walls = [Text.assemble((c, "bold"), "\n", _wall(b)) for c, b in zip(captions, (old, new), strict=True)]
+        if sum(max(2 * len(old.target[0]), len(caption)) for caption in captions) + 3 <= width:
             words.add_row(*walls)
         else:
             for wall in walls:
@@ -130,7 +130,7 @@ def _wall(build: Build) -> Text:
         if column == 0 and row:
             wall.append("\n")
         if block == ".":
-            wall.append(*("..", f"{MISSING} on {WALL}") if wanted else ("  ", f"on {WALL}"))
+            wall.append(*("..", f"{MISSING} on {MISSING}") if wanted else ("  ", f"on {WALL}"))
             continue
         colour = _colour(block)
         wall.append("x" if not wanted else block, f"bold {EXTRA if not wanted else colour} on {colour}")
@@ -146,53 +146,62 @@ def _legend(build: Build) -> Text:
         for digit, block in blocks:
             legend.append(digit * 2, f"{BLOCKS[block]} on {BLOCKS[block]}")
             legend.append(f" {block}  ")
-    legend.append("..", f"{MISSING} on {WALL}")
+    legend.append("\n")
+    legend.append("..", f"{MISSING} on {MISSING}")
     legend.append(" left empty  ")
     legend.append("x", f"bold {EXTRA}")
     legend.append(" outside the word")
     return legend
 
 
-def draw_builds(gallery: Gallery, title: str, labels: tuple[str, str], path: Path) -> Path:
+def draw_builds(gallery: Gallery, title: str, path: Path) -> Path:
     """The gallery as a PNG: a column a word, before above after. Raises SaveError."""
     columns = [len(build.target[0]) for build in gallery.after]
     rows = len(gallery.after[0].target)
-    cell = min(0.22, 13 / sum(columns))  # inches
-    size = (max(6.5, cell * sum(columns) + 0.35 * len(columns) + 0.4), 2 * (cell * rows + 0.45) + 0.95)
+    cell = min(0.22, 10 / sum(columns))  # inches
+    size = (max(7.0, cell * sum(columns) + 0.3 * len(columns) + 0.3), 2 * (cell * rows + 0.4) + 1.1)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     grid = figure.subplots(2, len(columns), squeeze=False, gridspec_kw={"width_ratios": columns})
-    for panels, builds, label in zip(grid, (gallery.before, gallery.after), labels, strict=True):
+    for panels, builds, label in zip(grid, (gallery.before, gallery.after), ("before", "after"), strict=True):
         for axes, build in zip(panels, builds, strict=True):
-            _draw_wall(axes, build)
+            _draw_wall(axes, build, cell)
         panels[0].set_ylabel(label, fontsize=9)
     figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
-    figure.legend(handles=_handles(gallery.after[0]), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
-    figure.supxlabel(gallery.choice, fontsize=8, color="#5f6670")
+    figure.legend(
+        handles=_handles(gallery.after[0]),
+        title=gallery.choice,
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+        title_fontsize=8,
+    )
     with saved(path):
         figure.savefig(path)
     return path
 
 
-def _draw_wall(axes: Axes, build: Build) -> None:
+def _draw_wall(axes: Axes, build: Build, cell: float) -> None:
     width, height = len(build.target[0]), len(build.target)
     axes.add_patch(Rectangle((-0.15, -0.15), width + 0.3, height + 0.3, facecolor=WALL))
     for column, row, wanted, block in build.cells():
         colour = _colour(block) if block != "." else MISSING if wanted else EMPTY
         axes.add_patch(Rectangle((column + 0.06, row + 0.06), 0.88, 0.88, facecolor=colour))
         if block != "." and not wanted:
-            axes.plot(column + 0.5, row + 0.5, marker="x", color=EXTRA, markersize=6, markeredgewidth=2)
+            axes.plot(column + 0.5, row + 0.5, marker="x", color=EXTRA, markersize=32 * cell, markeredgewidth=1.6)
     axes.set(xlim=(-0.15, width + 0.15), ylim=(height + 0.15, -0.15), aspect="equal", xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     axes.set_title(f"{build.word}   {build.caption}", fontsize=9)
 
 
-def _handles(build: Build) -> list[Patch]:
-    handles = [
+def _handles(build: Build) -> list[Artist]:
+    handles: list[Artist] = [
         Patch(facecolor=BLOCKS[block], edgecolor="#9aa0a6", linewidth=0.5, label=f"{block} ({agent})")
         for agent, blocks in _palettes(build.agents).items()
         for _, block in blocks
     ]
-    return [*handles, Patch(facecolor=MISSING, label="of the word, left empty")]
+    extra = Line2D([], [], color=EXTRA, marker="x", linestyle="", markeredgewidth=1.6, label="outside the word")
+    return [*handles, Patch(facecolor=MISSING, label="left empty"), extra]
 
 
 def _palettes(agents: Sequence[str]) -> dict[str, list[tuple[str, str]]]:

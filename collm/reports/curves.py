@@ -41,12 +41,12 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
     _dress(axes, title, "raw reward, last turn")
     for number, (name, turns) in enumerate(judged.items()):
         alone = number == len(judged) - 1 and number % 2 == 0
-        below = figure.add_subplot(grid[1 + number // 2, slice(None) if alone else number % 2])
+        below = figure.add_subplot(grid[1 + number // 2, slice(None) if alone else number % 2], sharex=axes)
         shades = colormaps["viridis"](np.linspace(0, 0.85, len(turns)))
         for (turn, (x, y)), shade in zip(turns.items(), shades, strict=True):
             below.plot(x, y, color=shade, linewidth=1.4, label=f"turn {turn + 1}")
-        if any(np.nanmin(y, initial=0) < FLOOR for _, y in turns.values()):
-            below.set_ylim(bottom=FLOOR)
+        lowest = min(np.nanmin(y, initial=-0.25) for _, y in turns.values())
+        below.set_ylim(max(FLOOR, lowest), 1)
         below.axhline(0, color="#9aa0a6", linewidth=0.8)
         _dress(below, "critic" if len(runs) == 1 else f"critic of {name}", "explained variance")
     with saved(path):
@@ -92,9 +92,9 @@ def _reward(axes: Axes, run: Run, colour: str, labels: tuple[str, str | None]) -
     axes.plot(x, y, color=colour, alpha=0.45, linewidth=0.9, label=labels[1])
     at, rewards = held_out_curve(run)
     axes.plot(at, [r.mean for r in rewards], color=colour, linewidth=2, marker="o", markersize=4, label=labels[0])
-    if all(r.low is not None for r in rewards):
-        low, high = [r.low or 0.0 for r in rewards], [r.high or 0.0 for r in rewards]
-        axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+    bounds = [(x, r.low, r.high) for x, r in zip(at, rewards, strict=True) if r.low is not None and r.high is not None]
+    if bounds:
+        axes.fill_between(*zip(*bounds, strict=True), color=colour, alpha=0.15, linewidth=0)
 
 
 def _dress(axes: Axes, title: str, quantity: str) -> None:

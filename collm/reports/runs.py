@@ -51,8 +51,7 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Raises RunError where `folder` is no run directory, or a file of it is damaged."""
     config = read_config(folder)
-    metrics = folder / "metrics.jsonl"
-    return Run(folder, config, _read_lines(metrics, ("iteration", "joint_actions")) if metrics.exists() else [])
+    return Run(folder, config, _read_lines(folder / "metrics.jsonl", ("iteration", "joint_actions")))
 
 
 def read_config(folder: Path) -> Record:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich import box
+from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from collm.errors import RunError
 from collm.reports.intervals import Interval, by_task, interval
@@ -130,79 +133,63 @@ def explain(intervals: Mapping[str, Interval]) -> list[str]:
     for name, found in intervals.items():
         if found.note:
             reasons.setdefault(found.note, []).append(name)
-    return [
-        reason if len(names) == len(intervals) else f"{', '.join(names)}: {reason}" for reason, names in reasons.items()
-    ]
+    return [reason if len(names) == len(intervals) else f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
-def comparison_table(comparison: Comparison) -> Table:
+def comparison_table(comparison: Comparison, digits: int = 3) -> Group:
     """Before and after training, a measure a line."""
-    title = f"{comparison.run.name}: {comparison.num_tasks} held-out tasks, mean [95 % interval]"
-    apart = ["* the two intervals do not overlap"] if any(row.apart for row in comparison.rows.values()) else []
-    table = _table(title, [*apart, *comparison.notes])
-    for heading in ("", *comparison.labels, "difference"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("")
+    table = _table("", "before", "after", "difference")
     for name, row in comparison.rows.items():
-        mark = "*" if row.apart else ""
-        cells = (name, spread(row.before), spread(row.after), spread(row.difference, sign=True), mark)
+        difference = spread(row.difference, digits, sign="+") + (" *" if row.apart else "")
+        cells = (Text(name), spread(row.before, digits), spread(row.after, digits), difference)
         table.add_row(*cells, style="bold" if row.apart else "")
-    return table
+    before, after = comparison.labels
+    title = f"{comparison.run.name}: {held_out(comparison.num_tasks)} {before} and {after}"
+    notes = comparison.notes
+    if comparison.rows[REWARD].before.low is not None:
+        notes = ["mean [95 % interval] over tasks; * marks intervals that do not overlap", *notes]
+    return _framed(title, table, notes)
 
 
-def runs_table(comparisons: Sequence[Comparison]) -> Table:
-    """One line a run: held-out results after training, and what training cost."""
-    shared = [name for name in comparisons[0].rows if all(name in c.rows for c in comparisons)]
-    table = _table("held-out results after training, and what training cost", [])
-    table.add_column("run")
-    for name in shared[:4]:
-        table.add_column(name)
-    for heading in ("joint actions", "seconds", "tokens sampled"):
+def runs_table(comparisons: Sequence[Comparison], digits: int = 3, measures: int = 3) -> Group:
+    """One line a run: held-out results after training (the first `measures` that all share), and what training cost."""
+    shown = [name for name in comparisons[0].rows if all(name in c.rows for c in comparisons)][:measures]
+    table = _table("run", *map(escape, shown))
+    for heading in ("joint\nactions", "\nseconds", "tokens\nsampled"):
         table.add_column(heading, justify="right")
     for comparison in comparisons:
-        cost = comparison.run.cost()
-        results = [spread(comparison.rows[name].after) for name in shared[:4]]
-        table.add_row(comparison.run.name, *results, *(f"{value:,.0f}" for value in cost.values()))
-    return table
+        results = [spread(comparison.rows[name].after, digits) for name in shown]
+        cost = [f"{value:,.0f}" for value in comparison.run.cost().values()]
+        table.add_row(Text(comparison.run.name), *results, *cost)
+    notes = [f"{comparison.run.name}: {note}" for comparison in comparisons for note in comparison.notes]
+    return _framed("held-out mean [95 % interval] after training, and what training cost", table, notes)
 
 
-def evaluation_table(
-    title: str, intervals: Mapping[str, Interval], notes: Sequence[str], max_reward: float | None
-) -> Table:
+def evaluation_table(title: str, intervals: Mapping[str, Interval], notes: Sequence[str], max_reward: float | None) -> Group:
     """Results of one evaluation; the reward also in % of `max_reward`, where that is known."""
-    table = _table(title, notes)
-    table.add_column("")
-    table.add_column("mean [95 % interval]", no_wrap=True)
-    if max_reward:
-        table.add_column("% of maximum", no_wrap=True)
+    table = _table("", "mean [95 % interval]", *["% of maximum"] * bool(max_reward))
     for name, found in intervals.items():
-        share = ""
-        if max_reward and name == REWARD:
-            share = spread(found, scale=100 / max_reward, digits=1)
-        table.add_row(name, spread(found), *([share] if max_reward else []))
-    return table
+        share = [spread(found, 1, scale=100 / max_reward)] if max_reward and name == REWARD else []
+        table.add_row(Text(name), spread(found), *share)
+    return _framed(title, table, notes)
 
 
-def spread(found: Interval, *, sign: bool = False, scale: float = 1.0, digits: int = 3) -> str:
-    """`0.412 [0.350, 0.470]`, or the mean alone where there is no interval."""
+def held_out(num_tasks: int) -> str:
+    return f"{num_tasks} held-out task{'' if num_tasks == 1 else 's'}"
 
-    def show(value: float) -> str:
-        return f"{value * scale:{'+' if sign else ''}.{digits}f}"
 
+def spread(found: Interval, digits: int = 3, *, sign: str = "", scale: float = 1.0) -> str:
+    """`0.412 [0.350, 0.470]`, or the mean alone where there is no interval. `sign`: "+" marks a positive mean."""
+    mean = f"{found.mean * scale:{sign}.{digits}f}"
     if found.low is None or found.high is None:
-        return show(found.mean)
-    return f"{show(found.mean)} [{show(found.low)}, {show(found.high)}]"
+        return mean
+    return f"{mean} [{found.low * scale:.{digits}f}, {found.high * scale:.{digits}f}]"
 
 
-def _table(title: str, notes: Sequence[str]) -> Table:
-    """The look that all tables share."""
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        caption="\n".join(notes) or None,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-    )
+def _table(*headings: str) -> Table:
+    return Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+
+
+def _framed(title: str, table: Table, notes: Sequence[str]) -> Group:
+    """The look that all tables share: title, table, and notes as wide as the terminal."""
+    return Group(Text(title, style="bold"), Text(), table, *(Text(note, style="dim") for note in notes))

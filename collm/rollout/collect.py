@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from collm import seeds
 from collm.engines.base import Engine
-from collm.envs.catalogue import EnvSpec
+from collm.envs.base import EnvMaker
 from collm.rollout.protocols import PROTOCOLS, Play
 from collm.types import Completion, Episode, Group, History, Request, Sampling
 
@@ -22,7 +22,7 @@ DEFAULT_SAMPLING = Sampling()
 class Plan:
     """How episodes are played. branches: 0 plays whole episodes; G >= 2 grows a turn tree with G joint answers per node."""
 
-    env: EnvSpec
+    env: EnvMaker
     split: str = "train"
     protocol: str = "parallel"
     history: History = "full"

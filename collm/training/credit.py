@@ -59,8 +59,7 @@ def from_siblings(batch: Batch, settings: AlgorithmSettings) -> Tensor:
     returns_ET = advantages.discounted_returns(batch.rewards_ET, gamma=settings.gamma)
     parts = []
     for returns_GT in returns_ET.split([len(group.episodes) for group in batch.groups]):
-        alone = len(returns_GT) == 1 and settings.advantage != "return"
-        compared_GT = torch.zeros_like(returns_GT) if alone else estimator(returns_GT)
+        compared_GT = estimator(returns_GT)
         parts.append(advantages.group_std(compared_GT, returns_GT) if settings.normalize == "group" else compared_GT)
     return torch.cat(parts)
 

@@ -93,7 +93,9 @@ class Critics:
         metrics["critic/cut"] = 0.0
         for judge in self.judges:
             if judge.critic is None:
-                judge.packed = pack_answers(batch, judge.agents[0], judge.policy, values=True)
+                judge.packed = pack_answers(
+                    batch, judge.agents[0], judge.policy, values=True, history=self.config.rollout.history
+                )
             else:
                 state = self.config.critic.state
                 judge.packed, num_cut = pack_readings(batch, judge.critic, judge.agents, state=state, kind=self.kind)

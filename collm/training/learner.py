@@ -80,7 +80,10 @@ class Learner:
         if warming_up and not judges:
             return
         agents = [agent for agent, other in self.team.policies.items() if other is policy]
-        packed = {agent: pack_answers(batch, agent, policy, values=agent in judges) for agent in agents}
+        packed = {
+            agent: pack_answers(batch, agent, policy, values=agent in judges, history=self.config.rollout.history)
+            for agent in agents
+        }
         num = sum(len(sequence.answers) for rows in packed.values() for sequence in rows)
         for _ in range(self.config.critic.epochs if warming_up else settings.epochs):
             totals: Metrics = defaultdict(float)

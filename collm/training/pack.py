@@ -19,7 +19,7 @@ from torch import Tensor
 from collm.errors import EngineError
 from collm.models.critic import Critic
 from collm.models.policy import Policy
-from collm.types import Episode, Group, Ids
+from collm.types import Episode, Group, History, Ids
 
 
 @dataclass(slots=True)
@@ -102,7 +102,7 @@ def starts_with(ids: Ids, prefix: Ids) -> bool:
     return len(ids) >= len(prefix) and np.array_equal(ids[: len(prefix)], prefix)
 
 
-def pack_answers(batch: Batch, agent: str, policy: Policy, *, values: bool = False) -> list[Packed]:
+def pack_answers(batch: Batch, agent: str, policy: Policy, *, values: bool = False, history: History = "full") -> list[Packed]:
     """The sequences of one agent: its answers, and with `values` a marker before each of them.
 
     A marker's slot counts T + 1 turns; a truncated episode has a marker after its last observation. Raises EngineError for
@@ -128,7 +128,7 @@ def pack_answers(batch: Batch, agent: str, policy: Policy, *, values: bool = Fal
             if values:
                 current.markers.append(((e * N + n) * (T + 1) + t, start - 1))
         if values and episode.truncated and current is not None and agent in episode.observations:
-            ids = policy.chat.encode(episode.history(agent))
+            ids = policy.chat.encode(episode.history(agent, history))
             if not starts_with(ids, current.ids):
                 current = Packed(ids)
                 packed.append(current)

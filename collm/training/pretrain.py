@@ -1,6 +1,6 @@
 """Makes the tiny language model that the package ships, from texts the environments generate.
 
-    python -m collm.training.pretrain OUTPUT_FOLDER [--minutes-shown]
+    python -m collm.training.pretrain OUTPUT_FOLDER
 
 Same machine, same thread count: same weights to the bit. docs/tiny-model.md tells what it is and what it scores.
 """
@@ -108,7 +108,7 @@ def batches(chat: Chat, seed: int, tokens: int, longest: int) -> Iterator[tuple[
             yield ids_BL, weights_BL
 
 
-def pretrain(folder: Path, *, seed: int = 0, steps: int = 3000, tokens: int = 6144, lr: float = 3e-3) -> None:
+def pretrain(folder: Path, *, seed: int = 0, steps: int = 2200, tokens: int = 6144, lr: float = 3e-3) -> None:
     """Train and write model and tokenizer (fp16 safetensors) to `folder`; prints the loss and the time left."""
     tokenizer = make_tokenizer(
         text for turns in itertools.islice(demonstrations.chats(seed + 1), 8000) for pair in turns for text in pair
@@ -150,8 +150,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the tiny language model that collm ships.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--threads", type=int, default=2, help="the shipped weights were made with 2")
+    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--threads", type=int, default=1, help="the shipped weights were made with 1")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     pretrain(arguments.folder, seed=arguments.seed, steps=arguments.steps)

@@ -28,9 +28,13 @@ PALETTES = (
 REFERENCE = {"train": ("I", "C", "M", "L", "MC", "CM", "LI", "LLM"), "eval": ("ICML", "CLIM")}
 COMMANDS = 300
 
+_SYMBOLS = dict(zip((block for palette in PALETTES for block in palette), "0123456789abcdef", strict=True))
+
 _COMMAND = re.compile(
     r"(?:[-*+]\s+|\d{1,3}[.)]\s+)?/setblock\s+(\d{1,6})\s+(\d{1,6})\s+(\d{1,6})\s+(?:minecraft:)?([a-z_]{1,40})", re.ASCII
 )
+
+_FENCE = re.compile(r"```[a-z]{0,20}", re.ASCII)
 
 
 class StrBuild(TextEnv):
@@ -151,7 +155,7 @@ class StrBuild(TextEnv):
         placed = 0
         for line in answer.split("\n"):
             line = line.strip()
-            if not line or line.startswith("```"):
+            if not line or _FENCE.fullmatch(line):
                 continue
             found = _COMMAND.fullmatch(line) if len(line) < 200 else None
             cell = (int(found[1]), int(found[2])) if found else (-1, -1)
@@ -200,8 +204,9 @@ class StrBuild(TextEnv):
         one, two = self.palettes[agent]
         number = len(self.agents)
         who = f"You are {agent}, one of {number} builders with different blocks" if number > 1 else f"You are {agent}"
+        what = "Build" if self.blind_first_turn else f"Build {self.word}"
         lines = [
-            f"{who}. Build {self.word} together." if number > 1 else f"{who}. Build {self.word}.",
+            f"{who}. {what} together." if number > 1 else f"{who}. {what}.",
             f"Box: x 0..{self.width - 1} right, y 0..{SIZE - 1} up, z 0.",
         ]
         if not self.blind_first_turn:
@@ -231,10 +236,10 @@ class StrBuild(TextEnv):
         return "\n".join(lines)
 
     def _symbol(self, cell: Cell) -> str:
-        """One character a cell: `.` empty, else the block's digit, two for each builder."""
+        """One character a cell: `.` empty, else one for each block, two for each builder."""
         if cell not in self.build:
             return "."
-        return str(next(i for i, block in enumerate(sum(PALETTES, ())) if block == self.build[cell]) % 10)
+        return _SYMBOLS[self.build[cell]]
 
     def _rows(self, symbol: Callable[[Cell], str]) -> str:
         return "\n".join("".join(symbol((x, y)) for x in range(self.width)) for y in reversed(range(SIZE)))
@@ -271,6 +276,6 @@ def read_strings(path: str) -> list[str]:
 
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
-            return [row["string"] for row in csv.DictReader(file)]
-    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
+            return [str(row["string"].strip()) for row in csv.DictReader(file)]
+    except (OSError, KeyError, AttributeError, UnicodeDecodeError, csv.Error) as error:
         raise EnvError(f"data={path!r} is not a CSV file with a column 'string': {error!r}.") from error

@@ -1,0 +1,181 @@
+"""`collm evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from collm.config import Config, load_config, parse_config
+from collm.envs.catalogue import make
+from collm.errors import ConfigError, EnvError, RunError
+from collm.reports.intervals import by_task, interval
+from collm.reports.runs import read_config
+from collm.reports.tables import REWARD, evaluation_table, explain, held_out
+
+if TYPE_CHECKING:
+    from collm.models.team import Team
+
+CHANGEABLE = ("env.", "evaluation.", "rollout.", "run.threads", "run.device", "run.seed", "team.compute")
+"""Settings (or their beginnings) of a trained run that its evaluation may change."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    source, which = arguments.source, arguments.checkpoint
+    if arguments.episodes is not None and arguments.episodes < 1:
+        raise ConfigError(
+            f"--episodes {arguments.episodes} plays nothing. Give 1 or more, or leave it out to play each held-out task once."
+        )
+    if source.is_dir():
+        config = run_config(source, arguments.overrides)
+        weights, what = find_weights(source, which)
+    elif source.exists() or source.suffix == ".toml":
+        config = load_config(source, arguments.overrides)
+        if which not in ("final", "start"):
+            raise ConfigError(f"--checkpoint {which} is for run directories: a recipe's team is untrained. Leave it out.")
+        weights, what = None, "untrained team"
+    else:
+        raise RunError(f"there is neither a run directory nor a recipe {str(source)!r}.")
+    max_reward = getattr(make(config.env.name, split="eval", **config.env.options), "max_reward", None)
+
+    import os
+
+    import torch
+
+    from collm.engines.local import LocalEngine
+    from collm.training.evaluate import evaluate
+
+    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+    with Console(stderr=True).status("playing the held-out tasks"):
+        engine = LocalEngine(load_team(config, weights), batch_tokens=config.rollout.batch_tokens)
+        result = evaluate(config, engine, episodes=arguments.episodes)
+    played, failed = result.played, [episode for episode in result.episodes if episode.failure]
+    if not played:
+        raise EnvError(f"none of {len(failed)} held-out episodes was played to its end; the first: {failed[0].failure}")
+    tasks = [episode.label or str(episode.task) for episode in played]
+    intervals = {name: interval(list(by_task(tasks, column).values())) for name, column in result.columns().items()}
+    notes = explain(intervals)
+    num_tasks = len(set(tasks))
+    if num_tasks < len(played):
+        notes.append(f"{len(played)} episodes of {num_tasks} distinct tasks; each task counts once")
+    if arguments.json:
+        record: dict[str, Any] = {
+            "episodes": len(played),
+            "reward": intervals[REWARD].plain(),
+            "metrics": {name: found.plain() for name, found in intervals.items() if name != REWARD},
+            "tokens": result.tokens,
+            "seconds": round(result.seconds, 3),
+        }
+        if notes:
+            record["note"] = "; ".join(notes)
+        if failed:
+            record["failed"] = len(failed)
+        print(json.dumps(record, allow_nan=False))
+        return 0
+    temperature = config.evaluation.temperature
+    sampling = f"at temperature {temperature:g}" if temperature else "greedy"
+    title = f"{source.resolve().name}, {what}: {held_out(num_tasks)}, {sampling}"
+    per_episode = result.tokens / len(result.episodes)
+    notes.append(f"{result.tokens:,} tokens sampled ({per_episode:,.0f} an episode) in {result.seconds:.1f} s")
+    if failed:
+        notes.append(f"failed and counted in no mean: {len(failed)} episodes; the first: {failed[0].failure}")
+    Console(highlight=False).print(evaluation_table(title, intervals, notes, max_reward))
+    return 0
+
+
+def run_config(folder: Path, overrides: Mapping[str, Any]) -> Config:
+    """A run's settings with `{"room.key": value}` on top. Raises RunError or ConfigError."""
+    values = read_config(folder)
+    for key, value in overrides.items():
+        if not key.startswith(CHANGEABLE):
+            raise ConfigError(
+                f"{key!r} is no setting that the evaluation of a trained run can change: these are env.*, evaluation.*, "
+                "rollout.*, run.threads, run.device, run.seed and team.compute."
+            )
+        place = values
+        *rooms, name = key.split(".")
+        for room in rooms:
+            place = place.setdefault(room, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{key!r}: {room!r} is a value, not a table of settings.")
+        place[name] = value
+    return parse_config(values)
+
+
+def find_weights(run: Path, which: str) -> tuple[Path | None, str]:
+    """The folder of a run's weights, None for the untrained team, and what to call them.
+
+    `which`: "final", "best" (by held-out reward), "start", or a number of iterations. Raises RunError or ConfigError.
+    """
+    if which == "start":
+        return None, "untrained team"
+    if which == "final":
+        if not (run / "final").is_dir():
+            raise RunError(
+                f"run {str(run)!r} has no final weights yet: finish it with `collm train --resume {run}`, "
+                "or use --checkpoint best."
+            )
+        return run / "final", "final weights"
+    saved = sorted(path for path in (run / "checkpoints").glob("[0-9]*") if path.name.isdigit())
+    kept = ", ".join(str(int(path.name)) for path in saved) or "none"
+    if which == "best":
+        number = best_iteration(run, saved)
+    elif which.isascii() and which.isdigit():
+        number = int(which)
+    else:
+        raise ConfigError(f"--checkpoint {which!r} is not final, best, start, or a number of iterations (saved: {kept}).")
+    if number == 0:
+        return None, "untrained team"
+    folder = run / "checkpoints" / f"{number:06d}"
+    if folder not in saved:
+        hint = " Best is kept where evaluation.every is a multiple of run.checkpoint_every." if which == "best" else ""
+        raise RunError(
+            f"run {str(run)!r} has no checkpoint after {number} iterations; saved: {kept}. Name one of these, or final.{hint}"
+        )
+    return folder, f"weights after {number} iterations" + (" (best)" if which == "best" else "")
+
+
+def best_iteration(run: Path, saved: list[Path]) -> int:
+    """When the held-out reward was best, by the newest checkpoint's account. Raises RunError where it does not say."""
+    if not saved:
+        raise RunError(f"run {str(run)!r} has no checkpoint yet: let it go on with `collm train --resume {run}`.")
+    path = saved[-1] / "state.json"
+    try:
+        best = json.loads(path.read_bytes())["best"]
+        number = None if best is None else int(best[1])
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise RunError(f"{str(path)!r} cannot be read: {error!r}. Name another: --checkpoint N or final.") from error
+    if number is None:
+        raise RunError(f"run {str(run)!r} has made no held-out evaluation, so no checkpoint is best. Use --checkpoint final.")
+    return number
+
+
+def load_team(config: Config, weights: Path | None) -> Team:
+    """The team of a config, untrained or with weights of a run's `final` or checkpoint folder. Raises RunError."""
+    from safetensors import SafetensorError
+
+    from collm.training.checkpoint import load_policies
+    from collm.training.trainer import check_fit, make_team, resolve_device
+
+    run = config.run.model_copy(update={"device": resolve_device(config.run.device)})
+    config = config.model_copy(update={"run": run})
+    agents = check_fit(config)
+    if weights is None:
+        return make_team(config, agents)
+    try:
+        if weights.name == "final":
+            for agent in agents:
+                for name in ("config.json", "tokenizer_config.json"):
+                    if not (weights / agent / name).is_file():
+                        raise ValueError(f"it lacks {agent}/{name}")
+            models = {agent: str(weights / agent) for agent in agents}
+            return make_team(config.model_copy(update={"team": config.team.model_copy(update={"models": models})}), agents)
+        team = make_team(config, agents)
+        load_policies(weights, team.members())
+        return team
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise RunError(f"{str(weights)!r} cannot be read: {error}. Choose other weights with --checkpoint.") from error
