@@ -5,20 +5,34 @@ Nothing here imports torch, so a mistyped setting is reported before anything he
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from collm.errors import ConfigError
 
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Room(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """`true` is no number, and a name that looks like a number or a date is still a name."""
+        wanted = str(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and "bool" not in wanted and ("float" in wanted or "int" in wanted):
+            raise ValueError(f"{_where(cls, info)}={str(value).lower()}: a number is wanted.")
+        return value
 
 
 class RunSettings(Room):
@@ -129,8 +143,10 @@ class AlgorithmSettings(Room):
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, values: Any) -> Any:
-        name = values.get("name", "collm-cc") if isinstance(values, Mapping) else None
-        if name not in ALGORITHMS:
+        if not isinstance(values, Mapping):
+            return values
+        name = values.get("name", "collm-cc")
+        if not isinstance(name, str) or name not in ALGORITHMS:
             raise ValueError(f"there is no algorithm {name!r}.{_near(str(name), ALGORITHMS)} `collm algorithms` lists them.")
         return {**ALGORITHMS[name][1], **values}
 
@@ -216,7 +232,7 @@ class CriticSettings(Room):
 class LearnerSettings(Room):
     lr: float = Field(5e-6, gt=0)
     """Learning rate of the agents (AdamW)."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
     """AdamW's averaging rates."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's weight decay."""
@@ -268,10 +284,28 @@ class Config(Room):
                 f"critic.value_clip={self.critic.value_clip} acts only on a value head of the agent's own model. "
                 "Set algorithm.critic_body='policy', or leave it out."
             )
-        if self.critic.warmup and self.algorithm.critic == "none":
+        if self.algorithm.critic == "none":
+            idle = {"critic.warmup": self.critic.warmup, "critic.state": self.critic.state}
+            idle |= {"critic.normalize_targets": self.critic.normalize_targets, "algorithm.lam": self.algorithm.lam}
+            idle |= {"algorithm.critic_lam": self.algorithm.critic_lam}
+            for name, value in idle.items():
+                if value:
+                    raise ValueError(
+                        f"{name}={value}, but {self.algorithm.name} has no critic. Set {name}="
+                        f"{'false' if value is True else 0}, or algorithm.name='collm-cc'."
+                    )
+        if self.critic.warmup >= self.run.iterations:
             raise ValueError(
-                f"critic.warmup={self.critic.warmup}, but {self.algorithm.name} has no critic. Set critic.warmup=0."
+                f"critic.warmup={self.critic.warmup} leaves no iteration of run.iterations={self.run.iterations} to train the "
+                "agents. Set fewer warm-up iterations, or more iterations."
             )
+        if self.algorithm.critic_body == "policy":
+            for name, value in (("critic.model", self.critic.model), ("critic.state", self.critic.state)):
+                if value:
+                    raise ValueError(
+                        f"{name}={value!r}: a value head on the agent's own model reads what the agent reads, with its model. "
+                        "Leave it out, or set algorithm.critic_body='model'."
+                    )
         return self
 
     @property
@@ -301,6 +335,8 @@ def load_config(recipe: Path | None, overrides: Mapping[str, Any] | None = None)
         *inner, last = name.split(".")
         for part in inner:
             place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"unknown setting {key!r}: {room}.{part} holds a value, not further settings.")
         place[last] = value
     return parse_config(values)
 
@@ -313,12 +349,23 @@ def parse_config(values: Mapping[str, Any]) -> Config:
         raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from error
 
 
-def parse_value(text: str) -> Any:
-    """A command-line value: TOML where it is (numbers, true, lists, quoted text), else the bare text."""
+def parse_value(text: str, name: str = "") -> Any:
+    """A command-line value: TOML where it is one value (a number, true, a list, quoted text), else the bare text.
+
+    `name` is the setting it is for: one that holds text takes 2024 or true as text, too.
+    """
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    value = parsed["value"]
+    if isinstance(value, (str, list)):
+        return value
+    room, _, key = name.partition(".")
+    fields: Any = getattr(Config.model_fields[room].annotation, "model_fields", {}) if room in Config.model_fields else {}
+    holds_text = key in fields and fields[key].annotation in (str, str | None)
+    bare = len(parsed) > 1 or "#" in text or isinstance(value, (datetime.date, datetime.time))
+    return text if bare or holds_text else value
 
 
 def describe() -> Iterator[tuple[str, str, str]]:
@@ -330,6 +377,12 @@ def describe() -> Iterator[tuple[str, str, str]]:
             if room == "algorithm" and key in ALGORITHMS["collm-cc"][1]:
                 default = json.dumps(ALGORITHMS["collm-cc"][1][key])
             yield f"{room}.{key}", default, " ".join((setting.description or "").split())
+
+
+def _where(room: type[BaseModel], info: ValidationInfo) -> str:
+    """A setting's full name, from the room's class."""
+    rooms = {field.annotation: name for name, field in Config.model_fields.items()}
+    return f"{rooms.get(room, room.__name__)}.{info.field_name}"
 
 
 def _near(name: str, names: Any) -> str:
@@ -345,9 +398,11 @@ def _explain(detail: Any) -> str:
         known = [key for key, _, _ in describe()]
         names = known if len(path) > 1 else list(Config.model_fields)
         kind = "setting" if len(path) > 1 else "room"
-        return f"unknown {kind} {name!r}.{_near(name, names) or ' `collm train --help` lists all settings.'}"
+        return f"unknown {kind} {name!r}.{_near(name, names) or ' `collm train --settings` lists all settings.'}"
     if detail["type"] == "missing" and name in ("env", "env.name"):
         return "env.name is missing: say which task to train on, for example env.name='str_build'. `collm tasks` lists them."
+    if detail["type"] in ("model_type", "dict_type") and len(path) == 1:
+        return f"{name}={detail['input']!r} is one value; {name} is a table of settings: write [{name}] and one setting a line."
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return message

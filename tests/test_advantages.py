@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 
 from collm.algorithms import advantages as A
 from collm.algorithms.catalogue import GROUP_ESTIMATORS
 from collm.config import parse_config
+from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.training.learner import Learner
-from collm.training.pack import Batch
 from collm.types import Completion, Episode, Group, Sampling, Turn
 
 
@@ -287,7 +288,7 @@ def test_group_std_by_hand():
 
 
 def test_group_std_of_equal_returns_stays_zero():
-    """"A group whose returns are all the same keeps its (zero) advantages": float32 rounding must not turn it into 1."""
+    """ "A group whose returns are all the same keeps its (zero) advantages": float32 rounding must not turn it into 1."""
     worst = max(
         (A.group_std(estimator(returns), returns).abs().max().item(), name, G, number)
         for G, number in itertools.product(range(2, 17), CONSTANTS)
@@ -301,62 +302,112 @@ def test_group_std_of_equal_returns_stays_zero():
 # --- as the learner uses them --------------------------------------------------------------------------------------------
 
 
-def played(rewards, *, agents=("agent_0", "agent_1"), path=(), own_from=0, failure=""):
-    episode = Episode(task=0, seed=0, agents=agents, terminated=not failure, path=path, own_from=own_from, failure=failure)
+def played(rewards, *, agents=("agent_0", "agent_1"), path=(), own_from=0, failure="", truncated=False):
+    """An episode of one-token answers with the given rewards."""
+    episode = Episode(task=0, seed=0, agents=agents, terminated=not (failure or truncated), truncated=truncated)
+    episode.path, episode.own_from, episode.failure = path, own_from, failure
     for reward in rewards:
-        completions = {agent: Completion(agent, "red") for agent in agents}
-        episode.turns.append(Turn({agent: "?" for agent in agents}, completions, reward, reward))
+        prompt, answer = np.array([1, 80, 3, 2], dtype=np.int32), np.array([75], dtype=np.int32)
+        completions = {a: Completion(a, "red", prompt, answer, np.array([-1.0], dtype=np.float32)) for a in agents}
+        episode.turns.append(Turn(dict.fromkeys(agents, "?"), completions, reward, reward))
     return episode
 
 
-def estimate(tiny, episodes, **algorithm):
+def trained_with(tiny, episodes, **algorithm):
+    """[episode][turn] -> advantage that both agents' answers were trained with, as the learner wrote it into the episodes."""
     config = parse_config({"env": {"name": "agree"}, "algorithm": algorithm})
-    learner = Learner(Team({"agent_0": tiny, "agent_1": tiny}), config, Sampling())
-    batch = Batch.of([Group(0, episodes)], ("agent_0", "agent_1"))
-    advantages_ENT, _ = learner._estimate(batch, None, defaultdict(float))
-    return advantages_ENT
+    policies = [Policy(copy.deepcopy(tiny.model), tiny.tokenizer) for _ in range(2)]
+    Learner(Team(dict(zip(("agent_0", "agent_1"), policies))), config, Sampling()).update([Group(0, episodes)], 0)
+    for episode in episodes:
+        for turn in episode.turns:  # the reward is joint and nobody reads more than another here
+            assert turn.advantages.get("agent_0") == turn.advantages.get("agent_1")
+    return [[turn.advantages.get("agent_0") for turn in episode.turns] for episode in episodes]
+
+
+def near(rows):
+    return [[None if x is None else pytest.approx(x, abs=1e-6) for x in row] for row in rows]
 
 
 def test_an_ended_sibling_counts_zero(tiny):
     # gamma 0.9. Returns-to-go: [1 + 1.8, 2] and [4, -]. Turn 0: mean 3.4. Turn 1: mean (2 + 0)/2 = 1; left out, it would be 2.
-    got = estimate(tiny, [played([1, 2]), played([4])], name="magrpo", group_size=2)
-    assert close(got, torch.tensor([[[-0.6, 1.0]] * 2, [[0.6, 0.0]] * 2]), 1e-6)
-    got = estimate(tiny, [played([1, 2]), played([4])], name="maremax", group_size=2)
-    assert close(got, torch.tensor([[[-1.2, 0.0]] * 2, [[0.0, 0.0]] * 2]), 1e-6)
-    got = estimate(tiny, [played([1, -2]), played([4])], name="maremax", group_size=2)  # here the ended one is the best
-    assert close(got[0, 0, 1], -2.0, 1e-6)
+    assert trained_with(tiny, [played([1, 2]), played([4])], name="magrpo", group_size=2) == near([[-0.6, 1.0], [0.6]])
+    # The best return at turn 1 is 2 and then, where going on costs, the 0 of the one that had ended.
+    assert trained_with(tiny, [played([1, 2]), played([4])], name="maremax", group_size=2) == near([[-1.2, 0.0], [0.0]])
+    assert trained_with(tiny, [played([1, -2]), played([4])], name="maremax", group_size=2) == near([[-4.8, -2.0], [0.0]])
 
 
-def test_group_presets_are_four_algorithms_for_every_agent(tiny):
-    episodes = [played([r]) for r in (0.1, 2.0, -1.0, 0.7)]
+def test_group_presets_are_four_algorithms_under_their_own_defaults(tiny):
+    presets = {"magrpo": "group_mean", "marloo": "leave_one_out", "maremax": "group_max", "mareinforce": "return"}
     results = {}
-    for name, estimator in (("magrpo", "group_mean"), ("marloo", "leave_one_out"), ("maremax", "group_max"), ("mareinforce", "return")):
-        results[name] = estimate(tiny, episodes, name=name)
-        for n in range(2):  # the reward is joint, so both agents have the same advantage
-            assert close(results[name][:, n, 0], GROUP_ESTIMATORS[estimator](RETURNS), 1e-6)
+    for name, estimator in presets.items():
+        got = trained_with(tiny, [played([r]) for r in RETURNS.tolist()], name=name)
+        assert got == near([[a] for a in GROUP_ESTIMATORS[estimator](RETURNS).tolist()])
+        results[name] = torch.tensor(got)
     for left, right in itertools.combinations(results.values(), 2):
         assert (left - right).abs().max() > 0.05
 
 
 def test_the_survivor_of_a_group_learns_nothing(tiny):
     for name in ("magrpo", "marloo", "maremax"):
-        got = estimate(tiny, [played([3.0]), played([], failure="broke")], name=name, group_size=2)
-        assert close(got, torch.zeros(1, 2, 1)), name
+        assert trained_with(tiny, [played([3.0]), played([], failure="broke")], name=name, group_size=2) == [[0.0], []], name
 
 
 @pytest.mark.parametrize("name", ["magrpo", "marloo", "maremax"])
 def test_the_survivor_of_a_tree_node_learns_nothing(tiny, name):
-    episodes = [played([3.0, 1.0], path=(0, 0)), played([3.0, 2.0], path=(0, 1), own_from=1), played([], path=(1,), failure="x")]
-    got = estimate(tiny, episodes, name=name, group_size=2, tree=True)
-    assert torch.isfinite(got).all()
-    assert got[0, 0, 0] == 0
+    """One failed joint action at the root leaves an only child there: nothing to compare, and no reason to stop the run."""
+    leaves = [played([3.0, 1.0], path=(0, 0)), played([3.0, 2.0], path=(0, 1), own_from=1), played([], path=(1,), failure="x")]
+    got = trained_with(tiny, leaves, name=name, group_size=2, tree=True)
+    assert got[0][0] == 0.0
+    assert got[1][1] >= 0 >= got[0][1]
 
 
-def test_a_tree_through_the_learner_gives_each_joint_action_once(tiny):
-    # The tree above with rewards by leaf; a leaf is paid for its own turns only (own_from), the others stay 0.
+def test_a_tree_through_the_learner_pays_each_joint_action_once(tiny):
+    # The tree above; a leaf is trained on its own turns alone, those before own_from belong to a sibling.
     order = [(0, 0, 0), (0, 0, 1), (0, 1), (1,)]
-    episodes = [played(LEAVES[p], path=p, own_from=own) for p, own in zip(order, (0, 2, 1, 0), strict=True)]
-    got = estimate(tiny, episodes, name="magrpo", group_size=2, tree=True, gamma=0.5)
-    expected = torch.tensor([[0.375, -0.5, -2], [0, 0, 2], [0, 0.5, 0], [-0.375, 0, 0]])
-    assert close(got[:, 0], expected, 1e-6)
-    assert close(got[:, 1], expected, 1e-6)
+    leaves = [played(LEAVES[p], path=p, own_from=own) for p, own in zip(order, (0, 2, 1, 0), strict=True)]
+    got = trained_with(tiny, leaves, name="magrpo", group_size=2, tree=True, gamma=0.5)
+    assert got == near([[0.375, -0.5, -2], [None, None, 2], [None, 0.5], [-0.375]])
+
+
+def test_a_tree_can_be_normalized_by_group(tiny):
+    """Each node's advantages by that node's own deviation, as with whole episodes; not silently left undivided."""
+    got = trained_with(
+        tiny, [played([r], path=(i,)) for i, r in enumerate(RETURNS.tolist())], name="magrpo", tree=True, normalize="group"
+    )
+    assert got == near([[a / 1.1725**0.5] for a in (-0.35, 1.55, -1.45, 0.25)])
+
+
+def test_advantages_are_normalized_per_agent_over_the_iteration(tiny):
+    # Two groups in one iteration would be one call each; here four returns of one group, not recentred: / sqrt(1.1725).
+    got = trained_with(tiny, [played([r]) for r in RETURNS.tolist()], name="mareinforce", normalize="agent")
+    assert got == near([[r / 1.1725**0.5] for r in RETURNS.tolist()])  # the mean of 0.45 stays in
+
+
+def test_a_group_method_learns_nothing_from_a_solved_task(tiny):
+    """All returns are the same: no advantage, with and without normalization."""
+    for normalize in ("none", "agent", "group"):
+        got = trained_with(tiny, [played([0.7]) for _ in range(8)], name="magrpo", group_size=8, normalize=normalize)
+        assert max(abs(row[0]) for row in got) < 1e-3, normalize
+
+
+def test_truncated_episodes_are_judged_by_what_the_critic_expects_next(tiny):
+    """The learner's TD error of the last turn is r - V if terminated, r + gamma V(final) - V if cut off."""
+    done, cut = played([1.0, 1.0]), played([1.0, 1.0], truncated=True)
+    for episode in (done, cut):
+        episode.observations = {"agent_0": "and now?", "agent_1": "and now?"}
+    config = parse_config({"env": {"name": "agree"}, "algorithm": {"name": "collm-cc", "gamma": 0.5}, "critic": {"lr": 1e-9}})
+    learner = Learner(
+        Team({a: Policy(copy.deepcopy(tiny.model), tiny.tokenizer) for a in ("agent_0", "agent_1")}), config, Sampling()
+    )
+    learner.update([Group(0, [done]), Group(0, [cut])], 0)
+    critic = learner.judges[0].critic
+    with torch.no_grad():
+        reading = critic.read(cut, 2, ("agent_0", "agent_1"))
+        final = critic.value(critic.hidden(torch.from_numpy(reading.ids[None].astype(np.int64))))[0, -1].item()
+    last = done.turns[1]
+    assert last.values["agent_0"] == pytest.approx(cut.turns[1].values["agent_0"], abs=1e-5)
+    assert last.td_errors["agent_0"] == pytest.approx(1.0 - last.values["agent_0"], abs=1e-5)
+    assert cut.turns[1].td_errors["agent_0"] == pytest.approx(1.0 + 0.5 * final - last.values["agent_0"], abs=1e-4)
+    assert abs(0.5 * final) > 1e-3  # the two differ
+    for turn in (*done.turns, *cut.turns):
+        assert turn.advantages == turn.td_errors  # lam = 0, no normalization

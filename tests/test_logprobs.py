@@ -7,9 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from collm.algorithms.logprobs import restrict, sample, support, token_logprobs
 from collm.engines.local import LocalEngine
+from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.training.pack import Batch, micro_batches, pack_answers
 from collm.types import Message, Request, Sampling
@@ -144,7 +146,9 @@ def test_sampling_inverts_the_distribution_function():
     assert logp.exp().tolist() == pytest.approx([0.25, 0.25, 0.5, 0.5, 0.25, 0.25])
 
 
-@pytest.mark.parametrize("options", [PLAIN, {"temperature": 0.6, "top_p": 0.9, "top_k": 0}, {"temperature": 1.5, "top_p": 0.8, "top_k": 6}])
+@pytest.mark.parametrize(
+    "options", [PLAIN, {"temperature": 0.6, "top_p": 0.9, "top_k": 0}, {"temperature": 1.5, "top_p": 0.8, "top_k": 6}]
+)
 def test_sampled_frequencies_are_the_probabilities(options):
     torch.manual_seed(1)
     V, count = 12, 40_000
@@ -158,7 +162,9 @@ def test_sampled_frequencies_are_the_probabilities(options):
     statistic = ((counts - count * expected)[inside] ** 2 / (count * expected)[inside]).sum().item()
     degrees = int(inside.sum()) - 1
     assert statistic < degrees + 4 * math.sqrt(2 * degrees), statistic  # mean and four deviations of a chi-square
-    even, _ = sample(row.expand(count, V), (torch.arange(count) + 0.5) / count, **options)  # evenly spread: exact to a draw or two
+    even, _ = sample(
+        row.expand(count, V), (torch.arange(count) + 0.5) / count, **options
+    )  # evenly spread: exact to a draw or two
     assert (torch.bincount(even, minlength=V).double() - count * expected).abs().max() <= 2
 
 
@@ -273,23 +279,33 @@ def test_scoring_in_chunks_changes_neither_logprobs_nor_gradient(tiny, monkeypat
 PROMPTS = ("Name one colour.", "x", "You are builder_0. Build IT.\nBox: x 0..11 right, y 0..4 up, z 0.", "again " * 40, "?\n")
 
 
+def absolute_positions(tiny):
+    """A small untrained GPT-2: unlike rotary ones, its positions are absolute, so left padding must not shift them."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 768, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=3, initializer_range=0.3))
+    return Policy(model, tiny.tokenizer)
+
+
 def requests(sampling, prompts=PROMPTS):
     return [Request("a", (Message("user", text),), sampling, seed=100 + i) for i, text in enumerate(prompts)]
 
 
-def test_greedy_answers_are_those_of_transformers(tiny):
-    answers = LocalEngine(Team({"a": tiny})).generate(requests(Sampling(temperature=0.0, max_tokens=40)))
+@pytest.mark.parametrize("kind", ["tiny", "absolute positions"])
+def test_greedy_answers_are_those_of_transformers(tiny, kind):
+    policy = tiny if kind == "tiny" else absolute_positions(tiny)
+    answers = LocalEngine(Team({"a": policy})).generate(requests(Sampling(temperature=0.0, max_tokens=40)))
     lengths = set()
     for answer in answers:
         prompt = torch.tensor(answer.prompt_ids[None].astype(np.int64))
         with torch.no_grad():
-            theirs = tiny.model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=40)
+            theirs = policy.model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=40)
         theirs = theirs[0, prompt.shape[1] :].tolist()
         assert answer.token_ids.tolist() == theirs
         assert answer.finish_reason == ("stop" if theirs[-1] == 3 else "length")
         lengths.add(len(answer.prompt_ids))
     assert len(lengths) >= 4  # prompts of different lengths shared one batch
-    assert {answer.finish_reason for answer in answers} == {"stop", "length"} or len({len(a.token_ids) for a in answers}) > 1
+    assert kind != "tiny" or len({len(answer.token_ids) for answer in answers}) > 1  # some rows left the batch before others
 
 
 @pytest.mark.parametrize("sampling", REPEATED, ids=["T1", "T0.6-p0.6", "T0.6-p0.6-k20"])
@@ -309,7 +325,12 @@ def test_the_seed_alone_decides_an_answer(tiny):
     engine, sampling = LocalEngine(Team({"a": tiny, "b": tiny})), Sampling(max_tokens=24)
     chat = (Message("user", "Build IT together."),)
     one, same, other, mate = engine.generate(
-        [Request("a", chat, sampling, 5), Request("a", chat, sampling, 5), Request("a", chat, sampling, 6), Request("b", chat, sampling, 5)]
+        [
+            Request("a", chat, sampling, 5),
+            Request("a", chat, sampling, 5),
+            Request("a", chat, sampling, 6),
+            Request("b", chat, sampling, 5),
+        ]
     )
     assert one.token_ids.tolist() == same.token_ids.tolist() == mate.token_ids.tolist()
     assert one.token_ids.tolist() != other.token_ids.tolist()

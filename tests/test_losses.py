@@ -10,7 +10,8 @@ import torch
 from collm.algorithms import losses
 from collm.algorithms.catalogue import CLIPPED_LOSSES
 
-# A toy policy over three tokens: z = (ln 1, ln 2, ln 1), p = (0.25, 0.5, 0.25). Two answers, [0, 2] with A = 2, [1] with A = -1.
+# A toy policy over three tokens: z = (ln 1, ln 2, ln 1), p = (0.25, 0.5, 0.25).
+# Two answers: tokens 0, 2 with A = 2, and token 1 with A = -1.
 TOKENS = torch.tensor([0, 2, 1])
 ANSWERS = torch.tensor([0, 0, 1])
 ADVANTAGES = torch.tensor([2.0, -1.0], dtype=torch.float64)
@@ -53,7 +54,7 @@ def test_clipped_losses_at_ratio_one_have_the_gradient_of_reinforce(name, clip):
     assert loss.item() == pytest.approx(-1.5)
     loss.backward()
     assert torch.allclose(z.grad, torch.tensor([-0.625, 1.25, -0.625], dtype=torch.float64))
-    assert stats == {"clipped": 0.0, "tokens": 3.0}
+    assert stats["clipped"] == 0.0
 
 
 # clip 0.2. Ratio 1.5: A = 1 earns min(1.5, 1.2), flat; A = -1 pays max(1.5, 1.2), slope = ratio. Ratio 0.5: A = 1 earns
@@ -99,7 +100,7 @@ def test_a_sequence_has_one_ratio_and_tokens_have_their_own():
         loss.backward()
         assert loss.item() == pytest.approx(value)
         assert logp.grad.tolist() == pytest.approx(slopes)
-        assert stats == {"clipped": clipped, "tokens": 2.0}
+        assert stats["clipped"] == clipped
 
 
 def test_answer_sums_go_to_their_answers_in_any_order():
@@ -151,7 +152,7 @@ def test_kl_by_hand():
     reference = logp + torch.tensor([math.log(2), -math.log(2)])
     loss, stats = losses.kl_to_reference(logp, reference, num_answers=2)
     assert loss.item() == pytest.approx(0.25)
-    assert stats == {"kl": pytest.approx(0.5), "tokens": 2.0}
+    assert stats["kl"] == pytest.approx(0.5)
 
 
 def test_kl_is_never_negative_and_zero_with_zero_gradient_at_equality():

@@ -135,9 +135,11 @@ def test_explained_variance_is_taken_before_the_critic_sees_the_episodes(tmp_pat
 
 
 def test_warm_up_trains_the_critic_alone(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, "collm-cc", 2, 0, run={"iterations": 1}, critic={"warmup": 1})
+    trainer = make_trainer(tmp_path, "collm-cc", 2, 0, critic={"warmup": 1})
     before = {name: tensor.clone() for name, tensor in weights(trainer).items()}
-    trainer.run()
+    trainer.learner.update(trainer._collect(), iteration=0)
     moved = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
     assert moved
     assert all(name.startswith("critic.") for name in moved)
+    trainer.learner.update(trainer._collect(), iteration=1)
+    assert any(not torch.equal(t, before[name]) for name, t in weights(trainer).items() if name.startswith("agent_1."))

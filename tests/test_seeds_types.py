@@ -17,8 +17,9 @@ from collm.types import Completion, Episode, Message, Sampling, Turn
 
 
 def test_a_seed_is_the_same_in_every_process_and_version():
-    """Recomputed from its definition: BLAKE2b, 8 bytes, of typed keys; the top 63 bits. A change breaks every resumed run."""
-    digest = hashlib.blake2b(b"int:3\x1fstr:episode\x1fint:17", digest_size=8).digest()
+    """Recomputed from its definition: BLAKE2b, 8 bytes, of the keys as written in Python; the top 63 bits. A change breaks
+    every resumed run."""
+    digest = hashlib.blake2b(b"(3, 'episode', 17)", digest_size=8).digest()
     assert seeds.derive(3, "episode", 17) == int.from_bytes(digest, "big") // 2
 
 
@@ -28,7 +29,7 @@ def test_every_key_its_type_and_its_place_matter():
 
 
 def test_keys_cannot_run_into_each_other():
-    """"A 63-bit seed that depends on every key": an agent's name may hold any character."""
+    """ "A 63-bit seed that depends on every key": an agent's name may hold any character."""
     assert seeds.derive("a", "b") != seeds.derive("a\x1fstr:b")
 
 
@@ -76,8 +77,14 @@ def texts(messages):
 def test_a_full_history_is_all_an_agent_saw_and_wrote_and_nothing_else():
     made = episode()
     assert texts(made.history("a")) == [
-        ("user", "a0"), ("assistant", "x0"), ("user", "a1"), ("assistant", "x1"), ("user", "a2"), ("assistant", "x2"), ("user", "a3")
-    ]  # fmt: skip
+        ("user", "a0"),
+        ("assistant", "x0"),
+        ("user", "a1"),
+        ("assistant", "x1"),
+        ("user", "a2"),
+        ("assistant", "x2"),
+        ("user", "a3"),
+    ]
     assert [m.token_ids.tolist() for m in made.history("a") if m.role == "assistant"] == [[5, 6], [8], [9, 9, 9]]
     assert all(m.token_ids is None for m in made.history("a") if m.role == "user")
     assert "b0" not in str(made.history("a"))

@@ -73,7 +73,11 @@ def test_a_value_head_survives_saving():
     for one in (head, copy):
         one.rescale(torch.tensor([100.0, -20.0]))
     assert torch.equal(copy(hidden), head(hidden))
-    assert (copy.moments.weight, copy.moments.first, copy.moments.second) == (head.moments.weight, head.moments.first, head.moments.second)
+    assert (copy.moments.weight, copy.moments.first, copy.moments.second) == (
+        head.moments.weight,
+        head.moments.first,
+        head.moments.second,
+    )
 
 
 def test_value_heads_start_from_their_seed():

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from collm.config import ALGORITHMS
-from collm.envs.catalogue import WORLDS, find, make
+from collm.envs.catalogue import WORLDS, EnvSpec, find
 from collm.envs.check import check_env
 from collm.errors import ConfigError
 
@@ -47,7 +47,9 @@ def check(arguments: argparse.Namespace) -> int:
     if foreign:
         raise ConfigError(f"unknown setting {foreign[0]!r}: `collm check` takes the world's own options, --env.OPTION value.")
     options = {key.removeprefix("env."): value for key, value in arguments.overrides.items()}
-    passed = check_env(make(arguments.env, **options))
+    if "name" in options:
+        raise ConfigError(f"`collm check` names the world itself: collm check {options['name']}")
+    passed = check_env(EnvSpec(arguments.env, options).make())
     if arguments.json:
         print(json.dumps({"env": arguments.env, "passed": passed}))
         return 0

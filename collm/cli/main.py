@@ -137,7 +137,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"{word} needs a value: {word} VALUE.")
             value = rest.pop(0)
-        overrides[name] = parse_value(value)
+        overrides[name] = parse_value(value, name)
     return words, overrides
 
 

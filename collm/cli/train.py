@@ -32,6 +32,11 @@ def run(arguments: argparse.Namespace) -> int:
 
         trainer = Trainer.resume(arguments.resume)
     else:
+        if arguments.recipe is None and arguments.overrides.get("env.name", "str_build") != "str_build":
+            raise ConfigError(
+                f"env.name={arguments.overrides['env.name']!r} does not fit the built-in demonstration, whose other settings "
+                "(env.strings among them) are for str_build. Write a recipe: a TOML file that begins with [env] and name = ..."
+            )
         config = load_config(arguments.recipe or demo_recipe(), arguments.overrides)
         from collm.training.trainer import Trainer
 

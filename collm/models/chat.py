@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from collm.errors import ConfigError
 from collm.types import Ids, Message
@@ -33,6 +34,7 @@ class Chat:
                 "or choose an instruction-tuned model."
             )
         self.tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
         self._plain = lru_cache(maxsize=65536)(self._encode_plain)
         self._markup = lru_cache(maxsize=4096)(self._encode_markup)
         self._frames = lru_cache(maxsize=1024)(self._render_frames)
@@ -48,8 +50,8 @@ class Chat:
             else:
                 sampled = message.token_ids.tolist()
                 ids.extend(sampled)
-                if sampled and following and sampled[-1] == following[0]:
-                    following = following[1:]  # the end-of-turn mark was sampled: the template must not repeat it
+                if sampled and sampled[-1] in self._special and sampled[-1] in following:
+                    following = following[following.index(sampled[-1]) + 1 :]  # the end mark was sampled: not a second time
             ids.extend(following)
         return np.asarray(ids, dtype=np.int32)
 
@@ -62,6 +64,7 @@ class Chat:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _encode_plain(self, text: str) -> tuple[int, ...]:
+        text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no text
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return tuple(encoded["input_ids"])
 
@@ -71,18 +74,21 @@ class Chat:
     def _render_frames(self, roles: tuple[str, ...], answer: bool) -> list[str]:
         """What the template puts before, between and after messages of these roles: len(roles) + 1 texts."""
         marks = [f"{_OPEN}{index}{_CLOSE}" for index in range(len(roles))]
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)],
-            tokenize=False,
-            add_generation_prompt=answer,
-        )
+        chat = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        try:
+            rendered = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise self._refused(roles, f"fails: {error}") from error
+        if any(rendered.count(mark) != 1 for mark in marks) or sorted(marks, key=rendered.index) != marks:
+            raise self._refused(roles, "drops, repeats or reorders messages")
         frames = []
         for mark in marks:
-            before, found, rendered = rendered.partition(mark)
-            if not found:
-                raise ConfigError(
-                    f"the chat template of {self.tokenizer.name_or_path!r} drops or reorders messages with roles {roles}; "
-                    "use rollout.history='last' or another model."
-                )
+            before, _, rendered = rendered.partition(mark)
             frames.append(before)
         return [*frames, rendered]
+
+    def _refused(self, roles: tuple[str, ...], reason: str) -> ConfigError:
+        return ConfigError(
+            f"the chat template of {self.tokenizer.name_or_path!r} {reason} (roles: {', '.join(roles)}). Use another model, or "
+            "mend its chat_template.jinja."
+        )

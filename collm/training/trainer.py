@@ -25,6 +25,7 @@ from collm.errors import ConfigError, RunError
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.rollout.collect import collect, resample
+from collm.rollout.protocols import PROTOCOLS
 from collm.training import checkpoint
 from collm.training.evaluate import Evaluation, evaluate, num_tasks, plan_of
 from collm.training.learner import Learner
@@ -223,7 +224,7 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.json"
     try:
         return parse_config(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{str(folder)!r} is not a run directory: {path.name} cannot be read ({error}).") from error
 
 
@@ -231,6 +232,12 @@ def resolve_device(device: str) -> str:
     """ "auto" becomes cuda where there is one. Raises ConfigError for a device that is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        if not device.startswith("cuda") or torch.cuda.is_available():
+            reason = str(error).split("\n")[0]
+            raise ConfigError(f"run.device={device!r} cannot be used: {reason}. Set run.device='cpu' or 'auto'.") from error
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"run.device={device!r}, but torch {torch.__version__} sees no GPU here. Set run.device='cpu'.")
     return device
@@ -238,7 +245,9 @@ def resolve_device(device: str) -> str:
 
 def check_fit(config: Config) -> tuple[str, ...]:
     """The task's agents. Raises ConfigError where algorithm, protocol or models do not fit them."""
-    agents = tuple(plan_of(config, "train").env.make("train").possible_agents)
+    env = plan_of(config, "train").env.make("train")
+    agents = tuple(env.possible_agents)
+    PROTOCOLS[config.rollout.protocol](env, Episode(0, 0, agents))
     name = config.algorithm.name
     if name in ("ac", "grpo") and len(agents) != 1:
         other = {"ac": "collm-cc", "grpo": "magrpo"}[name]

@@ -1,0 +1,420 @@
+"""Settings: unknown ones, wrong types, contradictions; each refused in one message with value, reason and way out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+
+import pytest
+
+from collm.cli.main import main, split_overrides
+from collm.config import ALGORITHMS, Config, describe, load_config, parse_config, parse_value
+from collm.errors import ConfigError
+
+ENV = {"env": {"name": "agree"}}
+
+
+def refused(values):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(values)
+    message = str(caught.value)
+    assert "Traceback" not in message
+    assert "pydantic" not in message
+    assert "Settings" not in message, f"an internal name shows: {message}"
+    assert message.rstrip().endswith((".", "?")), message
+    return message
+
+
+def rooms(**settings):
+    """algorithm__lam=1 -> {"env": ..., "algorithm": {"lam": 1}}"""
+    values = {"env": {"name": "agree"}}
+    for key, value in settings.items():
+        room, _, name = key.partition("__")
+        values.setdefault(room, {})[name] = value
+    return values
+
+
+# --- unknown names -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (rooms(algorithm__lamda=0.5), "unknown setting 'algorithm.lamda'. Did you mean 'algorithm.lam'?"),
+        (rooms(learner__rl=1e-3), "unknown setting 'learner.rl'. Did you mean 'learner.lr'?"),
+        (rooms(run__sed=3), "unknown setting 'run.sed'. Did you mean 'run.seed'?"),
+        (rooms(critic__value_clp=0.1), "unknown setting 'critic.value_clp'. Did you mean 'critic.value_clip'?"),
+        (ENV | {"algoritm": {"lam": 1}}, "unknown room 'algoritm'. Did you mean 'algorithm'?"),
+        (ENV | {"seed": 1}, "unknown room 'seed'."),
+    ],
+)
+def test_unknown_settings_are_refused_with_the_nearest_name(values, expected):
+    assert refused(values).startswith(expected)
+
+
+def test_every_mistake_is_named_at_once():
+    message = refused(rooms(algorithm__lamda=1, run__sed=1, learner__lr=-1))
+    assert len(message.split("\n")) == 3
+    for name in ("algorithm.lamda", "run.sed", "learner.lr"):
+        assert name in message
+
+
+def test_the_place_that_an_unknown_setting_points_to_lists_all_settings(capsys):
+    """The message of a name without a near one sends the reader to a command: it must list every setting."""
+    message = refused(rooms(run__qqqq=1))
+    assert "`collm train --" in message
+    option = message.split("`collm train ")[1].split("`")[0]
+    with contextlib.suppress(SystemExit):
+        main(["train", option])
+    shown = capsys.readouterr().out
+    assert [name for name, _, _ in describe() if name not in shown] == []
+
+
+def test_a_missing_task_is_explained():
+    for values in ({}, {"env": {}}, {"run": {"seed": 1}}):
+        message = refused(values)
+        assert "env.name is missing" in message
+        assert "collm tasks" in message
+
+
+def test_unknown_presets_are_refused_with_the_nearest_name():
+    assert "Did you mean 'collm-cc'?" in refused(rooms(algorithm__name="colm-cc"))
+    assert "Did you mean 'magrpo'?" in refused(rooms(algorithm__name="magrp0"))
+    message = refused(rooms(algorithm__name="ppo-for-everything"))
+    assert "no algorithm 'ppo-for-everything'" in message
+    assert "collm algorithms" in message
+
+
+# --- wrong values --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("run__iterations", "many", "integer"),
+        ("run__iterations", 2.5, "integer"),
+        ("run__iterations", 0, "1"),
+        ("run__seed", -1, "0"),
+        ("run__name", "../escape", "match"),
+        ("run__name", "", "match"),
+        ("run__tensorboard", "perhaps", "bool"),
+        ("learner__lr", 0, "greater than 0"),
+        ("learner__lr", float("nan"), "should be"),
+        ("learner__lr", "fast", "number"),
+        ("learner__betas", [0.9], "betas"),
+        ("learner__schedule", "sine", "cosine"),
+        ("rollout__top_p", 0, "greater than 0"),
+        ("rollout__top_p", 1.5, "1"),
+        ("rollout__temperature", -1, "0"),
+        ("rollout__max_tokens", 0, "1"),
+        ("rollout__history", "all", "'full'"),
+        ("algorithm__gamma", 1.01, "1"),
+        ("algorithm__advantage", "gae", "td_lambda"),
+        ("algorithm__loss", "dpo", "reinforce"),
+        ("critic__max_tokens", 3, "16"),
+        ("team__compute", "float16", "bfloat16"),
+        ("env__name", 3, "string"),
+    ],
+)
+def test_a_wrong_value_is_named_with_the_setting_and_the_reason(key, value, reason):
+    message = refused(rooms(**{key: value}))
+    setting = key.replace("__", ".")
+    assert setting in message
+    assert reason in message
+    assert "\n" not in message or key == "learner__betas"
+    assert repr(value) in message or key == "learner__betas"
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"env": "agree"}, "env"),
+        (ENV | {"run": 3}, "run"),
+        (ENV | {"algorithm": "magrpo"}, "algorithm"),
+        (ENV | {"learner": [1]}, "learner"),
+    ],
+)
+def test_a_room_that_is_no_table_is_explained(values, named):
+    """`env = "agree"` in a recipe: the message says that a table [env] is wanted, not what class pydantic looked for."""
+    message = refused(values)
+    assert named in message
+    assert "table" in message
+    assert "None" not in message
+
+
+@pytest.mark.parametrize("value", [float("inf"), True])
+@pytest.mark.parametrize("key", ["learner__lr", "critic__lr", "rollout__temperature", "critic__coef"])
+def test_a_rate_is_a_finite_number(key, value):
+    """`--learner.lr inf` would make every weight NaN; `--learner.lr true` would train at a rate of 1."""
+    assert key.replace("__", ".") in refused(rooms(**{key: value}))
+
+
+def test_betas_outside_their_range_are_refused_before_torch_refuses_them():
+    for betas in ([0.9, 1.5], [1.0, 0.9], [-0.1, 0.9]):
+        assert "learner.betas" in refused(rooms(learner__betas=betas))
+
+
+def test_a_preset_that_is_not_a_name_is_a_config_error():
+    for name in ([1], {"a": 1}, 3, None):
+        refused(rooms(algorithm__name=name))
+
+
+# --- contradictions ------------------------------------------------------------------------------------------------------
+
+# Settings that contradict each other, what the message must name, and its ways out: each must then be accepted.
+CONTRADICTIONS = [
+    (
+        {"algorithm__name": "magrpo", "algorithm__group_size": 1},
+        ["algorithm.advantage='group_mean'", "algorithm.group_size=1", "Set algorithm.group_size=4", "'td_lambda'"],
+        [{"algorithm__group_size": 4}, {"algorithm__advantage": "td_lambda", "algorithm__critic": "joint"}],
+    ),
+    (
+        {"algorithm__name": "mareinforce", "algorithm__advantage": "td_lambda"},
+        ["algorithm.advantage='td_lambda'", "needs a critic", "Set algorithm.critic='joint'"],
+        [{"algorithm__critic": "joint"}, {"algorithm__critic": "own"}],
+    ),
+    (
+        {"algorithm__name": "magrpo", "algorithm__critic": "joint"},
+        ["algorithm.advantage='group_mean'", "never asks the critic", "Set algorithm.critic='none'", "'td_lambda'"],
+        [{"algorithm__critic": "none"}, {"algorithm__advantage": "td_lambda"}],
+    ),
+    (
+        {"algorithm__advantage": "counterfactual"},
+        ["algorithm.advantage='counterfactual'", "critic_kind='V'", "Set critic_kind='Q'"],
+        [{"algorithm__critic_kind": "Q"}],
+    ),
+    (
+        {"algorithm__critic_kind": "Q"},
+        ["algorithm.advantage='td_lambda'", "critic_kind='Q'", "no signal", "'counterfactual'"],
+        [{"algorithm__advantage": "counterfactual"}, {"algorithm__critic_kind": "V"}],
+    ),
+    (
+        {"algorithm__critic_body": "policy"},
+        ["algorithm.critic_body='policy'", "Set algorithm.critic='own'", "critic_body='model'"],
+        [{"algorithm__critic": "own"}, {"algorithm__critic_body": "model"}],
+    ),
+    (
+        {"algorithm__name": "magrpo", "algorithm__normalize": "group", "algorithm__group_size": 3},
+        ["algorithm.normalize='group'", "at least 4", "3", "Set normalize='agent'"],
+        [{"algorithm__normalize": "agent"}, {"algorithm__group_size": 4}],
+    ),
+    (
+        {"algorithm__normalize": "group"},
+        ["algorithm.normalize='group'", "'td_lambda'", "Set normalize='agent'"],
+        [{"algorithm__normalize": "agent"}],
+    ),
+    (
+        {"algorithm__epochs": 2},
+        ["algorithm.epochs=2", "loss='reinforce'", "Set algorithm.loss='ppo_clip'", "epochs=1"],
+        [{"algorithm__loss": "ppo_clip"}, {"algorithm__loss": "sequence_clip"}, {"algorithm__epochs": 1}],
+    ),
+    ({"algorithm__tree": True}, ["algorithm.tree=true", "Set algorithm.tree=false"], [{"algorithm__tree": False}]),
+    (
+        {"algorithm__name": "mareinforce", "algorithm__tree": True, "algorithm__group_size": 1},
+        ["algorithm.tree=true", "group_size >= 2"],
+        [{"algorithm__tree": False}, {"algorithm__group_size": 2}],
+    ),
+    (
+        {"rollout__temperature": 0},
+        ["rollout.temperature=0", "nothing to learn", "Set rollout.temperature=1.0"],
+        [{"rollout__temperature": 1.0}],
+    ),
+    (
+        {"critic__value_clip": 0.2},
+        ["critic.value_clip=0.2", "Set algorithm.critic_body='policy'"],
+        [{"critic__value_clip": None}, {"algorithm__critic_body": "policy", "algorithm__critic": "own"}],
+    ),
+    (
+        {"algorithm__name": "magrpo", "critic__warmup": 5},
+        ["critic.warmup=5", "magrpo has no critic", "Set critic.warmup=0"],
+        [{"critic__warmup": 0}],
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "parts", "ways_out"), CONTRADICTIONS, ids=["-".join(c[0]) for c in CONTRADICTIONS])
+def test_a_contradiction_is_refused_and_its_way_out_works(settings, parts, ways_out):
+    message = refused(rooms(**settings))
+    assert "\n" not in message, "one message"
+    for part in parts:
+        assert part in message
+    for way_out in ways_out:
+        parse_config(rooms(**{**settings, **way_out}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algorithm__name": "collm-dc", "algorithm__critic_body": "policy", "critic__state": True},
+        {"algorithm__name": "collm-dc", "algorithm__critic_body": "policy", "critic__model": "tiny"},
+        {"algorithm__name": "magrpo", "critic__state": True},
+        {"algorithm__name": "magrpo", "critic__normalize_targets": True},
+        {"algorithm__name": "magrpo", "algorithm__lam": 0.9},
+        {"run__iterations": 5, "critic__warmup": 5},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_a_setting_that_would_do_nothing_is_refused(settings):
+    """Contradictions are refused at once; here one setting has no effect beside the others, or the actors never learn."""
+    refused(rooms(**settings))
+
+
+# --- presets, overrides, round trips -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_every_preset_is_a_valid_config_that_survives_saving(name):
+    config = parse_config(rooms(algorithm__name=name))
+    for key, value in ALGORITHMS[name][1].items():
+        assert getattr(config.algorithm, key) == value
+    assert config.run_name == f"agree-{name}-seed0"
+    again = parse_config(json.loads(json.dumps(config.resolved())))
+    assert again == config
+
+
+def test_presets_stand_for_what_the_method_says():
+    get = lambda name: parse_config(rooms(algorithm__name=name)).algorithm  # noqa: E731
+    assert [get(n).critic for n in ALGORITHMS] == ["joint", "own", "none", "none", "none", "none", "joint", "none"]
+    assert [get(n).advantage for n in ALGORITHMS] == [
+        "td_lambda", "td_lambda", "group_mean", "leave_one_out", "group_max", "return", "td_lambda", "group_mean"
+    ]  # fmt: skip
+    for name in ALGORITHMS:  # the paper's recipe: switches beyond it are off
+        a = get(name)
+        assert (a.gamma, a.lam, a.critic_lam, a.epochs, a.normalize, a.kl_coef, a.loss) == (
+            0.9,
+            0.0,
+            0.0,
+            1,
+            "none",
+            0.0,
+            "reinforce",
+        )
+
+
+def test_settings_of_a_recipe_beat_the_preset():
+    config = parse_config(rooms(algorithm__name="magrpo", algorithm__group_size=8, algorithm__gamma=0.5))
+    assert (config.algorithm.group_size, config.algorithm.gamma, config.algorithm.advantage) == (8, 0.5, "group_mean")
+
+
+def test_overrides_beat_the_recipe(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        '[env]\nname = "agree"\nturns = 3\n[run]\nseed = 1\n[team.models]\nagent_0 = "a"\n[algorithm]\nname = "magrpo"\n'
+    )
+    plain = load_config(recipe)
+    assert (plain.run.seed, plain.env.options, plain.algorithm.group_size) == (1, {"turns": 3}, 4)
+    changed = load_config(
+        recipe,
+        {
+            "run.seed": 7,
+            "env.turns": 5,
+            "env.colours": 2,
+            "team.models.agent_1": "b",
+            "algorithm.name": "collm-dc",
+            "learner.lr": 1e-3,
+        },
+    )
+    assert changed.run.seed == 7
+    assert changed.env.options == {"turns": 5, "colours": 2}
+    assert changed.team.models == {"agent_0": "a", "agent_1": "b"}
+    assert changed.algorithm.critic == "own"
+    assert changed.learner.lr == 1e-3
+    assert load_config(recipe) == plain  # nothing is remembered
+    assert load_config(None, {"env.name": "agree"}).env.name == "agree"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ('run = 3\nenv = {name = "agree"}', {"run.seed": 1}),
+        ('[env]\nname = "agree"\n[run]\nseed = 3', {"run.seed.x": 1}),
+        ('[env]\nname = "agree"', {"lr": 1}),
+        ('[env]\nname = "agree"', {"run.": 1}),
+        ('[env]\nname = "agree"', {".seed": 1}),
+    ],
+)
+def test_an_override_that_does_not_fit_the_recipe_is_a_config_error(tmp_path, recipe, overrides):
+    path = tmp_path / "r.toml"
+    path.write_text(recipe)
+    with pytest.raises(ConfigError):
+        load_config(path, overrides)
+
+
+def test_unreadable_recipes_are_config_errors(tmp_path):
+    (tmp_path / "broken.toml").write_text("[env\nname=")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "twice.toml").write_text("[run]\nseed=1\nseed=2\n")
+    for path, reason in (
+        (tmp_path / "none.toml", "cannot be read: No such file"),
+        (tmp_path, "cannot be read: Is a directory"),
+        (tmp_path / "broken.toml", "not valid TOML"),
+        (tmp_path / "binary.toml", "not valid TOML"),
+        (tmp_path / "twice.toml", "not valid TOML"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(path)
+        assert str(path) in str(caught.value)
+        assert reason in str(caught.value)
+
+
+def test_describe_covers_every_setting_with_a_sentence():
+    described = {name: (default, sentence) for name, default, sentence in describe()}
+    config = parse_config(ENV).model_dump()
+    assert set(described) == {f"{room}.{key}" for room, settings in config.items() for key in settings}
+    for name, (_, sentence) in described.items():
+        assert sentence.endswith("."), name
+        assert len(sentence.split()) >= 3, name
+        assert "\n" not in sentence
+        assert sentence[0].isupper() or sentence[0] in '"0', name
+    # The defaults shown are those a run gets.
+    for name, (default, _) in described.items():
+        room, _, key = name.partition(".")
+        if name != "env.name":
+            assert json.loads(default) == json.loads(json.dumps(config[room][key])), name
+
+
+def test_a_config_cannot_be_changed_in_passing():
+    config = parse_config(ENV)
+    with pytest.raises((ValueError, dataclasses.FrozenInstanceError)):
+        config.run.seed = 5
+    assert isinstance(config, Config)
+
+
+# --- command-line values -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("-1", -1),
+        ("1e-3", 1e-3),
+        ("true", True),
+        ("[1, 2]", [1, 2]),
+        ('["IT", "ME"]', ["IT", "ME"]),
+        ("magrpo", "magrpo"),
+        ('"3"', "3"),
+        ("", ""),
+        ("runs/a b", "runs/a b"),
+        ("[1, 2", "[1, 2"),
+        ("'quoted'", "quoted"),
+    ],
+)
+def test_command_line_values(text, value):
+    got = parse_value(text)
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_a_value_cannot_bring_further_settings():
+    for text in ("1\nother = 2", "1 # comment"):
+        got = parse_value(text)
+        assert got == text
+
+
+@pytest.mark.parametrize("name", ["2024", "7", "1e3", "2024-01-01", "true", "inf"])
+def test_any_allowed_name_of_a_run_can_be_given_on_the_command_line(name):
+    """`--run.name 2024-01-01` is a natural name, and one that the pattern allows."""
+    _, overrides = split_overrides(["--env.name", "agree", "--run.name", name])
+    assert load_config(None, overrides).run_name == name

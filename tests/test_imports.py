@@ -1,0 +1,143 @@
+"""Who may import whom (docs: DESIGN, "Rooms"), read from the syntax tree."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "collm"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Room -> what of collm its files may import besides their own room; "envs.base" means that module alone.
+RECORDS = {"types", "errors", "seeds", "config"}
+MAY = {
+    "types": {"errors", "seeds", "config"},
+    "errors": {"types", "seeds", "config"},
+    "seeds": {"types", "errors", "config"},
+    "config": {"errors"},
+    "algorithms": {"errors"},
+    "envs": {"types", "errors", "seeds"},
+    "models": {"types", "errors", "config", "algorithms"},
+    "engines": {"types", "errors", "config", "algorithms", "models"},
+    "rollout": {"types", "errors", "seeds", "envs.base", "engines.base"},
+    "training": RECORDS | {"algorithms", "envs", "models", "engines", "rollout"},
+    "reports": {"types", "errors"},
+    "serving": {"types", "errors", "config", "algorithms", "models", "engines"},
+    "cluster": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "training"},
+    "cli": {"config", "errors", "envs", "reports"},  # at module level (none of them imports torch); inside functions everything
+    "": set(),  # collm/__init__.py
+}
+NO_TORCH = ("types", "errors", "seeds", "config", "envs", "reports", "")
+HEAVY = {"torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "vllm"}
+DOORS = {
+    "ray": "cluster/",
+    "vllm": "engines/vllm.py",
+    "wandb": "training/loggers.py",
+    "fastapi": "serving/",
+    "uvicorn": "serving/",
+}
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "" if parts == ("__init__",) else parts[0]
+
+
+def imports_of(path: Path) -> list[tuple[str, int, bool]]:
+    """(dotted name, line, at module level) of every import; `if TYPE_CHECKING:` is not followed."""
+    found: list[tuple[str, int, bool]] = []
+
+    def visit(node: ast.AST, top: bool) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, node.lineno, top) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno}: relative import"
+            found.extend((f"{node.module}.{alias.name}", node.lineno, top) for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child, top and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+    visit(ast.parse(path.read_text(encoding="utf-8")), True)
+    return found
+
+
+def allowed(room: str, name: str, top: bool) -> bool:
+    """May a file of `room` import collm's `name` (without "collm.")?"""
+    if room == "cli" and not top:
+        return True
+    target = name.split(".")[0]
+    return target == room or any(name == may or name.startswith(may + ".") for may in MAY[room])
+
+
+def violations(path: Path) -> list[str]:
+    room, where = room_of(path), path.relative_to(PACKAGE).as_posix()
+    found = []
+    for name, line, top in imports_of(path):
+        base = name.split(".")[0]
+        if base == "collm" and not allowed(room, name.removeprefix("collm").lstrip("."), top):
+            found.append(f"{where}:{line} imports {name}")
+        if base in HEAVY and (room in NO_TORCH or (room == "cli" and top)):
+            found.append(f"{where}:{line} imports {base}")
+        if base in DOORS and not where.startswith(DOORS[base]):
+            found.append(f"{where}:{line} imports {base}, whose door is {DOORS[base]}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_stay_within_the_rules(path):
+    assert room_of(path) in MAY, f"{path} belongs to no room of the design"
+    assert violations(path) == []
+
+
+def test_the_walk_sees_what_it_should(tmp_path):
+    """The rule itself: functions, classes and branches are walked, and forbidden imports are found in each."""
+    path = tmp_path / "x.py"
+    path.write_text(
+        "import torch.nn as nn\nfrom collm import seeds\nfrom collm.envs import base\nclass A:\n    import ray\n"
+        "def f():\n    from collm.training.trainer import Trainer\n"
+        "if 1:\n    try:\n        import wandb\n    except ImportError: pass\n"
+    )
+    assert imports_of(path) == [
+        ("torch.nn", 1, True), ("collm.seeds", 2, True), ("collm.envs.base", 3, True), ("ray", 5, True),
+        ("collm.training.trainer.Trainer", 7, False), ("wandb", 10, True),
+    ]  # fmt: skip
+    assert not allowed("envs", "training.trainer.Trainer", False)
+    assert allowed("cli", "training.trainer.Trainer", False)
+    assert not allowed("cli", "training.trainer.Trainer", True)
+    assert allowed("rollout", "envs.base.TextEnv", True)
+    assert not allowed("rollout", "envs.catalogue.EnvSpec", True)
+    assert not allowed("rollout", "envs.baseline", True)
+    assert not allowed("config", "types.Sampling", True)
+
+
+def test_the_light_rooms_load_no_torch():
+    """Also not by way of something they import."""
+    modules = ["collm", "collm.types", "collm.errors", "collm.seeds", "collm.config", "collm.cli.main"]
+    modules += [
+        f"collm.{p.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')}"
+        for p in sorted((PACKAGE / "envs").rglob("*.py"))
+    ]
+    modules += [f"collm.cli.{p.stem}" for p in sorted((PACKAGE / "cli").glob("*.py"))]
+    code = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name.removesuffix('.__init__'))\n"
+    code += f"    heavy = set({sorted(HEAVY)!r}) & set(sys.modules)\n"
+    code += "    assert not heavy, (name, heavy)\n"
+    done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_no_file_is_named_after_nothing():
+    assert not {p.stem for p in FILES} & {"utils", "util", "common", "helpers", "manager", "misc", "legacy"}
+
+
+def test_every_public_name_can_be_had():
+    import collm
+
+    for name in collm.__all__:
+        assert getattr(collm, name).__name__ == name
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = collm.nonsense
