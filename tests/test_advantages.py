@@ -299,6 +299,19 @@ def test_group_std_of_equal_returns_stays_zero():
     assert worst[0] < 1e-3, worst
 
 
+def test_returns_that_differ_by_rounding_alone_give_no_signal():
+    """The same rewards in another order sum to float32 numbers one unit in the last place apart (6e-8 at 0.7)."""
+    orders = torch.tensor(list(itertools.permutations((0.1, 0.2, 0.4))))
+    returns = A.discounted_returns(orders, gamma=1.0)[:, 0]
+    assert 0 < returns.max() - returns.min() < 1e-6
+    for advantages in (A.group_mean(returns), A.leave_one_out(returns), A.group_max(returns)):
+        assert A.group_std(advantages, returns).abs().max() < 1e-3
+        assert A.normalize(advantages[:, None], torch.ones(6, 1), recentre=False).abs().max() < 1e-3
+    assert A.normalize(returns[:, None], torch.ones(6, 1), recentre=True).abs().max() < 1.0
+    small = A.group_std(A.group_mean(RETURNS * 1e-3), RETURNS * 1e-3)  # small returns that do differ are still told apart
+    assert close(small, A.group_mean(RETURNS) / 1.1725**0.5, 1e-3)
+
+
 # --- as the learner uses them --------------------------------------------------------------------------------------------
 
 

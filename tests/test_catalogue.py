@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import typing
 
 import pytest
@@ -304,6 +305,18 @@ class Foreign(ParallelEnv):
         )
 
 
+class Locked(Honest):
+    """Holds what cannot be copied, as a world with a sandbox, a socket or a thread does."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def play(self, answers):
+        with self.lock:
+            return super().play(answers)
+
+
 class Strict(Foreign):
     """Asserts what PettingZoo promises it: that every action lies in its space of ten letters and digits."""
 
@@ -352,6 +365,10 @@ class Screens(Foreign):
 
 def test_a_foreign_world_with_leaving_agents_and_truncation_passes():
     assert len(check_env(Foreign())) == 8
+
+
+def test_a_world_that_cannot_be_copied_passes():
+    assert check_env(Locked())
 
 
 def test_a_world_is_only_given_answers_from_its_own_space():

@@ -244,6 +244,15 @@ def test_a_cut_off_answer_that_ends_like_the_templates_mark_keeps_its_last_token
     assert "ASSISTANT: red\n\n###\n" in chat.tokenizer.decode(got)
 
 
+def test_only_the_end_mark_counts_as_one():
+    """An answer cut off right after another special token, which a template uses to open the next message."""
+    tokenizer = copy.deepcopy(BASE)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    chat = Chat(tokenizer)
+    got = chat.encode(history("x", "", "y", answers=[ids_of(80, USER)])).tolist()
+    assert got == [USER, *chat.text_ids("x"), END, ASSISTANT, 80, USER, END, USER, *chat.text_ids("y"), END, ASSISTANT]
+
+
 def test_an_empty_answer_is_still_a_turn():
     assert TINY.encode(history("x", "", "y", answers=[ids_of()])).tolist() == TINY.encode(history("x", "", "y")).tolist()
     stopped = TINY.encode(history("x", "", "y", answers=[ids_of(END)])).tolist()

@@ -405,21 +405,22 @@ def test_branches_that_end_early_stop_growing():
     assert own == dict.fromkeys(nodes, 1)
 
 
+class FirstBranchFails(Counting):
+    """At the second turn, the first joint answer asked for (that of leaf (0, 0), which owns joint action (0,)) fails."""
+
+    def generate(self, requests):
+        completions = super().generate(requests)
+        if len(self.calls) == 2:
+            completions[0] = Completion(requests[0].agent, "", finish_reason="error", error="lost")
+        return completions
+
+
 def test_a_failed_branch_takes_no_other_branch_with_it():
     """Every joint action that was played on from is still trained once, though the leaf that owns it failed later."""
-
-    def answer(request):
-        if request.agent == "c" and len(request.messages) == 3 and request.seed % 2 == 0:
-            raise EngineError("lost")
-        return f"word{request.seed % 1009}"
-
-    groups = collect(Plan(LENGTHS, branches=3), Counting(answer), [1], [5])
-    leaves = groups[0].episodes
-    failed = [leaf for leaf in leaves if leaf.failure]
-    whole = [leaf for leaf in leaves if not leaf.failure]
-    assert failed
-    assert whole
-    assert any(leaf.own_from == 0 for leaf in failed)  # one that owns its parent's joint action
+    groups = collect(Plan(LENGTHS, branches=3), FirstBranchFails(), [1], [5])
+    leaves = {leaf.path: leaf for leaf in groups[0].episodes}
+    assert len(leaves) == 9
+    assert [path for path, leaf in leaves.items() if leaf.failure] == [(0, 0)]
     batch = Batch.of(groups, ("a", "b", "c"))
     trained = Counter(
         episode.path[: t + 1]
@@ -427,7 +428,7 @@ def test_a_failed_branch_takes_no_other_branch_with_it():
         for t in range(len(episode.turns))
         if batch.live_ENT[e, 0, t]
     )
-    assert trained == dict.fromkeys(nodes_of(whole), 1)
+    assert trained == dict.fromkeys(nodes_of(leaf for leaf in leaves.values() if not leaf.failure), 1)
 
 
 def test_trees_repeat_with_their_seeds():

@@ -113,6 +113,7 @@ def test_unknown_presets_are_refused_with_the_nearest_name():
         ("algorithm__advantage", "gae", "td_lambda"),
         ("algorithm__loss", "dpo", "reinforce"),
         ("critic__max_tokens", 3, "16"),
+        ("algorithm__critic", True, "'joint'"),
         ("team__compute", "float16", "bfloat16"),
         ("env__name", 3, "string"),
     ],

@@ -6,7 +6,6 @@ import fcntl
 import json
 import math
 import os
-import random
 import signal
 import time
 from collections.abc import Iterator
@@ -275,11 +274,13 @@ def make_team(config: Config, agents: tuple[str, ...]) -> Team:
 
 def draw_tasks(seed: int, iteration: int, count: int, total: int) -> list[int]:
     """Tasks of one iteration: every task once, in a new order, before any comes again."""
-    drawn = []
-    for position in range(iteration * count, (iteration + 1) * count):
+    drawn: list[int] = []
+    position, end = iteration * count, (iteration + 1) * count
+    while position < end:
         order = list(range(total))
-        random.Random(seeds.derive(seed, "tasks", position // total)).shuffle(order)
-        drawn.append(order[position % total])
+        seeds.stream(seed, "tasks", position // total).shuffle(order)
+        drawn += order[position % total :][: end - position]
+        position = iteration * count + len(drawn)
     return drawn
 
 
