@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from collm.errors import ConfigError
 
+NUMBERS = (int, float, int | None, float | None)
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -28,9 +29,8 @@ class Room(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """`true` is no number, and a name that looks like a number or a date is still a name."""
-        wanted = str(cls.model_fields[str(info.field_name)].annotation)
-        if isinstance(value, bool) and "bool" not in wanted and ("float" in wanted or "int" in wanted):
+        """`--learner.lr true` would otherwise train at a rate of 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in NUMBERS:
             raise ValueError(f"{_where(cls, info)}={str(value).lower()}: a number is wanted.")
         return value
 
@@ -285,7 +285,7 @@ class Config(Room):
                 "Set algorithm.critic_body='policy', or leave it out."
             )
         if self.algorithm.critic == "none":
-            idle = {"critic.warmup": self.critic.warmup, "critic.state": self.critic.state}
+            idle: dict[str, float] = {"critic.warmup": self.critic.warmup, "critic.state": self.critic.state}
             idle |= {"critic.normalize_targets": self.critic.normalize_targets, "algorithm.lam": self.algorithm.lam}
             idle |= {"algorithm.critic_lam": self.algorithm.critic_lam}
             for name, value in idle.items():
@@ -300,10 +300,11 @@ class Config(Room):
                 "agents. Set fewer warm-up iterations, or more iterations."
             )
         if self.algorithm.critic_body == "policy":
-            for name, value in (("critic.model", self.critic.model), ("critic.state", self.critic.state)):
-                if value:
+            own = {"critic.model": self.critic.model, "critic.state": self.critic.state}
+            for name, given in own.items():
+                if given:
                     raise ValueError(
-                        f"{name}={value!r}: a value head on the agent's own model reads what the agent reads, with its model. "
+                        f"{name}={given!r}: a value head on the agent's own model reads what the agent reads, with its model. "
                         "Leave it out, or set algorithm.critic_body='model'."
                     )
         return self

@@ -45,7 +45,7 @@ def test_it_builds_unseen_words_without_coordination() -> None:
 
 def test_it_writes_valid_commands_for_words_of_any_length() -> None:
     for words in (["A", "W", "Q"], ["ZA", "KE"], ["VEX", "JIG"], ["QUIZ", "FLUX"]):
-        result = play(strings=words, turns=1)
+        result = play(strings=words, eval_strings=words, turns=1)
         lines = [
             line
             for episode in result.played

@@ -153,7 +153,7 @@ def counterfactual(q_taken: Tensor, q_alternatives_K: Tensor) -> Tensor:
     return q_taken - q_alternatives_K.mean(-1)
 
 
-def normalize(advantages: Tensor, live: Tensor, *, recentre: bool, eps: float = 1e-8) -> Tensor:
+def normalize(advantages: Tensor, live: Tensor, *, recentre: bool, eps: float = 1e-6) -> Tensor:
     """Divide one agent's advantages by their standard deviation over a whole iteration; `recentre` subtracts the mean first.
 
     Recentring is for critics. It would merge the four group methods into one, since they differ by their baseline alone.
@@ -171,10 +171,11 @@ def normalize(advantages: Tensor, live: Tensor, *, recentre: bool, eps: float = 
     return torch.where(live.bool(), (advantages - centre) / scale, advantages).to(advantages)
 
 
-def group_std(advantages_G: Tensor, returns_G: Tensor, eps: float = 1e-8) -> Tensor:
+def group_std(advantages_G: Tensor, returns_G: Tensor, eps: float = 1e-6) -> Tensor:
     """Divide a group's advantages by the group's own standard deviation of returns (GRPO 2402.03300); meaningful for G >= 4.
 
-    A group whose returns are all the same keeps its (zero) advantages.
+    A group whose returns are the same, to rounding, keeps its advantages undivided.
     """
     deviation = returns_G.double().std(0, keepdim=True, correction=0)
-    return (advantages_G / torch.where(deviation > eps, deviation, torch.ones_like(deviation))).to(advantages_G)
+    size = returns_G.double().abs().amax(0, keepdim=True).clamp_min(1)
+    return (advantages_G / torch.where(deviation > eps * size, deviation, torch.ones_like(deviation))).to(advantages_G)

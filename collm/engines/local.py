@@ -46,7 +46,10 @@ class LocalEngine:
             rows = list(members)
             policy, sampling = self.team.policies[requests[rows[0]].agent], requests[rows[0]].sampling
             prompts = {i: policy.chat.encode(requests[i].messages) for i in rows}
-            rows.sort(key=lambda i: -len(prompts[i]))
+            for i in rows:
+                if len(prompts[i]) + sampling.max_tokens > policy.max_positions:
+                    completions[i] = _too_long(requests[i], len(prompts[i]), policy.max_positions)
+            rows = sorted((i for i in rows if i not in completions), key=lambda i: -len(prompts[i]))
             while rows:
                 count = max(1, self.batch_tokens // (len(prompts[rows[0]]) + sampling.max_tokens))
                 batch, rows = rows[:count], rows[count:]
@@ -59,6 +62,14 @@ class LocalEngine:
                         requests[i].agent, text, prompts[i], ids, logprobs, "stop" if stopped else "length"
                     )
         return [completions[i] for i in range(len(requests))]
+
+
+def _too_long(request: Request, length: int, limit: int) -> Completion:
+    reason = (
+        f"a history of {length} tokens and an answer of up to {request.sampling.max_tokens} exceed the model's {limit} "
+        "positions; lower rollout.max_tokens or env.turns, or set rollout.history='last'"
+    )
+    return Completion(request.agent, "", finish_reason="error", error=reason)
 
 
 def _uniforms(seed: int, length: int) -> np.ndarray:

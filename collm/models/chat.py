@@ -7,7 +7,7 @@ does not depend on the message, so a growing chat is a growing prefix wherever t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -27,14 +27,14 @@ class Chat:
     and including the mark after which the model answers.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, stop_ids: Iterable[int] = ()):
         if tokenizer.chat_template is None:
             raise ConfigError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; add chat_template.jinja to its folder "
                 "or choose an instruction-tuned model."
             )
         self.tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
+        self._stops = {tokenizer.eos_token_id, *stop_ids}
         self._plain = lru_cache(maxsize=65536)(self._encode_plain)
         self._markup = lru_cache(maxsize=4096)(self._encode_markup)
         self._frames = lru_cache(maxsize=1024)(self._render_frames)
@@ -50,7 +50,7 @@ class Chat:
             else:
                 sampled = message.token_ids.tolist()
                 ids.extend(sampled)
-                if sampled and sampled[-1] in self._special and sampled[-1] in following:
+                if sampled and sampled[-1] in self._stops and sampled[-1] in following:
                     following = following[following.index(sampled[-1]) + 1 :]  # the end mark was sampled: not a second time
             ids.extend(following)
         return np.asarray(ids, dtype=np.int32)

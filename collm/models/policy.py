@@ -61,13 +61,13 @@ class Policy:
     def __init__(self, model: Any, tokenizer: Any, *, compute: str = "float32"):
         self.model = model.float().eval()
         self.tokenizer = tokenizer
-        self.chat = Chat(tokenizer)
         self.compute = compute
         self.head: Any = model.get_output_embeddings()
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         stops = model.generation_config.eos_token_id if model.generation_config is not None else None
         stops = stops if isinstance(stops, list) else [stops]
         self.stop_ids = sorted({int(i) for i in [*stops, tokenizer.eos_token_id] if i is not None})
+        self.chat = Chat(tokenizer, self.stop_ids)
 
     @classmethod
     def from_pretrained(cls, source: str, *, compute: str = "float32", device: str | torch.device = "cpu") -> Policy:
@@ -79,6 +79,11 @@ class Policy:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence, in tokens, that the model was made for."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
     @property
     def body(self) -> nn.Module:

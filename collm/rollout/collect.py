@@ -97,6 +97,8 @@ def resample(plan: Plan, engine: Engine, episodes: Sequence[Episode], times: int
         episode.turns[t].alternatives[agent] = []
     for (episode, t, agent), completion in zip(wanted, engine.generate(requests), strict=True):
         episode.turns[t].alternatives[agent].append(completion)
+        if completion.finish_reason == "error":
+            episode.failure = f"{agent}, turn {t}, another answer: {completion.error}"
 
 
 def _open(plan: Plan, task: int, seed: int, sibling: int = 0) -> _Seat:

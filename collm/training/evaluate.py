@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,14 @@ class Evaluation:
         for name in names:
             columns[name] = np.array([e.metrics.get(name, np.nan) for e in self.played], dtype=np.float64)
         return columns
+
+    def summary(self) -> dict[str, Any]:
+        """Means, as one iteration's line of metrics keeps them."""
+        record: dict[str, Any] = {f"evaluation/{name}": float(column.mean()) for name, column in self.columns().items()}
+        record["evaluation/episodes"] = len(self.played)
+        record["evaluation/failed"] = len(self.episodes) - len(self.played)
+        record["seconds/evaluation"] = self.seconds
+        return record
 
     @property
     def tokens(self) -> int:

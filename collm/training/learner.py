@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -130,11 +131,12 @@ class Learner:
             )
         totals["policy"] += loss.item()
         if settings.kl_coef:
-            reference = self.references[name]
+            reference, whole = self.references[name], replace(self.sampling, top_p=1.0, top_k=0)  # supports may differ
             with torch.no_grad():
                 before_KD = reference.hidden(micro.ids_BL)[micro.row_K, micro.column_K]
-                before_K = reference.score(before_KD, micro.token_K, self.sampling)
-            kl, kl_stats = losses.kl_to_reference(logp_K, before_K, num_answers=num)
+                before_K = reference.score(before_KD, micro.token_K, whole)
+            now_K = policy.score(hidden_BLD[micro.row_K, micro.column_K], micro.token_K, whole)
+            kl, kl_stats = losses.kl_to_reference(now_K, before_K, num_answers=num)
             loss, stats = loss + settings.kl_coef * kl, stats | kl_stats
         stats |= {"logp": logp_K.detach().sum().item(), "scored": float(len(logp_K))}
         for key, value in stats.items():

@@ -59,6 +59,32 @@ def episode_record(episode: Episode) -> dict[str, Any]:
     }
 
 
+def describe(episodes: list[Episode]) -> dict[str, Any]:
+    """Means over an iteration's episodes; failed ones are counted apart."""
+    played = [episode for episode in episodes if not episode.failure and episode.turns]
+    record: dict[str, Any] = {
+        "episodes": len(episodes),
+        "episodes_failed": len(episodes) - len(played),
+        "tokens/sampled": sum(episode.num_tokens() for episode in played),
+        "tokens/prompt": sum(
+            len(c.prompt_ids)
+            for e in played
+            for turn in e.turns[e.own_from :]
+            for c in turn.completions.values()
+            if c.prompt_ids is not None
+        ),
+    }
+    if played:
+        record["reward/raw"] = math.fsum(episode.score for episode in played) / len(played)
+        record["reward/return"] = math.fsum(turn.reward for e in played for turn in e.turns) / len(played)
+        record["turns"] = sum(len(episode.turns) for episode in played) / len(played)
+        answers = [c for e in played for turn in e.turns[e.own_from :] for c in turn.completions.values()]
+        record["answers_cut_off"] = sum(c.finish_reason == "length" for c in answers) / len(answers)
+        for name in played[0].metrics:
+            record[f"task/{name}"] = math.fsum(e.metrics.get(name, 0.0) for e in played) / len(played)
+    return record
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of a metrics file; a last line that was cut off by a crash is left out."""
     records = []

@@ -10,7 +10,7 @@ A slot is a number that says whose answer or value it is: (episode * agents + ag
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class Batch:
 
     @classmethod
     def of(cls, groups: Sequence[Group], agents: Sequence[str]) -> Batch:
-        kept = [Group(g.task, [e for e in g.episodes if not e.failure and e.turns]) for g in groups]
+        kept = [Group(g.task, _owned([e for e in g.episodes if not e.failure and e.turns])) for g in groups]
         kept = [group for group in kept if group.episodes]
         episodes = [episode for group in kept for episode in group.episodes]
         E, N, T = len(episodes), len(agents), max((len(e.turns) for e in episodes), default=0)
@@ -96,6 +96,21 @@ class Batch:
         """Numbers of the episodes that slots belong to; `extra` for slots that count T + 1 turns."""
         _, N, T = self.shape
         return sorted(set((slots.cpu() // (N * (T + extra))).tolist()))
+
+
+def _owned(episodes: list[Episode]) -> list[Episode]:
+    """Give every joint action of a turn tree to the first leaf that still holds it: one whose leaf failed is not lost."""
+    owned: list[Episode] = []
+    known: set[tuple[int, ...]] = set()
+    for episode in episodes:
+        if not episode.path:
+            owned.append(episode)
+            continue
+        prefixes = [episode.path[: t + 1] for t in range(len(episode.turns))]
+        first = next((t for t, prefix in enumerate(prefixes) if prefix not in known), len(prefixes))
+        known.update(prefixes)
+        owned.append(replace(episode, own_from=first))
+    return owned
 
 
 def starts_with(ids: Ids, prefix: Ids) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import signal
 import time
@@ -26,9 +25,9 @@ from collm.models.team import Team
 from collm.rollout.collect import collect, resample
 from collm.rollout.protocols import PROTOCOLS
 from collm.training import checkpoint
-from collm.training.evaluate import Evaluation, evaluate, num_tasks, plan_of
+from collm.training.evaluate import evaluate, num_tasks, plan_of
 from collm.training.learner import Learner
-from collm.training.loggers import Display, RunLog
+from collm.training.loggers import Display, RunLog, describe
 from collm.types import Episode, Group
 
 
@@ -167,7 +166,7 @@ class Trainer:
         """Held-out means of this moment; the best is remembered, so that its checkpoint is kept."""
         result = evaluate(self.config, self.engine, stop=self._check_signal)
         log.episodes(self.iteration, result.episodes, suffix="-evaluation")
-        record = summarize(result)
+        record = result.summary()
         score = record["evaluation/reward"]
         if self.best is None or score > self.best[0]:
             self.best = (score, self.iteration)
@@ -282,42 +281,6 @@ def draw_tasks(seed: int, iteration: int, count: int, total: int) -> list[int]:
         drawn += order[position % total :][: end - position]
         position = iteration * count + len(drawn)
     return drawn
-
-
-def describe(episodes: list[Episode]) -> dict[str, Any]:
-    """Means over an iteration's episodes; failed ones are counted apart."""
-    played = [episode for episode in episodes if not episode.failure and episode.turns]
-    record: dict[str, Any] = {
-        "episodes": len(episodes),
-        "episodes_failed": len(episodes) - len(played),
-        "tokens/sampled": sum(episode.num_tokens() for episode in played),
-        "tokens/prompt": sum(
-            len(c.prompt_ids)
-            for e in played
-            for turn in e.turns[e.own_from :]
-            for c in turn.completions.values()
-            if c.prompt_ids is not None
-        ),
-    }
-    if played:
-        record["reward/raw"] = math.fsum(episode.score for episode in played) / len(played)
-        record["reward/return"] = math.fsum(turn.reward for e in played for turn in e.turns) / len(played)
-        record["turns"] = sum(len(episode.turns) for episode in played) / len(played)
-        answers = [c for e in played for turn in e.turns[e.own_from :] for c in turn.completions.values()]
-        record["answers_cut_off"] = sum(c.finish_reason == "length" for c in answers) / len(answers)
-        for name in played[0].metrics:
-            record[f"task/{name}"] = math.fsum(e.metrics.get(name, 0.0) for e in played) / len(played)
-    return record
-
-
-def summarize(result: Evaluation) -> dict[str, Any]:
-    """Means of a held-out evaluation, as one iteration's line keeps them."""
-    columns = result.columns()
-    record: dict[str, Any] = {f"evaluation/{name}": float(column.mean()) for name, column in columns.items()}
-    record["evaluation/episodes"] = len(result.played)
-    record["evaluation/failed"] = len(result.episodes) - len(result.played)
-    record["seconds/evaluation"] = result.seconds
-    return record
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class StrBuild(TextEnv):
         strings: the words to build; default the reference's. "english" takes common words of `lengths` letters.
         eval_strings: the held-out words when `strings` is a list.
         lengths: with strings="english", the word lengths.
-        data: a CSV file with a column `string`, in the public format; its words serve both splits.
+        data: a CSV file with a column `string`, in the public format; the last fifth of its words is held out.
         world: "fresh" is empty at every turn; "persistent" keeps blocks, shows the build, and limits each turn's blocks.
         reward: "dense" pays every turn, shifted by -2; "sparse" pays the last turn only, unshifted, without early stop.
         commands_per_turn: blocks one builder may place in a turn of a persistent world; default
@@ -253,7 +253,9 @@ def _words(
     split: str,
 ) -> list[str]:
     if data is not None:
-        words: Iterable[str] = read_strings(data)
+        listed = read_strings(data)
+        held_out = max(1, len(listed) // 5)
+        words: Iterable[str] = listed[-held_out:] if split == "eval" else listed[:-held_out] or listed
     elif strings is None:
         words = REFERENCE["eval" if split == "eval" else "train"]
     elif isinstance(strings, str):
@@ -261,6 +263,8 @@ def _words(
             raise EnvError(f"strings={strings!r} is neither a list of words nor 'english'.")
         words = split_words(split, lengths)
     else:
+        if split == "eval" and eval_strings is None:
+            raise EnvError("strings is a list, but no word is held out: give eval_strings=[...], or set evaluation.every=0.")
         words = strings if split == "train" or eval_strings is None else eval_strings
     words = [str(word).strip().upper() for word in words]
     if not words:
