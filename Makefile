@@ -30,7 +30,7 @@ test: $(BIN)/collm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: $(BIN)/collm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -v
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 -v
 
 tiny: $(BIN)/collm
 	$(BIN)/python -m collm.training.pretrain build/tiny

@@ -1,6 +1,6 @@
 """How many joint actions a second: collm, the reference package comlrl 1.3.6, and the bare arithmetic, in one run.
 
-    python benchmarks/throughput.py                     # one and four turns, three rounds: a quarter of an hour
+    python benchmarks/throughput.py                     # one and four turns, three rounds: about half an hour
     python benchmarks/throughput.py --quick             # one short round
     python benchmarks/throughput.py --sides reference floor --turns 1 --json
 
@@ -12,6 +12,7 @@ taken within a round; what is printed is the median over the rounds.
 The work is the same on every side. Two agents, each a whole model of 0.92M parameters in float32, read 37 new tokens a turn
 on top of all they read and wrote before, and answer with 64 tokens sampled from the whole vocabulary at temperature 1. The
 model cannot end early and writes only letters, one token each, so lengths are the same on all sides; each side asserts it.
+With --history newest an agent reads the turn's 37 tokens alone, and a critic what the agents read then.
 
     collm       its own trainer
     reference   comlrl's trainers, in a virtual environment of their own, with this environment's version of transformers
@@ -32,6 +33,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import venv
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +63,9 @@ TOKENS_AT_ONCE = 32 * 101
 GROUP = 4
 WIDE = 32
 """Answers to one prompt that the reference generates in one call in the rows `maac-wide` and `iac-wide`."""
+
+HISTORY = "full"
+"""What an agent reads at later turns: all it has read and written ("full"), or the turn's 37 tokens alone ("newest")."""
 
 Row = dict[str, Any]
 
@@ -174,7 +179,52 @@ def measure_collm(model: Path, method: str, turns: int, *, quick: bool) -> list[
     EPISODES episodes, for magrpo in groups of GROUP. Counted are joint actions that the world was stepped with; the first
     iteration is the warm-up. Returns `[row(method, turns, joint_actions, stopwatch)]`.
     """
-    raise NotImplementedError
+    from collm.config import parse_config
+    from collm.training.trainer import Trainer
+
+    settings = {
+        "run": {"iterations": 9, "threads": int(os.environ["OMP_NUM_THREADS"]), "tensorboard": False},
+        "env": {"name": "throughput:make_world", "turns": turns},
+        "team": {"model": str(model)},
+        "rollout": {
+            "tasks": EPISODES // (GROUP if method == "magrpo" else 1),
+            "max_tokens": ANSWER_TOKENS,
+            "history": HISTORY,
+        },
+        "algorithm": {"name": {"maac": "collm-cc", "iac": "collm-dc", "magrpo": "magrpo"}[method]},
+        "evaluation": {"every": 0},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        settings["run"]["folder"] = folder
+        trainer = Trainer(parse_config(settings), quiet=True)
+        watch, joint_actions = Stopwatch(), 0
+        for trainer.iteration in range(2 if quick else 4):
+            with Stopwatch() if trainer.iteration == 0 else watch:
+                groups = trainer._collect()
+                trainer.learner.update(groups, trainer.iteration)
+                trainer.engine.load(trainer.team)
+            if trainer.iteration:
+                joint_actions += sum(len(episode.turns) for group in groups for episode in group.episodes)
+    return [row(method, turns, joint_actions, watch)]
+
+
+def make_world(turns: int, split: str = "train") -> Any:
+    """The benchmark's world for collm."""
+    from collm.envs.base import Outcome, TextEnv
+
+    class World(TextEnv):
+        num_tasks = 4096
+
+        def begin(self, task: int, rng: random.Random) -> dict[str, str]:
+            return self.say()
+
+        def play(self, answers: dict[str, str]) -> Outcome:
+            return Outcome(team_reward(list(answers.values())), {}, self.say(self.turn + 1))
+
+        def say(self, turn: int = 0) -> dict[str, str]:
+            return {agent: observation(self.task, i, turn) for i, agent in enumerate(self.agents)}
+
+    return World([f"agent_{i}" for i in range(NUM_AGENTS)], turns)
 
 
 # --- the reference -------------------------------------------------------------------------------------------------------
@@ -214,9 +264,9 @@ def measure_reference(model: Path, method: str, turns: int, *, quick: bool) -> l
         return [team_reward(answers) for answers in zip(first, second, strict=True)]
 
     def transition(prompt: str, agent_completions: list[str], prompt_history_per_agent: list[list[str]], **_: Any) -> list[str]:
-        """Each agent's next prompt: all it read and wrote so far, and what the world says now."""
+        """Each agent's next prompt: (with the full history, all it read and wrote so far, and) what the world says now."""
         return [
-            seen[-1] + answer + turn_text(int(prompt), agent, len(seen))
+            (seen[-1] + answer if HISTORY == "full" else "") + turn_text(int(prompt), agent, len(seen))
             for agent, (seen, answer) in enumerate(zip(prompt_history_per_agent, agent_completions, strict=True))
         ]
 
@@ -340,7 +390,8 @@ def measure_floor(model: Path, method: str, turns: int, *, quick: bool) -> list[
         actors, histories = Stopwatch(), []
         with actors:
             for agent in range(NUM_AGENTS):
-                histories.append(generate(num, agent, turns))
+                once = [generate(num, agent, turns)] if HISTORY == "full" else [generate(num, agent, 1) for _ in range(turns)]
+                histories.append(torch.cat(once))
                 learn(agent, histories[agent])
         yield row("actors", turns, num * turns, actors)
         for name, answers in (("critic", False), ("critic-answers", True)):
@@ -384,7 +435,8 @@ def in_a_process(command: Sequence[Any], threads: int) -> Any:
 def measured(side: str, method: str, turns: int, python: Path, model: Path, options: argparse.Namespace) -> list[Row]:
     """The rows of one measurement."""
     command = [python, __file__, "--side", side, "--method", method, "--turns", str(turns), "--model", model]
-    command += ["--threads", str(options.threads), *(["--quick"] if options.quick else [])]
+    command += ["--threads", str(options.threads), "--history", options.history]
+    command += ["--quick"] if options.quick else []
     rows: list[Row] = in_a_process(command, options.threads)
     for r in rows:
         r |= {"side": side, "joint_actions_per_second": r["joint_actions"] / r["seconds"]}
@@ -418,7 +470,8 @@ def ratios(rounds: list[list[Row]], unit: str) -> dict[str, float]:
 
 def show(report: Row) -> None:
     """The report as two plain tables: measurements, then ratios."""
-    print(f"joint actions a second, {report['threads']} thread(s), model of {report['model']['parameters']:,} parameters")
+    size, threads, history = report["model"]["parameters"], report["threads"], report["history"]
+    print(f"joint actions a second, {threads} thread(s), history={history}, model of {size:,} parameters")
     layout = "{:<10} {:<15} {:>5} {:>10} {:>14} {:>6} {:>8} {:>8} {:>8}"
     print(layout.format("side", "method", "turns", "per second", "min..max", "MB", "counted", "seconds", "CPU"))
     for r in report["results"]:
@@ -435,6 +488,8 @@ def main() -> None:
     add = parser.add_argument
     add("--sides", nargs="+", choices=SIDES, default=SIDES, help="which sides to measure")
     add("--turns", nargs="+", type=int, choices=range(1, 10), default=[1, 4], help="turns of an episode (default: 1 4)")
+    add("--history", choices=("full", "newest"), default="full", help="what an agent reads at later turns (default: full)")
+    add("--methods", nargs="+", default=["maac", "iac", "magrpo"], help="which methods (default: maac iac magrpo)")
     add("--threads", type=int, default=1, help="CPU threads of every side (default: 1)")
     add("--repeats", type=int, default=3, help="rounds (default: 3)")
     add("--quick", action="store_true", help="one round, less work of the reference, no MAGRPO tree over several turns")
@@ -458,9 +513,10 @@ def main() -> None:
         rounds.append([])
         for turns, side in product(options.turns, options.sides):
             for method in CASES[side](turns):
-                if not (options.quick and side == "reference" and method == "magrpo" and turns > 1):
+                wanted = side == "floor" or method.split("-")[0] in options.methods
+                if wanted and not (options.quick and side == "reference" and method == "magrpo" and turns > 1):
                     rounds[-1] += measured(side, method, turns, python[side], model, options)
-    report = {"threads": options.threads, "model": size, "results": medians(rounds)}
+    report = {"threads": options.threads, "history": options.history, "model": size, "results": medians(rounds)}
     report |= {"ratios": ratios(rounds, "seconds"), "cpu_ratios": ratios(rounds, "cpu_seconds")}
     if options.json:
         print(json.dumps(report))
@@ -472,6 +528,8 @@ def measure_here(options: argparse.Namespace) -> None:
     """Build the model, or take one measurement, in this process; prints JSON on the last line."""
     import torch
 
+    global HISTORY
+    HISTORY = options.history
     torch.set_num_threads(options.threads)
     random.seed(0)
     torch.manual_seed(0)

@@ -86,8 +86,8 @@ class RolloutSettings(Room):
     """Tasks drawn per iteration; each is played by one episode, one group or one turn tree."""
     protocol: Literal["parallel", "single"] = "parallel"
     """Who speaks when: "parallel" is decentralized execution, "single" is one agent alone."""
-    history: Literal["full", "last"] = "full"
-    """What an agent reads at later turns: its growing chat, or instruction, last answer and newest feedback."""
+    history: Literal["full", "last", "newest"] = "full"
+    """What an agent reads: its growing chat; first instruction, last answer and newest observation; or the newest alone."""
     max_turns: int | None = Field(None, ge=1)
     """Cut episodes after so many turns (they then count as truncated)."""
     temperature: float = Field(1.0, ge=0)

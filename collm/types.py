@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int32]
-History = Literal["full", "last"]
+History = Literal["full", "last", "newest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,7 @@ class Episode:
         """All that `agent` has seen and written, ending with what it is to answer now.
 
         "full" is a growing chat. "last" keeps the first instruction, the agent's last answer and the newest observation.
+        "newest" is the newest observation alone, for worlds that say all that matters at every turn.
         """
         messages: list[Message] = []
         for turn in self.turns:
@@ -144,6 +145,8 @@ class Episode:
                 messages.append(Message("user", turn.observations[agent]))
                 messages.append(Message("assistant", answer.text, answer.token_ids))
         messages.append(Message("user", self.observations[agent]))
+        if kind == "newest":
+            return (messages[-1],)
         if kind == "last" and len(messages) > 3:
             messages = [messages[0], *messages[-2:]]
         return tuple(messages)

@@ -111,21 +111,23 @@ class Critic(nn.Module):
         agents: Sequence[str],
         *,
         state: bool = False,
+        newest_only: bool = False,
         answers: Mapping[str, str] | None = None,
     ) -> Reading:
         """What the critic reads to judge turn `turn` (len(episode.turns) names the history after the last).
 
-        agents: whose texts lie in the view. state: show the world's privileged state too. answers: for Q, what the agents
+        agents: whose texts lie in the view. state: show the world's privileged state too. newest_only: earlier turns are no
+        part of a history (rollout.history="newest"). answers: for Q, what the agents
         answer at this turn. Too long a history loses its oldest turns first; too long a single turn keeps an equal share
         of every text's end.
         """
         earlier = [
             (self._observed(episode, t, agents, state), self._answered(episode.turns[t].completions, agents))
-            for t in range(turn)
+            for t in range(0 if not newest_only else turn, turn)
         ]
         newest = self._observed(episode, turn, agents, state)
         final = None if answers is None else self._joined({a: answers[a] for a in agents if a in answers}, len(agents))
-        for cut in range(turn + 1):
+        for cut in range(len(earlier) + 1):
             ids = self._encode(earlier[cut:], newest, final)
             if len(ids) <= self.max_tokens:
                 return Reading(ids, cut)

@@ -30,10 +30,16 @@ BLOCKS = {
     "glowstone": "#f0a92e",
     "gold_block": "#f5e04a",
     "iron_block": "#4f87b5",
+    "red_wool": "#8e2a35",
+    "blue_wool": "#2f4fd0",
+    "birch_planks": "#b9d38a",
+    "andesite": "#5f8a80",
+    "quartz_block": "#e6c9e2",
+    "coal_block": "#5c4433",
 }
-"""Block and colour of each digit 0..9 in a build; a pair belongs to a builder. With more than five builders digits repeat."""
+"""Block and colour of each hexadecimal digit in a build; each pair belongs to one builder. Colours are for telling apart."""
 WALL, EMPTY, MISSING, EXTRA = "#14181d", "#1e242b", "#46515e", "#ff4d4d"
-_STATE = re.compile(r"word (\S+) turn \d+ of \d+\ntarget:\n([#.\n]+)\nbuild:\n([\d.\n]+)")
+_STATE = re.compile(r"word (\S+) turn \d+ of \d+\ntarget:\n([#.\n]+)\nbuild:\n([\da-f.\n]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +116,17 @@ def picture(gallery: Gallery, width: int) -> Group:
     Without colours the characters say the same: a block's digit twice, `x` and the digit where it is outside the word,
     `..` where the word is left empty.
     """
-    words = Table.grid(padding=(0, 3))
+    words: list[Table | Text] = []
     for old, new in zip(gallery.before, gallery.after, strict=True):
         captions = f"{old.word} before  {old.caption}", f"{new.word} after  {new.caption}"
         walls = [Text.assemble((c, "bold"), "\n", _wall(b)) for c, b in zip(captions, (old, new), strict=True)]
         if sum(max(2 * len(old.target[0]), len(caption)) for caption in captions) + 3 <= width:
-            words.add_row(*walls)
+            pair = Table.grid(padding=(0, 3))
+            pair.add_row(*walls)
+            words += [pair, Text()]
         else:
-            for wall in walls:
-                words.add_row(wall)
-        words.add_row()
-    return Group(words, _legend(gallery.after[0]), Text(gallery.choice, style="dim"))
+            words += [*walls, Text()]
+    return Group(*words, _legend(gallery.after[0]), Text(gallery.choice, style="dim"))
 
 
 def _wall(build: Build) -> Text:
@@ -188,7 +194,8 @@ def _draw_wall(axes: Axes, build: Build, cell: float) -> None:
         colour = _colour(block) if block != "." else MISSING if wanted else EMPTY
         axes.add_patch(Rectangle((column + 0.06, row + 0.06), 0.88, 0.88, facecolor=colour))
         if block != "." and not wanted:
-            axes.plot(column + 0.5, row + 0.5, marker="x", color=EXTRA, markersize=32 * cell, markeredgewidth=1.6)
+            for shade, wide in ((WALL, 3.0), (EXTRA, 1.6)):
+                axes.plot(column + 0.5, row + 0.5, marker="x", color=shade, markersize=32 * cell, markeredgewidth=wide)
     axes.set(xlim=(-0.15, width + 0.15), ylim=(height + 0.15, -0.15), aspect="equal", xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     axes.set_title(f"{build.word}   {build.caption}", fontsize=9)
@@ -205,10 +212,10 @@ def _handles(build: Build) -> list[Artist]:
 
 
 def _palettes(agents: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-    """Builder -> its (digit, block) pairs. With more than five builders digits repeat, so only five are named."""
-    names = list(BLOCKS)
-    return {agent: [(str(i), names[i]) for i in (2 * n, 2 * n + 1)] for n, agent in enumerate(agents[:5])}
+    """Builder -> its (digit, block) pairs."""
+    named = [(f"{i:x}", block) for i, block in enumerate(BLOCKS)]
+    return {agent: named[2 * n : 2 * n + 2] for n, agent in enumerate(agents)}
 
 
 def _colour(digit: str) -> str:
-    return list(BLOCKS.values())[int(digit)]
+    return list(BLOCKS.values())[int(digit, 16)]

@@ -94,7 +94,8 @@ def _reward(axes: Axes, run: Run, colour: str, labels: tuple[str, str | None]) -
     axes.plot(at, [r.mean for r in rewards], color=colour, linewidth=2, marker="o", markersize=4, label=labels[0])
     bounds = [(x, r.low, r.high) for x, r in zip(at, rewards, strict=True) if r.low is not None and r.high is not None]
     if bounds:
-        axes.fill_between(*zip(*bounds, strict=True), color=colour, alpha=0.15, linewidth=0)
+        x, low, high = np.array(bounds).T
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _dress(axes: Axes, title: str, quantity: str) -> None:

@@ -51,6 +51,7 @@ class Critics:
         self.team, self.config = team, config
         self.kind = config.algorithm.critic_kind
         self.joint = config.algorithm.critic == "joint"
+        self.reads = {"state": config.critic.state, "newest_only": config.rollout.history == "newest"}
         agents = team.agents
         own: dict[str, tuple[str, ...]] = {agent: (agent,) for agent in agents}
         views: dict[str, dict[str, tuple[str, ...]]] = {"none": {}, "joint": {"team": agents}, "own": own}
@@ -97,8 +98,7 @@ class Critics:
                     batch, judge.agents[0], judge.policy, values=True, history=self.config.rollout.history
                 )
             else:
-                state = self.config.critic.state
-                judge.packed, num_cut = pack_readings(batch, judge.critic, judge.agents, state=state, kind=self.kind)
+                judge.packed, num_cut = pack_readings(batch, judge.critic, judge.agents, kind=self.kind, **self.reads)
                 metrics["critic/cut"] += num_cut
             values = self._read(judge, judge.packed, E * N * width, metrics).view(E, N, width)
             first = batch.agents.index(judge.agents[0])
@@ -110,7 +110,7 @@ class Critics:
         """Of each critic: slots (M,) of answers, and Q (M, K) with each of them exchanged for its K alternatives."""
         for judge in self.judges:
             assert judge.critic is not None
-            packed, slots = pack_alternatives(batch, judge.critic, judge.agents, state=self.config.critic.state)
+            packed, slots = pack_alternatives(batch, judge.critic, judge.agents, **self.reads)
             if slots:
                 q_MK = self._read(judge, packed, len(slots), metrics).view(-1, self.config.algorithm.resamples)
                 yield torch.tensor(slots).view(q_MK.shape)[:, 0], q_MK

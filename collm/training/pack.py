@@ -152,7 +152,9 @@ def pack_answers(batch: Batch, agent: str, policy: Policy, *, values: bool = Fal
     return packed
 
 
-def pack_readings(batch: Batch, critic: Critic, view: Sequence[str], *, state: bool, kind: str) -> tuple[list[Packed], int]:
+def pack_readings(
+    batch: Batch, critic: Critic, view: Sequence[str], *, state: bool, kind: str, newest_only: bool = False
+) -> tuple[list[Packed], int]:
     """What a critic reads of every episode, and how many readings had to be cut.
 
     Slots belong to the first agent of the view. V: a marker before every turn (T + 1 slots), and after the last one of a
@@ -166,7 +168,7 @@ def pack_readings(batch: Batch, critic: Critic, view: Sequence[str], *, state: b
         current: Packed | None = None
         for t in range(len(episode.turns) + (kind == "V" and episode.truncated)):
             answers = None if kind == "V" else {a: c.text for a, c in episode.turns[t].completions.items()}
-            reading = critic.read(episode, t, view, state=state, answers=answers)
+            reading = critic.read(episode, t, view, state=state, newest_only=newest_only, answers=answers)
             num_cut += reading.cut > 0
             if current is None or not starts_with(reading.ids, current.ids):
                 current = Packed(reading.ids)
@@ -177,7 +179,9 @@ def pack_readings(batch: Batch, critic: Critic, view: Sequence[str], *, state: b
     return packed, num_cut
 
 
-def pack_alternatives(batch: Batch, critic: Critic, view: Sequence[str], *, state: bool) -> tuple[list[Packed], list[int]]:
+def pack_alternatives(
+    batch: Batch, critic: Critic, view: Sequence[str], *, state: bool, newest_only: bool = False
+) -> tuple[list[Packed], list[int]]:
     """Readings of Q with one agent's answer exchanged for each of its alternatives; markers are numbered in order.
 
     Returns the sequences and, for each marker, the slot (T turns) of the answer that was exchanged.
@@ -192,7 +196,8 @@ def pack_alternatives(batch: Batch, critic: Critic, view: Sequence[str], *, stat
                 if agent not in view:
                     continue
                 for other in others:
-                    reading = critic.read(episode, t, view, state=state, answers={**taken, agent: other.text})
+                    said = {**taken, agent: other.text}
+                    reading = critic.read(episode, t, view, state=state, newest_only=newest_only, answers=said)
                     packed.append(Packed(reading.ids, markers=[(len(slots), len(reading.ids) - 1)]))
                     slots.append((e * N + batch.agents.index(agent)) * T + t)
     return packed, slots
