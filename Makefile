@@ -10,7 +10,7 @@ help:
 	@echo "make demo       install, train two tiny builders (at most 5 minutes), show before and after"
 	@echo "make test       install, check style and types, run the quick tests"
 	@echo "make test-slow  the long checks (at most an hour)"
-	@echo "make tiny       make the tiny language model anew into build/tiny (about 20 minutes on two cores)"
+	@echo "make tiny       make the tiny language model anew into build/tiny (about 25 minutes on one core)"
 
 $(BIN)/collm: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \

@@ -60,6 +60,13 @@ class Choosy(TextEnv):
         return Outcome(float(self.task), {}, {}, metrics=metrics)
 
 
+class Broken(Choosy):
+    """No task can be played."""
+
+    def play(self, answers: dict[str, str]) -> Outcome:
+        raise EnvError("all is broken")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """Three iterations on two-letter words, evaluated before training, after 2 and after 3; checkpoints of 2 and 3."""
@@ -159,7 +166,7 @@ def test_settings_of_evaluation_may_change(run, evaluated):
     assert evaluated(run, "--evaluation.temperature", "3.0")["reward"] != evaluated(run)["reward"]
 
 
-def test_failed_episodes_are_counted_and_in_no_mean(tmp_path, evaluated, refused, capsys):
+def test_failed_episodes_are_counted_and_in_no_mean(tmp_path, evaluated, capsys):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[run]\nthreads = 1\n[env]\nname = "test_evaluate:Choosy"\n[rollout]\nmax_tokens = 2\n')
     result = evaluated(recipe)
@@ -175,10 +182,9 @@ def test_failed_episodes_are_counted_and_in_no_mean(tmp_path, evaluated, refused
     assert "task 3 is broken" in out
 
 
-def test_a_team_that_never_finishes_a_task_is_an_error(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(Choosy, "play", lambda self, answers: (_ for _ in ()).throw(EnvError("all is broken")))
+def test_a_world_whose_every_task_fails_is_an_error(tmp_path, refused):
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('[run]\nthreads = 1\n[env]\nname = "test_evaluate:Choosy"\n[rollout]\nmax_tokens = 2\n')
+    recipe.write_text('[run]\nthreads = 1\n[env]\nname = "test_evaluate:Broken"\n[rollout]\nmax_tokens = 2\n')
     assert "none of 10 held-out episodes was played to its end; the first: step 0: all is broken" in refused(recipe)
 
 
