@@ -159,7 +159,7 @@ def test_differences_are_paired_by_task_not_by_line(tmp_path):
 
 def test_failed_tasks_are_left_out_of_both_and_counted(tmp_path):
     before = [record(task, 1.0) for task in NINE]
-    after = [record(task, 2.0) for task in NINE[:-1]] + [record("task8", None, failure="no answer")]
+    after = [record(task, 2.0) for task in NINE[:-1]] + [record("task8", 50.0, failure="no answer at turn 2")]
     before[-1]["score"] = 100.0
     comparison = compare(read_run(write_run(tmp_path / "run", {0: before, 4: after})))
     assert comparison.num_tasks == 8

@@ -33,6 +33,10 @@ class Chat:
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; add chat_template.jinja to its folder "
                 "or choose an instruction-tuned model."
             )
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise ConfigError(
+                f"the tokenizer of {tokenizer.name_or_path!r} encodes text to nothing; is tokenizer.json missing?"
+            )
         self.tokenizer = tokenizer
         self._stops = {tokenizer.eos_token_id, *stop_ids}
         self._plain = lru_cache(maxsize=65536)(self._encode_plain)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,7 +45,7 @@ def load_pretrained(auto_class: Any, source: str, **options: Any) -> Any:
     """
     try:
         return auto_class.from_pretrained(resolve(source), trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
             f"model {source!r} cannot be loaded: {reason} Give a local Hugging Face folder, a hub name that this machine "

@@ -103,6 +103,7 @@ def _dress(axes: Axes, title: str, quantity: str) -> None:
     axes.set_xlabel("joint actions", fontsize=9)
     axes.set_ylabel(quantity, fontsize=9)
     axes.tick_params(labelsize=8)
+    axes.locator_params(axis="x", nbins=6)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(color="#e3e5e8", linewidth=0.6)
     axes.set_axisbelow(True)

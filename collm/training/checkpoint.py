@@ -102,7 +102,7 @@ def load_policies(folder: Path, policies: Mapping[str, Any]) -> None:
     try:
         for name, policy in policies.items():
             _restore(policy.model, load_file(folder / f"policy-{name}.safetensors"))
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(f"checkpoint {folder} cannot be read: {error}.") from error
 
 

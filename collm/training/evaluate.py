@@ -79,9 +79,9 @@ def evaluate(
 ) -> Evaluation:
     """Play each held-out task once, the first `episodes` of them if given."""
     plan = plan_of(config, "eval")
-    wanted = episodes or config.evaluation.episodes
+    wanted = config.evaluation.episodes if episodes is None else episodes
     total = num_tasks(plan)
-    tasks = range(min(total, wanted or total))
+    tasks = range(total if wanted is None else min(total, wanted))
     started = time.monotonic()
     groups = collect(plan, engine, tasks, [seeds.derive(config.run.seed, "evaluation", t) for t in tasks], stop=stop)
     return Evaluation([episode for group in groups for episode in group.episodes], time.monotonic() - started)

@@ -147,7 +147,8 @@ class Trainer:
         log.metrics(record)
         self.pending = None
         display.update(self.iteration, record)
-        if self.iteration and (last or self.iteration % self.config.run.checkpoint_every == 0):
+        new_best = self.best is not None and self.best[1] == self.iteration
+        if self.iteration and (last or new_best or self.iteration % self.config.run.checkpoint_every == 0):
             self._save(log)
 
     def _collect(self) -> list[Group]:

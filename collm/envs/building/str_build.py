@@ -259,6 +259,10 @@ def _words(
     elif strings is None:
         words = REFERENCE["eval" if split == "eval" else "train"]
     elif isinstance(strings, str):
+        if eval_strings is not None:
+            raise EnvError(
+                "eval_strings goes with a list of strings; with strings='english' the list's own words are held out."
+            )
         if strings != "english":
             raise EnvError(f"strings={strings!r} is neither a list of words nor 'english'.")
         words = split_words(split, lengths)
