@@ -59,7 +59,7 @@ def test_two_agents_agree(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("agents", [2, 3])
 @pytest.mark.parametrize("name", ["collm-cc", "collm-dc", "magrpo", "marloo", "maremax", "mareinforce"])
 def test_every_algorithm_agrees(tmp_path: Path, name: str, agents: int, seed: int) -> None:
