@@ -328,7 +328,13 @@ def load_config(recipe: Path | None, overrides: Mapping[str, Any] | None = None)
             raise ConfigError(f"recipe {str(recipe)!r} cannot be read: {error.strerror}.") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"recipe {str(recipe)!r} is not valid TOML: {error}.") from error
-    for key, value in (overrides or {}).items():
+    apply_overrides(values, overrides or {})
+    return parse_config(values)
+
+
+def apply_overrides(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Put `{"room.key": value}` on top of nested plain values. Raises ConfigError where a value stands in a table's place."""
+    for key, value in overrides.items():
         room, _, name = key.partition(".")
         if not isinstance(values.setdefault(room, {}), dict):
             raise ConfigError(f"{room!r} in the recipe must be a table [{room}] of settings.")
@@ -337,9 +343,8 @@ def load_config(recipe: Path | None, overrides: Mapping[str, Any] | None = None)
         for part in inner:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
-                raise ConfigError(f"unknown setting {key!r}: {room}.{part} holds a value, not further settings.")
+                raise ConfigError(f"unknown setting {key!r}: {part!r} is a value, not a table of settings.")
         place[last] = value
-    return parse_config(values)
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from collm.config import Config, load_config, parse_config
+from collm.config import Config, apply_overrides, load_config, parse_config
 from collm.envs.catalogue import make
 from collm.errors import ConfigError, EnvError, RunError
 from collm.reports.intervals import by_task, interval
@@ -90,19 +90,13 @@ def run(arguments: argparse.Namespace) -> int:
 def run_config(folder: Path, overrides: Mapping[str, Any]) -> Config:
     """A run's settings with `{"room.key": value}` on top. Raises RunError or ConfigError."""
     values = read_config(folder)
-    for key, value in overrides.items():
+    for key in overrides:
         if not key.startswith(CHANGEABLE):
             raise ConfigError(
                 f"{key!r} is no setting that the evaluation of a trained run can change: these are env.*, evaluation.*, "
                 "rollout.*, run.threads, run.device, run.seed and team.compute."
             )
-        place = values
-        *rooms, name = key.split(".")
-        for room in rooms:
-            place = place.setdefault(room, {})
-            if not isinstance(place, dict):
-                raise ConfigError(f"{key!r}: {room!r} is a value, not a table of settings.")
-        place[name] = value
+    apply_overrides(values, overrides)
     return parse_config(values)
 
 
