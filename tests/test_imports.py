@@ -34,6 +34,7 @@ MAY = {
 NO_TORCH = ("types", "errors", "seeds", "config", "envs", "reports", "")
 HEAVY = {"torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "vllm"}
 DOORS = {
+    "datasets": "envs/data.py",
     "ray": "cluster/",
     "vllm": "engines/vllm.py",
     "wandb": "training/loggers.py",

@@ -1,0 +1,128 @@
+"""Rows of a data set: a local file in its public format, or the Hugging Face hub by name.
+
+A source is one string: a path (.json, .jsonl, .csv or .parquet; .json, .jsonl and .csv also .gz), `hf:NAME:SPLIT`, or
+`hf:NAME:CONFIG:SPLIT`, where NAME is a hub repository or a folder in a hub repository's layout. `[a:b]` behind it takes
+rows a to b, as Python does: "hf:trl-lib/tldr:train[:1100]". The hub needs the extra `collm[hub]`.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+from collm.errors import EnvError
+
+Row = dict[str, Any]
+
+_SLICE = re.compile(r"(.+?)\[(-?\d*):(-?\d*)\]")
+
+
+def split_rows(
+    data: str, eval_data: str | None, split: str, *, train: slice = slice(None), held_out: slice | None = None
+) -> list[Row]:
+    """The rows of one split ("train" or "eval").
+
+    With `eval_data` each split has a source of its own, taken whole. With `data` alone, `train` and `held_out` are the task's
+    own parts of it; a task without fixed parts (`held_out=None`) holds out the last fifth. Raises EnvError for a source that
+    cannot be read, or a split without a row.
+    """
+    if split == "eval" and eval_data is not None:
+        rows = list(read_rows(eval_data))
+    else:
+        rows = list(read_rows(data))
+        if eval_data is None:
+            fifth = max(1, len(rows) // 5)
+            parts = {
+                "train": rows[train] if held_out is not None else rows[:-fifth],
+                "eval": rows[held_out] if held_out is not None else rows[-fifth:],
+            }
+            rows = parts[split]
+    if not rows:
+        source = eval_data if split == "eval" and eval_data is not None else data
+        raise EnvError(f"data={source!r} has no row for the split {split!r}; give more rows, or eval_data=... besides.")
+    return rows
+
+
+def read_rows(source: str) -> Sequence[Row]:
+    """All rows of a source, in order. Raises EnvError naming what is wrong with it."""
+    found = _SLICE.fullmatch(source)
+    name = found[1] if found else source
+    rows = _hub(name) if name.startswith("hf:") else _local(name, _modified(name))
+    if found:
+        return rows[slice(*(int(bound) if bound else None for bound in (found[2], found[3])))]
+    return rows
+
+
+def _modified(path: str) -> float:
+    try:
+        return Path(path).stat().st_mtime
+    except OSError as error:
+        raise EnvError(f"data={path!r} cannot be read: {error.strerror}.") from error
+
+
+@lru_cache(maxsize=32)
+def _local(path: str, modified: float) -> tuple[Row, ...]:
+    """Rows of a file, kept until it changes: worlds are made anew for every episode."""
+    kinds = Path(path).name.lower().removesuffix(".gz").rsplit(".", 1)
+    reader: Any = {"json": _json, "jsonl": _jsonl, "csv": csv.DictReader}.get(kinds[-1])
+    try:
+        if kinds[-1] == "parquet":
+            import pyarrow.parquet
+
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        elif reader is None:
+            raise EnvError(f"data={path!r} is neither .json, .jsonl, .csv nor .parquet (the first three also .gz).")
+        else:
+            opened: Any = gzip.open if path.lower().endswith(".gz") else open
+            with opened(path, "rt", newline="", encoding="utf-8-sig") as file:
+                rows = list(reader(file))
+    except ImportError as error:
+        raise EnvError(f"data={path!r} needs pyarrow: pip install 'collm[hub]'.") from error
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error) as error:
+        raise EnvError(f"data={path!r} cannot be read: {error}.") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise EnvError(f"data={path!r} must hold a list of objects, one for each task.")
+    return tuple(rows)
+
+
+def _json(file: IO[str]) -> list[Row]:
+    rows = json.load(file)
+    return list(rows.values()) if isinstance(rows, dict) else rows
+
+
+def _jsonl(file: IO[str]) -> Iterator[Row]:
+    return (json.loads(line) for line in file if line.strip())
+
+
+@lru_cache(maxsize=8)
+def _hub(source: str) -> tuple[Row, ...]:
+    _, _, rest = source.partition(":")
+    name, *parts = rest.split(":")
+    if not name or len(parts) not in (1, 2) or not all(parts):
+        raise EnvError(f"data={source!r} is not hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.")
+    try:
+        import datasets
+    except ImportError as error:
+        raise EnvError(f"data={source!r} is read with the package datasets: pip install 'collm[hub]'.") from error
+    try:
+        loaded = datasets.load_dataset(name, *parts[:-1], split=parts[-1])
+    except Exception as error:  # whatever network, hub or format bring up
+        first = str(error).strip().split("\n")[0]
+        raise EnvError(f"data={source!r} cannot be loaded: {type(error).__name__}: {first}") from error
+    return tuple(dict(row) for row in loaded)
+
+
+def field(row: Row, names: Sequence[str], data: str) -> str:
+    """The text under the first of `names` that the row has. Raises EnvError naming what the row has instead."""
+    for name in names:
+        if isinstance(row.get(name), str):
+            return str(row[name])
+    raise EnvError(
+        f"data={data!r}: a row has none of the text fields {', '.join(names)}; it has {', '.join(row) or 'nothing'}."
+    )
