@@ -108,5 +108,5 @@ def test_a_bad_source_says_why(source: str) -> None:
 
 def test_a_row_without_the_field_says_what_it_has() -> None:
     assert field({"post": "x"}, ("prompt", "post"), "f") == "x"
-    with pytest.raises(EnvError, match=r"none of the texts prompt, post; it has a, b"):
+    with pytest.raises(EnvError, match=r"none of the text fields prompt, post; it has a, b"):
         field({"a": "x", "b": 1}, ("prompt", "post"), "f")
