@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from collm.algorithms.logprobs import token_logprobs
 from collm.errors import ConfigError
-from collm.models import tiny
+from collm.models import attention, tiny
 from collm.models.chat import Chat
 from collm.types import Sampling
 
@@ -61,6 +61,7 @@ class Policy:
 
     def __init__(self, model: Any, tokenizer: Any, *, compute: str = "float32"):
         self.model = model.float().eval()
+        attention.adopt(self.model)
         self.tokenizer = tokenizer
         self.compute = compute
         self.head: Any = model.get_output_embeddings()
