@@ -106,8 +106,6 @@ class StrBuild(TextEnv):
         self.world, self.reward_mode, self.feedback = world, reward, feedback
         self.blind_first_turn = blind_first_turn
         self.commands_per_turn = commands_per_turn
-        if reward == "sparse":
-            self.stop_above = None
 
     def begin(self, task: int, rng: random.Random) -> dict[str, str]:
         self.word = self.words[task]
@@ -212,7 +210,8 @@ class StrBuild(TextEnv):
         if not self.blind_first_turn:
             lines += ["Target:", self._rows(lambda cell: "#" if cell in self.target else ".")]
         if self.world == "persistent":
-            lines.append("Blocks stay. The build is empty.")
+            shown = ", ".join(f"{_SYMBOLS[block]} {block}" for palette in self.palettes.values() for block in palette)
+            lines.append(f"Blocks stay. The build is empty; it shows {shown}.")
         lines += [
             f"Your blocks: {one} {two} air. Use both; like blocks must not touch.",
             f"At most {self.limit} lines: /setblock x y z block",
