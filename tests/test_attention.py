@@ -92,3 +92,29 @@ def test_one_step_after_another_equals_one_pass() -> None:
             ).last_hidden_state
         )
     torch.testing.assert_close(torch.cat(parts, 1)[:, 3:], whole, rtol=0, atol=1e-10)
+
+
+def test_siblings_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal prompts go through the model once; every answer is as if its prompt had stood alone."""
+    policy = Policy.from_pretrained("tiny")
+    rng = np.random.default_rng(0)
+    one, two = (rng.integers(4, 700, length).astype(np.int32) for length in (30, 21))
+    prompts = [one, two, one, one, two]
+    uniforms = torch.from_numpy(rng.random((5, 8), dtype=np.float32))
+    shapes: list[tuple[int, ...]] = []
+    forward = policy.body.forward
+
+    def count(*args: object, **settings: object) -> object:
+        shapes.append(tuple(settings["input_ids"].shape))  # type: ignore[attr-defined]
+        return forward(*args, **settings)
+
+    monkeypatch.setattr(policy.body, "forward", count)
+    with torch.inference_mode():
+        together = decode(policy, prompts, uniforms, Sampling(max_tokens=8))
+        assert shapes[0] == (2, 30)
+        assert all(shape[1] == 1 and shape[0] <= 5 for shape in shapes[1:])
+        assert len(shapes) <= 8  # nothing is read after the last token
+        for row, prompt in enumerate(prompts):
+            [(ids, logprobs)] = decode(policy, [prompt], uniforms[row : row + 1], Sampling(max_tokens=8))
+            assert ids.tolist() == together[row][0].tolist()
+            np.testing.assert_allclose(logprobs, together[row][1], atol=1e-5)

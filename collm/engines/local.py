@@ -84,31 +84,43 @@ def decode(policy: Policy, prompts: Sequence[Ids], uniforms_BT: Tensor, sampling
     """
     device = policy.device
     num, longest = len(prompts), max(map(len, prompts))
-    ids_BL = torch.zeros(num, longest, dtype=torch.int64)
-    mask_BL = torch.zeros(num, longest + sampling.max_tokens, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids_BL[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-        mask_BL[row, longest - len(prompt) :] = 1
-    padded = not bool(mask_BL.all())
-    ids_BL, mask_BL, uniforms_BT = ids_BL.to(device), mask_BL.to(device), uniforms_BT.to(device)
+    distinct = {prompt.tobytes(): prompt for prompt in prompts}  # a group's siblings begin with the same text: read it once
+    rows = {key: row for row, key in enumerate(distinct)}
+    ids_UL = torch.zeros(len(distinct), longest, dtype=torch.int64)
+    mask_UL = torch.zeros(len(distinct), longest + sampling.max_tokens, dtype=torch.int64)
+    for row, prompt in enumerate(distinct.values()):
+        ids_UL[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask_UL[row, longest - len(prompt) :] = 1
+    padded = not bool(mask_UL.all())
+    spread_B = torch.tensor([rows[prompt.tobytes()] for prompt in prompts], device=device)
+    uniforms_BT, mask_UL = uniforms_BT.to(device), mask_UL.to(device)
+    positions_UL = (mask_UL[:, :longest].cumsum(-1) - 1).clamp_min(0)
+    cache = new_cache(policy, longest + sampling.max_tokens)
+
+    def read(ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor) -> Tensor:
+        """Hidden states (B, D) after the last of `ids_BL`, which the cache then holds too."""
+        with compute_in(policy.compute, device):
+            output = policy.body(
+                input_ids=ids_BL,
+                attention_mask=mask_BL if padded else None,
+                position_ids=positions_BL,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return output.last_hidden_state[:, -1]
+
+    hidden_BD = read(ids_UL.to(device), mask_UL[:, :longest], positions_UL)[spread_B]
+    if len(distinct) < num:
+        cache.batch_select_indices(spread_B)
+    mask_BL, position_B = mask_UL[spread_B], positions_UL[spread_B, -1]
     tokens_BT = torch.zeros(num, sampling.max_tokens, dtype=torch.int64, device=device)
     logps_BT = torch.zeros(num, sampling.max_tokens, device=device)
     lengths_B = torch.full((num,), sampling.max_tokens, dtype=torch.int64, device=device)
     stops = torch.tensor(policy.stop_ids, device=device)
     rows_B = torch.arange(num, device=device)  # which request each row of the shrinking batch answers
     live_B = torch.ones(num, dtype=torch.bool, device=device)
-    positions_BL = (mask_BL[:, :longest].cumsum(-1) - 1).clamp_min(0)
-    cache = new_cache(policy, longest + sampling.max_tokens)
     for step in range(sampling.max_tokens):
-        with compute_in(policy.compute, device):
-            hidden = policy.body(
-                input_ids=ids_BL,
-                attention_mask=mask_BL[:, : longest + step] if padded else None,
-                position_ids=positions_BL,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-        logits_BV = policy.logits(hidden[:, -1]).float()
+        logits_BV = policy.logits(hidden_BD).float()
         next_B, logp_B = sample(logits_BV, uniforms_BT[rows_B, step], **sampling.distribution())
         tokens_BT[rows_B, step] = next_B
         logps_BT[rows_B, step] = logp_B
@@ -116,15 +128,15 @@ def decode(policy: Policy, prompts: Sequence[Ids], uniforms_BT: Tensor, sampling
         lengths_B[rows_B[stopped_B]] = step + 1
         live_B = live_B & ~stopped_B
         num_live = int(live_B.sum())
-        if num_live == 0:
+        if num_live == 0 or step + 1 == sampling.max_tokens:
             break
         if num_live <= 0.8 * len(live_B):
             keep = live_B.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            rows_B, mask_BL, next_B, positions_BL = rows_B[keep], mask_BL[keep], next_B[keep], positions_BL[keep]
+            rows_B, mask_BL, next_B, position_B = rows_B[keep], mask_BL[keep], next_B[keep], position_B[keep]
             live_B = live_B[keep]
-        ids_BL = next_B[:, None]
-        positions_BL = positions_BL[:, -1:] + 1
+        position_B = position_B + 1
+        hidden_BD = read(next_B[:, None], mask_BL[:, : longest + step + 1], position_B[:, None])
     tokens, logps = tokens_BT.cpu().numpy().astype(np.int32), logps_BT.cpu().numpy()
     return [(tokens[i, :length].copy(), logps[i, :length].copy()) for i, length in enumerate(lengths_B.tolist())]
 
