@@ -63,9 +63,10 @@ def test_two_agents_agree(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("agents", [2, 3])
 @pytest.mark.parametrize("name", ["collm-cc", "collm-dc", "magrpo", "marloo", "maremax", "mareinforce"])
 def test_every_algorithm_agrees(tmp_path: Path, name: str, agents: int, seed: int) -> None:
-    if name == "maremax" and agents == 3:
-        pytest.skip("maremax does not learn this with three agents from a success rate of 0.05: see docs/log.md")
-    solves(make_trainer(tmp_path, name, agents, seed))
+    changes: dict[str, dict[str, Any]] = {}
+    if name == "maremax":  # a group of four seldom holds a success, and its best is then a failure (docs/log.md)
+        changes = {"algorithm": {"group_size": 16}, "rollout": {"tasks": 8}, "learner": {"lr": 3e-4}}
+    solves(make_trainer(tmp_path, name, agents, seed, **changes))
 
 
 @pytest.mark.slow

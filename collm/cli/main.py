@@ -88,6 +88,19 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--checkpoint", metavar="N|best|final|start", default="final", help="which weights of a run")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
+    compare = command(
+        "compare",
+        "Run methods x tasks x seeds as a recipe says, and compare them; starts again where it stopped.",
+        "collm compare recipes/compare/agree.toml",
+        "collm.cli.compare:run",
+    )
+    compare.add_argument("recipe", type=Path, help="a TOML recipe with a table [compare]")
+    compare.add_argument("--folder", type=Path, metavar="DIR", help="where runs and results lie; default: runs/compare-RECIPE")
+    compare.add_argument(
+        "--dry-run", action="store_true", help="check every run's settings, list what is done and to do, and stop"
+    )
+    compare.add_argument("--json", action="store_true", help="print one JSON object")
+
     report = command(
         "report",
         "Draw a run: held-out results before and after training, learning curves, builds.",

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import colormaps
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from collm.reports.intervals import Interval, interval
 from collm.reports.runs import Run, read_evaluation, saved
 from collm.reports.tables import REWARD, scores
+
+if TYPE_CHECKING:
+    from collm.reports.grid import Comparison
 
 COLOURS = ("#2f6fb7", "#d9732b", "#3a9157", "#b5446e", "#7b5bb0", "#8a6d3b", "#3f9aa8", "#6b6f76")
 FLOOR = -1.0
@@ -109,3 +113,29 @@ def _dress(axes: Axes, title: str, quantity: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, ncols=2 if len(axes.get_lines()) > 6 else 1)
+
+
+def draw_grid(comparison: Comparison, task: str, path: Path) -> Path:
+    """Held-out reward of every method against joint actions: mean over seeds, each seed thin behind it. Raises SaveError.
+
+    A method without training is a dashed line.
+    """
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    widest = max((result.joint_actions for result in comparison.results if result.cell.task == task), default=1) or 1
+    for number, line in enumerate(comparison.lines(task)):
+        colour = COLOURS[number % len(COLOURS)]
+        if all(len(result.joint_actions_K) == 1 for result in line.results):
+            height = float(np.mean([result.rewards_K[0] for result in line.results]))
+            axes.plot([0, widest], [height, height], color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=line.method)
+            continue
+        for result in line.results:
+            axes.plot(result.joint_actions_K, result.rewards_K, color=colour, alpha=0.35, linewidth=0.8)
+        x = np.unique(np.concatenate([result.joint_actions_K for result in line.results]))
+        shared = x[x <= min(result.joint_actions_K[-1] for result in line.results)]
+        heights = np.mean([np.interp(shared, result.joint_actions_K, result.rewards_K) for result in line.results], axis=0)
+        axes.plot(shared, heights, color=colour, linewidth=2.2, label=line.method)
+    _dress(axes, task, "held-out reward, last turn")
+    with saved(path):
+        figure.savefig(path)
+    return path

@@ -38,7 +38,7 @@ class Interval:
         return {"mean": self.mean if math.isfinite(self.mean) else None, "low": self.low, "high": self.high}
 
 
-def interval(values_K: Sequence[float], *, seed: int = 0) -> Interval:
+def interval(values_K: Sequence[float], *, seed: int = 0, fewest: int = FEWEST, unit: str = "task") -> Interval:
     """The mean of K tasks, and the percentiles 2.5 and 97.5 of 10,000 means of K tasks drawn from them with replacement.
 
     The same seed and K draw the same tasks, so columns of one table are resampled together. A value that is not a finite
@@ -46,20 +46,21 @@ def interval(values_K: Sequence[float], *, seed: int = 0) -> Interval:
 
     Args:
         values_K: (K,) one value per distinct task, K >= 1.
+        fewest: with fewer values there is no interval. unit: what a value belongs to, if it is not a task.
     Raises: ValueError where there is no task.
     Source: Efron 1979, the bootstrap; percentile method.
     """
     values = np.asarray(values_K, dtype=np.float64)
     num = len(values)
     if num == 0:
-        raise ValueError("there is no task to average over")
+        raise ValueError(f"there is no {unit} to average over")
     lost = int(np.count_nonzero(~np.isfinite(values)))
     if lost:
-        return Interval(math.nan, None, None, num, f"not a finite number for {lost} of {num} tasks")
+        return Interval(math.nan, None, None, num, f"not a finite number for {lost} of {num} {unit}s")
     mean = float(values.mean())
-    if num < FEWEST:
-        tasks = "task" if num == 1 else "tasks"
-        note = f"no interval: {num} distinct {tasks}, and a bootstrap over tasks needs at least {FEWEST}"
+    if num < fewest:
+        units = unit if num == 1 else f"{unit}s"
+        note = f"no interval: {num} distinct {units}, and a bootstrap over {unit}s needs at least {fewest}"
         return Interval(mean, None, None, num, note)
     rng = np.random.default_rng(seed)
     blocks = [values[rng.integers(num, size=(RESAMPLES // 10, num))].mean(axis=1) for _ in range(10)]

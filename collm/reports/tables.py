@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group
@@ -16,6 +16,9 @@ from rich.text import Text
 from collm.errors import RunError
 from collm.reports.intervals import Interval, by_task, interval
 from collm.reports.runs import Record, Run, read_evaluation
+
+if TYPE_CHECKING:
+    from collm.reports import grid
 
 REWARD = "reward"
 """The raw reward of the last turn played; the other rows are the task's own metrics."""
@@ -172,6 +175,55 @@ def evaluation_table(title: str, intervals: Mapping[str, Interval], notes: Seque
         share = [spread(found, 1, scale=100 / max_reward)] if max_reward and name == REWARD else []
         table.add_row(Text(name), spread(found), *share)
     return _framed(title, table, notes)
+
+
+def grid_tables(comparison: grid.Comparison, digits: int = 3, measures: int = 4) -> list[Group]:
+    """Per task: a line a method (over seeds), then what the method compared with gains over each other, seed by seed."""
+    tables = []
+    for task in comparison.tasks:
+        lines = comparison.lines(task)
+        threshold = comparison.grid.thresholds.get(task)
+        names = [name for name in lines[0].final if name != REWARD][:measures]
+        table = _table("method", "rate", "seeds", "reward", "area", *map(escape, names))
+        headings = ["tokens per\nepisode", "joint\nactions", "\nseconds"]
+        if threshold is not None:
+            headings.insert(0, f"joint actions\nto {threshold:g}")
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        for line in lines:
+            final, results = line.final, line.results
+            cells = [spread(final[REWARD], digits), spread(line.area, digits)]
+            cells += [spread(final[name], digits) if name in final else "" for name in names]
+            if threshold is not None:
+                reached = line.reached(threshold)
+                count = [value for value in reached if value is not None]
+                mean = f"{math.fsum(count) / len(count):,.0f}" if count else "never"
+                cells.append(mean if len(count) in (0, len(reached)) else f"{mean} ({len(count)} of {len(reached)})")
+            for values in ([r.tokens for r in results], [r.joint_actions for r in results], [r.seconds for r in results]):
+                cells.append(f"{math.fsum(values) / len(values):,.0f}")
+            rate = "" if line.rate is None else f"{line.rate:g}"
+            table.add_row(Text(line.method), rate, str(len(results)), *cells)
+        notes = explain({line.method: line.area for line in lines})
+        notes.insert(
+            0,
+            "held-out mean [95 % interval] over seeds, at the learning rate with the greatest area (mean height of the curve)",
+        )
+        tables.append(_framed(task, table, notes))
+        differences = comparison.differences(task)
+        if differences:
+            table = _table(f"{comparison.grid.against} minus", "area", "reward")
+            for method, parts in differences.items():
+                table.add_row(Text(method), *(spread(parts[name], digits, sign="+") for name in ("area", REWARD)))
+            tables.append(
+                _framed(
+                    f"{task}: {comparison.grid.against} against the others",
+                    table,
+                    ["mean [95 % interval] of differences of the same seed"],
+                )
+            )
+    if comparison.missing:
+        tables.append(Group(Text(f"{comparison.missing} of {len(comparison.grid.cells)} runs are still missing", style="bold")))
+    return tables
 
 
 def held_out(num_tasks: int) -> str:

@@ -1,0 +1,217 @@
+"""A comparison of methods over tasks and seeds, from its run directories."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from collm.reports.curves import held_out_curve
+from collm.reports.intervals import Interval, interval
+from collm.reports.runs import read_evaluation, read_run
+from collm.reports.tables import REWARD, scores
+
+SEEDS = 3
+"""With fewer seeds there is no interval over seeds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of a comparison: a method with one learning rate (None: the task's own) and one seed on one task."""
+
+    task: str
+    method: str
+    rate: float | None
+    seed: int
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What is compared. against: the method the others are held against; thresholds: task -> held-out reward to reach."""
+
+    cells: Sequence[Cell]
+    against: str
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One finished run in numbers, over the held-out tasks, each once.
+
+    joint_actions_K, rewards_K: (K,) the held-out curve. final: measure -> mean after training, "reward" first.
+    tokens: sampled per held-out episode. joint_actions, seconds: of training.
+    """
+
+    cell: Cell
+    joint_actions_K: tuple[int, ...]
+    rewards_K: tuple[float, ...]
+    final: Mapping[str, float]
+    tokens: float
+    joint_actions: int
+    seconds: float
+
+    @property
+    def area(self) -> float:
+        return area_under(self.joint_actions_K, self.rewards_K)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        cell = self.cell
+        return {
+            "task": cell.task,
+            "method": cell.method,
+            "learning_rate": cell.rate,
+            "seed": cell.seed,
+            "curve": [list(point) for point in zip(self.joint_actions_K, self.rewards_K, strict=True)],
+            "final": {name: value if math.isfinite(value) else None for name, value in self.final.items()},
+            "area": self.area,
+            "tokens_per_episode": self.tokens,
+            "joint_actions": self.joint_actions,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A method on a task at its best learning rate (by mean area over seeds), over seeds."""
+
+    task: str
+    method: str
+    rate: float | None
+    results: Sequence[Result]
+
+    def over_seeds(self, values_S: Sequence[float]) -> Interval:
+        return interval(values_S, fewest=SEEDS, unit="seed")
+
+    @property
+    def final(self) -> dict[str, Interval]:
+        return {name: self.over_seeds([r.final.get(name, math.nan) for r in self.results]) for name in self.results[0].final}
+
+    @property
+    def area(self) -> Interval:
+        return self.over_seeds([result.area for result in self.results])
+
+    def reached(self, threshold: float) -> list[float | None]:
+        """Joint actions until each seed's curve reached `threshold`; None where it never did."""
+        return [first_reaching(r.joint_actions_K, r.rewards_K, threshold) for r in self.results]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All finished runs of a grid, and how many are still missing."""
+
+    grid: Grid
+    results: Sequence[Result]
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(result.cell.task for result in self.results))
+
+    @property
+    def missing(self) -> int:
+        return len(self.grid.cells) - len(self.results)
+
+    def lines(self, task: str) -> list[Line]:
+        """Every method's line of a task, in the recipe's order."""
+        found: dict[str, dict[float | None, list[Result]]] = {}
+        for result in self.results:
+            if result.cell.task == task:
+                found.setdefault(result.cell.method, {}).setdefault(result.cell.rate, []).append(result)
+        lines = []
+        for method, rates in found.items():
+            complete = max(map(len, rates.values()))
+            full = {rate: results for rate, results in rates.items() if len(results) == complete}
+            best = max(full, key=lambda rate: float(np.mean([result.area for result in full[rate]])))
+            lines.append(Line(task, method, best, full[best]))
+        return lines
+
+    def differences(self, task: str) -> dict[str, dict[str, Interval]]:
+        """Method -> "area" and "reward": the mean over seeds of (against minus method), seed by seed."""
+        lines = {line.method: line for line in self.lines(task)}
+        reference = lines.pop(self.grid.against, None)
+        if reference is None:
+            return {}
+        own = {result.cell.seed: result for result in reference.results}
+        found = {}
+        for method, line in lines.items():
+            pairs = [(own[r.cell.seed], r) for r in line.results if r.cell.seed in own]
+            if pairs:
+                found[method] = {
+                    "area": line.over_seeds([a.area - b.area for a, b in pairs]),
+                    REWARD: line.over_seeds([a.final[REWARD] - b.final[REWARD] for a, b in pairs]),
+                }
+        return found
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it: every run, and per task each method's line."""
+        tasks: dict[str, Any] = {}
+        for task in self.tasks:
+            methods: dict[str, dict[str, Any]] = {}
+            for line in self.lines(task):
+                final = line.final
+                methods[line.method] = {
+                    "learning_rate": line.rate,
+                    "seeds": [result.cell.seed for result in line.results],
+                    "reward": final.pop(REWARD).plain(),
+                    "metrics": {name: found.plain() for name, found in final.items()},
+                    "area": line.area.plain(),
+                    "joint_actions": float(np.mean([result.joint_actions for result in line.results])),
+                    "tokens_per_episode": float(np.mean([result.tokens for result in line.results])),
+                    "seconds": float(np.mean([result.seconds for result in line.results])),
+                }
+                if task in self.grid.thresholds:
+                    methods[line.method]["joint_actions_to_threshold"] = line.reached(self.grid.thresholds[task])
+            differences = {
+                method: {name: found.plain() for name, found in parts.items()}
+                for method, parts in self.differences(task).items()
+            }
+            tasks[task] = {"methods": methods, f"{self.grid.against} minus": differences}
+            if task in self.grid.thresholds:
+                tasks[task]["threshold"] = self.grid.thresholds[task]
+        return {"missing": self.missing, "tasks": tasks, "runs": [result.plain() for result in self.results]}
+
+
+def read_grid(grid: Grid) -> Comparison:
+    """The finished runs of a grid. Raises RunError where one is damaged."""
+    return Comparison(grid, [read_result(cell) for cell in grid.cells if (cell.folder / "final").is_dir()])
+
+
+def read_result(cell: Cell) -> Result:
+    """One run in numbers. Raises RunError where it has no held-out evaluation."""
+    run = read_run(cell.folder)
+    at, rewards = held_out_curve(run)
+    episodes = read_evaluation(run.evaluations()[max(run.evaluations())])
+    final = {name: float(np.mean(list(tasks.values()))) for name, tasks in scores(episodes).items()}
+    tokens = float(np.mean([episode["tokens"] for episode in episodes]))
+    cost = run.cost()
+    return Result(cell, tuple(at), tuple(r.mean for r in rewards), final, tokens, cost["joint_actions"], cost["seconds"])
+
+
+def area_under(joint_actions_K: Sequence[float], rewards_K: Sequence[float]) -> float:
+    """Mean height of a held-out curve, in units of reward: the area by trapezia over its width.
+
+        sum_k (x_{k+1} - x_k) (y_k + y_{k+1}) / 2 / (x_K - x_1)
+
+    A curve of one point has that point's height.
+    """
+    x, y = np.asarray(joint_actions_K, dtype=np.float64), np.asarray(rewards_K, dtype=np.float64)
+    if len(x) == 1 or x[-1] == x[0]:
+        return float(y[-1])
+    return float(((x[1:] - x[:-1]) * (y[1:] + y[:-1]) / 2).sum() / (x[-1] - x[0]))
+
+
+def first_reaching(joint_actions_K: Sequence[float], rewards_K: Sequence[float], threshold: float) -> float | None:
+    """Joint actions at which a curve, drawn straight from point to point, first has height `threshold`; None: never."""
+    points = list(zip(joint_actions_K, rewards_K, strict=True))
+    if points and points[0][1] >= threshold:
+        return float(points[0][0])
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if y1 >= threshold:
+            return float(x0 + (threshold - y0) / (y1 - y0) * (x1 - x0))
+    return None

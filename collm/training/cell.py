@@ -1,0 +1,68 @@
+"""One run of a comparison, in a process of its own: `python -m collm.training.cell train|evaluate SETTINGS.json FOLDER`.
+
+Both kinds leave a run directory; its folder `final` says that it is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from collm.config import Config, parse_config
+from collm.engines.local import LocalEngine
+from collm.errors import CollmError
+from collm.training import checkpoint
+from collm.training.evaluate import evaluate
+from collm.training.loggers import RunLog
+from collm.training.trainer import Interrupted, Trainer, check_fit, make_team, resolve_device
+
+
+def main(arguments: Sequence[str]) -> int:
+    kind, settings, folder = arguments[0], Path(arguments[1]), Path(arguments[2])
+    try:
+        config = parse_config(json.loads(settings.read_text(encoding="utf-8")))
+        if kind == "train":
+            train(config, folder)
+        else:
+            play(config, folder)
+    except CollmError as error:
+        print(f"collm: {error}", file=sys.stderr)
+        return error.exit_code
+    except Interrupted as interrupted:
+        return 128 + interrupted.signum
+    return 0
+
+
+def train(config: Config, folder: Path) -> None:
+    """Begin a run, or continue it where it stopped."""
+    if (folder / "config.json").is_file():
+        Trainer.resume(folder, quiet=True).run()
+        return
+    if folder.exists():
+        shutil.rmtree(folder)  # cut off before it had settings
+    Trainer(config, quiet=True).run()
+
+
+def play(config: Config, folder: Path) -> None:
+    """Evaluate the untrained team, once, as a run directory without training."""
+    config = config.model_copy(update={"run": config.run.model_copy(update={"device": resolve_device(config.run.device)})})
+    torch.set_num_threads(config.run.threads or 1)
+    team = make_team(config, check_fit(config))
+    result = evaluate(config, LocalEngine(team, batch_tokens=config.rollout.batch_tokens))
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(folder / "config.json", json.dumps(config.resolved(), indent=1))
+    log = RunLog(folder, tensorboard=False)
+    log.episodes(0, result.episodes, suffix="-evaluation")
+    log.metrics({"iteration": 0, "joint_actions": 0, "tokens/evaluation": result.tokens, **result.summary()})
+    log.flush()
+    log.close()
+    (folder / "final").mkdir()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,189 @@
+"""`collm compare`: formulas by hand, settings in layers, and a grid that starts again where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from collm.cli.compare import read_plan
+from collm.cli.main import main
+from collm.errors import ConfigError
+from collm.reports.grid import Cell, Grid, area_under, first_reaching, read_grid
+from test_reports import record, write_run
+
+RECIPE = """
+[compare]
+methods = ["parallel", "magrpo", "collm-cc"]
+seeds = [0, 1]
+[compare.thresholds]
+two = 0.9
+[settings.run]
+iterations = 2
+threads = 1
+tensorboard = false
+[settings.evaluation]
+every = 1
+[settings.rollout]
+tasks = 8
+max_tokens = 4
+[tasks.two]
+env = {name = "agree"}
+[methods.magrpo]
+learner.lr = 1e-3
+"""
+
+
+def write(folder: Path, text: str = RECIPE) -> Path:
+    path = folder / "small.toml"
+    path.write_text(text)
+    return path
+
+
+def test_area_by_hand() -> None:
+    assert area_under([0, 10, 30], [0.0, 1.0, 2.0]) == pytest.approx((10 * 0.5 + 20 * 1.5) / 30)
+    assert area_under([0], [0.25]) == 0.25
+    assert area_under([0, 4, 8], [0.5, 0.5, 0.5]) == 0.5
+
+
+def test_first_reaching_by_hand() -> None:
+    assert first_reaching([0, 10, 20], [0.0, 0.5, 1.0], 0.75) == 15
+    assert first_reaching([0, 10, 20], [0.0, 0.8, 0.2], 0.4) == 5
+    assert first_reaching([0, 10], [0.9, 1.0], 0.9) == 0
+    assert first_reaching([0, 10], [0.1, 0.2], 0.9) is None
+
+
+def test_settings_come_in_layers(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(
+        'env = {name = "agree", agents = 3}\nlearner = {lr = 1e-4, warmup = 2}\n[rollout]\ntasks = 4\n'
+    )
+    text = RECIPE.replace('env = {name = "agree"}', 'recipe = "base.toml"\nenv.turns = 2')
+    plan, jobs = read_plan(write(tmp_path, text.replace("seeds =", "learning_rates = [1e-3, 2e-3]\nseeds =")), tmp_path / "out")
+    assert plan.against is None
+    names = [job.cell.folder.name for job in jobs]
+    assert names[:2] == ["parallel-seed0", "parallel-seed1"]
+    assert names[2:6] == ["magrpo-lr0.001-seed0", "magrpo-lr0.001-seed1", "magrpo-lr0.002-seed0", "magrpo-lr0.002-seed1"]
+    assert len(jobs) == 2 + 4 + 4
+    config = jobs[-1].config
+    assert (config.env.name, config.env.options) == ("agree", {"agents": 3, "turns": 2})
+    assert (config.learner.lr, config.critic.lr, config.learner.warmup) == (2e-3, 2e-3, 2)
+    assert (config.run.seed, config.run.iterations, config.algorithm.name) == (1, 2, "collm-cc")
+    assert config.run.folder == str(tmp_path / "out" / "two")
+
+
+def test_every_method_plays_as_many_episodes(tmp_path: Path) -> None:
+    _, jobs = read_plan(write(tmp_path), tmp_path / "out")
+    episodes = {(job.cell.method, job.config.rollout.tasks, job.config.algorithm.group_size) for job in jobs if job.trained}
+    assert episodes == {("magrpo", 2, 4), ("collm-cc", 8, 1)}
+
+
+def test_single_agent_methods_get_a_task_for_one(tmp_path: Path) -> None:
+    text = RECIPE.replace('"parallel", "magrpo", "collm-cc"', '"raw", "grpo", "ac", "collm-cc"')
+    _, jobs = read_plan(write(tmp_path, text), tmp_path / "out")
+    agents = {job.cell.method: (job.config.env.options.get("agents"), job.config.rollout.protocol) for job in jobs}
+    assert agents == {"raw": (1, "single"), "grpo": (1, "single"), "ac": (1, "single"), "collm-cc": (None, "parallel")}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[compare]", "[compares]", "unknown table"),
+        ("seeds =", "seed =", "compare.seed"),
+        ('"collm-cc"]', '"collm-c"]', "no method 'collm-c'"),
+        ("two = 0.9", "three = 0.9", "thresholds names 'three'"),
+        ("tasks = 8", "tasks = 6", "no whole number of groups of 4"),
+        ("learner.lr = 1e-3", "learner.rl = 1e-3", "unknown setting 'learner.rl'. Did you mean 'learner.lr'"),
+        ('env = {name = "agree"}', 'recipe = "absent.toml"', "cannot be read"),
+        ("[tasks.two]\nenv", "[task.two]\nenv", "unknown table"),
+    ],
+)
+def test_a_bad_recipe_is_refused_before_anything_starts(
+    tmp_path: Path, old: str, new: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_plan(write(tmp_path, RECIPE.replace(old, new)), tmp_path / "out")
+    assert main(["compare", str(write(tmp_path, RECIPE.replace(old, new))), "--folder", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def made_up(folder: Path) -> Grid:
+    """Three seeds of two methods, two rates of one of them: held-out rewards before and after by hand."""
+    cells = []
+    finals = {("a", None): (0.2, 0.4, 0.6), ("b", 1e-3): (0.5, 0.5, 0.8), ("b", 1e-2): (0.1, 0.2, 0.1)}
+    for (method, rate), values in finals.items():
+        for seed, value in enumerate(values):
+            cell = Cell("task", method, rate, seed, folder / f"{method}-{rate}-{seed}")
+            records = [[{**record("one", score), "tokens": 7, "metrics": {"m": score}}] for score in (0.0, value)]
+            write_run(cell.folder, {0: records[0], 4: records[1]})
+            (cell.folder / "final").mkdir()
+            cells.append(cell)
+    return Grid(cells, "b", {"task": 0.45})
+
+
+def test_lines_differences_and_thresholds_by_hand(tmp_path: Path) -> None:
+    found = read_grid(made_up(tmp_path))
+    lines = {line.method: line for line in found.lines("task")}
+    assert (lines["a"].rate, lines["b"].rate) == (None, 1e-3)
+    assert lines["b"].final["reward"].mean == pytest.approx(0.6)
+    assert lines["b"].area.mean == pytest.approx(0.3)
+    assert lines["b"].area.low == pytest.approx(0.25)
+    assert lines["a"].reached(0.45) == [None, None, pytest.approx(30.0)]
+    differences = found.differences("task")["a"]["area"]
+    assert differences.mean == pytest.approx((0.15 + 0.05 + 0.1) / 3)
+    assert differences.low == pytest.approx(0.05)
+    plain: dict[str, Any] = found.plain()
+    assert plain["missing"] == 0
+    assert plain["tasks"]["task"]["methods"]["a"]["joint_actions_to_threshold"] == [None, None, pytest.approx(30.0)]
+    assert [run["curve"][-1] for run in plain["runs"]][:3] == [[40, 0.2], [40, 0.4], [40, 0.6]]
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+
+
+def test_two_seeds_give_no_interval_and_say_so(tmp_path: Path) -> None:
+    grid = made_up(tmp_path)
+    found = read_grid(Grid([cell for cell in grid.cells if cell.seed < 2], "b"))
+    area = found.lines("task")[0].area
+    assert (area.low, area.high) == (None, None)
+    assert "a bootstrap over seeds needs at least 3" in area.note
+
+
+def strip(plain: Any) -> Any:
+    """Without seconds: all that may differ between two machines' moods."""
+    if isinstance(plain, dict):
+        return {key: strip(value) for key, value in plain.items() if key != "seconds"}
+    return [strip(value) for value in plain] if isinstance(plain, list) else plain
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_repeats_nothing_and_ends_the_same(tmp_path: Path) -> None:
+    recipe = write(tmp_path, RECIPE.replace("iterations = 2", "iterations = 12").replace("every = 1", "every = 4"))
+    command = [sys.executable, "-m", "collm.cli.main", "compare", str(recipe), "--json", "--folder"]
+    whole = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, check=True, text=True)
+    folder = tmp_path / "cut"
+    with subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while len(list(folder.glob("two/magrpo*/final"))) < 1 or not list(folder.glob("two/magrpo-seed1/metrics.jsonl")):
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob("two/*/final")}
+    assert 3 <= len(finished) < 6
+    with (folder / "two" / "magrpo-seed1" / "lock").open() as lock:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the orphan saves and leaves by itself
+    again = subprocess.run([*command, str(folder)], capture_output=True, check=True, text=True)
+    assert f"{len(finished)} of them finished before" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert strip(json.loads(again.stdout)) == strip(json.loads(whole.stdout))
+    assert strip(json.loads((folder / "results.json").read_text())) == strip(json.loads(whole.stdout))
+    changed = recipe.read_text().replace("learner.lr = 1e-3", "learner.lr = 2e-3")
+    recipe.write_text(changed)
+    refused = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "was begun with other settings" in refused.stderr
