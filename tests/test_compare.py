@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_reports import record, write_run
 
 from collm.cli.compare import read_plan
 from collm.cli.main import main
 from collm.errors import ConfigError
 from collm.reports.grid import Cell, Grid, area_under, first_reaching, read_grid
-from test_reports import record, write_run
 
 RECIPE = """
 [compare]
