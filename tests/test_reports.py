@@ -322,7 +322,7 @@ def test_json_of_several_runs_and_one_overlay(building, tmp_path, capsys):
     both = json.loads(out)
     assert out.count("\n") == 1
     assert [run["run"] for run in both["runs"]] == [str(building), str(other)]  # a run given twice is one run
-    assert both["files"] == [str(building / "report" / "curves-of-runs.png")]
+    assert both["files"] == [str(building / "report" / name) for name in ("report-of-runs.html", "curves-of-runs.png")]
     first, second = both["runs"]
     assert first["reward"]["difference"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert first["reward"]["apart"]

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from collm.reports.builds import choose, draw_builds, picture
 from collm.reports.curves import draw_curves
+from collm.reports.page import write_page
 from collm.reports.runs import read_run
 from collm.reports.tables import compare, comparison_table, runs_table
 
@@ -37,13 +38,13 @@ def run(arguments: argparse.Namespace) -> int:
                 console.print()
         _name(console, files)
         reports.append({**comparison.plain(), "files": [str(path) for path in files]})
-    together = []
-    if len(comparisons) > 1:
-        runs = [comparison.run for comparison in comparisons]
-        together = [draw_curves(runs, runs[0].folder / "report" / "curves-of-runs.png")]
+    runs = [comparison.run for comparison in comparisons]
+    together = [write_page(runs, runs[0].folder / "report" / ("report.html" if len(runs) == 1 else "report-of-runs.html"))]
+    if len(runs) > 1:
+        together += [draw_curves(runs, runs[0].folder / "report" / "curves-of-runs.png")]
         console.print(runs_table(comparisons, digits, 3 if wide else 2))
         console.print()
-        _name(console, together)
+    _name(console, together)
     if arguments.json:
         print(json.dumps({"runs": reports, "files": [str(path) for path in together]}, allow_nan=False))
     return 0

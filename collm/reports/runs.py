@@ -38,6 +38,11 @@ class Run:
         found = sorted((self.folder / "episodes").glob(f"*{suffix}"))
         return {int(path.name[: -len(suffix)]): path for path in found if path.name[: -len(suffix)].isdigit()}
 
+    def training_episodes(self) -> dict[int, Path]:
+        """Iterations of which training episodes were kept, in order, with their file."""
+        found = sorted((self.folder / "episodes").glob("*.jsonl"))
+        return {int(path.stem): path for path in found if path.stem.isdigit()}
+
     def cost(self) -> dict[str, Any]:
         """What training took so far: joint actions, seconds without evaluations, tokens that the agents sampled."""
         seconds = [record.get(name) or 0.0 for record in self.metrics for name in ("seconds/collect", "seconds/learn")]
@@ -69,9 +74,14 @@ def read_config(folder: Path) -> Record:
     return config
 
 
+def read_episodes(path: Path) -> list[Record]:
+    """Episodes as they were kept, failed ones too. Raises RunError where the file is damaged."""
+    return _read_lines(path, ("task", "label", "score", "metrics", "failure", "state", "turns"))
+
+
 def read_evaluation(path: Path) -> list[Record]:
     """The held-out episodes that were played to their end, one record each. Raises RunError where there is none."""
-    episodes = _read_lines(path, ("task", "label", "score", "metrics", "failure", "state", "turns"))
+    episodes = read_episodes(path)
     played = [episode for episode in episodes if not episode["failure"] and episode["score"] is not None]
     if not played:
         raise RunError(f"{str(path)!r} holds no held-out episode that was played to its end; see `failure` in it.")

@@ -1,0 +1,116 @@
+"""`report.html`: one self-contained page about one run or several, with every episode to step through."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from collm.errors import RunError
+from collm.reports.builds import BLOCKS
+from collm.reports.curves import COLOURS, explained_by_turn, held_out_curve, run_names
+from collm.reports.intervals import Interval
+from collm.reports.runs import Record, Run, read_episodes, saved
+from collm.reports.tables import compare
+
+EPISODES = 24
+"""Episodes of one evaluation that a page holds: the worst, the best, and evenly spaced ones between."""
+
+
+def write_page(runs: Sequence[Run], path: Path) -> Path:
+    """Write the page. Raises RunError where a run is damaged, SaveError where the file cannot be written."""
+    template = resources.files("collm.reports").joinpath("page.html").read_text(encoding="utf-8")
+    data = json.dumps(page_data(runs), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    title = html.escape(", ".join(run_names(runs)))
+    text = template.replace("<!--title-->", title, 1).replace("/*data*/", data, 1)
+    with saved(path):
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def page_data(runs: Sequence[Run]) -> Record:
+    """Everything the page shows, as plain values."""
+    names = run_names(runs)
+    settings = [flat(run.config) for run in runs]
+    keys = list(dict.fromkeys(key for values in settings for key in values))
+    differing = [key for key in keys if len({json.dumps(values.get(key)) for values in settings}) > 1]
+    digits = zip("0123456789abcdef", BLOCKS.items(), strict=True)
+    blocks = {digit: {"name": name, "colour": colour} for digit, (name, colour) in digits}
+    return {
+        "runs": [_run(name, run, COLOURS[n % len(COLOURS)]) for n, (name, run) in enumerate(zip(names, runs, strict=True))],
+        "settings": {key: [values.get(key) for values in settings] for key in keys},
+        "differing": differing,
+        "blocks": blocks,
+    }
+
+
+def flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested settings as "room.key" -> value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{path}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
+
+
+def _run(name: str, run: Run, colour: str) -> Record:
+    at, rewards = held_out_curve(run)
+    training = [(r["joint_actions"], r["reward/raw"]) for r in run.metrics if r.get("reward/raw") is not None]
+    explained = {
+        f"turn {turn + 1}": [[x, y if math.isfinite(y) else None] for x, y in zip(*map(list, points), strict=True)]
+        for turn, points in explained_by_turn(run).items()
+    }
+    try:
+        comparison = compare(run)
+        rows = {
+            measure: {"before": _shown(row.before), "after": _shown(row.after), "apart": row.apart}
+            for measure, row in comparison.rows.items()
+        }
+        labels = list(comparison.labels)
+        notes = [f"{comparison.num_tasks} held-out tasks; mean [95 % interval] over tasks", *comparison.notes]
+    except RunError as error:
+        rows, labels, notes = {}, [], [str(error)]
+    return {
+        "name": name,
+        "colour": colour,
+        "folder": str(run.folder),
+        "algorithm": run.config["algorithm"]["name"],
+        "env": run.config["env"]["name"],
+        "cost": run.cost(),
+        "rows": rows,
+        "labels": labels,
+        "notes": notes,
+        "held_out": [[x, r.mean, r.low, r.high] for x, r in zip(at, rewards, strict=True)],
+        "training": [list(point) for point in training],
+        "explained": explained,
+        "sets": _episode_sets(run),
+    }
+
+
+def _shown(found: Interval) -> list[float | None]:
+    return [found.mean if math.isfinite(found.mean) else None, found.low, found.high]
+
+
+def _episode_sets(run: Run) -> list[Record]:
+    """The first and the last held-out evaluation, and the training episodes kept of the first and the last iteration."""
+    wanted = []
+    for name, found in (
+        ("held-out, after {} iterations", run.evaluations()),
+        ("training, iteration {}", run.training_episodes()),
+    ):
+        ends = sorted({*list(found)[:1], *list(found)[-1:]}, reverse=True)
+        wanted += [(name.format(number), found[number]) for number in ends]
+    return [{"name": name, "episodes": pick(read_episodes(path))} for name, path in wanted]
+
+
+def pick(episodes: Sequence[Record], count: int = EPISODES) -> list[Record]:
+    """At most `count` episodes from worst to best score, evenly spaced; failed ones come first."""
+    ordered = sorted(episodes, key=lambda e: (-math.inf if e["score"] is None or e["failure"] else e["score"], e["task"]))
+    if len(ordered) <= count:
+        return ordered
+    return [ordered[round(place * (len(ordered) - 1) / (count - 1))] for place in range(count)]
