@@ -1,0 +1,200 @@
+"""The report page holds what the run directory holds, loads nothing, and works by keyboard in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_reports import record, write_run
+
+from collm.config import parse_config
+from collm.reports.page import EPISODES, flat, page_data, pick, write_page
+from collm.reports.runs import Run, read_run
+from collm.training.trainer import Trainer
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\u2028<!-- é 😀"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two iterations of two builders in a persistent world, with a critic."""
+    values: dict[str, Any] = {
+        "run": {
+            "name": "small",
+            "folder": str(tmp_path_factory.mktemp("runs")),
+            "iterations": 2,
+            "threads": 1,
+            "tensorboard": False,
+        },
+        "env": {
+            "name": "str_build",
+            "strings": ["IL", "CM", "LI"],
+            "eval_strings": ["MI", "LC"],
+            "turns": 2,
+            "world": "persistent",
+        },
+        "rollout": {"tasks": 3, "max_tokens": 24},
+        "algorithm": {"name": "collm-cc"},
+        "learner": {"lr": 1e-4},
+        "evaluation": {"every": 1},
+    }
+    return read_run(Trainer(parse_config(values), quiet=True).run())
+
+
+def embedded(path: Path) -> dict[str, Any]:
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', path.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_the_page_holds_curves_tables_and_episodes(run: Run, tmp_path: Path) -> None:
+    [shown] = embedded(write_page([run], tmp_path / "report.html"))["runs"]
+    assert [point[0] for point in shown["held_out"]] == [0, 6, 12]
+    assert [point[0] for point in shown["training"]] == [6, 12]
+    assert list(shown["explained"]) == ["turn 1", "turn 2"]
+    assert list(shown["rows"])[:2] == ["reward", "iou"]
+    names = [part["name"] for part in shown["sets"]]
+    assert names == [
+        "held-out, after 2 iterations",
+        "held-out, after 0 iterations",
+        "training, iteration 2",
+        "training, iteration 1",
+    ]
+    trained = shown["sets"][2]["episodes"][0]["turns"][0]["agents"]["builder_0"]
+    assert all(isinstance(trained[key], float) for key in ("value", "td_error", "advantage"))
+    assert "Build" in trained["read"]
+
+
+def test_nothing_is_loaded_from_elsewhere(run: Run, tmp_path: Path) -> None:
+    text = write_page([run], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.findall(r"""(?:src|href)\s*=|url\(|@import|fetch\(|XMLHttpRequest""", text.split('<script id="data"')[0])
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_hostile_texts_stay_data(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / HOSTILE.replace("/", "-"), {0: [record(HOSTILE, 0.0)], 4: [record(HOSTILE, 1.0)]})
+    path = write_page([read_run(folder)], tmp_path / "report.html")
+    text = path.read_text(encoding="utf-8")
+    assert text.count("</script>") == 2
+    assert "<img" not in text
+    assert embedded(path)["runs"][0]["sets"][0]["episodes"][0]["label"] == HOSTILE
+
+
+def test_settings_that_differ_are_named(run: Run, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "other", {0: [record("a", 0.0)], 4: [record("a", 1.0)]})
+    data = page_data([run, read_run(other)])
+    assert data["settings"]["run.iterations"] == [2, 4]
+    assert "run.iterations" in data["differing"]
+    assert "run.seed" not in data["differing"]
+    assert flat({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
+
+
+def test_many_episodes_are_thinned_from_worst_to_best() -> None:
+    episodes = [{"task": n, "score": float((7 * n) % 100), "failure": ""} for n in range(100)]
+    episodes.append({"task": 100, "score": None, "failure": "the engine was gone"})
+    chosen = pick(episodes)
+    assert len(chosen) == EPISODES
+    assert chosen[0]["failure"]
+    assert chosen[-1]["score"] == 99
+    assert [e["score"] for e in chosen[1:]] == sorted(e["score"] for e in chosen[1:])
+    assert pick(episodes[:3]) == sorted(episodes[:3], key=lambda e: e["score"])
+
+
+class Browser:
+    """A headless Chromium behind its own driver: the WebDriver protocol over plain HTTP."""
+
+    def __init__(self, port: int):
+        self.url = f"http://127.0.0.1:{port}/session"
+        options = {
+            "args": [
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-background-networking",
+                "--window-size=1200,1600",
+            ]
+        }
+        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        self.url += "/" + self.call("", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+
+    def call(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
+        data = None if method in ("GET", "DELETE") else json.dumps(body or {}).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def read(self, script: str) -> Any:
+        return self.call("/execute/sync", {"script": f"return {script}", "args": []})
+
+    def press(self, *keys: str) -> None:
+        actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self.call("/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    driver = shutil.which("chromedriver")
+    if driver is None or shutil.which("chromium") is None:
+        pytest.skip("NO BROWSER: the report page was not opened. Install Debian's chromium and chromium-driver to check it.")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(100):
+                try:
+                    found = Browser(port)
+                    break
+                except urllib.error.URLError:
+                    time.sleep(0.1)
+            else:
+                raise AssertionError("chromedriver did not answer within ten seconds")
+            yield found
+            found.call("", method="DELETE")
+        finally:
+            process.terminate()
+
+
+LEFT, UP, RIGHT, DOWN = "\ue012", "\ue013", "\ue014", "\ue015"
+
+
+def test_a_browser_steps_through_an_episode_without_an_error(run: Run, tmp_path: Path, browser: Browser) -> None:
+    page = write_page([run], tmp_path / "report.html")
+    browser.call("/url", {"url": page.as_uri()})
+    where, chosen = (
+        "document.getElementById('where').textContent",
+        "document.querySelector('#list [aria-selected=true]').textContent",
+    )
+    assert browser.read(where) == "turn 1 of 2"
+    first = browser.read(chosen)
+    read = browser.read("document.querySelector('.agent pre').textContent")
+    browser.press(RIGHT)
+    assert browser.read(where) == "turn 2 of 2"
+    assert browser.read("document.querySelector('.agent pre').textContent") != read
+    browser.press(RIGHT, LEFT, LEFT, LEFT)
+    assert browser.read(where) == "turn 1 of 2"
+    browser.press(DOWN)
+    assert browser.read(chosen) != first
+    browser.press(UP)
+    assert browser.read(chosen) == first
+    assert browser.read("document.querySelectorAll('#turn svg rect').length") == 2 * 5 * 6
+    assert browser.read("document.querySelectorAll('#curves svg').length") == 2
+    ground = "getComputedStyle(document.body).backgroundColor"
+    light = browser.read(ground)
+    browser.read("document.getElementById('theme').click()")
+    assert browser.read(ground) != light
+    assert browser.call("/se/log", {"type": "browser"}) == []
+    picture = base64.b64decode(browser.call("/screenshot", method="GET"))
+    assert picture.startswith(b"\x89PNG")
+    (tmp_path / "page.png").write_bytes(picture)
