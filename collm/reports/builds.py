@@ -39,7 +39,7 @@ BLOCKS = {
 }
 """Block and colour of each hexadecimal digit in a build; each pair belongs to one builder. Colours are for telling apart."""
 WALL, EMPTY, MISSING, EXTRA = "#14181d", "#1e242b", "#46515e", "#ff4d4d"
-_STATE = re.compile(r"word (\S+) turn \d+ of \d+\ntarget:\n([#.\n]+)\nbuild:\n([\da-f.\n]+)")
+_STATE = re.compile(r"word (\S+) turn \d+ of \d+[^\n]*\ntarget:\n([#.\n]+)\nbuild:\n([\da-f.\n]+)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,8 +137,9 @@ class StrBuild(TextEnv):
         return Outcome(total, parts, observations, shift=shift, metrics=metrics)
 
     def state(self) -> str:
+        parts, _ = self._judge(self.possible_agents)
         return (
-            f"word {self.word} turn {self.turn} of {self.turns}\ntarget:\n"
+            f"word {self.word} turn {self.turn} of {self.turns} score {sum(parts.values()):.2f}\ntarget:\n"
             + self._rows(lambda cell: "#" if cell in self.target else ".")
             + "\nbuild:\n"
             + self._rows(self._symbol)
