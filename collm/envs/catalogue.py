@@ -19,6 +19,8 @@ from collm.errors import ConfigError, EnvError
 WORLDS = {
     "agree": "collm.envs.agree:Agree",
     "str_build": "collm.envs.building.str_build:StrBuild",
+    "bridge_build": "collm.envs.building.bridge_build:BridgeBuild",
+    "resource_gathering": "collm.envs.gathering.resource_gathering:ResourceGathering",
 }
 
 

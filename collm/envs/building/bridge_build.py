@@ -1,0 +1,353 @@
+"""`bridge_build`: builders on two banks plank a river over pillars, some of which are fake."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from collm.envs.base import Outcome, TextEnv
+from collm.envs.data import Row
+from collm.envs.gathering import grid
+from collm.envs.gathering.grid import MAX_MESSAGE, NUM_GENERATED, Cell, Part
+from collm.errors import EnvError
+
+COMMANDS = 40
+PROBES = 3
+MAX_SIDE = 64
+KEYS = ("comm", "probe", "cmds", "path")
+
+_COMMAND = re.compile(r"/fill\s+(\d{1,6})\s+(\d{1,6})\s+(\d{1,6})\s+(\d{1,6})\s+(?:minecraft:)?oak_planks", re.ASCII)
+
+
+@dataclass(frozen=True)
+class BridgeMap:
+    """One river: what its cells are. `s` and `t` are the two ends to join. Example: read_map("a", ("#S#", ".Y.", "#T#"))"""
+
+    name: str
+    rows: tuple[str, ...]
+    s: Cell
+    t: Cell
+    true: frozenset[Cell]
+    fake: frozenset[Cell]
+
+    @property
+    def width(self) -> int:
+        return len(self.rows[0])
+
+    @property
+    def height(self) -> int:
+        return len(self.rows)
+
+    @property
+    def floor(self) -> float:
+        """Raw reward of a turn after which nothing is built and nothing was probed or said."""
+        return -5.0 - 2.0 * len(self.true)
+
+    def at(self, cell: Cell) -> str:
+        """`#` outside the map."""
+        inside = 0 <= cell[0] < self.width and 0 <= cell[1] < self.height
+        return self.rows[cell[1]][cell[0]] if inside else "#"
+
+    def takes_planks(self, cell: Cell) -> bool:
+        return self.at(cell) in ".YN"
+
+
+class BridgeBuild(TextEnv):
+    """Builders who start on opposite banks of a river join them with planks, and see only what lies around where they walked.
+
+    Pillars stand in the water. They look alike (`P`) until a probe shows whether one is true (`Y`) or fake (`N`); each builder
+    keeps what it saw and what it probed to itself, unless it says so. An answer is one JSON object, all of it optional:
+    {"comm": text, "probe": [[x, z], ...], "cmds": ["/fill x1 z1 x2 z2 oak_planks", ...], "path": [[x, z], ...]}.
+    In one turn, for every agent in this order: `probe` tells the kind of at most 3 pillars that the agent has seen and does not
+    know; `cmds` lay planks on all water and pillars of each rectangle, anywhere on the map, seen or not (40 commands a turn,
+    split evenly; banks inside a rectangle stay banks); `path` walks at most `steps` cells, diagonally too, through water as
+    well, but not over banks, and clears the fog within `view` cells of each. Then `comm` is read out to every other agent,
+    once, at its next turn: on one line, quoted, cut to 160 characters. Planks stay for good and show wherever the fog is gone.
+    Anything else in an answer is rejected and counted, and costs nothing.
+
+    Raw reward of a turn = - 5 if S and T are not joined - 2 * true pillars untouched - 1 * fake pillars touched
+    - 0.3 * probes of this turn - 0.001 * tokens (between spaces) of this turn's messages, as they arrive.
+    Joined: planks lead from S to T over cells that share edges. Touched: a plank lies on the pillar or on a cell that shares an
+    edge with it. The first three terms judge the bridge as it stands and are due again each turn, so a pillar counts once
+    in a turn however many planks touch it, and a fake one touched early costs more.
+    Ends after `turns` turns. The optimum is 0 in every turn: where the map lets one plank a way that touches every true
+    pillar and no fake one (all public and all generated maps do), builders who know it lay it at the first turn. Since that
+    maximum is 0, score in % is given by the metric `score` = 1 - raw reward of the last turn / raw reward of an untouched
+    river: 0 for doing nothing, 1 for the optimum, below 0 for worse than nothing.
+    Metrics: success (joined), score, supports (share of true pillars touched), fakes, probes, message_tokens, planks, rejected.
+
+    Args:
+        agents: how many builders, or their names. They start at S and T by turns; one builder alone starts at S.
+        turns: how often all of them answer.
+        size: width and height of generated maps, 5 to 16 each.
+        data: maps in the public format; the last third of a file is held out.
+        eval_data: a source of its own for the held-out maps.
+        maps: your own maps, as rows of the public format ({"map": [row, ...]}), played in both splits.
+        view: how far a builder sees, in cells.
+        steps: how many cells a builder may walk in a turn.
+        split: "train" or "eval". Generated maps of the two never coincide.
+    """
+
+    max_reward = 0.0
+    has_messages = True
+
+    def __init__(
+        self,
+        agents: int | Sequence[str] = 2,
+        turns: int = 4,
+        size: Sequence[int] = (13, 11),
+        data: str | None = None,
+        eval_data: str | None = None,
+        maps: Sequence[dict[str, Any]] | None = None,
+        view: int = 3,
+        steps: int = 4,
+        split: str = "train",
+    ):
+        super().__init__(grid.team(agents, ("bank_s", "bank_t")), turns)
+        grid.check_range(0, MAX_SIDE, view=view, steps=steps)
+        self.size = grid.checked_size(size, 5, 16)
+        self.view, self.steps = view, steps
+        rows = grid.task_rows(data, eval_data, maps, split, _held_out)
+        self.maps = None if rows is None else [_map_of(row, index) for index, row in enumerate(rows)]
+        self.part: Part = "eval" if split == "eval" else "train"
+        self.num_tasks = NUM_GENERATED[self.part] if self.maps is None else len(self.maps)
+        self.limit = COMMANDS // len(self.possible_agents)
+
+    def map_of(self, task: int) -> BridgeMap:
+        """The map of one task."""
+        return generated(self.part, self.size, task) if self.maps is None else self.maps[task]
+
+    def begin(self, task: int, rng: random.Random) -> dict[str, str]:
+        self.map = self.map_of(task)
+        self.place = {agent: (self.map.s, self.map.t)[index % 2] for index, agent in enumerate(self.agents)}
+        self.seen = {agent: self._view([cell]) for agent, cell in self.place.items()}
+        self.known: dict[str, set[Cell]] = {agent: set() for agent in self.agents}
+        self.planks: set[Cell] = set()
+        self.rejected = self.probes = self.message_tokens = 0
+        return {agent: f"{self._instruction(agent)}\n{self._scene(agent, 1)}" for agent in self.agents}
+
+    def play(self, answers: dict[str, str]) -> Outcome:
+        agents = list(answers)
+        said: dict[str, str] = {}
+        probes = 0
+        for agent, answer in answers.items():
+            action, rejected = grid.read_action(answer, KEYS)
+            self.rejected += rejected
+            probes += self._probe(agent, action.get("probe"))
+            self._fill(action.get("cmds"))
+            walked, rejected = grid.walk(self.place[agent], action.get("path"), self.steps, lambda c: self.map.at(c) != "#")
+            self.rejected += rejected
+            self.seen[agent] |= self._view(walked)
+            self.place[agent] = walked[-1] if walked else self.place[agent]
+            said[agent] = self._message(action.get("comm"))
+        tokens = sum(map(grid.num_tokens, said.values()))
+        self.probes += probes
+        self.message_tokens += tokens
+        missing, fakes = self._untouched(), len(self.map.fake) - len(untouched(self.map.fake, self.planks))
+        joined = is_joined(self.map, self.planks)
+        parts = {
+            "gap": 0.0 if joined else -5.0,
+            "supports": -2.0 * missing,
+            "fakes": -1.0 * fakes,
+            "probes": -0.3 * probes,
+            "messages": -0.001 * tokens,
+        }
+        total = sum(parts.values())
+        metrics = {
+            "success": float(joined),
+            "score": 1.0 - total / self.map.floor,
+            "supports": 1.0 - missing / len(self.map.true) if self.map.true else 1.0,
+            "fakes": float(fakes),
+            "probes": float(self.probes),
+            "message_tokens": float(self.message_tokens),
+            "planks": float(len(self.planks)),
+            "rejected": float(self.rejected),
+        }
+        observations = {}
+        for agent in agents:
+            heard = [f'{other} says: "{said[other]}"' for other in agents if other != agent and said[other]]
+            observations[agent] = "\n".join([*heard, self._scene(agent, self.turn + 2)])
+        return Outcome(total, parts, observations, metrics=metrics)
+
+    def state(self) -> str:
+        fakes = len(self.map.fake) - len(untouched(self.map.fake, self.planks))
+        stand = " ".join(f"{agent} {x},{z}" for agent, (x, z) in self.place.items())
+        return (
+            f"turn {self.turn} of {self.turns} joined {int(is_joined(self.map, self.planks))} "
+            f"missing {self._untouched()} of {len(self.map.true)} fakes {fakes}\n{stand}\n"
+            + grid.rows_of(self.map.width, self.map.height, lambda cell: self._symbol(cell, True))
+        )
+
+    def task_name(self, task: int) -> str:
+        return self.map_of(task).name
+
+    def _view(self, cells: Sequence[Cell]) -> set[Cell]:
+        return grid.view(cells, self.view, self.map.width, self.map.height)
+
+    def _untouched(self) -> int:
+        return len(untouched(self.map.true, self.planks))
+
+    def _probe(self, agent: str, value: Any) -> int:
+        """Carry out one agent's probes; how many were made."""
+        entries, rejected = grid.as_list(value)
+        made = 0
+        for entry in entries:
+            cell = grid.as_cell(entry)
+            seen = cell is not None and cell in self.seen[agent] and self.map.at(cell) in "YN"
+            if cell is None or not seen or cell in self.known[agent] or made == PROBES:
+                rejected += 1
+                continue
+            self.known[agent].add(cell)
+            made += 1
+        self.rejected += rejected
+        return made
+
+    def _fill(self, value: Any) -> None:
+        """Carry out one agent's commands."""
+        entries, rejected = grid.as_list(value)
+        filled = 0
+        for entry in entries:
+            found = _COMMAND.fullmatch(entry.strip()) if isinstance(entry, str) and len(entry) < 200 else None
+            x1, z1, x2, z2 = map(int, found.groups()) if found else (MAX_SIDE,) * 4
+            if max(x1, x2) >= self.map.width or max(z1, z2) >= self.map.height or filled == self.limit:
+                rejected += 1
+                continue
+            filled += 1
+            columns, lines = range(min(x1, x2), max(x1, x2) + 1), range(min(z1, z2), max(z1, z2) + 1)
+            self.planks.update((x, z) for x in columns for z in lines if self.map.takes_planks((x, z)))
+        self.rejected += rejected
+
+    def _message(self, value: Any) -> str:
+        if isinstance(value, str):
+            return grid.harmless(value)
+        self.rejected += value is not None
+        return ""
+
+    def _instruction(self, agent: str) -> str:
+        number, width, height = len(self.agents), self.map.width, self.map.height
+        alone = number == 1
+        role = f"You are {agent}" if alone else f"You are {agent}, one of {number} builders who start on two banks"
+        comm = "" if alone else '"comm": "text", '
+        lines = [
+            f"{role}. Plank the river from S to T.",
+            f"Map {width} x {height}: x 0..{width - 1} right, z 0..{height - 1} down. # bank . water = plank ? not seen.",
+            "P pillar; a probe shows if it is true (Y) or fake (N). p y n: with a plank on it.",
+            "Each turn costs 5 until planks join S and T edge to edge; 2 a true pillar with no plank on or beside it; "
+            "1 a fake pillar with one; 0.3 a probe" + ("." if alone else "; 0.001 a word of comm."),
+            f'Answer one JSON object: {{{comm}"probe": [[x,z]], "cmds": ["/fill x1 z1 x2 z2 oak_planks"], "path": [[x,z]]}}',
+            f"At most {PROBES} probes of pillars you see, {self.limit} cmds, {self.steps} steps of path, diagonals too. "
+            f"You see {self.view} cells around your path. Planks stay.",
+        ]
+        if not alone:
+            lines.append(f"Others see other cells and read your comm ({MAX_MESSAGE} characters) next turn.")
+        return "\n".join(lines)
+
+    def _scene(self, agent: str, turn: int) -> str:
+        """Where the agent stands and what it sees; `turn` counts from 1."""
+        x, z = self.place[agent]
+        when = f"Turn {turn} of {self.turns}." if turn <= self.turns else "The end."
+        rows = grid.rows_of(
+            self.map.width,
+            self.map.height,
+            lambda cell: self._symbol(cell, cell in self.known[agent]) if cell in self.seen[agent] else "?",
+        )
+        return f"{when} You are at {x},{z}. Map:\n{rows}"
+
+    def _symbol(self, cell: Cell, known: bool) -> str:
+        """One character a cell; pillars are told apart only where `known`."""
+        symbol = self.map.at(cell)
+        if symbol in "YN":
+            symbol = symbol if known else "P"
+            return symbol.lower() if cell in self.planks else symbol
+        return "=" if cell in self.planks else symbol
+
+
+def untouched(pillars: frozenset[Cell], planks: set[Cell]) -> set[Cell]:
+    """Pillars without a plank on them or on a cell that shares an edge with them."""
+    return {pillar for pillar in pillars if pillar not in planks and planks.isdisjoint(grid.beside(pillar))}
+
+
+def is_joined(river: BridgeMap, planks: set[Cell]) -> bool:
+    """Whether planks lead from S to T over cells that share edges."""
+    reached, edge = {river.s}, [river.s]
+    while edge:
+        for cell in grid.beside(edge.pop()):
+            if cell == river.t:
+                return True
+            if cell in planks and cell not in reached:
+                reached.add(cell)
+                edge.append(cell)
+    return False
+
+
+# --- maps ----------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def read_map(name: str, rows: tuple[str, ...]) -> BridgeMap:
+    """A map from its rows: `#` bank, `.` water, `Y` true and `N` fake pillars, one `S` and one `T`.
+
+    Raises EnvError for any other content, or where no planks could join S and T.
+    """
+    text = "".join(rows)
+    if not rows or len({len(row) for row in rows}) != 1 or not 1 <= len(rows[0]) <= MAX_SIDE or len(rows) > MAX_SIDE:
+        raise EnvError(f"map {name!r} must be rows of one length, at most {MAX_SIDE} x {MAX_SIDE}.")
+    if set(text) - set("#.YNST") or text.count("S") != 1 or text.count("T") != 1:
+        raise EnvError(f"map {name!r} must hold one S, one T, and otherwise only # . Y N.")
+    found: dict[str, set[Cell]] = {symbol: set() for symbol in "#.YNST"}
+    for z, row in enumerate(rows):
+        for x, symbol in enumerate(row):
+            found[symbol].add((x, z))
+    (s,), (t,) = found["S"], found["T"]
+    river = BridgeMap(name, rows, s, t, frozenset(found["Y"]), frozenset(found["N"]))
+    if not is_joined(river, found["."] | found["Y"] | found["N"]):
+        raise EnvError(f"map {name!r} has no way from S to T; leave water between them.")
+    return river
+
+
+def _map_of(row: Row, index: int) -> BridgeMap:
+    rows, name = row.get("map"), str(row.get("task_id", index))
+    if not isinstance(rows, Sequence) or isinstance(rows, str) or not all(isinstance(line, str) for line in rows):
+        raise EnvError(f"map {name!r} must have a field 'map', a list of rows.")
+    return read_map(name, tuple(rows))
+
+
+def _held_out(rows: Sequence[Row]) -> list[bool]:
+    return [index >= len(rows) - max(1, len(rows) // 3) for index in range(len(rows))]
+
+
+@lru_cache(maxsize=2048)
+def generated(part: Part, size: tuple[int, int], task: int) -> BridgeMap:
+    """Generated map number `task` of a part, named after it."""
+    rows = grid.drawn(draw_map, "bridge_build", part, size, task)
+    return read_map(f"{part}-{size[0]}x{size[1]}-{task}", rows)
+
+
+def draw_map(rng: random.Random, size: tuple[int, int]) -> tuple[str, ...] | None:
+    """Rows of a new map whose optimum is 0 by construction, or None where this draw left no room for fake pillars.
+
+    A way winds down from S to T. True pillars stand on it or beside it, fake ones where they touch none of it.
+    """
+    width, height = size
+    s, t = rng.randrange(1, width - 1), rng.randrange(1, width - 1)
+    way, x = set(), s
+    for z in range(1, height - 1):
+        left = height - 2 - z
+        goal = t if not left else min(max(x + rng.randint(-3, 3) + round((t - x) / (left + 1)), 0), width - 1)
+        way |= {(step, z) for step in range(min(x, goal), max(x, goal) + 1)}
+        x = goal
+    water = {(x, z) for x in range(width) for z in range(1, height - 1)}
+    banks_of_way = {cell for step in way for cell in grid.beside(step) if cell in water} - way
+    true = rng.sample(sorted(way), max(1, round(0.05 * len(water))))
+    true += rng.sample(sorted(banks_of_way), min(len(banks_of_way), max(1, round(0.04 * len(water)))))
+    away = sorted(water - way - banks_of_way)
+    fakes = round(0.15 * len(water))
+    if len(away) < max(1, fakes // 2):
+        return None
+    fake = set(rng.sample(away, min(len(away), fakes)))
+    symbols = {**dict.fromkeys(true, "Y"), **dict.fromkeys(fake, "N"), (s, 0): "S", (t, height - 1): "T"}
+    return tuple("".join(symbols.get((x, z), "." if 0 < z < height - 1 else "#") for x in range(width)) for z in range(height))
