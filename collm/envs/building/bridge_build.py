@@ -230,7 +230,7 @@ class BridgeBuild(TextEnv):
     def _instruction(self, agent: str) -> str:
         number, width, height = len(self.agents), self.map.width, self.map.height
         alone = number == 1
-        role = f"You are {agent}" if alone else f"You are {agent}, one of {number} builders who start on two banks"
+        role = f"You are {agent}" if alone else f"You are {agent}, one of {number} builders on two banks"
         comm = "" if alone else '"comm": "text", '
         lines = [
             f"{role}. Plank the river from S to T.",

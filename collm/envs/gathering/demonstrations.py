@@ -16,7 +16,7 @@ from collm.envs.building.bridge_build import COMMANDS, PROBES, BridgeBuild
 from collm.envs.building.bridge_build import draw_map as draw_river
 from collm.envs.gathering import grid
 from collm.envs.gathering.grid import Cell
-from collm.envs.gathering.resource_gathering import KINDS, ResourceGathering, draw_field
+from collm.envs.gathering.resource_gathering import GOAL, KINDS, ResourceGathering, draw_field
 
 Chat = list[tuple[str, str]]
 """(observation, answer) of each turn of one agent."""
@@ -36,6 +36,7 @@ def bridge_build(rng: random.Random) -> list[Chat]:
         agents=rng.choices((1, 2, 3), weights=(1, 10, 1))[0],
         turns=rng.choice((2, 3, 4, 4)),
         maps=[{"task_id": "pretraining", "map": rows}],
+        view=rng.choice((1, 2, 3, 3)),
     )
     return _play(env, plank_somewhere, rng)
 
@@ -44,11 +45,12 @@ def resource_gathering(rng: random.Random) -> list[Chat]:
     """One to three agents' chats of an episode on a field kept for pre-training."""
     size = rng.choice(SIDES["resource_gathering"])
     rows = grid.drawn(draw_field, "resource_gathering", "pretraining", size, rng.randrange(1 << 30))
-    goal = dict(zip(KINDS, (3, 3, 1)))
+    goal = dict(zip(KINDS, GOAL))
     env = ResourceGathering(
         agents=rng.choices((1, 2, 3), weights=(1, 10, 1))[0],
         turns=rng.choice((2, 3, 4, 4)),
         maps=[{"task_id": "pretraining", "rows": rows, "goal": goal}],
+        view=rng.choice((1, 2, 2)),
     )
     return _play(env, wander, rng)
 
@@ -91,7 +93,7 @@ def plank_somewhere(env: BridgeBuild, agent: str, rng: random.Random) -> str:
 
 
 def wander(env: ResourceGathering, agent: str, rng: random.Random) -> str:
-    """A stroll, mostly on along one direction, and sometimes a fact, of which some are of use and some are false."""
+    """Steps toward something seen or told of, across the field, or nowhere; sometimes a fact, useful, useless or false."""
     action: dict[str, Any] = {}
     if len(env.agents) > 1 and rng.random() < 0.6:
         seen = [cell for cell in sorted(env.seen[agent]) if any(env.left.get(cell, {}).values())]
@@ -101,9 +103,19 @@ def wander(env: ResourceGathering, agent: str, rng: random.Random) -> str:
             cell = (rng.randrange(env.map.width), rng.randrange(env.map.height))
         kind = rng.choice(there) if there and rng.random() < 0.75 else rng.choice(KINDS)
         action["comm"] = {"kind": kind, "at": list(cell)}
-    path = _stroll(
-        env.place[agent], rng.randint(0, env.steps), rng, lambda c: 0 <= c[0] < env.map.width and 0 <= c[1] < env.map.height
-    )
+    inside = range(env.map.width), range(env.map.height)
+    here, own = env.place[agent], env.kinds[agent]
+    sources = [cell for cell in sorted(env.seen[agent]) if any(env.left.get(cell, {}).get(kind) for kind in own)]
+    sources += sorted(cell for kind, cell in env.told[agent] if kind in own)
+    mood = rng.random()
+    if sources and mood < 0.2:
+        path = _toward(here, rng.choice(sources), rng.randint(0, env.steps))
+    elif not sources and mood < 0.25:
+        path = _toward(here, (env.map.width - 1 - here[0], env.map.height - 1 - here[1]), rng.randint(1, env.steps))
+    elif sources and mood < 0.35:
+        path = []
+    else:
+        path = _stroll(here, rng.randint(0, env.steps), rng, lambda cell: cell[0] in inside[0] and cell[1] in inside[1])
     if path:
         action["path"] = path
     return _answer(action, rng)
@@ -119,6 +131,18 @@ def _remark(env: BridgeBuild, agent: str, pillars: list[Cell], rng: random.Rando
         return f"{told} {x},{z}"
     x, z = env.place[agent]
     return f"i am at {x},{z}"
+
+
+def _toward(here: Cell, target: Cell, steps: int) -> list[list[int]]:
+    """Up to `steps` cells of the straight way to `target`."""
+    path: list[list[int]] = []
+    while here != target and len(path) < steps:
+        here = (
+            here[0] + (target[0] > here[0]) - (target[0] < here[0]),
+            here[1] + (target[1] > here[1]) - (target[1] < here[1]),
+        )
+        path.append(list(here))
+    return path
 
 
 def _stroll(start: Cell, steps: int, rng: random.Random, is_open: Callable[[Cell], bool]) -> list[list[int]]:

@@ -62,8 +62,9 @@ class ResourceGathering(TextEnv):
     sees what the other is after. An answer is one JSON object, both parts optional:
     {"comm": {"kind": "stone", "at": [x, y]}, "path": [[x, y], ...]}.
     In one turn all walk `path` (at most `steps` cells, diagonally too; any cell of the field can be walked on) and clear the
-    fog within `view` cells of each. Then each in order gathers all of its kinds within Manhattan distance `reach` of
-    where it stands. Then `comm`, one fact, is read out to every other agent, once, at its next turn; a fact need not be true.
+    fog within `view` cells of each. Then each in order gathers up to `load` units of each of its kinds from cells within
+    Manhattan distance `reach` of where it stands, the nearest first. Then `comm`, one fact, is read out to every other agent,
+    once, at its next turn; a fact need not be true.
     Anything else in an answer is rejected and counted, and costs nothing. What is gathered is gone, and shows as
     gone wherever the fog is cleared; what the team still needs is known to all.
 
@@ -85,13 +86,15 @@ class ResourceGathering(TextEnv):
         agents: how many gatherers, or their names. They start at A and B by turns, with that place's tools; one gatherer alone
             starts at A with all tools.
         turns: how often all of them answer.
-        size: width and height of generated fields, 5 to 15 each.
+        size: width and height of generated fields, 5 to 11 each.
         data: fields in the public format; held out are the rows whose task_id contains `_eval_`, or if none does the last half.
         eval_data: a source of its own for the held-out fields.
         maps: your own fields, as rows of the public format ({"rows": [...], "goal": {...}}), played in both splits.
         view: how far a gatherer sees, in cells.
         steps: how many cells a gatherer may walk in a turn.
         reach: how far it gathers, in Manhattan distance.
+        load: how many units of each of its kinds it gathers in a turn; default 1, and 3 for one gatherer alone. With the usual
+            goal and 4 turns, 1 leaves one turn to get there; a large number takes all at once.
         split: "train" or "eval". Generated fields of the two never coincide.
     """
 
@@ -109,18 +112,22 @@ class ResourceGathering(TextEnv):
         view: int = 2,
         steps: int = 4,
         reach: int = 2,
+        load: int | None = None,
         split: str = "train",
     ):
         names = ("gatherer",) if agents == 1 else ("wood", "mineral")
         super().__init__(grid.team(agents, names), turns)
         grid.check_range(0, MAX_SIDE, view=view, steps=steps, reach=reach)
-        self.size = grid.checked_size(size, 5, 15)
+        alone = len(self.possible_agents) == 1
+        self.load = (3 if alone else 1) if load is None else load
+        if self.load < 1:
+            raise EnvError(f"load={load} gathers nothing; set load=1 or more.")
+        self.size = grid.checked_size(size, 5, 11)
         self.view, self.steps, self.reach = view, steps, reach
         rows = grid.task_rows(data, eval_data, maps, split, _held_out)
         self.maps = None if rows is None else [_field_of(row, index) for index, row in enumerate(rows)]
         self.part: Part = "eval" if split == "eval" else "train"
         self.num_tasks = NUM_GENERATED[self.part] if self.maps is None else len(self.maps)
-        alone = len(self.possible_agents) == 1
         self.kinds = {agent: KINDS if alone else ROLES[index % 2] for index, agent in enumerate(self.possible_agents)}
 
     def map_of(self, task: int) -> Field:
@@ -213,12 +220,15 @@ class ResourceGathering(TextEnv):
         return gathered / sum(self.goal.values())
 
     def _gather(self, agent: str) -> None:
-        """Take all that one agent can from where it stands."""
-        for cell, amounts in self.left.items():
-            if grid.distance(cell, self.place[agent]) <= self.reach:
-                for kind in self.kinds[agent]:
-                    self.stock[kind] += amounts[kind]
-                    amounts[kind] = 0
+        """Take what one agent can from where it stands; of cells equally near the upper, then the left one."""
+        near = [(grid.distance(cell, self.place[agent]), cell[1], cell[0]) for cell in self.left]
+        for kind in self.kinds[agent]:
+            room = self.load
+            for away, y, x in sorted(near):
+                taken = min(room, self.left[x, y][kind]) if away <= self.reach else 0
+                self.left[x, y][kind] -= taken
+                self.stock[kind] += taken
+                room -= taken
 
     def _fact(self, value: Any) -> Fact | None:
         """What `comm` states, if it is a kind and a cell of the field and nothing else."""
@@ -249,7 +259,7 @@ class ResourceGathering(TextEnv):
             f"Field {width} x {height}: x 0..{width - 1} right, y 0..{height - 1} down. ? not seen . empty w wood s stone "
             "i iron m stone and iron x other mix.",
             f"Each turn walk at most {self.steps} steps, diagonals too; you see {self.view} cells around your path. Where you "
-            f"stop you take all of yours within {self.reach} cells, counted along x plus y.",
+            f"stop you take up to {self.load} of each of yours within {self.reach} cells, counted along x plus y.",
             "The team earns 8 for the goal, by shares, and 7 once it is complete. Finding what you gather earns a little; "
             "other steps outside of its zone cost a little.",
             f'Answer one JSON object: {{{comm}"path": [[x,y]]}}',
@@ -354,8 +364,8 @@ def generated(part: Part, size: tuple[int, int], task: int) -> Field:
 def draw_field(rng: random.Random, size: tuple[int, int]) -> tuple[str, ...] | None:
     """Rows of a new field with a forest and minerals on opposite sides, or None where this draw holds less than GOAL.
 
-    Standing at A, all that the goal asks of stone and iron is within reach, and at B all wood: who knows where the other
-    started needs at most 3 turns on the largest field.
+    Standing at A, all that the goal asks of stone and iron is within reach, and at B all wood, and it is at most 8 steps
+    from one to the other: who knows where the other started gathers from the second turn on.
     """
     width, height = size
     dx, dy = rng.choice(((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)))
