@@ -30,6 +30,7 @@ BUILT_IN = [
     ("str_build", {"blind_first_turn": True, "reward": "sparse", "strings": ["ABC"]}),
     ("str_build", {"world": "persistent", "commands_per_turn": 1, "feedback": "score", "turns": 6}),
 ]
+BUILT_IN += [(name, {}) for name in WORLDS if name not in dict(BUILT_IN)]
 
 
 @pytest.mark.parametrize(
@@ -48,11 +49,7 @@ def test_built_in_worlds_keep_the_contract(name, options):
     for info in infos.values():
         assert {"raw_reward", "reward_parts", "metrics"} <= set(info)
         assert sum(info["reward_parts"].values()) == pytest.approx(info["raw_reward"])
-    assert max(rewards.values()) <= env.max_reward
-
-
-def test_every_world_is_listed_here():
-    assert {name for name, _ in BUILT_IN} == set(WORLDS)
+    assert env.max_reward is None or max(rewards.values()) <= env.max_reward
 
 
 # --- worlds of one's own -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 from collm.cli.main import main, make_parser, split_overrides
 from collm.cli.train import demo_recipe
 from collm.config import ALGORITHMS, describe, load_config
+from collm.envs.catalogue import WORLDS
 from collm.errors import ConfigError
 
 LIGHT = """
@@ -39,13 +40,13 @@ def light(*commands):
 
 def test_help_and_lists_import_nothing_heavy():
     commands = [["--help"], [], ["train", "--settings"], ["algorithms"], ["tasks"], ["tasks", "--json"], ["check", "agree"]]
-    commands += [[name, "--help"] for name in ("train", "evaluate", "report", "check", "tasks", "algorithms")]
+    commands += [[name, "--help"] for name in ("train", "evaluate", "compare", "report", "check", "tasks", "algorithms")]
     results = light(*commands)
     for command, (code, heavy, text) in results.items():
         assert code == 0, (command, text)
         assert heavy == [], command
         assert len(text) > 30, command
-    for name in ("train", "evaluate", "report", "check", "tasks", "algorithms"):
+    for name in ("train", "evaluate", "compare", "report", "check", "tasks", "algorithms"):
         assert name in results["--help"][2]
         assert f"example:\n  collm {name}" in results[f"{name} --help"][2]
         assert "--json" in results[f"{name} --help"][2]
@@ -56,7 +57,7 @@ def test_help_and_lists_import_nothing_heavy():
     for name in ALGORITHMS:
         assert name in results["algorithms"][2]
     assert "env.turns" in results["tasks"][2]
-    assert set(json.loads(results["tasks --json"][2])) == {"agree", "str_build"}
+    assert set(json.loads(results["tasks --json"][2])) == set(WORLDS)
 
 
 def test_mistakes_in_settings_are_found_before_anything_heavy_is_loaded():

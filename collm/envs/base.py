@@ -65,13 +65,13 @@ class TextEnv(ParallelEnv[str, str, str]):
     """A cooperative world of texts with one joint reward.
 
     Class attributes a task may set: `shift` is added to every raw reward (so that stopping early never costs), `stop_above`
-    ends the episode once a raw reward exceeds it, `max_reward` is the optimum that scores are given in percent of,
-    `has_messages` says that agents may send each other text on purpose.
+    ends the episode once a raw reward exceeds it, `max_reward` is the greatest raw reward of a turn, which scores are given in
+    percent of (None: there is none), `has_messages` says that agents may send each other text on purpose.
     """
 
     shift: float = 0.0
     stop_above: float | None = None
-    max_reward: float = 1.0
+    max_reward: float | None = 1.0
     has_messages: bool = False
     num_tasks: int = 1
 

@@ -98,7 +98,7 @@ class ResourceGathering(TextEnv):
         split: "train" or "eval". Generated fields of the two never coincide.
     """
 
-    max_reward = 0.0
+    max_reward = None
     has_messages = True
 
     def __init__(
