@@ -84,8 +84,9 @@ class TeamSettings(Room):
 class RolloutSettings(Room):
     tasks: int = Field(16, ge=1)
     """Tasks drawn per iteration; each is played by one episode, one group or one turn tree."""
-    protocol: Literal["parallel", "single"] = "parallel"
-    """Who speaks when: "parallel" is decentralized execution, "single" is one agent alone."""
+    protocol: Literal["parallel", "single", "pipeline", "discussion"] = "parallel"
+    """Who speaks when: "parallel" is decentralized execution, "single" one agent alone; for evaluation alone, "pipeline" is one
+    agent after the other and "discussion" a round of messages before the answers."""
     history: Literal["full", "last", "newest"] = "full"
     """What an agent reads: its growing chat; first instruction, last answer and newest observation; or the newest alone."""
     max_turns: int | None = Field(None, ge=1)
@@ -313,6 +314,15 @@ class Config(Room):
     def run_name(self) -> str:
         task = self.env.name.replace(":", ".")
         return self.run.name or f"{task}-{self.algorithm.name}-seed{self.run.seed}"
+
+    def check_trains(self) -> None:
+        """Raises ConfigError where the settings are for evaluation alone."""
+        if self.rollout.protocol not in ("parallel", "single"):
+            raise ConfigError(
+                f"rollout.protocol={self.rollout.protocol!r} cannot train: its agents read each other within a turn, while "
+                "training is for acting on one's own history alone. Train with rollout.protocol='parallel'; "
+                f"`collm evaluate RUN --rollout.protocol {self.rollout.protocol}` plays this one."
+            )
 
     def resolved(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

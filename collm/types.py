@@ -54,12 +54,16 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One agent's own history, to be answered. `seed` alone decides the random numbers of this answer."""
+    """One agent's own history, to be answered. `seed` alone decides the random numbers of this answer.
+
+    kind: "answer" goes to the world; "message" goes to the other agents, before they answer.
+    """
 
     agent: str
     messages: tuple[Message, ...]
     sampling: Sampling = Sampling()
     seed: int = 0
+    kind: Literal["answer", "message"] = "answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +88,9 @@ class Completion:
 class Turn:
     """One `env.step` by all agents.
 
-    observations: what each agent read before answering; reward: the joint reward, shift included; raw_reward: without it.
-    parts: the named parts of the raw reward; state: the privileged view before the turn (read by critics only).
+    observations: what the world told each agent before it answered; reward: the joint reward, shift included; raw_reward:
+    without it. parts: the named parts of the raw reward; state: the privileged view before the turn (read by critics only).
+    messages: what each agent wrote to the others before answering, under the protocol `discussion`.
     alternatives: for counterfactual baselines, other answers each agent could have given to the same history.
     values, td_errors, advantages: by agent, what its critic expected, how it was surprised (Q methods and groups have no TD
     error), and what the answer was trained with; filled in by the learner, for people to read.
@@ -98,6 +103,7 @@ class Turn:
     raw_reward: float
     parts: dict[str, float] = field(default_factory=dict)
     state: str = ""
+    messages: dict[str, Completion] = field(default_factory=dict)
     alternatives: dict[str, list[Completion]] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     td_errors: dict[str, float] = field(default_factory=dict)
@@ -133,7 +139,7 @@ class Episode:
     label: str = ""
 
     def history(self, agent: str, kind: History = "full") -> tuple[Message, ...]:
-        """All that `agent` has seen and written, ending with what it is to answer now.
+        """All that the world told `agent` and that it answered, ending with what it is to answer now.
 
         "full" is a growing chat. "last" keeps the first instruction, the agent's last answer and the newest observation.
         "newest" is the newest observation alone, for worlds that say all that matters at every turn.
@@ -160,6 +166,7 @@ class Episode:
         truncations: Mapping[str, bool],
         infos: Mapping[str, Mapping[str, Any]],
         state: str = "",
+        messages: Mapping[str, Completion] | None = None,
     ) -> None:
         """Record one turn from what the engine and `env.step` returned. The joint reward is the mean over agents."""
         acted = [completion.agent for completion in completions]
@@ -173,6 +180,7 @@ class Episode:
                 raw_reward=float(info.get("raw_reward", reward)),
                 parts=dict(info.get("reward_parts", {})),
                 state=self.state,
+                messages=dict(messages or {}),
             )
         )
         self.observations = {agent: str(text) for agent, text in observations.items()}
@@ -189,11 +197,11 @@ class Episode:
         return self.turns[-1].raw_reward if self.turns else float("nan")
 
     def num_tokens(self) -> int:
-        """Tokens that all agents sampled."""
+        """Tokens that all agents sampled, messages to each other included."""
         return sum(
             len(completion.token_ids)
             for turn in self.turns[self.own_from :]
-            for completion in turn.completions.values()
+            for completion in (*turn.messages.values(), *turn.completions.values())
             if completion.token_ids is not None
         )
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import random
 import re
+import threading
+import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -535,3 +538,57 @@ def test_scripted_engines_fail_a_request_alone():
     (group,) = collect(Plan(LENGTHS), engine, [0], [0])
     assert group.episodes[0].failure == "a, turn 0: no script"
     assert isinstance(group.episodes[0], Episode)
+
+
+# --- worlds that wait ----------------------------------------------------------------------------------------------------
+
+
+def records(groups):
+    """Everything of the episodes but the seconds they took."""
+    return [repr(replace(episode, seconds=0.0)) for group in groups for episode in group.episodes]
+
+
+@pytest.mark.parametrize("branches", [0, 2])
+def test_worlds_that_wait_are_stepped_together_with_the_same_results(branches):
+    def play(world):
+        plan = Plan(EnvSpec(f"worlds:{world}", {"pause": 0.02}), branches=branches)
+        started = time.monotonic()
+        groups = collect(plan, Counting(), [1, 9, 3, 4], [5, 6, 7, 8], group_size=1 if branches else 4)
+        return records(groups), time.monotonic() - started
+
+    together, seconds = play("Waiting")
+    one_by_one, seconds_one_by_one = play("Computing")
+    assert together == one_by_one
+    assert sum("the world is gone" in record for record in together) == 4  # a failed episode is data
+    # Slept in all: 16 episodes, a reset and two turns each; in trees further resets and replays. At least four sleep at a time.
+    assert seconds_one_by_one >= 16 * 3 * 0.02
+    assert seconds < 0.6 * seconds_one_by_one
+
+
+def test_four_worlds_wait_at_the_same_time():
+    groups = collect(Plan(EnvSpec("worlds:Meeting", {"pause": 0.0})), Counting(), [1, 2, 3, 4], [1, 2, 3, 4])
+    assert [len(group.episodes[0].turns) for group in groups] == [2, 2, 2, 2]
+
+
+def test_a_bug_in_a_world_that_waits_is_a_crash_of_the_first_seat():
+    engine = Counting()
+    with pytest.raises(ZeroDivisionError, match="task 4"):
+        collect(Plan(EnvSpec("worlds:Buggy", {"pause": 0.0})), engine, [0, 4, 1, 3, 2], [1, 2, 3, 4, 5])
+    assert len(engine.calls) == 1
+
+
+class Here(Lengths):
+    """Breaks where it is stepped in another thread than its maker's."""
+
+    def __init__(self):
+        super().__init__()
+        self.home = threading.current_thread()
+
+    def play(self, answers):
+        assert threading.current_thread() is self.home
+        return super().play(answers)
+
+
+def test_worlds_that_compute_stay_in_their_thread():
+    groups = collect(Plan(EnvSpec("test_collect:Here")), Counting(), [1, 2, 3], [1, 2, 3], group_size=2)
+    assert all(episode.terminated for group in groups for episode in group.episodes)

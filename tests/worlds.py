@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 
 from collm.envs.base import Outcome, TextEnv, agent_names
+from collm.errors import EnvError
 
 
 class Echo(TextEnv):
@@ -19,3 +22,54 @@ class Echo(TextEnv):
     def play(self, answers: dict[str, str]) -> Outcome:
         reward = sum("e" in answer for answer in answers.values()) / len(answers)
         return Outcome(reward, {"e": reward}, {agent: "Again." for agent in self.agents}, metrics={"e": reward})
+
+
+class Waiting(TextEnv):
+    """Two agents whose world takes its time, as one with a sandbox or a server does; every tenth task breaks.
+
+    The answers decide the reward and the next text; `pause` is how long a reset or a turn takes, in seconds.
+    """
+
+    waits = True
+    num_tasks = 100
+
+    def __init__(self, pause: float = 0.05, turns: int = 2):
+        super().__init__(agent_names(2, "agent"), turns)
+        self.pause = pause
+
+    def begin(self, task: int, rng: random.Random) -> dict[str, str]:
+        time.sleep(self.pause)
+        self.number = rng.randrange(1000)
+        return {agent: f"{agent}, task {task}, number {self.number}" for agent in self.agents}
+
+    def play(self, answers: dict[str, str]) -> Outcome:
+        time.sleep(self.pause)
+        if self.task % 10 == 9 and self.turn == 1:
+            raise EnvError("the world is gone")
+        reward = float(sum(map(len, answers.values())))
+        return Outcome(reward, {"length": reward}, {agent: f"{self.number} {reward}" for agent in answers})
+
+
+class Computing(Waiting):
+    """The same world, stepped one after the other."""
+
+    waits = False
+
+
+class Meeting(Waiting):
+    """No turn ends before four worlds play at the same time; alone it would break after ten seconds."""
+
+    met = threading.Barrier(4, timeout=10)
+
+    def play(self, answers: dict[str, str]) -> Outcome:
+        self.met.wait()
+        return super().play(answers)
+
+
+class Buggy(Waiting):
+    """Task 2 and those above have a bug."""
+
+    def play(self, answers: dict[str, str]) -> Outcome:
+        if self.task >= 2:
+            raise ZeroDivisionError(f"a bug in task {self.task}")
+        return super().play(answers)

@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "(env.strings among them) are for str_build. Write a recipe: a TOML file that begins with [env] and name = ..."
             )
         config = load_config(arguments.recipe or demo_recipe(), arguments.overrides)
+        config.check_trains()
         from collm.training.trainer import Trainer
 
         trainer = Trainer(config)

@@ -5,17 +5,23 @@ Training, evaluation and untrained baselines all go through `collect`.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 from collm import seeds
 from collm.engines.base import Engine
 from collm.envs.base import EnvMaker
+from collm.errors import ConfigError
 from collm.rollout.protocols import PROTOCOLS, Play
-from collm.types import Completion, Episode, Group, History, Request, Sampling
+from collm.types import Completion, Episode, Group, History, Request, Sampling, Turn
 
 DEFAULT_SAMPLING = Sampling()
+THREADS = max(4, min(32, 2 * (os.cpu_count() or 1)))
+"""How many worlds that wait are stepped at a time."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,13 @@ class Plan:
 
 @dataclass(slots=True)
 class _Seat:
-    """One episode under way: its generator, what it asks for, and what it was asked so far."""
+    """One episode under way: its generator and what it asks for. waits: its world spends its time waiting, not computing."""
 
     episode: Episode
     play: Play
     requests: list[Request]
     started: float
+    waits: bool
 
 
 Stop = Callable[[], None]
@@ -61,15 +68,19 @@ def collect(
     """Play a group of `group_size` episodes, or one turn tree, of each of `tasks`.
 
     A group shares its world's seed. Each answer's random numbers depend on that seed, the sibling, the agent and the turn
-    alone, so the result does not depend on what else is played beside it.
+    alone, so the result does not depend on what else is played beside it. Worlds whose class has `waits = True` (they wait for
+    a sandbox or a server) are reset and stepped in threads, with the same results.
     """
     if plan.branches:
-        roots = [_open(plan, task, seed) for task, seed in zip(tasks, group_seeds, strict=True)]
+        _check_decentralized(plan)
+        roots = [_seat(plan, task, seed) for task, seed in zip(tasks, group_seeds, strict=True)]
+        _each(_begin, roots)
         trees = _grow(plan, engine, roots, stop)
         return [Group(task, leaves) for task, leaves in zip(tasks, trees, strict=True)]
     seats = [
-        _open(plan, task, seed, sibling) for task, seed in zip(tasks, group_seeds, strict=True) for sibling in range(group_size)
+        _seat(plan, task, seed, sibling) for task, seed in zip(tasks, group_seeds, strict=True) for sibling in range(group_size)
     ]
+    _each(_begin, seats)
     while live := [seat for seat in seats if seat.requests]:
         _advance(plan, engine, live, stop)
     episodes = [seat.episode for seat in seats]
@@ -78,6 +89,7 @@ def collect(
 
 def resample(plan: Plan, engine: Engine, episodes: Sequence[Episode], times: int, *, stop: Stop = lambda: None) -> None:
     """Draw `times` other answers of every agent at every turn, for counterfactual baselines, into `Turn.alternatives`."""
+    _check_decentralized(plan)
     wanted = [
         (episode, t, agent)
         for episode in episodes
@@ -101,15 +113,24 @@ def resample(plan: Plan, engine: Engine, episodes: Sequence[Episode], times: int
             episode.failure = f"{agent}, turn {t}, another answer: {completion.error}"
 
 
-def _open(plan: Plan, task: int, seed: int, sibling: int = 0) -> _Seat:
-    """Start an episode up to its first request."""
+def _check_decentralized(plan: Plan) -> None:
+    """Turn trees and resampled answers replay an agent's own history, so agents must not read each other within a turn."""
+    if plan.protocol not in ("parallel", "single"):
+        raise ConfigError(f"rollout.protocol={plan.protocol!r} is for evaluation alone. Set rollout.protocol='parallel'.")
+
+
+def _seat(plan: Plan, task: int, seed: int, sibling: int = 0) -> _Seat:
+    """An episode that has not begun, in a world of its own."""
     episode = Episode(task=task, seed=seed, agents=(), sibling=sibling)
     env = plan.env.make(plan.split)
     episode.agents = tuple(env.possible_agents)
     play = PROTOCOLS[plan.protocol](env, episode, history=plan.history, max_turns=plan.max_turns)
-    seat = _Seat(episode, play, [], time.monotonic())
+    return _Seat(episode, play, [], time.monotonic(), bool(getattr(env, "waits", False)))
+
+
+def _begin(seat: _Seat) -> None:
+    """Play up to the first request."""
     _resume(seat, None)
-    return seat
 
 
 def _resume(seat: _Seat, completions: list[Completion] | None) -> None:
@@ -121,20 +142,36 @@ def _resume(seat: _Seat, completions: list[Completion] | None) -> None:
         seat.episode.seconds = time.monotonic() - seat.started
 
 
+def _each(call: Callable[..., None], seats: Sequence[_Seat], *arguments: Sequence[Any]) -> None:
+    """`map` over seats: in turn, or in threads where worlds wait. Of several errors the first seat's is raised."""
+    if len(seats) > 1 and seats[0].waits:
+        with ThreadPoolExecutor(min(THREADS, len(seats)), thread_name_prefix="collm-world") as pool:
+            for _ in pool.map(call, seats, *arguments):
+                pass
+        return
+    for each in zip(seats, *arguments, strict=True):
+        call(*each)
+
+
 def _stamped(plan: Plan, seat: _Seat) -> list[Request]:
     """The seat's requests with sampling and seed. Every sibling and every branch of a tree has random numbers of its own."""
     episode = seat.episode
     keys = (episode.seed, episode.sibling, ".".join(map(str, episode.path)), len(episode.turns))
-    return [replace(r, sampling=plan.sampling_of(r.agent), seed=seeds.derive(*keys, r.agent)) for r in seat.requests]
+
+    def stamped(request: Request) -> Request:
+        kind = () if request.kind == "answer" else (request.kind,)
+        seed = seeds.derive(*keys, request.agent, *kind)
+        return replace(request, sampling=plan.sampling_of(request.agent), seed=seed)
+
+    return [stamped(request) for request in seat.requests]
 
 
 def _advance(plan: Plan, engine: Engine, seats: Sequence[_Seat], stop: Stop) -> None:
-    """Play one turn of every seat with one engine call."""
+    """Answer what every seat asks for with one engine call, and play on."""
     stop()
     asked = [_stamped(plan, seat) for seat in seats]
     answers = iter(engine.generate([request for requests in asked for request in requests]))
-    for seat, requests in zip(seats, asked, strict=True):
-        _resume(seat, [next(answers) for _ in requests])
+    _each(_resume, seats, [[next(answers) for _ in requests] for requests in asked])
 
 
 def _grow(plan: Plan, engine: Engine, roots: Sequence[_Seat], stop: Stop) -> list[list[Episode]]:
@@ -143,27 +180,30 @@ def _grow(plan: Plan, engine: Engine, roots: Sequence[_Seat], stop: Stop) -> lis
     A node's first child goes on in the node's own world; each further child replays the recorded answers in a fresh one.
     """
     trees: list[list[_Seat]] = [[root] for root in roots]
-    for depth in range(1 << 30):
+    while True:
         nodes = [(tree, seat) for tree in trees for seat in tree if seat.requests]
         if not nodes:
             return [[seat.episode for seat in tree] for tree in trees]
-        frontier = []
+        frontier: list[_Seat] = []
+        branches: list[_Seat] = []
+        replays: list[list[Turn]] = []
         for tree, seat in nodes:
             parent = seat.episode.path
             for child in range(plan.branches):
-                branch = seat if child == 0 else _replay(plan, seat.episode, depth)
+                branch = seat if child == 0 else _seat(plan, seat.episode.task, seat.episode.seed)
                 branch.episode.path = (*parent, child)
                 if child:
                     tree.append(branch)
+                    branches.append(branch)
+                    replays.append(seat.episode.turns)
                 frontier.append(branch)
+        _each(_replay, branches, replays)
         _advance(plan, engine, frontier, stop)
-    raise AssertionError("unreachable")
 
 
-def _replay(plan: Plan, parent: Episode, depth: int) -> _Seat:
-    """A fresh world brought to where `parent` stands by its recorded answers; its turns so far belong to the parent."""
-    seat = _open(plan, parent.task, parent.seed)
-    for turn in parent.turns[:depth]:
+def _replay(seat: _Seat, turns: Sequence[Turn]) -> None:
+    """Bring a fresh world to where a sibling stands by the recorded answers; these turns belong to the sibling."""
+    _begin(seat)
+    for turn in turns:
         _resume(seat, [turn.completions[request.agent] for request in seat.requests])
-    seat.episode.own_from = depth
-    return seat
+    seat.episode.own_from = len(turns)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from collm.training.checkpoint import explained, write_text
-from collm.types import Episode
+from collm.types import Completion, Episode
 
 
 def episode_record(episode: Episode) -> dict[str, Any]:
@@ -44,9 +44,8 @@ def episode_record(episode: Episode) -> dict[str, Any]:
                 "agents": {
                     agent: {
                         "read": turn.observations[agent],
-                        "wrote": answer.text,
-                        "finish": answer.finish_reason,
-                        "tokens": 0 if answer.token_ids is None else len(answer.token_ids),
+                        **({"message": _written(turn.messages[agent])} if agent in turn.messages else {}),
+                        **_written(answer),
                         "value": turn.values.get(agent),
                         "td_error": turn.td_errors.get(agent),
                         "advantage": turn.advantages.get(agent),
@@ -57,6 +56,12 @@ def episode_record(episode: Episode) -> dict[str, Any]:
             for turn in episode.turns
         ],
     }
+
+
+def _written(completion: Completion) -> dict[str, Any]:
+    """A text as plain values, with its tokens."""
+    num_tokens = 0 if completion.token_ids is None else len(completion.token_ids)
+    return {"wrote": completion.text, "finish": completion.finish_reason, "tokens": num_tokens}
 
 
 def describe(episodes: list[Episode]) -> dict[str, Any]:

@@ -68,6 +68,7 @@ class Trainer:
         return trainer
 
     def _setup(self, config: Config, team: Team | None, engine: Engine | None, quiet: bool) -> None:
+        config.check_trains()
         threads = config.run.threads or os.cpu_count() or 1
         device = resolve_device(config.run.device)
         run = config.run.model_copy(update={"threads": threads, "device": device})
