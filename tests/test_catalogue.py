@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import threading
 import typing
 
@@ -12,10 +13,11 @@ from pettingzoo.test import parallel_api_test
 
 from collm import check_env, make
 from collm.algorithms.catalogue import CLIPPED_LOSSES, GROUP_ESTIMATORS
+from collm.cli import lists
 from collm.config import ALGORITHMS, GROUP_ADVANTAGES, AlgorithmSettings
 from collm.envs.base import Outcome, TextEnv, TextSpace
 from collm.envs.catalogue import WORLDS, EnvSpec
-from collm.errors import ConfigError, EnvError
+from collm.errors import ConfigError, EnvError, SandboxError
 
 BUILT_IN = [
     ("agree", {}),
@@ -50,6 +52,17 @@ def test_built_in_worlds_keep_the_contract(name, options):
         assert {"raw_reward", "reward_parts", "metrics"} <= set(info)
         assert sum(info["reward_parts"].values()) == pytest.approx(info["raw_reward"])
     assert env.max_reward is None or max(rewards.values()) <= env.max_reward
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_collm_check_passes_for_every_task(capsys, name):
+    """With the options it has when none are given; where it runs code, only on a machine that can isolate it."""
+    arguments = argparse.Namespace(env=name, overrides={}, json=False)
+    try:
+        assert lists.check(arguments) == 0
+    except SandboxError as error:
+        pytest.skip(f"{name}: {error}")
+    assert capsys.readouterr().out.count("ok  ") == 8
 
 
 # --- worlds of one's own -------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import pytest
 from collm.cli.main import main, make_parser, split_overrides
 from collm.cli.train import demo_recipe
 from collm.config import ALGORITHMS, describe, load_config
-from collm.envs.catalogue import WORLDS
-from collm.errors import ConfigError
+from collm.envs.catalogue import WORLDS, make
+from collm.errors import ConfigError, EnvError
 
 LIGHT = """
 import contextlib, io, json, sys
@@ -252,6 +252,49 @@ def test_the_built_in_demonstration_is_a_valid_recipe():
     config = load_config(demo_recipe())
     assert config.env.name == "str_build"
     assert config.algorithm.name == "collm-cc"
+
+
+def test_tasks_says_of_every_world_what_it_is(capsys):
+    assert main(["tasks"]) == 0
+    shown = capsys.readouterr().out
+    blocks = dict(block.split(maxsplit=1) for block in shown.strip().split("\n\n"))
+    assert list(blocks) == list(WORLDS)
+    assert main(["tasks", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert set(rows) == set(WORLDS)
+    for name, row in rows.items():
+        block = blocks[name]
+        assert row["about"]
+        assert row["about"][-1] in ".:"
+        assert block.startswith(row["about"] + "\n")
+        assert "split" not in row["options"]
+        for option, value in row["options"].items():
+            assert f"env.{option}=" in block, (name, option, value)
+        assert ("agents" in row) != ("refused" in row)
+        if "agents" in row:
+            env = make(name)
+            assert (row["agents"], row["turns"]) == (list(env.possible_agents), env.turns)
+            assert f"agents: {', '.join(row['agents'])}  turns: {row['turns']}  tasks: {row['tasks']}" in block
+    lines = shown.split("\n")
+    assert max(len(line) for line in lines if line.startswith("    ")) <= 110
+    assert rows["agree"]["options"] == {"agents": 2, "colours": 4, "turns": 1}
+
+
+def test_a_task_that_cannot_be_made_is_listed_with_the_reason(capsys, monkeypatch):
+    monkeypatch.setitem(WORLDS, "fussy", "test_cli:fussy")
+    assert main(["tasks"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "fussy                Makes nothing at all.\n    not to be made here: env fussy: there is no harp.\n    env.strings=7\n"
+        in shown
+    )
+    assert "str_build" in shown
+
+
+def fussy(strings=7, split="train"):
+    """Makes nothing
+    at all. Not today either."""
+    raise EnvError("there is no harp.")
 
 
 def test_check_prints_what_it_checked(capsys):

@@ -8,28 +8,66 @@ import json
 from typing import Any
 
 from collm.config import ALGORITHMS
-from collm.envs.catalogue import WORLDS, EnvSpec, find
+from collm.envs.catalogue import WORLDS, EnvSpec, find, make
 from collm.envs.check import check_env
-from collm.errors import ConfigError
+from collm.errors import CollmError, ConfigError
 
 
 def tasks(arguments: argparse.Namespace) -> int:
-    rows: dict[str, dict[str, Any]] = {}
-    for name in WORLDS:
-        world = find(name)
-        options = {
-            key: None if p.default is p.empty else p.default
-            for key, p in inspect.signature(world).parameters.items()
-            if key != "split"
-        }
-        rows[name] = {"about": (inspect.getdoc(world) or "").split("\n")[0], "options": options}
+    rows = {name: describe_task(name) for name in WORLDS}
     if arguments.json:
-        print(json.dumps(rows))
+        print(json.dumps(rows, default=str))
         return 0
     for name, row in rows.items():
-        print(f"{name:<12} {row['about']}")
-        print("             " + "  ".join(f"env.{key}={value!r}" for key, value in row["options"].items()) + "\n")
+        facts = [f"{key}: {', '.join(row[key])}" if key == "agents" else f"{key}: {row[key]}" for key in FACTS if key in row]
+        facts += [f"not to be made here: {row['refused']}"] if "refused" in row else []
+        options = [f"env.{key}={value!r}" for key, value in row["options"].items()]
+        print(f"{name:<20} {row['about']}")
+        for items in (facts, options):
+            print("\n".join(_wrapped(items)))
+        print()
     return 0
+
+
+FACTS = ("agents", "turns", "tasks", "max_reward")
+
+
+def describe_task(name: str) -> dict[str, Any]:
+    """What a world is about, its options with their defaults, and what it is with these: agents, turns, training tasks and
+    highest reward, or why it is refused."""
+    world = find(name)
+    options = {
+        key: None if p.default is p.empty else p.default
+        for key, p in inspect.signature(world).parameters.items()
+        if key != "split" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
+    row: dict[str, Any] = {"about": _first_sentence(inspect.getdoc(world) or ""), "options": options}
+    try:
+        env: Any = make(name)
+    except CollmError as error:
+        return {**row, "refused": str(error)}
+    found = {"agents": list(env.possible_agents)}
+    for key, attribute in (("turns", "turns"), ("tasks", "num_tasks"), ("max_reward", "max_reward")):
+        if hasattr(env, attribute):
+            found[key] = getattr(env, attribute)
+    return {**row, **found}
+
+
+def _first_sentence(text: str) -> str:
+    """Of a docstring's first paragraph, on one line."""
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    sentence, dot, _ = paragraph.partition(". ")
+    return sentence + dot.strip()
+
+
+def _wrapped(items: list[str], width: int = 110) -> list[str]:
+    """Items side by side in indented lines of at most `width` characters; an item is never broken."""
+    lines = [""]
+    for item in items:
+        if lines[-1] and len(lines[-1]) + len(item) + 2 > width - 4:
+            lines.append("")
+        lines[-1] += f"  {item}" if lines[-1] else item
+    return [f"    {line}" for line in lines if line]
 
 
 def algorithms(arguments: argparse.Namespace) -> int:
