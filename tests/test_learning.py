@@ -78,7 +78,11 @@ def test_one_agent_names_the_stated_target(tmp_path: Path, name: str, seed: int)
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "own critic as a value head": {"algorithm": {"name": "collm-dc", "critic_body": "policy"}, "critic": {"value_clip": 0.2}},
-    "Q with a counterfactual baseline": {"algorithm": {"critic_kind": "Q", "advantage": "counterfactual"}},
+    "Q with a counterfactual baseline": {  # without warm-up its first guesses push both agents out of the valid answers
+        "algorithm": {"critic_kind": "Q", "advantage": "counterfactual"},
+        "critic": {"warmup": 5},
+        "learner": {"lr": 3e-4},
+    },
     "own Q": {
         "algorithm": {"name": "collm-dc", "critic_kind": "Q", "advantage": "counterfactual"},
     },
