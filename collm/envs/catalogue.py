@@ -21,6 +21,8 @@ WORLDS = {
     "str_build": "collm.envs.building.str_build:StrBuild",
     "bridge_build": "collm.envs.building.bridge_build:BridgeBuild",
     "resource_gathering": "collm.envs.gathering.resource_gathering:ResourceGathering",
+    "tldr": "collm.envs.writing.writing:Tldr",
+    "arxiv": "collm.envs.writing.writing:Arxiv",
 }
 
 

@@ -1,0 +1,1 @@
+"""Worlds in which agents write about one text."""

@@ -1,0 +1,343 @@
+"""`tldr` and `arxiv`: writers who do not see each other's text, paid for how their texts fit together.
+
+Both worlds are one set of gates with different numbers: see `Rules`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+from collm.envs.base import Outcome, TextEnv, agent_names
+from collm.envs.data import Row, field, split_rows
+from collm.envs.writing.lexicon import Matching, jaccard, transition_categories, words
+from collm.envs.writing.samples import Kind, sample_texts
+from collm.errors import EnvError
+
+MARKER = "[PARAGRAPH_SPLIT]"
+TOKEN_POINTS, LENGTH_POINTS, DISTINCT_POINTS, TRANSITION_POINTS, OVERLAP_POINTS = 0.5, 1.0, 0.5, 0.4, 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """A gate on a ratio: full points from `full` to `full_end`, linearly down to none at `low` and at `high`.
+
+    All ends are inclusive. Example: Band(1.1, 1.6, 3.2, 5.0).share(1.35) == 0.5 and .share(1.0) is None: the gate fails.
+    """
+
+    low: float
+    full: float
+    full_end: float = math.inf
+    high: float = math.inf
+
+    def share(self, ratio: float) -> float | None:
+        """Share of the points, 0 to 1; None outside the band."""
+        if not self.low <= ratio <= self.high:
+            return None
+        if ratio < self.full:
+            return (ratio - self.low) / (self.full - self.low)
+        return (self.high - ratio) / (self.high - self.full_end) if ratio > self.full_end else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The numbers of one writing world.
+
+    kind: what is read. fields: columns of a data set that may hold it. source_tokens: how long a text of a data set must be.
+    roles: (name, what its text is), in order. tokens: whitespace tokens each text must have. length, distinct: gates on the
+    next text's characters, and different words, over this one's. overlap: the Jaccard index that earns full points.
+    transitions_in_both: transition words count in both texts, else in the second alone. hint: the gates in words.
+    """
+
+    kind: Kind
+    fields: tuple[str, ...]
+    source_tokens: tuple[float, float]
+    roles: tuple[tuple[str, str], ...]
+    tokens: tuple[int, int]
+    length: Band
+    distinct: Band
+    overlap: float
+    transitions_in_both: bool
+    hint: str
+
+
+TLDR = Rules(
+    kind="post",
+    fields=("prompt", "post", "text"),
+    source_tokens=(1, math.inf),
+    roles=(
+        ("concise", "a short summary"),
+        ("detailed", "a longer summary"),
+        ("extended", "a full account"),
+        ("complete", "a full account with all details"),
+    ),
+    tokens=(8, 256),
+    length=Band(1.1, 1.6, 3.2, 5.0),
+    distinct=Band(1.3, 2.0),
+    overlap=0.03,
+    transitions_in_both=False,
+    hint="1.6 to 3.2 times as long, with 2 times as many different words",
+)
+ARXIV = Rules(
+    kind="abstract",
+    fields=("abstract_text", "abstract", "text"),
+    source_tokens=(100, 300),
+    roles=(
+        ("background", "background and motivation"),
+        ("method", "method and implications"),
+        ("results", "results and evidence"),
+        ("outlook", "limits and open questions"),
+    ),
+    tokens=(128, 256),
+    length=Band(0.8, 1.3, 1.6, 2.0),
+    distinct=Band(0.5, 0.7, 1.3, 1.7),
+    overlap=0.23,
+    transitions_in_both=True,
+    hint="1.3 to 1.6 times as long, with about as many different words",
+)
+
+
+def judge(rules: Rules, first: str, second: str, matching: Matching = "word") -> tuple[dict[str, float], dict[str, float]]:
+    """(reward parts, measures) of two neighbouring texts. A failed gate ends the sum; measures are always taken.
+
+    A ratio whose denominator is zero is 0 and fails its gate.
+    """
+    low, high = rules.tokens
+    first_words, second_words = set(words(first)), set(words(second))
+    first_length = len(first.strip())
+    length_ratio = len(second.strip()) / first_length if first_length else 0.0
+    distinct_ratio = len(second_words) / len(first_words) if first_words else 0.0
+    shared = jaccard(first_words, second_words)
+    joining = transition_categories(f"{first}\n{second}" if rules.transitions_in_both else second, matching)
+    measures = {
+        "length_ratio": length_ratio,
+        "distinct_ratio": distinct_ratio,
+        "jaccard": shared,
+        "transitions": float(len(joining)),
+        "gates": 0.0,
+    }
+    parts = dict.fromkeys(("tokens", "length", "distinct", "transitions", "overlap"), 0.0)
+    if not all(low <= num_tokens(text) <= high for text in (first, second)):
+        return parts, measures
+    parts["tokens"], measures["gates"] = TOKEN_POINTS, 1.0
+    share = rules.length.share(length_ratio)
+    if share is None:
+        return parts, measures
+    parts["length"], measures["gates"] = LENGTH_POINTS * share, 2.0
+    share = rules.distinct.share(distinct_ratio)
+    if share is None:
+        return parts, measures
+    parts["distinct"], measures["gates"] = DISTINCT_POINTS * share, 3.0
+    parts["transitions"] = TRANSITION_POINTS * (0.35 + 0.05 * len(joining) if joining else 0.0)
+    parts["overlap"] = OVERLAP_POINTS * min(shared, rules.overlap) / rules.overlap
+    return parts, measures
+
+
+def cut(answer: str, missing_marker: Literal["first", "third"] = "first") -> tuple[str, str]:
+    """The two texts in one answer: before and behind the first marker.
+
+    Without a marker the answer is the first text and the second is empty; "third" cuts at one third of the characters.
+    """
+    if MARKER not in answer and missing_marker == "third":
+        return answer[: len(answer) // 3], answer[len(answer) // 3 :]
+    first, _, second = answer.partition(MARKER)
+    return first, second
+
+
+class Writing(TextEnv):
+    """What `tldr` and `arxiv` share; `rules` holds the numbers."""
+
+    rules: ClassVar[Rules]
+    max_reward = 3.0
+
+    def __init__(
+        self,
+        agents: int | Sequence[str] = 2,
+        data: str | None = None,
+        eval_data: str | None = None,
+        transitions: Matching = "word",
+        missing_marker: Literal["first", "third"] = "first",
+        split: str = "train",
+    ):
+        names = [name for name, _ in self.rules.roles]
+        if (agents if isinstance(agents, int) else len(agents)) > len(names):
+            raise EnvError(f"agents={agents!r}: there are {len(names)} roles ({', '.join(names)}); take at most that many.")
+        if isinstance(agents, int) and agents > 0:
+            agents = names[:agents] if agents > 1 else ["writer"]
+        super().__init__(agent_names(agents, "writer"), 1)
+        for name, value, allowed in (
+            ("transitions", transitions, ("word", "substring")),
+            ("missing_marker", missing_marker, ("first", "third")),
+            ("split", split, ("train", "eval")),
+        ):
+            if value not in allowed:
+                raise EnvError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
+        if missing_marker == "third" and len(self.possible_agents) > 1:
+            raise EnvError(f"missing_marker='third' is about one agent that writes both texts; set agents=1, not {agents!r}.")
+        if data is None and eval_data is not None:
+            raise EnvError(f"eval_data={eval_data!r} comes without data: give data=... to train on as well.")
+        self.texts, self.skipped = _read(self.rules, data, eval_data, split)
+        self.num_tasks = len(self.texts)
+        self.alone = len(self.possible_agents) == 1
+        self.roles = names[:2] if self.alone else list(self.possible_agents)
+        self.transitions, self.missing_marker = transitions, missing_marker
+
+    def begin(self, task: int, rng: random.Random) -> dict[str, str]:
+        self.text = self.texts[task]
+        self.measures: dict[str, float] = {}
+        return {agent: self._instruction(agent) for agent in self.agents}
+
+    def play(self, answers: dict[str, str]) -> Outcome:
+        written = list(answers.values())
+        texts = list(cut(written[0], self.missing_marker)) if self.alone else written
+        judged = [judge(self.rules, first, second, self.transitions) for first, second in pairwise(texts)]
+        parts, measures = (_mean([pair[index] for pair in judged]) for index in (0, 1))
+        counts = [num_tokens(text) for text in texts]
+        low, high = self.rules.tokens
+        metrics = {f"tokens_{role}": float(count) for role, count in zip(self.roles, counts, strict=True)}
+        metrics |= measures | {"rejected": float(sum(not low <= count <= high for count in counts))}
+        if self.alone:
+            metrics["delimiter_adherence"] = float(written[0].count(MARKER) == 1)
+        self.measures = metrics
+        total = sum(parts.values())
+        return Outcome(total, parts, {agent: f"Reward: {total:.2f} of 3." for agent in answers}, metrics=metrics)
+
+    def state(self) -> str:
+        """The text's own numbers before the answers, the measures of the answers after them."""
+        lines = [f"{self.rules.kind} of {num_tokens(self.text)} words, {len(set(words(self.text)))} different"]
+        return "\n".join(lines + [f"{name}: {value:.2f}" for name, value in self.measures.items()])
+
+    def _instruction(self, agent: str) -> str:
+        kind, number = self.rules.kind, len(self.roles)
+        if self.alone:
+            lines = [f"You are {agent}. Write {number} texts about the {kind}, with {MARKER} between them."]
+        else:
+            lines = [f"You are {agent}, one of {number} writers. Each writes one text about the {kind}."]
+        lines += [f"The {kind}:", *(f"> {line}" for line in self.text.splitlines() if line.strip())]
+        for index, role in enumerate(self.roles):
+            if self.alone or role == agent:
+                lines.append(self._assignment(index))
+        low, high = self.rules.tokens
+        lines += [
+            f"Use words of the {kind}.",
+            f"{'Each text has' if self.alone else 'Write'} {low} to {high} words. Plain text only.",
+        ]
+        return "\n".join(lines)
+
+    def _assignment(self, index: int) -> str:
+        """What the text of role `index` is, against its neighbours'."""
+        rules = self.rules
+        whose = f"Text {index + 1}" if self.alone else "Your text"
+        lines = [f"{whose} is {rules.roles[index][1]}."]
+        if index > 0:
+            before = "text 1" if self.alone else f"the text of {self.roles[index - 1]}"
+            lines.append(f"Compared with {before} it is {rules.hint}.")
+        if index + 1 < len(self.roles) and not self.alone:
+            lines.append(f"Compared with yours the text of {self.roles[index + 1]} is {rules.hint}.")
+        if index > 0 or rules.transitions_in_both:
+            lines.append("Use many transition words: also, however, so, for example.")
+        return " ".join(lines)
+
+
+class Tldr(Writing):
+    """A short and a longer summary of a Reddit post, written by agents that do not see each other's text.
+
+    The raw reward is a sum in order, ended by the first gate that fails (all ends inclusive):
+
+    1. both texts have 8 to 256 whitespace tokens: +0.5, else 0 in all;
+    2. characters of `detailed` over `concise` (stripped): +1 from 1.6 to 3.2, linear to 0 at 1.1 and at 5;
+    3. different lower-cased words, same ratio: +0.5 from 2, linear to 0 at 1.3;
+    4. 0.4 * T + 0.6 * min(J, 0.03) / 0.03. J is the Jaccard index of the two word sets without stop words; T is 0 without a
+       transition word in `detailed`, else 0.4 + 0.05 for each further one of the twelve categories.
+
+    The optimum is 2.98: `concise` takes some ten words of the post, `detailed` twice as many different ones with a transition
+    word of every category. Scores are in percent of 3, as in the paper. The episode is one turn. Three or four agents
+    compare neighbours in order: each text is the `detailed` of the one before; reward and measures are the mean over
+    these pairs. One agent writes both texts with [PARAGRAPH_SPLIT] between them. Metrics: tokens_ROLE of each text,
+    length_ratio, distinct_ratio, jaccard, transitions (categories), gates passed (0 to 3), rejected (texts outside 8 to 256
+    tokens), and with one agent delimiter_adherence (1 if the marker stands exactly once).
+
+    Args:
+        agents: how many writers (1 to 4), or their names in the order of the roles.
+        data: posts: rows with `prompt` (trl-lib/tldr: "hf:trl-lib/tldr:train[:1100]"), `post` or `text`; a closing "TL;DR:" is
+            not shown, empty posts are skipped. Without `eval_data` the last fifth is held out. Default: built-in posts.
+        eval_data: the held-out posts, for example "hf:trl-lib/tldr:test[:1100]".
+        transitions: "word" matches whole words; "substring" anywhere, "so" in "some" too, as the reference does.
+        missing_marker: one agent's answer without a marker is the "first" text alone; "third" cuts it at one third of the
+            characters, as the reference does, which meets the length gate for free.
+        split: "train" or "eval".
+    """
+
+    rules = TLDR
+
+
+class Arxiv(Writing):
+    """Background and method of a paper, written from its abstract by agents that do not see each other's text.
+
+    The raw reward is a sum in order, ended by the first gate that fails (all ends inclusive):
+
+    1. both texts have 128 to 256 whitespace tokens: +0.5, else 0 in all;
+    2. characters of `method` over `background` (stripped): +1 from 1.3 to 1.6, linear to 0 at 0.8 and at 2;
+    3. different lower-cased words, same ratio: +0.5 from 0.7 to 1.3, linear to 0 at 0.5 and at 1.7;
+    4. 0.4 * T + 0.6 * min(J, 0.23) / 0.23. J is the Jaccard index of the two word sets without stop words; T is 0 without a
+       transition word in both texts joined by a line end, else 0.4 + 0.05 for each further one of the twelve categories.
+
+    The optimum is 2.98: both retell the abstract in much the same words, `method` in 1.3 to 1.6 times as many characters, with
+    a transition word of every category between them. Scores are in percent of 3, as in the paper. The episode is one turn.
+    Three or four agents compare neighbours in order; reward and measures are the mean over these pairs. One agent
+    writes both texts with [PARAGRAPH_SPLIT] between them. Metrics: as in `Tldr`.
+
+    Args:
+        agents: how many writers (1 to 4), or their names in the order of the roles.
+        data: abstracts: rows with `abstract_text` (OpenMLRL/arXiv_abstract: "hf:OpenMLRL/arXiv_abstract:train[:1100]"),
+            `abstract` or `text`. Those outside 100 to 300 whitespace tokens are skipped, and counted in the attribute
+            `skipped`. Without `eval_data` the last fifth is held out. Default: built-in abstracts.
+        eval_data: the held-out abstracts, for example "hf:OpenMLRL/arXiv_abstract:val[:1100]".
+        transitions: "word" matches whole words; "substring" anywhere, "so" in "some" too, as the reference does.
+        missing_marker: one agent's answer without a marker is the "first" text alone; "third" cuts it at one third of the
+            characters, as the reference does, which meets the length gate for free.
+        split: "train" or "eval".
+    """
+
+    rules = ARXIV
+
+
+Texts = tuple[Sequence[str], int]
+"""(texts of one split, how many rows were skipped for their length)."""
+
+_KEPT: dict[tuple[Rules, str, str | None, str], tuple[list[Row], Texts]] = {}
+"""What was made of which rows: worlds are made anew for every episode."""
+
+
+def _read(rules: Rules, data: str | None, eval_data: str | None, split: str) -> Texts:
+    if data is None:
+        return sample_texts(rules.kind, split), 0
+    rows = split_rows(data, eval_data, split)
+    kept_rows, kept = _KEPT.get((rules, data, eval_data, split), ([], ([], 0)))
+    if len(rows) == len(kept_rows) and all(rows[end] is kept_rows[end] for end in (0, -1)):  # rows of a changed file are new
+        return kept
+    source = eval_data if split == "eval" and eval_data is not None else data
+    low, high = rules.source_tokens
+    texts = [text for row in rows if low <= num_tokens(text := _shown(field(row, rules.fields, source))) <= high]
+    if not texts:
+        raise EnvError(f"data={source!r}: none of its {len(rows)} rows has {low} to {high} words; give other rows.")
+    _KEPT[rules, data, eval_data, split] = rows, (texts, len(rows) - len(texts))
+    return texts, len(rows) - len(texts)
+
+
+def _shown(text: str) -> str:
+    """A post without the request for a summary that ends it in trl-lib/tldr."""
+    return text.strip().removesuffix("TL;DR:").rstrip()
+
+
+def num_tokens(text: str) -> int:
+    """Whitespace tokens."""
+    return len(text.split())
+
+
+def _mean(records: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(record[name] for record in records) / len(records) for name in records[0]}
