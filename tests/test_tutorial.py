@@ -1,0 +1,76 @@
+"""docs/your-own-environment.md does what it says: its files, its Python and its commands are run as they stand there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from collm.cli.main import main
+
+PAGE = Path(__file__).parents[1] / "docs" / "your-own-environment.md"
+BLOCK = re.compile(r"(?:Save this as `(\S+)`:\n\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks() -> list[tuple[str, str, str]]:
+    """(file to save it as or "", language, text) of every code block of the page."""
+    return BLOCK.findall(PAGE.read_text(encoding="utf-8"))
+
+
+def test_every_block_of_the_page_is_one_that_is_run():
+    kinds = [(name, language) for name, language, _ in blocks()]
+    assert PAGE.read_text(encoding="utf-8").count("```") == 2 * len(kinds)
+    assert [kind for kind in kinds if kind[0]] == [("cover.py", "python"), ("cover.toml", "toml")]
+    assert {kind for kind in kinds if not kind[0]} == {("", "python"), ("", "console")}
+    source = next(text for name, _, text in blocks() if name == "cover.py")
+    assert source.count("\n") <= 70
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """An empty working directory, from which the page's module can be imported; it is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("cover", None)
+
+
+def test_the_tutorial_trains_its_painters(desk, capsys):
+    num_commands = 0
+    for name, language, text in blocks():
+        if name:
+            (desk / name).write_text(text, encoding="utf-8")
+        elif language == "python":
+            exec(compile(text, "tutorial", "exec"), {})
+            shown = capsys.readouterr().out
+            assert "You are painter_2 of 3. Wall 0." in shown
+            assert "2 of 3 colours were named. Again." in shown
+        else:
+            for line in text.splitlines():
+                assert line.startswith("$ ")
+                if line == "$ export PYTHONPATH=.":
+                    continue
+                command, *words = shlex.split(line[2:])
+                assert command == "collm"
+                assert main(words) == 0, line
+                num_commands += 1
+    capsys.readouterr()
+    assert num_commands == 9
+
+    def held_out(*words: str) -> dict:
+        assert main(["evaluate", "runs/cover", "--json", *words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    before, after = held_out("--checkpoint", "start"), held_out()
+    sampled = held_out("--evaluation.temperature", "1.0")
+    print(f"\nheld-out: {before['reward']} -> {after['reward']}, sampled {sampled['reward']}")
+    assert before["episodes"] == after["episodes"] == 30
+    assert before["reward"]["mean"] <= 0.5
+    assert after["reward"]["mean"] >= 0.9
+    assert sampled["reward"]["mean"] >= 0.7
+    assert after["metrics"]["rejected"]["mean"] == 0
+    assert (desk / "runs" / "cover" / "report" / "report.html").is_file()
