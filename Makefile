@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo test test-slow lint tiny clean help
+.PHONY: demo test test-slow fuzz lint tiny clean help
 
 help:
 	@echo "make demo       install, train two tiny builders (at most 5 minutes), show before and after"
 	@echo "make test       install, check style and types, run the quick tests"
 	@echo "make test-slow  the long checks (at most an hour)"
+	@echo "make fuzz       20,000 hostile answers to all worlds (make test plays 2,000)"
 	@echo "make tiny       make the tiny language model anew into build/tiny (about 25 minutes on one core)"
 
 $(BIN)/collm: pyproject.toml constraints.txt
@@ -31,6 +32,9 @@ test: $(BIN)/collm
 
 test-slow: $(BIN)/collm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 -v
+
+fuzz: $(BIN)/collm
+	COLLM_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py -v
 
 tiny: $(BIN)/collm
 	$(BIN)/python -m collm.training.pretrain build/tiny
