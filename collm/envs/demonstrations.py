@@ -12,19 +12,20 @@ from collections.abc import Callable, Iterator
 
 from collm import seeds
 from collm.envs.agree import COLOURS, Agree
-from collm.envs.base import TextEnv
 from collm.envs.building.font import GLYPHS, SIZE, english_words
 from collm.envs.building.str_build import REFERENCE, StrBuild
-
-Chat = list[tuple[str, str]]
-"""(observation, answer) of each turn of one agent."""
+from collm.envs.gathering.demonstrations import bridge_build, resource_gathering
+from collm.envs.scripted import Chat, play
+from collm.envs.writing.demonstrations import arxiv, tldr
 
 
 def chats(seed: int) -> Iterator[Chat]:
     """An endless stream of one agent's chats, drawn from every task."""
+    players, weights = zip(*MIXTURE.items(), strict=True)
     for number in range(1 << 62):
         rng = seeds.stream(seed, "demonstration", number)
-        yield from (_agree(rng) if rng.random() < 0.06 else _str_build(rng))
+        (player,) = rng.choices(players, weights=weights)
+        yield from player(rng)
 
 
 def pretraining_word(rng: random.Random) -> str:
@@ -81,13 +82,13 @@ def place_blocks(env: StrBuild, agent: str, rng: random.Random) -> str:
     return "\n".join(lines[: env.limit] or [f"/setblock 0 0 0 {one}"])
 
 
-def _agree(rng: random.Random) -> list[Chat]:
+def agree(rng: random.Random) -> list[Chat]:
     colours = rng.sample(COLOURS, rng.randint(2, 6)) if rng.random() < 0.5 else list(COLOURS[: rng.randint(2, 6)])
     env = Agree(agents=rng.choice((1, 2, 2, 3, 3, 5)), colours=colours, turns=rng.choice((1, 1, 2, 4)))
-    return _play(env, name_colour, rng)[:1]
+    return play(env, name_colour, rng)[:1]
 
 
-def _str_build(rng: random.Random) -> list[Chat]:
+def str_build(rng: random.Random) -> list[Chat]:
     persistent = rng.random() < 0.35
     env = StrBuild(
         agents=rng.choices((1, 2, 3, 4, 5), weights=(1, 12, 2, 1, 1))[0],
@@ -98,17 +99,15 @@ def _str_build(rng: random.Random) -> list[Chat]:
         blind_first_turn=rng.random() < 0.05,
     )
     env.stop_above = None
-    return _play(env, place_blocks, rng)[:2]
+    return play(env, place_blocks, rng)[:2]
 
 
-def _play(env: TextEnv, player: Callable[..., str], rng: random.Random) -> list[Chat]:
-    observations, _ = env.reset(seed=rng.getrandbits(32))
-    chats: dict[str, Chat] = {agent: [] for agent in env.agents}
-    while env.agents:
-        answers = {agent: player(env, agent, rng) for agent in env.agents}
-        for agent, answer in answers.items():
-            chats[agent].append((observations[agent], answer))
-        observations, *_ = env.step(answers)
-    played = list(chats.values())
-    rng.shuffle(played)
-    return played
+MIXTURE: dict[Callable[[random.Random], list[Chat]], float] = {
+    str_build: 0.3,
+    agree: 0.05,
+    bridge_build: 0.08,
+    resource_gathering: 0.08,
+    tldr: 0.1,
+    arxiv: 0.05,
+}
+"""How often each task's chats are drawn. StrBuild, which the demonstration trains on, has the largest share."""

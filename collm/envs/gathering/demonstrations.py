@@ -11,15 +11,12 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from collm.envs.base import TextEnv
 from collm.envs.building.bridge_build import COMMANDS, PROBES, BridgeBuild
 from collm.envs.building.bridge_build import draw_map as draw_river
 from collm.envs.gathering import grid
 from collm.envs.gathering.grid import Cell
 from collm.envs.gathering.resource_gathering import GOAL, KINDS, ResourceGathering, draw_field
-
-Chat = list[tuple[str, str]]
-"""(observation, answer) of each turn of one agent."""
+from collm.envs.scripted import Chat, play
 
 SIDES = {
     "bridge_build": ((5, 5), (7, 6), (7, 6), (7, 6), (9, 8), (13, 11)),
@@ -38,7 +35,7 @@ def bridge_build(rng: random.Random) -> list[Chat]:
         maps=[{"task_id": "pretraining", "map": rows}],
         view=rng.choice((1, 2, 3, 3)),
     )
-    return _play(env, plank_somewhere, rng)
+    return play(env, plank_somewhere, rng)
 
 
 def resource_gathering(rng: random.Random) -> list[Chat]:
@@ -52,7 +49,7 @@ def resource_gathering(rng: random.Random) -> list[Chat]:
         maps=[{"task_id": "pretraining", "rows": rows, "goal": goal}],
         view=rng.choice((1, 2, 2)),
     )
-    return _play(env, wander, rng)
+    return play(env, wander, rng)
 
 
 def plank_somewhere(env: BridgeBuild, agent: str, rng: random.Random) -> str:
@@ -166,16 +163,3 @@ def _answer(action: dict[str, Any], rng: random.Random) -> str:
     """Compact JSON; once in a while damaged, as weak models write it."""
     text = json.dumps(action, separators=(",", ":"))
     return text[: rng.randint(1, len(text))] if rng.random() < 0.03 else text
-
-
-def _play(env: TextEnv, player: Callable[..., str], rng: random.Random) -> list[Chat]:
-    observations, _ = env.reset(seed=rng.getrandbits(32))
-    chats: dict[str, Chat] = {agent: [] for agent in env.agents}
-    while env.agents:
-        answers = {agent: player(env, agent, rng) for agent in env.agents}
-        for agent, answer in answers.items():
-            chats[agent].append((observations[agent], answer))
-        observations, *_ = env.step(answers)
-    played = list(chats.values())
-    rng.shuffle(played)
-    return played

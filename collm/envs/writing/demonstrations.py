@@ -10,10 +10,8 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 
+from collm.envs.scripted import Chat
 from collm.envs.writing.writing import MARKER, Arxiv, Tldr, Writing
-
-Chat = list[tuple[str, str]]
-"""(observation, answer) of each turn of one agent."""
 
 OPENERS = (
     "also,", "however,", "therefore,", "for example,", "then,", "in fact,", "in short,", "likewise,", "still,", "otherwise,",

@@ -1,0 +1,28 @@
+"""Scripted players in a world: what each of them read and wrote."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from collm.envs.base import TextEnv
+
+Chat = list[tuple[str, str]]
+"""(observation, answer) of each turn of one agent."""
+
+World = TypeVar("World", bound=TextEnv)
+
+
+def play(env: World, player: Callable[[World, str, random.Random], str], rng: random.Random) -> list[Chat]:
+    """One episode with the same player in every seat; the agents' chats in random order."""
+    observations, _ = env.reset(seed=rng.getrandbits(32))
+    chats: dict[str, Chat] = {agent: [] for agent in env.agents}
+    while env.agents:
+        answers: dict[str, Any] = {agent: player(env, agent, rng) for agent in env.agents}
+        for agent, answer in answers.items():
+            chats[agent].append((observations[agent], answer))
+        observations, *_ = env.step(answers)
+    played = list(chats.values())
+    rng.shuffle(played)
+    return played
