@@ -8,24 +8,20 @@ twice and leaves much of it undone, which is what training is to mend.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from collm import seeds
 from collm.envs.agree import COLOURS, Agree
 from collm.envs.building.font import GLYPHS, SIZE, english_words
 from collm.envs.building.str_build import REFERENCE, StrBuild
-from collm.envs.gathering.demonstrations import bridge_build, resource_gathering
 from collm.envs.scripted import Chat, play
-from collm.envs.writing.demonstrations import arxiv, tldr
 
 
 def chats(seed: int) -> Iterator[Chat]:
-    """An endless stream of one agent's chats, drawn from every task."""
-    players, weights = zip(*MIXTURE.items(), strict=True)
+    """An endless stream of one agent's chats, drawn from the tasks that the shipped model has read."""
     for number in range(1 << 62):
         rng = seeds.stream(seed, "demonstration", number)
-        (player,) = rng.choices(players, weights=weights)
-        yield from player(rng)
+        yield from (agree(rng) if rng.random() < 0.06 else str_build(rng))
 
 
 def pretraining_word(rng: random.Random) -> str:
@@ -100,14 +96,3 @@ def str_build(rng: random.Random) -> list[Chat]:
     )
     env.stop_above = None
     return play(env, place_blocks, rng)[:2]
-
-
-MIXTURE: dict[Callable[[random.Random], list[Chat]], float] = {
-    str_build: 0.3,
-    agree: 0.05,
-    bridge_build: 0.08,
-    resource_gathering: 0.08,
-    tldr: 0.1,
-    arxiv: 0.05,
-}
-"""How often each task's chats are drawn. StrBuild, which the demonstration trains on, has the largest share."""
