@@ -12,12 +12,14 @@ filter that it has put on itself before, and what it says is believed only with 
 from __future__ import annotations
 
 import base64
+import builtins
 import ctypes
 import fcntl
 import gc
 import hashlib
 import importlib
 import json
+import math
 import os
 import random
 import resource
@@ -27,80 +29,27 @@ import struct
 import sys
 import time
 import types
+import unittest
 from contextlib import suppress
 from typing import Any, NoReturn
 
-_PRELOAD = [
-    "abc",
-    "argparse",
-    "array",
-    "ast",
-    "base64",
-    "bisect",
-    "builtins",
-    "calendar",
-    "cmath",
-    "collections",
-    "collections.abc",
-    "contextlib",
-    "copy",
-    "csv",
-    "dataclasses",
-    "datetime",
-    "decimal",
-    "enum",
-    "fractions",
-    "functools",
-    "hashlib",
-    "heapq",
-    "html",
-    "inspect",
-    "io",
-    "itertools",
-    "json",
-    "logging",
-    "math",
-    "numbers",
-    "operator",
-    "os",
-    "pickle",
-    "pprint",
-    "queue",
-    "random",
-    "re",
-    "secrets",
-    "shutil",
-    "sqlite3",
-    "statistics",
-    "string",
-    "struct",
-    "sys",
-    "tempfile",
-    "textwrap",
-    "threading",
-    "time",
-    "traceback",
-    "types",
-    "typing",
-    "unittest",
-    "unittest.mock",
-    "urllib.parse",
-    "uuid",
-    "warnings",
-    "xml.etree.ElementTree",
-    "zipfile",
-    "zoneinfo",
-]
+_PRELOAD = """
+    abc argparse array ast base64 bisect builtins calendar cmath collections collections.abc contextlib copy csv dataclasses
+    datetime decimal enum fractions functools hashlib heapq html inspect io itertools json logging math numbers operator os
+    pickle pprint queue random re secrets shutil sqlite3 statistics string struct sys tempfile textwrap threading time
+    traceback types typing unittest unittest.mock urllib.parse uuid warnings xml.etree.ElementTree zipfile zoneinfo
+"""
 _WORK = "/work"
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _ANSWER_BYTES = 1024
+_Judges = list[tuple[Any, dict[str, Any]]]
 
 
 class _Filter(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Reads requests until the other side closes the channel."""
     requests, answers = os.dup(0), os.dup(1)
     null = os.open("/dev/null", os.O_RDWR)
@@ -111,21 +60,23 @@ def main() -> None:
     os.chdir(_WORK)
     settings = _receive(requests)
     if settings is None:
-        return
-    for name in _PRELOAD:
+        os._exit(0)
+    for name in _PRELOAD.split():
         with suppress(ImportError):
             importlib.import_module(name)
     code = base64.b64decode(settings["filter"])
     program = _Filter(len(code) // 8, code)
     libc = ctypes.CDLL(None, use_errno=True)
+    judges = _judges()
     gc.collect()
     gc.freeze()
     _send(answers, {"ready": sys.version})
     while (request := _receive(requests)) is not None:
-        verdict = _judge(request, settings, libc, program)
+        verdict = _judge(request, settings, libc, program, judges)
         # A folder that is not trivially empty again would show the next program what this one left: a new box is cheaper
         # than any clever clean-up.
         _send(answers, {**verdict, "clean": _cleaned()})
+    os._exit(0)
 
 
 def _receive(descriptor: int) -> Any:
@@ -152,7 +103,7 @@ def _send(descriptor: int, message: Any) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def _judge(request: Any, settings: Any, libc: Any, program: _Filter) -> dict[str, Any]:
+def _judge(request: Any, settings: Any, libc: Any, program: _Filter, judges: _Judges) -> dict[str, Any]:
     """One check in one child: {"passed": bool, "error": str, "timeout": bool}."""
     key = os.urandom(32)
     key_out, key_in = os.pipe()
@@ -162,7 +113,7 @@ def _judge(request: Any, settings: Any, libc: Any, program: _Filter) -> dict[str
     end = time.monotonic() + request["seconds"]
     child = os.fork()
     if child == 0:
-        _child(request, settings, libc, program, key_out, answer_in)
+        _child(request, settings, libc, program, judges, (key_out, answer_in))
     os.close(key_out)
     os.close(answer_in)
     answer, late = _listen(answer_out, end)
@@ -230,16 +181,16 @@ def _cleaned() -> bool:
     return True
 
 
-def _child(request: Any, settings: Any, libc: Any, program: _Filter, key_out: int, answer_in: int) -> NoReturn:
+def _child(request: Any, settings: Any, libc: Any, program: _Filter, judges: _Judges, descriptors: tuple[int, int]) -> NoReturn:
     """Runs the program and its check, answers, and is gone: no exit hook, no finalizer, no second word."""
     leave, write, read, sign = os._exit, os.write, os.read, _signature
     try:
-        key_out, answer_in = _hide(key_out, answer_in)
+        key_out, answer_in = _hide(*descriptors)
         _limit(request, settings)
         if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0) != 0:
             write(answer_in, b"Ethe filter could not be put on")
             leave(1)
-        error = _run(request["program"], request["check"])
+        error = _run(request["program"], request["check"], judges)
         write(answer_in, sign(read(key_out, 32)) if error is None else b"E" + error)
     finally:
         leave(0)
@@ -270,22 +221,45 @@ def _limit(request: Any, settings: Any) -> None:
         resource.setrlimit(what, (limit, limit))
 
 
-def _run(program: str, check: str) -> bytes | None:
+def _judges() -> _Judges:
+    """What a check is judged with, and its names as they are before any program could replace them."""
+    things: list[Any] = [builtins, math, unittest, unittest.case, unittest.suite, unittest.loader, unittest.runner]
+    things += [unittest.TestCase, unittest.TestSuite, unittest.TestLoader, unittest.TestResult, unittest.TextTestRunner]
+    things += [unittest.TextTestResult, unittest.suite.BaseTestSuite, unittest.case.FunctionTestCase]
+    return [(thing, dict(vars(thing))) for thing in things]
+
+
+def _run(program: str, check: str, judges: _Judges) -> bytes | None:
     """None if neither raised, else the last line of the traceback.
 
     The program is a module named "solution", so that classes pickle and dataclasses find their module; code below
-    `if __name__ == "__main__"` does not run.
+    `if __name__ == "__main__"` does not run. Between program and check the built-in functions, unittest and the table of
+    modules are put back.
     """
+    run, last_line, put, trace, profile = exec, _last_line, setattr, sys.settrace, sys.setprofile
+    modules, loaded = sys.modules, dict(sys.modules)
     module = types.ModuleType("solution")
-    sys.modules["solution"] = module
+    names = module.__dict__
+    modules["solution"] = modules["__main__"] = module
+    loaded |= {"solution": module, "__main__": module}
     sys.argv[:] = ["solution.py"]
     random.seed(0)
     gc.enable()
     try:
-        exec(compile(program, "solution.py", "exec", dont_inherit=True), module.__dict__)
-        exec(compile(check, "check.py", "exec", dont_inherit=True), module.__dict__)
+        check_code = compile(check, "check.py", "exec", dont_inherit=True)
+        run(compile(program, "solution.py", "exec", dont_inherit=True), names)
+        trace(None)
+        profile(None)
+        modules.update(loaded)
+        for thing, before in judges:
+            now = thing.__dict__
+            for name, value in before.items():
+                if now.get(name) is not value:
+                    put(thing, name, value)
+        names["__builtins__"] = judges[0][0]
+        run(check_code, names)
     except BaseException as error:
-        return _last_line(error)
+        return last_line(error)
     return None
 
 

@@ -27,6 +27,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -248,6 +249,7 @@ class _Box:
     """One bubblewrap process with a warm interpreter inside, and the channel to it."""
 
     def __init__(self, command: list[str], settings: dict[str, Any]) -> None:
+        self._lost = False  # it did not answer in time
         with tempfile.TemporaryFile() as code, tempfile.TemporaryFile() as complaints:
             code.write(seccomp_filter("zygote"))
             code.seek(0)
@@ -279,6 +281,7 @@ class _Box:
         """The zygote's answer; None if the box died. A box that does not answer in time counts as a time-out."""
         end = time.monotonic() + seconds + _GRACE_SECONDS
         answer = self._ask({"program": program, "check": check, "seconds": seconds}, seconds + _GRACE_SECONDS)
+        self._lost = answer is None
         if answer is None and time.monotonic() >= end:
             return {"passed": False, "error": "", "timeout": True, "clean": False}
         return answer
@@ -323,12 +326,18 @@ class _Box:
         self._process.kill()
 
     def close(self) -> None:
-        """Kills the box; the end of bubblewrap ends everything in its process namespace."""
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
+        """Ends the box: an idle one by itself, so that each process is waited for by its parent; a busy one is killed."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=0 if self._lost else 2)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            with suppress(OSError):
+                self._read(1, time.monotonic() + 2)  # the channel ends when the last process in the box is gone
+            self._process.stdout.close()
 
 
 _WAY_OUT = (
