@@ -189,9 +189,9 @@ class Sandbox:
                     self._remember(job, verdicts)
                 future.set_result(verdicts)
             except BaseException as error:
+                future.set_exception(error)
                 self._drop(box)
                 box = None
-                future.set_exception(error)
         self._drop(box)
 
     def _new_box(self) -> _Box:
@@ -203,10 +203,12 @@ class Sandbox:
         return box
 
     def _drop(self, box: _Box | None) -> None:
-        if box is not None:
-            with self._lock:
-                self._boxes.discard(box)
-            box.close()
+        """Closes a box that is still ours; a second call does nothing."""
+        with self._lock:
+            if box is None or box not in self._boxes:
+                return
+            self._boxes.remove(box)
+        box.close()
 
     def _judge_one(self, job: Job, box: _Box | None) -> tuple[list[Verdict], _Box | None, bool]:
         """The job's verdicts, the box to go on with, and whether the verdicts may be kept."""
@@ -225,7 +227,6 @@ class Sandbox:
             box = box or self._new_box()
             answer = box.check(job.program, check, job.seconds)
             if self._closed and answer is None:
-                self._drop(box)
                 raise SandboxError(_CLOSED)
             answer = answer or {"passed": False, "error": "killed (the box died)", "timeout": False, "clean": False}
             if not answer["clean"]:
