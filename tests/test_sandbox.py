@@ -101,7 +101,8 @@ def test_randomness_hashes_and_verdicts_repeat(box: Sandbox) -> None:
 
 @pytest.mark.skipif(not DATA.exists(), reason="the public data is not here: ../shared/data/humaneval")
 def test_all_reference_solutions_of_humaneval_pass() -> None:
-    rows = [json.loads(line) for line in gzip.open(DATA, "rt")]
+    with gzip.open(DATA, "rt") as lines:
+        rows = [json.loads(line) for line in lines]
     jobs = [Job(r["prompt"] + r["canonical_solution"], (f"{r['test']}\ncheck({r['entry_point']})",)) for r in rows]
     wrong = [Job(r["prompt"] + "    return None\n", job.checks) for r, job in zip(rows, jobs)]
     with Sandbox(1) as sandbox:
@@ -168,15 +169,16 @@ def test_attack_is_blocked(box: Sandbox, name: str) -> None:
     assert not verdict.passed
     assert verdict.error.startswith(error), verdict.error
     assert verdict.error
-    assert verdict.error.isascii() and verdict.error.isprintable() and len(verdict.error) <= 200
+    assert verdict.error.isascii()
+    assert verdict.error.isprintable()
+    assert len(verdict.error) <= 200
 
 
 CALLS = {
-    "x86_64": {"ptrace": 101, "mount": 165, "unshare": 272, "bpf": 321, "keyctl": 250, "userfaultfd": 323, "io_uring_setup": 425,
-               "process_vm_readv": 310, "pidfd_open": 434, "setns": 308, "perf_event_open": 298, "shmget": 29, "tkill": 200,
-               "clone": 56, "clone3": 435, "vfork": 58, "open_by_handle_at": 304, "chroot": 161, "init_module": 175,
-               "next_kernels_call": 999, "x32_getpid": 0x40000027},
-}  # fmt: skip
+    "x86_64": "ptrace=101 mount=165 unshare=272 bpf=321 keyctl=250 userfaultfd=323 io_uring_setup=425 process_vm_readv=310 "
+    "pidfd_open=434 setns=308 perf_event_open=298 shmget=29 tkill=200 clone=56 clone3=435 vfork=58 open_by_handle_at=304 "
+    "chroot=161 init_module=175 a_later_kernel=999 x32_getpid=1073741863",
+}
 
 
 @pytest.mark.skipif(platform.machine() not in CALLS, reason="the numbers of this machine's calls are not in the test")
@@ -190,7 +192,7 @@ def test_raw_system_calls_are_denied(box: Sandbox) -> None:
         result = libc.syscall(ctypes.c_long(number), *[ctypes.c_long(0)] * 6)
         return ctypes.get_errno() if result == -1 else f"allowed: {result}"
     """
-    for name, number in CALLS[platform.machine()].items():
+    for name, number in (call.split("=") for call in CALLS[platform.machine()].split()):
         expected = 38 if name == "clone3" else 1
         verdict = one(box, textwrap.dedent(program), f"assert errno({number}) == {expected}, errno({number})")
         assert verdict == Verdict(True), f"{name}: {verdict.error}"
@@ -284,7 +286,8 @@ FORGERIES = {
     "an exit hook": "import atexit, os; atexit.register(os._exit, 0)\ndef add(a, b): return 0",
     "an exception hook": "import sys; sys.excepthook = lambda *a: None\ndef add(a, b): return 0",
     "a word into every descriptor": (
-        "import os\nfor n in range(3, 5000):\n    try: os.write(n, b'P' + b'x' * 64)\n    except OSError: pass\ndef add(a, b): return 0"
+        "import os\nfor n in range(3, 5000):\n    try: os.write(n, b'P' + b'x' * 64)\n    except OSError: pass\n"
+        "def add(a, b): return 0"
     ),
     "what is read written back": (
         "import os\nfound = b''\nfor n in range(3, 5000):\n    try: found += os.read(n, 64)\n    except OSError: pass\n"
@@ -296,13 +299,15 @@ FORGERIES = {
 
 @pytest.mark.parametrize("name", FORGERIES)
 def test_success_is_not_forged(box: Sandbox, name: str) -> None:
-    check = (
-        "import unittest\nunittest.TestCase().assertEqual(add(1, 2), 3)\nassert abs(add(1, 2) - 3) == 0\nassert add(1, 2) == 3"
+    checks = (
+        "assert add(1, 2) == 3",
+        "assert abs(add(1, 2) - 3) == 0",
+        "import unittest\nunittest.TestCase().assertEqual(add(1, 2), 3)",
     )
-    assert one(box, ADD, check) == Verdict(True)
-    verdict = one(box, FORGERIES[name], check)
-    assert not verdict.passed
-    assert verdict.error
+    [right, forged] = box.judge([Job(ADD, checks), Job(FORGERIES[name], checks)])
+    assert right == [Verdict(True)] * 3
+    assert [v.passed for v in forged] == [False] * 3
+    assert all(v.error for v in forged)
 
 
 def test_an_exception_speaks_one_short_printable_line(box: Sandbox) -> None:
@@ -323,7 +328,7 @@ def test_nothing_passes_from_one_program_to_the_next(box: Sandbox) -> None:
     )
     for plant in plants:
         box.judge([Job(plant, ("pass",))])
-        assert one(box, "import os, json", "assert os.listdir('/work') == [] and json.dumps(1) == '1'") == Verdict(True)
+        assert one(box, "import os, json", "assert os.listdir('/box') == [] and json.dumps(1) == '1'") == Verdict(True)
 
 
 def test_a_box_that_is_killed_is_replaced_and_costs_nobody_anything(box: Sandbox) -> None:
@@ -347,11 +352,11 @@ def test_a_box_that_dies_under_a_program_costs_that_program_alone(box: Sandbox) 
 def test_identical_jobs_are_answered_from_a_bounded_cache(box: Sandbox) -> None:
     clock = Job("import time", ("raise ValueError(time.time_ns())",))
     with Sandbox(1, cache=2) as sandbox:
-        [first], [twin] = sandbox.judge([clock, clock])
-        assert first == twin == sandbox.judge([clock])[0][0:1] or [first, twin] == [first, first]
-        assert sandbox.judge([clock]) == [[*first]] if isinstance(first, list) else sandbox.judge([clock]) == [[first]]
+        first, twin = sandbox.judge([clock, clock])
+        assert first == twin
+        assert sandbox.judge([clock]) == [first]
         sandbox.judge([Job(str(i), ("pass",)) for i in range(2)])
-        assert sandbox.judge([clock]) != [[first]], "two younger jobs push the oldest out"
+        assert sandbox.judge([clock]) != [first], "two younger jobs push the oldest out"
         slow = Job("", ("import time; time.sleep(9)",), seconds=0.2)
         for _ in range(2):
             start = time.monotonic()
@@ -472,7 +477,7 @@ def test_judge_answers_from_the_process_wide_pool(box: Sandbox) -> None:
 
 def test_without_bubblewrap_it_refuses_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(SandboxError, match="bubblewrap is not installed.*apt-get install bubblewrap"):
+    with pytest.raises(SandboxError, match=r"bubblewrap is not installed.*apt-get install bubblewrap"):
         Sandbox(1)
 
 
@@ -496,7 +501,7 @@ def test_a_box_that_leaks_fails_the_self_test(box: Sandbox, monkeypatch: pytest.
     monkeypatch.undo()
     command = module._command(16)
     here = str(Path(module.__file__).parent)
-    at = command.index("--remount-ro")
+    at = command.index("/box") + 1
     monkeypatch.setattr(module, "_command", lambda disk_mb: [*command[:at], "--ro-bind", here, here, *command[at:]])
     with pytest.raises(SandboxError, match="self-test failed: it must hold that the user's files are not there"):
         Sandbox(1)

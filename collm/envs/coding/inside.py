@@ -39,7 +39,7 @@ _PRELOAD = """
     pickle pprint queue random re secrets shutil sqlite3 statistics string struct sys tempfile textwrap threading time
     traceback types typing unittest unittest.mock urllib.parse uuid warnings xml.etree.ElementTree zipfile zoneinfo
 """
-_WORK = "/work"
+_WORK = "/box"
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _ANSWER_BYTES = 1024
 _Judges = list[tuple[Any, dict[str, Any]]]

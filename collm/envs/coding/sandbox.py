@@ -377,8 +377,8 @@ def _command(disk_mb: int) -> list[str]:
         if packages.is_dir():
             command += ["--tmpfs", str(packages), "--remount-ro", str(packages)]
     command += ["--dev", "/dev", "--remount-ro", "/dev"]
-    command += ["--ro-bind", str(_INSIDE), "/inside.py", "--size", str(disk_mb << 20), "--tmpfs", "/work"]
-    command += ["--remount-ro", "/", "--chdir", "/work", "--setenv", "PYTHONHASHSEED", "0"]
+    command += ["--ro-bind", str(_INSIDE), "/inside.py", "--size", str(disk_mb << 20), "--tmpfs", "/box"]
+    command += ["--remount-ro", "/", "--chdir", "/box", "--setenv", "PYTHONHASHSEED", "0"]
     return [*command, str(python), "-S", "-s", "-B", "-P", "/inside.py"]
 
 
