@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo test test-slow fuzz lint tiny clean help
+.PHONY: demo test test-slow fuzz bubblewrap tiny clean help
 
 help:
 	@echo "make demo       install, train two tiny builders (at most 5 minutes), show before and after"
@@ -24,7 +24,15 @@ demo: $(BIN)/collm
 	@if [ -e $(RUN) ]; then $(BIN)/collm train --resume $(RUN); else $(BIN)/collm train --run.name $(notdir $(RUN)); fi
 	@$(BIN)/collm report $(RUN)
 
-test: $(BIN)/collm
+# The box that model-written code runs in; without it the checks of that box are skipped, and say so.
+bubblewrap:
+	@if command -v bwrap > /dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ]; then become=; else become="sudo -n"; fi; \
+	if command -v apt-get > /dev/null && \
+	  ($$become apt-get update -qq && $$become apt-get install -y -qq --no-install-recommends bubblewrap) > /dev/null 2>&1; then exit 0; fi; \
+	echo "bubblewrap is not installed, so tasks that run code refuse to start: install it, e.g. sudo apt-get install bubblewrap"
+
+test: $(BIN)/collm bubblewrap
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -1,0 +1,1 @@
+"""Worlds in which agents write programs, and the box that those programs run in."""
