@@ -222,6 +222,8 @@ class CriticSettings(Room):
     """First iterations that train the critic alone."""
     state: bool = False
     """Let the critic read the world's privileged state, too."""
+    metrics: bool = False
+    """Expect what a regression on the world's own numbers says (rewards so far, its metrics); the text critic adds the rest."""
     normalize_targets: bool = False
     """Predict in units of the targets' running deviation (PopArt)."""
     value_clip: float | None = Field(None, gt=0)
@@ -287,6 +289,7 @@ class Config(Room):
             )
         if self.algorithm.critic == "none":
             idle: dict[str, float] = {"critic.warmup": self.critic.warmup, "critic.state": self.critic.state}
+            idle |= {"critic.metrics": self.critic.metrics}
             idle |= {"critic.normalize_targets": self.critic.normalize_targets, "algorithm.lam": self.algorithm.lam}
             idle |= {"algorithm.critic_lam": self.algorithm.critic_lam}
             for name, value in idle.items():

@@ -3,6 +3,7 @@
     checkpoints/000040/
         state.json                  how far the run is
         policy-AGENT.safetensors    float32 weights of each policy
+        regression.safetensors      of returns on the world's numbers, with critic.metrics
         critic-NAME.safetensors     critic or value head, with its running moments
         optimizer-NAME.safetensors  AdamW's averages and step counts
 
@@ -88,6 +89,8 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
             _restore(policy.model, load_file(folder / f"policy-{name}.safetensors"))
         for judge in learner.judges:
             _restore(judge.critic or judge.head, load_file(folder / f"critic-{judge.name}.safetensors"))
+        if learner.critics.regression is not None:
+            _restore(learner.critics.regression, load_file(folder / "regression.safetensors"))
         for name, optimizer in learner.optimizers.items():
             _restore_optimizer(optimizer, load_file(folder / f"optimizer-{name}.safetensors"))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
@@ -152,6 +155,8 @@ def _flush(path: Path) -> None:
 def _tensors(learner: Learner) -> dict[str, dict[str, Tensor]]:
     files = {f"policy-{name}": _weights(policy.model) for name, policy in learner.members.items()}
     files |= {f"critic-{judge.name}": _weights(judge.critic or judge.head) for judge in learner.judges}
+    if learner.critics.regression is not None:
+        files["regression"] = _weights(learner.critics.regression)
     for name, optimizer in learner.optimizers.items():
         files[f"optimizer-{name}"] = {
             f"{index}.{key}": torch.as_tensor(value).contiguous()

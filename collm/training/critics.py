@@ -8,18 +8,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from collm import seeds
 from collm.algorithms import losses
 from collm.algorithms.advantages import discounted_returns
-from collm.algorithms.stats import explained_variance
+from collm.algorithms.regression import TurnRegression
+from collm.algorithms.stats import explained_variance, linear_yardstick, without_task_means
 from collm.config import Config
 from collm.models.critic import Critic, ValueHead
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.training.pack import Batch, MicroBatch, Packed, micro_batches, pack_alternatives, pack_answers, pack_readings
+
+TURNS = 32
+"""Turns that have a regression of their own; later ones share the last."""
 
 Metrics = dict[str, float]
 Check = Callable[[Tensor, str, Iterable[int]], None]
@@ -47,7 +52,7 @@ class Judge:
 class Critics:
     """All judges of a run: one over the joint history, one per agent, or none."""
 
-    def __init__(self, team: Team, config: Config):
+    def __init__(self, team: Team, config: Config, metric_names: Sequence[str] = ()):
         self.team, self.config = team, config
         self.kind = config.algorithm.critic_kind
         self.joint = config.algorithm.critic == "joint"
@@ -56,6 +61,9 @@ class Critics:
         own: dict[str, tuple[str, ...]] = {agent: (agent,) for agent in agents}
         views: dict[str, dict[str, tuple[str, ...]]] = {"none": {}, "joint": {"team": agents}, "own": own}
         self.judges = [self._make(name, group) for name, group in views[config.algorithm.critic].items()]
+        self.metric_names = tuple(metric_names)
+        self.regression = TurnRegression(2 + len(metric_names), TURNS) if config.critic.metrics else None
+        self.known_ENT = torch.zeros(0)
 
     def _make(self, name: str, agents: tuple[str, ...]) -> Judge:
         settings, policy = self.config.critic, self.team.policies[agents[0]]
@@ -91,6 +99,8 @@ class Critics:
         E, N, T = batch.shape
         width = T + (self.kind == "V")
         values_ENT = torch.zeros(E, N, width)
+        self.known_ENT = torch.zeros(E, N, width)
+        expected_ET = self.regression(self.features(batch)[:, :width]) if self.regression is not None else None
         metrics["critic/cut"] = 0.0
         for judge in self.judges:
             if judge.critic is None:
@@ -104,7 +114,31 @@ class Critics:
             first = batch.agents.index(judge.agents[0])
             for agent in judge.agents:
                 values_ENT[:, batch.agents.index(agent)] = values[:, first]
-        return values_ENT
+            if expected_ET is not None:
+                marked = torch.zeros(E * N * width)
+                marked[[slot for sequence in judge.packed for slot, _ in sequence.markers]] = 1.0
+                for agent in judge.agents:
+                    self.known_ENT[:, batch.agents.index(agent)] = expected_ET * marked.view(E, N, width)[:, first]
+        return values_ENT + self.known_ENT
+
+    def features(self, batch: Batch) -> Tensor:
+        """(E, T + 1, M): rewards so far, the last raw reward and the world's metrics before each turn; after the last, too."""
+        E, _, T = batch.shape
+        rows = np.zeros((E, T + 1, 2 + len(self.metric_names)))
+        for e, episode in enumerate(batch.episodes):
+            so_far = 0.0
+            for t in range(len(episode.turns) + 1):
+                last = episode.turns[t - 1].raw_reward if t else 0.0
+                so_far += episode.turns[t - 1].reward if t else 0.0
+                reported = episode.turns[t].metrics if t < len(episode.turns) else episode.metrics
+                rows[e, t] = [so_far, last, *(reported.get(name, 0.0) for name in self.metric_names)]
+        return torch.from_numpy(rows).float()
+
+    def remember(self, batch: Batch) -> None:
+        """Count this iteration's returns in the regression on the world's numbers."""
+        if self.regression is not None:
+            returns_ET = discounted_returns(batch.rewards_ET, gamma=self.config.algorithm.gamma)
+            self.regression.learn(self.features(batch)[:, :-1], returns_ET, _complete(batch))
 
     def alternatives(self, batch: Batch, metrics: Metrics) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each critic: slots (M,) of answers, and Q (M, K) with each of them exchanged for its K alternatives."""
@@ -112,12 +146,20 @@ class Critics:
             assert judge.critic is not None
             packed, slots = pack_alternatives(batch, judge.critic, judge.agents, **self.reads)
             if slots:
-                q_MK = self._read(judge, packed, len(slots), metrics).view(-1, self.config.algorithm.resamples)
+                q_M = self._read(judge, packed, len(slots), metrics) + self.known_ENT.flatten()[slots]
+                q_MK = q_M.view(-1, self.config.algorithm.resamples)
                 yield torch.tensor(slots).view(q_MK.shape)[:, 0], q_MK
 
     def explain(self, batch: Batch, values_ENT: Tensor, metrics: Metrics) -> None:
-        """Explained variance per turn against realized returns, on episodes no critic has been trained on yet."""
+        """Explained variance per turn against realized returns, on episodes no critic has been trained on yet: of all, and
+        of what is no difference between tasks. The yardstick is what the world's own numbers explain of the latter."""
         returns_ET = discounted_returns(batch.rewards_ET, gamma=self.config.algorithm.gamma)
+        tasks_E = torch.tensor([episode.task for episode in batch.episodes])
+        features_ETM = self.features(batch)
+        for t in range(returns_ET.shape[1]):
+            chosen = _complete(batch)[:, t]
+            yardstick = linear_yardstick(features_ETM[chosen, t], returns_ET[chosen, t], tasks_E[chosen])
+            metrics[f"yardstick_turn_{t}"] = yardstick
         for judge in self.judges:
             n = batch.agents.index(judge.agents[0])
             live_ET = self.targeted(batch)[:, n].bool() & ~batch.truncated_E[:, None]
@@ -125,8 +167,10 @@ class Critics:
             metrics[f"{judge.label}/value"] = values_ET[live_ET].mean().item() if live_ET.any() else math.nan
             for t in range(live_ET.shape[1]):
                 chosen = live_ET[:, t]
-                explained = explained_variance(values_ET[chosen, t], returns_ET[chosen, t])
-                metrics[f"{judge.label}/explained_variance_turn_{t}"] = explained
+                values, returns, tasks = values_ET[chosen, t], returns_ET[chosen, t], tasks_E[chosen]
+                metrics[f"{judge.label}/explained_variance_turn_{t}"] = explained_variance(values, returns)
+                within = explained_variance(without_task_means(values, tasks), without_task_means(returns, tasks))
+                metrics[f"{judge.label}/explained_within_tasks_turn_{t}"] = within
 
     def rescale(self, batch: Batch, targets_ENT: Tensor) -> None:
         """Target normalization: follow mean and deviation of each critic's targets."""
@@ -200,3 +244,8 @@ class Critics:
 
     def _batches(self, packed: Sequence[Packed], device: torch.device) -> Iterable[MicroBatch]:
         return micro_batches(packed, self.config.learner.micro_batch_tokens, device)
+
+
+def _complete(batch: Batch) -> Tensor:
+    """(E, T) bool: turns that were played, of episodes whose return is known to the end."""
+    return batch.live_ENT.amax(1).bool() & ~batch.truncated_E[:, None]

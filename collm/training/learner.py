@@ -28,10 +28,10 @@ class Learner:
     of agents; one step per policy and pass.
     """
 
-    def __init__(self, team: Team, config: Config, sampling: Sampling):
+    def __init__(self, team: Team, config: Config, sampling: Sampling, metric_names: Sequence[str] = ()):
         self.team, self.config, self.sampling = team, config, sampling
         self.members = team.members()
-        self.critics = Critics(team, config)
+        self.critics = Critics(team, config, metric_names)
         keep_reference = config.algorithm.kl_coef > 0
         self.references = {n: policy.frozen_copy() for n, policy in self.members.items()} if keep_reference else {}
         self.optimizers = {name: self._policy_optimizer(name) for name in self.members}
@@ -61,6 +61,9 @@ class Learner:
         self._require_finite(advantages_ENT.flatten(1), "advantage")
         if values is not None:
             self.critics.explain(batch, values, metrics)
+            self.critics.remember(batch)
+            values = values - self.critics.known_ENT  # what the text is to say
+            targets_ENT = targets_ENT - self.critics.known_ENT[..., : targets_ENT.shape[-1]]
             if self.config.critic.normalize_targets:
                 self.critics.rescale(batch, targets_ENT)
             self.critics.train(batch, targets_ENT, self._step, self._check, metrics)

@@ -87,7 +87,8 @@ class Trainer:
                 f"{type(self.engine).__name__} gives no token ids and log-probs: it can evaluate and play frozen "
                 "team-mates, but not train. Use the local engine."
             )
-        self.learner = Learner(self.team, self.config, self.plan.sampling)
+        names = metric_names(self.config) if config.critic.metrics else ()
+        self.learner = Learner(self.team, self.config, self.plan.sampling, names)
         self.iteration = 0
         self.joint_actions = 0
         self.best: tuple[float, int] | None = None
@@ -259,6 +260,14 @@ def check_fit(config: Config) -> tuple[str, ...]:
     if unknown:
         raise ConfigError(f"team.models names {', '.join(unknown)}, but the task's agents are {', '.join(agents)}.")
     return agents
+
+
+def metric_names(config: Config) -> tuple[str, ...]:
+    """Names of the numbers that the task reports after a turn: those after one of empty answers."""
+    env = plan_of(config, "train").env.make("train")
+    env.reset(seed=0, options={"task": 0})
+    *_, infos = env.step(dict.fromkeys(env.agents, ""))
+    return tuple(sorted({name for info in infos.values() for name in info.get("metrics", {})}))
 
 
 def make_team(config: Config, agents: tuple[str, ...]) -> Team:
