@@ -87,7 +87,7 @@ class Trainer:
                 f"{type(self.engine).__name__} gives no token ids and log-probs: it can evaluate and play frozen "
                 "team-mates, but not train. Use the local engine."
             )
-        names = metric_names(self.config) if config.critic.metrics else ()
+        names = () if config.algorithm.critic == "none" else metric_names(self.config)
         self.learner = Learner(self.team, self.config, self.plan.sampling, names)
         self.iteration = 0
         self.joint_actions = 0
