@@ -195,6 +195,10 @@ _MONTE_CARLO = {"group_size": 4}
 _CRITIC = {"critic": "joint", "advantage": "td_lambda"}
 ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "collm-cc": ("one critic reads the joint history; TD error (arXiv:2601.21972)", _CRITIC),
+    "collm-cc-paper": (
+        "the setting of arXiv:2601.21972 to the letter: TD error, advantages z-scored per agent",
+        {**_CRITIC, "normalize": "agent"},
+    ),
     "collm-dc": ("each agent has a critic that reads its own history; TD error", {**_CRITIC, "critic": "own"}),
     "magrpo": ("return minus the mean of a task's siblings (arXiv:2508.04652)", {**_MONTE_CARLO, "advantage": "group_mean"}),
     "marloo": (

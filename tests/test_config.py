@@ -276,9 +276,9 @@ def test_every_preset_is_a_valid_config_that_survives_saving(name):
 
 def test_presets_stand_for_what_the_method_says():
     get = lambda name: parse_config(rooms(algorithm__name=name)).algorithm  # noqa: E731
-    assert [get(n).critic for n in ALGORITHMS] == ["joint", "own", "none", "none", "none", "none", "joint", "none"]
+    assert [get(n).critic for n in ALGORITHMS] == ["joint", "joint", "own", "none", "none", "none", "none", "joint", "none"]
     assert [get(n).advantage for n in ALGORITHMS] == [
-        "td_lambda", "td_lambda", "group_mean", "leave_one_out", "group_max", "return", "td_lambda", "group_mean"
+        "td_lambda", "td_lambda", "td_lambda", "group_mean", "leave_one_out", "group_max", "return", "td_lambda", "group_mean"
     ]  # fmt: skip
     for name in ALGORITHMS:  # the paper's recipe: switches beyond it are off
         a = get(name)
@@ -287,7 +287,7 @@ def test_presets_stand_for_what_the_method_says():
             0.0,
             0.0,
             1,
-            "none",
+            "agent" if name == "collm-cc-paper" else "none",
             0.0,
             "reinforce",
         )
