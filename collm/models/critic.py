@@ -17,7 +17,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from collm.algorithms.stats import RunningMoments
 from collm.models.chat import Chat
-from collm.models.policy import compute_in, load_pretrained
+from collm.models.loading import load_pretrained
+from collm.models.policy import compute_in
 from collm.types import Episode, Ids, Message
 
 View = Literal["own", "joint", "joint+state"]
