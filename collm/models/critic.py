@@ -83,7 +83,7 @@ class Critic(nn.Module):
         self.body = body.float().eval()
         self.value = ValueHead(body.config.get_text_config().hidden_size, seed)
         self.tokenizer = tokenizer
-        self.chat = Chat(tokenizer)
+        self.chat = Chat(tokenizer, keep_thoughts=True)
         self.max_tokens = max_tokens
         self.compute = compute
 
