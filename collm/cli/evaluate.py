@@ -165,7 +165,7 @@ def load_team(config: Config, weights: Path | None) -> Team:
         if weights.name == "final":
             adapters = {agent for agent in agents if is_adapter(weights / agent)}
             for agent in agents:
-                for name in ("tokenizer_config.json", *([] if agent in adapters else ["config.json"])):
+                for name in (*([] if agent in adapters else ["config.json"]), "tokenizer_config.json"):
                     if not (weights / agent / name).is_file():
                         raise ValueError(f"it lacks {agent}/{name}")
             models = {**config.team.models, **{agent: str(weights / agent) for agent in agents if agent not in adapters}}
