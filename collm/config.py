@@ -449,7 +449,9 @@ def describe() -> Iterator[tuple[str, str, str]]:
 
 def _where(room: type[BaseModel], info: ValidationInfo) -> str:
     """A setting's full name, from the room's class."""
-    rooms: dict[Any, str] = {field.annotation: name for name, field in Config.model_fields.items()} | {LoraSettings: "team.lora"}
+    rooms: dict[Any, str] = {field.annotation: name for name, field in Config.model_fields.items()} | {
+        LoraSettings: "team.lora"
+    }
     return f"{rooms.get(room, room.__name__)}.{info.field_name}"
 
 

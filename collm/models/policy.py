@@ -154,7 +154,7 @@ def shaped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 @torch.no_grad()
 def logit_rule(model: Any) -> tuple[float, float | None]:
-    """(scale, softcap) with which the vocabulary head's output becomes the model's own logits, as one tried token confirms.
+    """(scale, softcap) with which the vocabulary head's output becomes the model's own logits, as a few tried tokens confirm.
 
     Families spell the factor differently, and one name stands for opposite things (Granite divides by `logits_scaling`,
     HyperCLOVA X multiplies), so each reading of the config is held to the model. Raises ConfigError where none fits.
@@ -162,7 +162,7 @@ def logit_rule(model: Any) -> tuple[float, float | None]:
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     stated = [getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")]
-    ids_BL = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    ids_BL = torch.arange(min(8, config.vocab_size), device=next(model.parameters()).device)[None]  # several: pad's may be zero
     plain = model.get_output_embeddings()(model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state).float()
     own = model(input_ids=ids_BL, use_cache=False).logits.float()
     for scale in [*(s for factor in stated if factor for s in (factor, 1 / factor)), 1.0]:
