@@ -122,7 +122,7 @@ class TeamSettings(Room):
     def _agree(self) -> TeamSettings:
         if self.lora is not None and self.lora.base == "bfloat16" and self.compute != "bfloat16":
             raise ValueError(
-                "team.lora.base='bfloat16' keeps base weights that float32 products cannot use. Set team.compute='bfloat16', or "
+                "team.lora.base='bfloat16' keeps weights that float32 products cannot use. Set team.compute='bfloat16', or "
                 "team.lora.base='float32'."
             )
         return self
@@ -186,7 +186,7 @@ class AlgorithmSettings(Room):
     normalize: Literal["none", "agent", "group"] = "none"
     """Divide advantages by each agent's deviation over the iteration (critics: z-score), or by each group's own."""
     kl_coef: float = Field(0.0, ge=0)
-    """Weight of the KL divergence to the starting policy; above 0 a frozen copy of it is kept (of an adapter: just its base)."""
+    """Weight of the KL divergence to the starting policy; above 0 a frozen copy of it is kept (for an adapter, its base)."""
 
     @model_validator(mode="before")
     @classmethod

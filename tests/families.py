@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def demonstrations(seed: int, count: int, agents: int = 2) -> list[tuple[str, st
     return pairs
 
 
-@lru_cache(maxsize=None)
+@cache
 def tokenizer(family: str, vocab_size: int = 420) -> PreTrainedTokenizerFast:
     """Byte pairs trained on `agree`, with the family's special tokens and template; thoughts are marked by plain tokens."""
     template, (end, begin, mark), *_ = FAMILIES[family]

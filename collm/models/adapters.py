@@ -146,8 +146,8 @@ class Base:
         except ValueError as error:
             linear = sorted({path.rpartition(".")[2] for path, m in self.body.named_modules() if isinstance(m, nn.Linear)})
             raise ConfigError(
-                f"team.lora.targets={_listed(config.target_modules)} does not fit {self.source!r}: {str(error).split('. ')[0]}. "
-                f"Its linear layers are {', '.join(linear)}; 'all-linear' takes them all."
+                f"team.lora.targets={_listed(config.target_modules)} does not fit {self.source!r}: {str(error).split('. ')[0]}."
+                f" Its linear layers are {', '.join(linear)}; 'all-linear' takes them all."
             ) from error
         config.base_model_name_or_path = self.source
         config.target_modules = sorted(config.target_modules)

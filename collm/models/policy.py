@@ -169,8 +169,8 @@ def logit_rule(model: Any) -> tuple[float, float | None]:
         if torch.allclose(shaped(plain, scale, softcap), own, rtol=0, atol=0.01 * float(own.abs().max())):
             return float(scale), softcap
     raise ConfigError(
-        f"model {model.name_or_path!r} ({type(model).__name__}) makes logits from hidden states in a way that is not supported: "
-        "its vocabulary head alone, with the factors and limits its config states, gives other numbers. Choose another model."
+        f"model {model.name_or_path!r} ({type(model).__name__}) makes logits from hidden states in a way that is not supported:"
+        " its vocabulary head alone, with the factors and limits its config states, gives other numbers. Choose another model."
     )
 
 
@@ -178,6 +178,8 @@ def _base_of(folder: str) -> str:
     """The model that an adapter's folder says it belongs to."""
     try:
         base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"base_model_name_or_path is {base!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"adapter {folder!r} cannot be read: {ADAPTER_CONFIG} does not name its base ({error!r}).") from error
-    return str(base)
+    return base

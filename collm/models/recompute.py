@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class _Recomputed(nn.Module):
         return checkpoint(run, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), second))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (_Recomputed, kind), {})
 
