@@ -70,6 +70,37 @@ class EnvSettings(BaseModel):
         return dict(self.model_extra or {})
 
 
+class LoraSettings(Room):
+    """Agents as adapters on a base model that those who share it hold once in memory."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of each adapter's matrices."""
+    alpha: float = Field(32.0, gt=0)
+    """An adapter's change is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of an adapter's inputs dropped while it learns; an answer is then scored otherwise than it was sampled."""
+    targets: list[str] = ["all-linear"]
+    """Names of the linear layers that are adapted; "all-linear" takes all but the vocabulary head."""
+    base: Literal["float32", "bfloat16"] = "float32"
+    """Number format that base models are kept in; adapters are float32 in every case."""
+    agents: list[str] | None = None
+    """Agents that are adapters, the others being whole models; default: all."""
+    critics: bool = True
+    """Critics are adapters too, each with a value head, wherever their model is the base of some agent."""
+
+    @field_validator("agents", "targets", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("agents", "targets")
+    @classmethod
+    def _some(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and (not value or len(set(value)) < len(value) or ("all-linear" in value and len(value) > 1)):
+            raise ValueError(f"{_where(cls, info)}={value}: name at least one, each once, or leave it out.")
+        return value
+
+
 class TeamSettings(Room):
     model: str = "tiny"
     """The model every agent starts from: a Hugging Face folder or hub name, or "tiny", which the package ships."""
@@ -78,7 +109,23 @@ class TeamSettings(Room):
     shared: bool = False
     """All agents that start from the same model share one set of weights, rather than each having its own."""
     compute: Literal["float32", "bfloat16"] = "float32"
-    """Number format of matrix products; weights and optimizer state are float32 in every case."""
+    """Number format of matrix products; weights that learn and optimizer state are float32 in every case."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters rather than whole models: a table of settings, or none."""
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+    @model_validator(mode="after")
+    def _agree(self) -> TeamSettings:
+        if self.lora is not None and self.lora.base == "bfloat16" and self.compute != "bfloat16":
+            raise ValueError(
+                "team.lora.base='bfloat16' keeps weights that float32 products cannot use. Set team.compute='bfloat16', or "
+                "team.lora.base='float32'."
+            )
+        return self
 
 
 class RolloutSettings(Room):
@@ -139,7 +186,7 @@ class AlgorithmSettings(Room):
     normalize: Literal["none", "agent", "group"] = "none"
     """Divide advantages by each agent's deviation over the iteration (critics: z-score), or by each group's own."""
     kl_coef: float = Field(0.0, ge=0)
-    """Weight of the KL divergence to the starting policy; above 0 a frozen copy of it is kept."""
+    """Weight of the KL divergence to the starting policy; above 0 a frozen copy of it is kept (for an adapter, its base)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -251,6 +298,8 @@ class LearnerSettings(Room):
     """Iterations over which learning rates rise to their full height."""
     micro_batch_tokens: int = Field(8192, ge=1)
     """Tokens (padding included) in one forward and backward pass; changes memory, not results."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass rather than keep their inner results: less memory, a third more work."""
 
     @field_validator("clip_norm", mode="before")
     @classmethod
@@ -400,11 +449,16 @@ def describe() -> Iterator[tuple[str, str, str]]:
             if room == "algorithm" and key in ALGORITHMS["collm-cc"][1]:
                 default = json.dumps(ALGORITHMS["collm-cc"][1][key])
             yield f"{room}.{key}", default, " ".join((setting.description or "").split())
+            if (room, key) == ("team", "lora"):
+                for name, inner in LoraSettings.model_fields.items():
+                    yield f"{room}.{key}.{name}", json.dumps(inner.get_default()), " ".join((inner.description or "").split())
 
 
 def _where(room: type[BaseModel], info: ValidationInfo) -> str:
     """A setting's full name, from the room's class."""
-    rooms = {field.annotation: name for name, field in Config.model_fields.items()}
+    rooms: dict[Any, str] = {field.annotation: name for name, field in Config.model_fields.items()} | {
+        LoraSettings: "team.lora"
+    }
     return f"{rooms.get(room, room.__name__)}.{info.field_name}"
 
 
@@ -424,7 +478,7 @@ def _explain(detail: Any) -> str:
         return f"unknown {kind} {name!r}.{_near(name, names) or ' `collm train --settings` lists all settings.'}"
     if detail["type"] == "missing" and name in ("env", "env.name"):
         return "env.name is missing: say which task to train on, for example env.name='str_build'. `collm tasks` lists them."
-    if detail["type"] in ("model_type", "dict_type") and len(path) == 1:
+    if detail["type"] in ("model_type", "dict_type"):
         return f"{name}={detail['input']!r} is one value; {name} is a table of settings: write [{name}] and one setting a line."
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":

@@ -152,6 +152,7 @@ def load_team(config: Config, weights: Path | None) -> Team:
     """The team of a config, untrained or with weights of a run's `final` or checkpoint folder. Raises RunError."""
     from safetensors import SafetensorError
 
+    from collm.models.loading import is_adapter
     from collm.training.checkpoint import load_policies
     from collm.training.trainer import check_fit, make_team, resolve_device
 
@@ -162,12 +163,17 @@ def load_team(config: Config, weights: Path | None) -> Team:
         return make_team(config, agents)
     try:
         if weights.name == "final":
+            adapters = {agent for agent in agents if is_adapter(weights / agent)}
             for agent in agents:
-                for name in ("config.json", "tokenizer_config.json"):
+                for name in (*([] if agent in adapters else ["config.json"]), "tokenizer_config.json"):
                     if not (weights / agent / name).is_file():
                         raise ValueError(f"it lacks {agent}/{name}")
-            models = {agent: str(weights / agent) for agent in agents}
-            return make_team(config.model_copy(update={"team": config.team.model_copy(update={"models": models})}), agents)
+            models = {**config.team.models, **{agent: str(weights / agent) for agent in agents if agent not in adapters}}
+            team = make_team(config.model_copy(update={"team": config.team.model_copy(update={"models": models})}), agents)
+            for agent, policy in team.members().items():
+                if policy.adapter is not None:  # on the run's own base, wherever that lies now
+                    policy.adapter.load(weights / agent)
+            return team
         team = make_team(config, agents)
         load_policies(weights, team.members())
         return team

@@ -18,6 +18,7 @@ from collm.algorithms.advantages import discounted_returns
 from collm.algorithms.regression import TurnRegression
 from collm.algorithms.stats import explained_variance, linear_yardstick, without_task_means
 from collm.config import Config
+from collm.models.adapters import dropout
 from collm.models.critic import Critic, ValueHead
 from collm.models.policy import Policy
 from collm.models.team import Team
@@ -73,10 +74,16 @@ class Critics:
             head = ValueHead(policy.model.config.get_text_config().hidden_size, seed).to(policy.device)
             return Judge(name, agents, label, head, None, policy)
         common: dict[str, Any] = {"seed": seed, "max_tokens": settings.max_tokens, "compute": policy.compute}
-        if settings.model is None:
+        base = None
+        if self.config.team.lora is None or self.config.team.lora.critics:
+            base = self.team.base_of(settings.model or policy.source)
+        if base is not None:
+            adapter = base.add_like(base.adapters[0], seeds.derive(self.config.run.seed, "critic's adapter", name))
+            critic = Critic(adapter, base.tokenizer, **common).to(policy.device)
+        elif settings.model is None and policy.adapter is None:
             critic = Critic(copy.deepcopy(policy.body), policy.tokenizer, **common).to(policy.device)
         else:
-            critic = Critic.from_pretrained(settings.model, device=policy.device, **common)
+            critic = Critic.from_pretrained(settings.model or policy.source, device=policy.device, **common)
         return Judge(name, agents, label, critic.value, critic, policy)
 
     def head_of(self, agent: str) -> ValueHead | None:
@@ -179,7 +186,13 @@ class Critics:
             judge.head.rescale(targets_ENT[:, n][self.targeted(batch)[:, n].bool()])
 
     def train(
-        self, batch: Batch, targets_ENT: Tensor, step: Callable[[str, str], float], check: Check, metrics: Metrics
+        self,
+        batch: Batch,
+        targets_ENT: Tensor,
+        step: Callable[[str, str], float],
+        check: Check,
+        metrics: Metrics,
+        iteration: int,
     ) -> None:
         """Regress every critic model on its targets: `critic.epochs` steps, each over all joint samples.
 
@@ -189,18 +202,19 @@ class Critics:
             if judge.critic is None:
                 continue  # trained with the policy it sits on
             num = self.num_targets(judge, batch)
-            for _ in range(self.config.critic.epochs):
-                total = 0.0
-                for micro in self._batches(judge.packed, judge.critic.device):
-                    loss = self.loss(judge, micro, judge.critic.hidden(micro.ids_BL), batch, targets_ENT, None, num)
-                    if loss is None:
-                        continue
-                    check(loss, judge.label, batch.episodes_of(micro.slot_M, self.kind == "V"))
-                    (self.config.critic.coef * loss).backward()
-                    total += loss.item()
-                    metrics["tokens/critic"] += micro.num_tokens
-                metrics[f"{judge.label}/gradient_norm"] = step(f"critic-{judge.name}", judge.label)
-                metrics[f"{judge.label}/loss"] = total
+            with dropout(judge.critic.body, seeds.derive(self.config.run.seed, "critic's dropout", iteration, judge.name)):
+                for _ in range(self.config.critic.epochs):
+                    total = 0.0
+                    for micro in self._batches(judge.packed, judge.critic.device):
+                        loss = self.loss(judge, micro, judge.critic.hidden(micro.ids_BL), batch, targets_ENT, None, num)
+                        if loss is None:
+                            continue
+                        check(loss, judge.label, batch.episodes_of(micro.slot_M, self.kind == "V"))
+                        (self.config.critic.coef * loss).backward()
+                        total += loss.item()
+                        metrics["tokens/critic"] += micro.num_tokens
+                    metrics[f"{judge.label}/gradient_norm"] = step(f"critic-{judge.name}", judge.label)
+                    metrics[f"{judge.label}/loss"] = total
 
     def num_targets(self, judge: Judge, batch: Batch) -> int:
         return int(self.targeted(batch)[:, batch.agents.index(judge.agents[0])].sum())

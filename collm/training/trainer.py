@@ -20,7 +20,6 @@ from collm.config import Config, parse_config
 from collm.engines.base import Engine
 from collm.engines.local import LocalEngine
 from collm.errors import ConfigError, RunError
-from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.rollout.collect import collect, resample
 from collm.rollout.protocols import PROTOCOLS
@@ -256,9 +255,11 @@ def check_fit(config: Config) -> tuple[str, ...]:
             f"algorithm.name={name!r} is for one agent, but {config.env.name} has {len(agents)}: {', '.join(agents)}. "
             f"Set algorithm.name={other!r}, or make the task for one agent."
         )
-    unknown = sorted(set(config.team.models) - set(agents))
-    if unknown:
-        raise ConfigError(f"team.models names {', '.join(unknown)}, but the task's agents are {', '.join(agents)}.")
+    lora = config.team.lora
+    for setting, named in (("team.models", config.team.models), ("team.lora.agents", (lora and lora.agents) or ())):
+        unknown = sorted(set(named) - set(agents))
+        if unknown:
+            raise ConfigError(f"{setting} names {', '.join(unknown)}, but the task's agents are {', '.join(agents)}.")
     return agents
 
 
@@ -271,15 +272,16 @@ def metric_names(config: Config) -> tuple[str, ...]:
 
 
 def make_team(config: Config, agents: tuple[str, ...]) -> Team:
-    """Load each agent's model; with team.shared, agents with the same model get one policy between them."""
-    policies: dict[str, Policy] = {}
-    loaded: dict[str, Policy] = {}
-    for agent in agents:
-        source = config.team.models.get(agent, config.team.model)
-        if not (config.team.shared and source in loaded):
-            loaded[source] = Policy.from_pretrained(source, compute=config.team.compute, device=config.run.device)
-        policies[agent] = loaded[source]
-    return Team(policies)
+    """Load each agent's model as `config.team` says."""
+    team = config.team
+    return Team.from_pretrained(
+        {agent: team.models.get(agent, team.model) for agent in agents},
+        lora=team.lora,
+        shared=team.shared,
+        seed=seeds.derive(config.run.seed, "adapters"),
+        compute=team.compute,
+        device=config.run.device,
+    )
 
 
 def draw_tasks(seed: int, iteration: int, count: int, total: int) -> list[int]:
