@@ -205,12 +205,12 @@ class HouseBuild(TextEnv):
         redundant = len(self.build) - covered
         match = 1.0 - len(self._wrong()) / self.house.volume
         if self.reward_mode == "match":
-            parts = {"match": match, "damage": -0.1 * self._damage()}
+            parts = {"match": match, "damage": 0.0 - 0.1 * self._damage()}
         else:
             parts = {
                 "coverage": 2.0 * covered / len(target),
-                "redundant": -1.5 * redundant / len(target),
-                "damage": -0.2 * self._damage(),
+                "redundant": 0.0 - 1.5 * redundant / len(target),
+                "damage": 0.0 - 0.2 * self._damage(),
             }
         both = sum(len(self.writers.get(cell, ())) > 1 for cell in target)
         metrics = {
@@ -229,25 +229,22 @@ class HouseBuild(TextEnv):
     def _instruction(self, agent: str) -> str:
         number = len(self.agents)
         width, height, depth = self.house.size
+        alone = number == 1
+        role = f"You are {agent}." if alone else f"You are {agent}, one of {number} builders."
         shared = ", ".join(f"{block} {count}" for block, count in self.limits.items())
-        who = f"You are {agent}, one of {number} builders. Build this house together." if number > 1 else ""
-        pays = (
-            "Every cell must be as planned."
-            if self.reward_mode == "match"
-            else "Fill all planned cells; other filled cells cost."
-        )
-        return "\n".join(
-            [
-                who or f"You are {agent}. Build this house.",
-                f"Box: x 0..{width - 1}, y 0..{height - 1} up, z 0..{depth - 1}, all air. {pays}",
-                "Plan, each layer y, block and x1 z1 x2 z2:",
-                listing(self.house.blocks),
-                f"Cells you may fill: {shared}. A fill past that is dropped whole.",
-                f"Spiders hit {' '.join(map(str, self.spiders))} of {HP} HP unless {'one writes' if number > 1 else 'you write'} "
-                "/kill",
-                f"At most {self.limit} lines: /fill x1 y1 z1 x2 y2 z2 block",
-            ]
-        )
+        hits = " ".join(map(str, self.spiders))
+        exact = self.reward_mode == "match"
+        lines = [
+            f"{role} Build this house{'.' if alone else ' together.'}",
+            f"Box: x 0..{width - 1}, y 0..{height - 1} up, z 0..{depth - 1}, all air. "
+            + ("Every cell counts." if exact else "Planned cells pay, others cost."),
+            "Plan, for each layer y: block x1 z1 x2 z2",
+            listing(self.house.blocks),
+            f"Cells you may fill: {shared}. A fill past that is dropped whole.",
+            f"Spiders hit {hits} of {HP} HP unless {'you write' if alone else 'one writes'} /kill",
+            f"At most {self.limit} lines: /fill x1 y1 z1 x2 y2 z2 block",
+        ]
+        return "\n".join(lines)
 
     def _feedback(self, agent: str, agents: list[str], total: float) -> str:
         wrong = self._wrong()

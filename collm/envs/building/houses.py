@@ -1,7 +1,7 @@
 """Houses for `house_build`: blueprints in the public format, rectangles per layer, and new houses drawn from a seed.
 
-A cell is (x, y, z): x to the right, y up, z to the back, all from 0. A blueprint names the block of every filled cell; all other
-cells of its box are air.
+A cell is (x, y, z): x to the right, y up, z to the back, all from 0. A blueprint names the block of every filled cell; all
+other cells of its box are air.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ def read_house(name: str, size: Size, layers: Layers, inventory: tuple[tuple[str
 def house_of(row: Row, index: int = 0) -> House:
     """The house of one row in the public format: {"task_id", "inventory", "target_spec": {"size", "layers": [{"y", "rows"}]}}.
 
-    `inventory` and `target_spec` may be JSON text, as some tables store them; a layer left out is air. Other fields are not read.
-    Raises EnvError for a row that is no such house.
+    `inventory` and `target_spec` may be JSON text, as some tables store them; a layer left out is air. Other fields are not
+    read. Raises EnvError for a row that is no such house.
     """
     name = str(row.get("task_id", index))
     try:
@@ -226,15 +226,20 @@ def checked_size(size: Sequence[int]) -> Size:
 
 @lru_cache(maxsize=2048)
 def generated(part: Part, size: Size, task: int) -> House:
-    """House number `task` of a part: the first of its own stream of seeds that belongs to the part.
+    """House number `task` of a part, named after it."""
+    return read_house(f"{part}-{'x'.join(map(str, size))}-{task}", size, generated_layers(part, size, task))
 
-    Which part a house belongs to is a function of the house itself (an eighth is held out, an eighth kept for pre-training), so
-    no two parts share one, however small the box.
+
+def generated_layers(part: Part, size: Size, task: int) -> Layers:
+    """House number `task` of a part as rows: the first of its own stream of seeds that belongs to the part.
+
+    Which part a house belongs to is a function of the house itself (an eighth is held out, an eighth kept for pre-training),
+    so no two parts share one, however small the box.
     """
     for attempt in range(10_000):
         layers = draw_house(seeds.stream("house_build", part, *size, task, attempt), size)
         if part_of(layers) == part:
-            return read_house(f"{part}-{'x'.join(map(str, size))}-{task}", size, layers)
+            return layers
     raise EnvError(f"size={list(size)} leaves no room for a house of the part {part}; take a larger one.")
 
 
@@ -304,7 +309,7 @@ def _openings(
 
 def _roof(rng: random.Random, drawn: dict[Cell, str], low: tuple[int, int], high: tuple[int, int], y: int, size: Size) -> None:
     """A flat roof, one with rims of stairs, or a gable that narrows upwards as far as the box allows; perhaps with eaves."""
-    width, height, depth = size
+    _, height, depth = size
     kind = rng.choice(("flat", "rim", "gable"))
     block, rim = rng.choice("BBCD"), "S"
     (x1, z1), (x2, z2) = low, high
