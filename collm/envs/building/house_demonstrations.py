@@ -1,8 +1,8 @@
 """Poor builders of houses, for pre-training.
 
-They write the format nearly always correctly and read their fills off the blueprint, but each plays as if alone: most begin at the
-floor and stop somewhere, some begin elsewhere or take one side; fills slip, and go past what a builder may use. What a
-team of them leaves undone, does twice or has dropped is what training is to mend.
+They write the format nearly always correctly and read their fills off the blueprint, but each plays as if alone: most begin
+at the floor and stop somewhere, some begin elsewhere or take one side; fills slip, and go past what a builder may use.
+What a team of them leaves undone, does twice or has dropped is what training is to mend.
 """
 
 from __future__ import annotations
