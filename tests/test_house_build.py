@@ -318,7 +318,7 @@ def test_match_is_shifted_and_stops_above_nine_tenths():
     one, two = reference_build(env)
     for drop, right, over in ((0, 12, True), (1, 11, True), (2, 10, False)):  # 11/12 = 0.917, 10/12 = 0.833
         env = start()
-        _, rewards, *_ = env.step({"builder_0": one, "builder_1": two.rsplit("\n", drop)[0] if drop else two})
+        _, rewards, *_ = env.step({"builder_0": one.rsplit("\n", drop)[0] if drop else one, "builder_1": two})
         assert rewards["builder_1"] == pytest.approx(right / 12 - 1), drop
         assert (env.agents == []) is over
     env = start()
