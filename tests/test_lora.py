@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import model, speaking, tokenizer
-from peft import PeftModel
+from families import model, tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_families import PLAIN, close, critic_pass, episodes, policy_pass, precision, resumes_exactly
 from test_learning import make_trainer, solves
@@ -335,19 +335,23 @@ def test_dropout_acts_while_learning_only_and_follows_the_seed(tmp_path: Path) -
 TEAMS = {"adapters": lora(rank=8), "mixture": lora(rank=8, agents=["agent_1"])}
 
 
-@pytest.fixture(scope="module")
-def speaker(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(speaking("qwen3", tmp_path_factory.mktemp("speaker"), 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(TEAMS))
+def test_adapters_learn_to_agree(tmp_path: Path, name: str) -> None:
+    rate, iterations = {"adapters": (4e-3, 70), "mixture": (2e-3, 60)}[name]
+    changes: dict[str, Any] = {"learner": {"lr": rate, "schedule": "linear"}, "critic": {"lr": rate}}
+    solves(make_trainer(tmp_path, "collm-cc", 2, 0, team=TEAMS[name], run={"iterations": iterations}, **changes))
 
 
 @pytest.mark.parametrize("name", list(TEAMS))
-def test_adapters_learn_to_agree(tmp_path: Path, name: str, speaker: str) -> None:
-    rate = {"adapters": 1e-2, "mixture": 3e-3}[name]
-    changes: dict[str, Any] = {"learner": {"lr": rate}, "critic": {"lr": rate}, "run": {"iterations": 30}}
-    trainer = make_trainer(tmp_path, "collm-cc", 2, 0, team={**TEAMS[name], "model": speaker}, **changes)
-    solves(trainer)
-    base = resolve(speaker)
+def test_what_a_run_leaves_is_read_by_plain_peft_and_by_evaluation(tmp_path: Path, name: str) -> None:
+    run, learner = {"iterations": 3}, {"lr": 5e-3}
+    trainer = make_trainer(tmp_path, "collm-cc", 2, 0, team=TEAMS[name], run=run, learner=learner, rollout={"tasks": 8})
+    untrained = {agent: logits(policy) for agent, policy in trainer.team.policies.items()}
+    trainer.run()
+    base = resolve("tiny")
     for agent, policy in trainer.team.policies.items():
+        assert not torch.allclose(logits(policy), untrained[agent], atol=1e-2)
         folder = trainer.folder / "final" / agent
         if policy.adapter is None:
             plain: Any = AutoModelForCausalLM.from_pretrained(folder)
@@ -385,6 +389,18 @@ def test_an_adapter_s_folder_is_where_agents_can_start(tmp_path: Path) -> None:
     assert not torch.equal(logits(b), logits(one))
     own = load_file(tmp_path / "one" / "adapter_model.safetensors")
     assert {name.split(".")[-3] for name in own} == {"q_proj", "down_proj"}
+
+
+def test_an_adapter_that_names_its_layers_by_a_pattern_keeps_it(tmp_path: Path) -> None:
+    pattern = r".*layers\.[01]\.self_attn\.(q_proj|v_proj)"
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=pattern)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(resolve("tiny")), config).save_pretrained(tmp_path / "one")
+    policy = Policy.from_pretrained(str(tmp_path / "one"))
+    assert len(policy.adapter.pairs) == 4
+    policy.save(tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "adapter_config.json").read_text())["target_modules"] == pattern
+    like = policy.adapter.base.add_like(policy.adapter, 1)
+    assert {path.rpartition(".")[2] for path in like.pairs} == {"q_proj", "v_proj"}
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------------

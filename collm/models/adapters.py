@@ -57,11 +57,12 @@ class Base:
         from peft import LoraConfig
 
         targets = "all-linear" if settings.targets == ["all-linear"] else settings.targets
+        alpha: Any = int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha
         adapter = self._inject(
             LoraConfig(
                 task_type="CAUSAL_LM",
                 r=settings.rank,
-                lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
+                lora_alpha=alpha,
                 lora_dropout=settings.dropout,
                 target_modules=targets,
             )
@@ -75,11 +76,9 @@ class Base:
         return adapter
 
     def add_like(self, other: Adapter, seed: int) -> Adapter:
-        """A new adapter with the rank, alpha, dropout and targets of another."""
-        config = other.lora
-        settings = LoraSettings(
-            rank=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout, targets=sorted(config.target_modules)
-        )
+        """A new adapter with the rank, alpha and dropout of another, on the layers of the same names."""
+        config, names = other.lora, sorted({path.rpartition(".")[2] for path in other.pairs})
+        settings = LoraSettings(rank=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout, targets=names)
         return self.add(settings, seed)
 
     def load(self, folder: Path) -> Adapter:
@@ -150,7 +149,8 @@ class Base:
                 f" Its linear layers are {', '.join(linear)}; 'all-linear' takes them all."
             ) from error
         config.base_model_name_or_path = self.source
-        config.target_modules = sorted(config.target_modules)
+        if not isinstance(config.target_modules, str):  # an adapter from elsewhere may name its layers by a pattern
+            config.target_modules = sorted(config.target_modules)
         self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         if any(name in layer.lora_embedding_A for layer in self._layers) or isinstance(
             self.model.get_output_embeddings(), LoraLayer
@@ -189,7 +189,7 @@ class Adapter(nn.Module):
     def __init__(self, base: Base, name: str | None, lora: Any):
         super().__init__()
         self.base, self.name, self.lora = base, name, lora
-        self.pairs: dict[str, nn.ModuleDict] = {}
+        self.pairs: dict[str, Any] = {}
         for path, layer in base.model.named_modules():
             if name is not None and name in getattr(layer, "lora_A", ()):
                 pair = {"A": layer.lora_A[name], "B": layer.lora_B[name], "dropout": layer.lora_dropout[name]}

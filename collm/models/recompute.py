@@ -49,6 +49,7 @@ def recompute_layers(body: Any) -> None:
         )
     for layer in layers:
         if not isinstance(layer, _Recomputed):
-            layer.__class__ = _recomputed(type(layer))
+            kind: Any = type(layer)
+            layer.__class__ = _recomputed(kind)
         if isinstance(body, Adapter):
             layer.again = body.base.again
