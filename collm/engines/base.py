@@ -25,7 +25,7 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class Restful(Protocol):
+class Resting(Protocol):
     """An engine that holds memory which the learner could use meanwhile."""
 
     def rest(self) -> None:

@@ -89,7 +89,7 @@ class VllmEngine:
         completions: dict[int, Completion] = {}
         waiting: dict[int, list[tuple[int, Ids]]] = {}
         for index, request in enumerate(requests):
-            place = self._places[self._name_of(request.agent)]
+            place = self._places[request.agent]
             prompt = self.team.policies[request.agent].chat.encode(request.messages)
             limit = int(self._models[place].model_config.max_model_len)
             if len(prompt) + request.sampling.max_tokens > limit:
@@ -128,10 +128,6 @@ class VllmEngine:
                 model.wake_up()
             self._asleep = False
 
-    def _name_of(self, agent: str) -> str:
-        policy = self.team.policies[agent]
-        return next(name for name, member in self.team.members().items() if member is policy)
-
     def _load_adapter(self, model: Any, policy: Policy, number: int) -> Any:
         """The handle by which requests name the policy's adapter, after vLLM has read its present weights."""
         from vllm.lora.request import LoRARequest
@@ -155,10 +151,10 @@ def require_vllm() -> None:
 
 
 def places(team: Team) -> dict[str, int]:
-    """Member -> number of the vLLM model that answers for it: one per whole model and one per base of adapters."""
+    """Agent -> number of the vLLM model that answers for it: one per whole model and one per base of adapters."""
     known: list[Any] = []
     found: dict[str, int] = {}
-    for agent, policy in team.members().items():
+    for agent, policy in team.policies.items():
         owner = policy.adapter.base if policy.adapter is not None else policy
         if not any(owner is other for other in known):
             known.append(owner)

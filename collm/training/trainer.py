@@ -17,7 +17,7 @@ import torch
 
 from collm import seeds
 from collm.config import Config, parse_config
-from collm.engines.base import Engine, Restful
+from collm.engines.base import Engine, Resting
 from collm.engines.catalogue import make_engine
 from collm.errors import ConfigError, RunError
 from collm.models.team import Team
@@ -123,7 +123,7 @@ class Trainer:
         """One iteration: new episodes, one update, sometimes an evaluation and a checkpoint."""
         started = time.monotonic()
         groups = self._collect()
-        if isinstance(self.engine, Restful):
+        if isinstance(self.engine, Resting):
             self.engine.rest()
         collected = time.monotonic()
         learned = self.learner.update(groups, self.iteration)
