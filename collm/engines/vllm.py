@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the learner's threads are in this process, too
 }
-QUIET = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
 
 class VllmEngine:
@@ -165,6 +165,7 @@ def places(team: Team) -> dict[str, int]:
 def model_options(folder: Path, policies: Sequence[Policy], settings: VllmSettings, *, share: float) -> dict[str, Any]:
     """What one vLLM model is made with. share: its part of the memory that is meant for all of them."""
     policy = policies[0]
+    cpu = policy.device.type == "cpu"
     options: dict[str, Any] = {
         "model": str(folder),
         "skip_tokenizer_init": True,  # tokens in, tokens out: `models/chat.py` alone makes text of them
@@ -173,15 +174,18 @@ def model_options(folder: Path, policies: Sequence[Policy], settings: VllmSettin
         "generation_config": "vllm",  # a model's own sampling defaults are not ours
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
-        "enforce_eager": settings.enforce_eager or policy.device.type == "cpu",
+        "enforce_eager": settings.enforce_eager or cpu,
         "gpu_memory_utilization": settings.gpu_memory_utilization * share,
         "max_model_len": settings.max_model_len,
         "seed": 0,
     }
     if settings.max_model_len is not None:
         options["max_model_len"] = min(settings.max_model_len, policy.max_positions)
+    if cpu:  # there vLLM cannot rewind a request's random numbers, as it must after reading part of a history
+        longest = options["max_model_len"] or policy.max_positions
+        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, 8192)}
     kv_cache = settings.kv_cache_gib
-    if kv_cache is None and policy.device.type == "cpu":
+    if kv_cache is None and cpu:
         kv_cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 1)
     if kv_cache is not None:
         options["kv_cache_memory_bytes"] = int(kv_cache * share * 2**30)
