@@ -146,8 +146,8 @@ class VllmSettings(Room):
 class RolloutSettings(Room):
     engine: Literal["local", "vllm"] = "local"
     """How text is generated: by this package's own loop, or by vLLM (the extra `vllm`)."""
-    vllm: VllmSettings = VllmSettings()
-    """With engine="vllm": a table of its settings."""
+    vllm: VllmSettings | None = None
+    """With engine="vllm": a table of its settings, where they are not the defaults."""
     tasks: int = Field(16, ge=1)
     """Tasks drawn per iteration; each is played by one episode, one group or one turn tree."""
     protocol: Literal["parallel", "single", "pipeline", "discussion"] = "parallel"
@@ -329,6 +329,10 @@ class EvaluationSettings(Room):
     """0 is greedy. Above it, top_p and top_k are those of the rollout."""
 
 
+TABLES: dict[str, type[Room]] = {"team.lora": LoraSettings, "rollout.vllm": VllmSettings}
+"""Settings that are tables of settings."""
+
+
 class Config(Room):
     """A whole run. `resolved()` is what the run directory keeps."""
 
@@ -467,14 +471,15 @@ def describe() -> Iterator[tuple[str, str, str]]:
             if room == "algorithm" and key in ALGORITHMS["collm-cc"][1]:
                 default = json.dumps(ALGORITHMS["collm-cc"][1][key])
             yield f"{room}.{key}", default, " ".join((setting.description or "").split())
-            if (room, key) == ("team", "lora"):
-                for name, inner in LoraSettings.model_fields.items():
+            if table := TABLES.get(f"{room}.{key}"):
+                for name, inner in table.model_fields.items():
                     yield f"{room}.{key}.{name}", json.dumps(inner.get_default()), " ".join((inner.description or "").split())
 
 
 def _where(room: type[BaseModel], info: ValidationInfo) -> str:
     """A setting's full name, from the room's class."""
-    rooms: dict[Any, str] = {field.annotation: name for name, field in Config.model_fields.items()} | {LoraSettings: "team.lora"}
+    rooms: dict[Any, str] = {field.annotation: name for name, field in Config.model_fields.items()}
+    rooms |= {table: name for name, table in TABLES.items()}
     return f"{rooms.get(room, room.__name__)}.{info.field_name}"
 
 

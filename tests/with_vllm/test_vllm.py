@@ -20,7 +20,7 @@ from collm.training.trainer import Trainer
 from collm.types import Completion, Message, Request, Sampling
 
 if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vllm is not installed here: `make test-vllm` runs these in an environment of their own", allow_module_level=True)
+    pytest.skip("vllm is not installed here; `make test-vllm` has an environment of its own", allow_module_level=True)
 
 from collm.engines.vllm import VllmEngine
 
@@ -47,7 +47,8 @@ def requests(sampling: Sampling, agents: tuple[str, ...] = AGENTS) -> list[Reque
 
 def rescored(team: Team, completion: Completion, sampling: Sampling) -> np.ndarray:
     """The trainer's log-probs of an engine's answer."""
-    assert completion.prompt_ids is not None and completion.token_ids is not None
+    assert completion.prompt_ids is not None
+    assert completion.token_ids is not None
     policy = team.policies[completion.agent]
     ids = torch.from_numpy(np.concatenate([completion.prompt_ids, completion.token_ids]).astype(np.int64))
     with torch.no_grad():
@@ -156,6 +157,15 @@ def test_a_mixed_team_of_other_families() -> None:
     engine.close()
 
 
+def test_bfloat16() -> None:
+    """Half precision on the way: the trainer's float32 weights, multiplied in bfloat16 by both."""
+    team = Team.from_pretrained({"agent_0": "tiny"}, compute="bfloat16")
+    engine = VllmEngine(team, SETTINGS)
+    for answer in engine.generate(requests(GREEDY, team.agents)):
+        assert np.abs(rescored(team, answer, GREEDY) - answer.logprobs).mean() < 0.05
+    engine.close()
+
+
 def test_seeds_limits_and_training(tmp_path: Path) -> None:
     """One engine, made by the trainer from its config: random numbers, long histories, then `agree` solved as locally."""
     trainer = trainer_of(tmp_path, None, None, run={"iterations": 30}, rollout={"tasks": 64})
@@ -170,7 +180,8 @@ def test_seeds_limits_and_training(tmp_path: Path) -> None:
     assert len({answer.text for answer in engine.generate(siblings)}) > 1
     long = Request("agent_0", (Message("user", "word " * 2000),), sampling)
     failed, fine = engine.generate([long, asked[0]])
-    assert failed.finish_reason == "error" and "1024 positions" in failed.error
+    assert failed.finish_reason == "error"
+    assert "1024 positions" in failed.error
     np.testing.assert_array_equal(fine.token_ids, together[0].token_ids)
 
     before = score(trainer)
