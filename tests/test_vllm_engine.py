@@ -34,7 +34,7 @@ def test_the_setting_chooses_the_engine(tiny: Policy) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed here")
 def test_a_missing_package_names_the_extra(tiny: Policy) -> None:
-    with pytest.raises(ConfigError, match=r"rollout.engine='vllm' .* collm\[vllm\].*rollout.engine='local'"):
+    with pytest.raises(ConfigError, match=r"rollout.engine='vllm' .*collm\[vllm\].*rollout.engine='local'"):
         make_engine(Team({"a": tiny}), RolloutSettings(engine="vllm"))
 
 

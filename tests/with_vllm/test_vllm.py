@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from collm.engines.local import LocalEngine
 from collm.models import tiny
 from collm.models.policy import Policy
 from collm.models.team import Team
-from collm.training.trainer import Trainer
+from collm.training.trainer import Interrupted, Trainer
 from collm.types import Completion, Message, Request, Sampling
 
 if importlib.util.find_spec("vllm") is None:
@@ -155,6 +156,30 @@ def test_a_mixed_team_of_other_families() -> None:
     engine.load(team)
     agrees(engine, team)
     engine.close()
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
+    """Four iterations equal two, a new process's engine, and two more: the same rewards, losses and weights."""
+    long = trainer_of(tmp_path / "long", None, None, run={"iterations": 4})
+    short = trainer_of(tmp_path / "short", None, None, run={"iterations": 4})
+    iterate = short._iterate
+
+    def stop_after_two(*arguments: Any) -> None:
+        iterate(*arguments)
+        if short.iteration == 2:
+            raise Interrupted(signal.SIGTERM)
+
+    short._iterate = stop_after_two  # type: ignore[method-assign]
+    long.run()
+    with pytest.raises(Interrupted):
+        short.run()
+    resumed = Trainer.resume(short.folder, quiet=True)
+    resumed.run()
+    assert resumed.iteration == 4
+    for agent, policy in long.team.policies.items():
+        other = resumed.team.policies[agent].model.state_dict()
+        for name, tensor in policy.model.state_dict().items():
+            assert torch.equal(tensor, other[name]), name
 
 
 def test_bfloat16() -> None:
