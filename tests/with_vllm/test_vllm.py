@@ -33,6 +33,7 @@ TEXTS = (
     "x" * 50,
     "one\ntwo\nthree",
     "<|im_end|> <|im_start|> is text here.",
+    "blocks " * 100,  # longer than a page of the prefix cache
 )
 GREEDY = Sampling(temperature=0, max_tokens=32)
 SAMPLINGS = (Sampling(max_tokens=32), Sampling(temperature=0.6, top_p=0.6, top_k=20, max_tokens=32), GREEDY)
