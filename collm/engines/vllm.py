@@ -209,8 +209,8 @@ def model_options(folder: Path, policies: Sequence[Policy], settings: VllmSettin
 def write_config(policy: Policy, folder: Path) -> None:
     """The model's shapes, as vLLM reads them.
 
-    vLLM on a CPU packs the vocabulary head once and would go on with the first one where it is tied to the embeddings; there
-    the two are kept apart, and `checkpoint_tensors` sends both.
+    vLLM on a CPU may pack the vocabulary head once and go on with the first one where it is tied to the embeddings; there the
+    two are kept apart, and `checkpoint_tensors` sends both.
     """
     config = copy.deepcopy(policy.model.config)
     if policy.device.type == "cpu":
