@@ -8,6 +8,7 @@ read from a PEFT folder, the one way vLLM has.) And so a run on a CPU follows fr
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import json
 import os
@@ -48,6 +49,7 @@ class VllmEngine:
 
     def __init__(self, team: Team, settings: VllmSettings | None = None):
         require_vllm()
+        gc.collect()  # an engine out of use takes vLLM's process-wide groups with it: let that be before this one starts
         settings = settings or VllmSettings()
         self._folder = tempfile.TemporaryDirectory(prefix="collm-vllm-")
         self._sleeps = settings.sleep and all(policy.device.type == "cuda" for policy in team.policies.values())

@@ -181,6 +181,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
         other = resumed.team.policies[agent].model.state_dict()
         for name, tensor in policy.model.state_dict().items():
             assert torch.equal(tensor, other[name]), name
+    for trainer in (long, short, resumed):
+        trainer.engine.close()  # type: ignore[attr-defined]
 
 
 def test_bfloat16() -> None:
