@@ -128,7 +128,26 @@ class TeamSettings(Room):
         return self
 
 
+class VllmSettings(Room):
+    """What the engine "vllm" may take of the machine."""
+
+    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
+    """Share of the GPU's memory for vLLM's weights and caches, all its models together; the learner needs the rest."""
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """GiB for all its key-value caches; default: on a GPU what the share above leaves, on a CPU 1."""
+    max_model_len: int | None = Field(None, ge=1)
+    """Longest history and answer together, in tokens; default: what the model was made for."""
+    enforce_eager: bool = False
+    """Do without CUDA graphs: a quicker start and less memory, but slower answers. On a CPU always so."""
+    sleep: bool = True
+    """On a GPU, leave its memory to the learner while that works; the weights wait in the host's memory."""
+
+
 class RolloutSettings(Room):
+    engine: Literal["local", "vllm"] = "local"
+    """How text is generated: by this package's own loop, or by vLLM (the extra `vllm`)."""
+    vllm: VllmSettings | None = None
+    """With engine="vllm": a table of its settings, where they are not the defaults."""
     tasks: int = Field(16, ge=1)
     """Tasks drawn per iteration; each is played by one episode, one group or one turn tree."""
     protocol: Literal["parallel", "single", "pipeline", "discussion"] = "parallel"
@@ -316,6 +335,10 @@ class EvaluationSettings(Room):
     """0 is greedy. Above it, top_p and top_k are those of the rollout."""
 
 
+TABLES: dict[str, type[Room]] = {"team.lora": LoraSettings, "rollout.vllm": VllmSettings}
+"""Settings that are tables of settings."""
+
+
 class Config(Room):
     """A whole run. `resolved()` is what the run directory keeps."""
 
@@ -335,6 +358,12 @@ class Config(Room):
                 "rollout.temperature=0 always gives the same answer, so there is nothing to learn from. "
                 "Set rollout.temperature=1.0; evaluation.temperature is greedy by default."
             )
+        for name, value in (("rollout", self.rollout.temperature), ("evaluation", self.evaluation.temperature)):
+            if self.rollout.engine == "vllm" and 0 < value < 0.01:
+                raise ValueError(
+                    f"{name}.temperature={value}: rollout.engine='vllm' samples at 0.01 or above. Set {name}.temperature=0.01, "
+                    "or rollout.engine='local'."
+                )
         if self.critic.value_clip is not None and self.algorithm.critic_body != "policy":
             raise ValueError(
                 f"critic.value_clip={self.critic.value_clip} acts only on a value head of the agent's own model. "
@@ -449,16 +478,15 @@ def describe() -> Iterator[tuple[str, str, str]]:
             if room == "algorithm" and key in ALGORITHMS["collm-cc"][1]:
                 default = json.dumps(ALGORITHMS["collm-cc"][1][key])
             yield f"{room}.{key}", default, " ".join((setting.description or "").split())
-            if (room, key) == ("team", "lora"):
-                for name, inner in LoraSettings.model_fields.items():
+            if table := TABLES.get(f"{room}.{key}"):
+                for name, inner in table.model_fields.items():
                     yield f"{room}.{key}.{name}", json.dumps(inner.get_default()), " ".join((inner.description or "").split())
 
 
 def _where(room: type[BaseModel], info: ValidationInfo) -> str:
     """A setting's full name, from the room's class."""
-    rooms: dict[Any, str] = {field.annotation: name for name, field in Config.model_fields.items()} | {
-        LoraSettings: "team.lora"
-    }
+    rooms: dict[Any, str] = {field.annotation: name for name, field in Config.model_fields.items()}
+    rooms |= {table: name for name, table in TABLES.items()}
     return f"{rooms.get(room, room.__name__)}.{info.field_name}"
 
 

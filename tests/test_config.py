@@ -9,7 +9,7 @@ import json
 import pytest
 
 from collm.cli.main import main, split_overrides
-from collm.config import ALGORITHMS, Config, LoraSettings, describe, load_config, parse_config, parse_value
+from collm.config import ALGORITHMS, TABLES, Config, describe, load_config, parse_config, parse_value
 from collm.errors import ConfigError
 
 ENV = {"env": {"name": "agree"}}
@@ -362,7 +362,9 @@ def test_unreadable_recipes_are_config_errors(tmp_path):
 def test_describe_covers_every_setting_with_a_sentence():
     described = {name: (default, sentence) for name, default, sentence in describe()}
     config = parse_config(ENV).model_dump()
-    inner = {f"team.lora.{key}": field.get_default() for key, field in LoraSettings.model_fields.items()}
+    inner = {
+        f"{name}.{key}": field.get_default() for name, table in TABLES.items() for key, field in table.model_fields.items()
+    }
     assert set(described) == {f"{room}.{key}" for room, settings in config.items() for key in settings} | set(inner)
     for name, (_, sentence) in described.items():
         assert sentence.endswith("."), name

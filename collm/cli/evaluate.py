@@ -46,12 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from collm.engines.local import LocalEngine
+    from collm.engines.catalogue import make_engine
     from collm.training.evaluate import evaluate
 
     torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
     with Console(stderr=True).status("playing the held-out tasks"):
-        engine = LocalEngine(load_team(config, weights), batch_tokens=config.rollout.batch_tokens)
+        engine = make_engine(load_team(config, weights), config.rollout)
         result = evaluate(config, engine, episodes=arguments.episodes)
     played, failed = result.played, [episode for episode in result.episodes if episode.failure]
     if not played:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from collm.models.team import Team
 from collm.types import Completion, Request
@@ -21,4 +21,13 @@ class Engine(Protocol):
 
     def load(self, team: Team) -> None:
         """Take the team's present weights, so that no stale weight answers."""
+        ...
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """An engine that holds memory which the learner could use meanwhile."""
+
+    def rest(self) -> None:
+        """Give that memory back until the next use of the engine."""
         ...

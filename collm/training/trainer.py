@@ -17,8 +17,8 @@ import torch
 
 from collm import seeds
 from collm.config import Config, parse_config
-from collm.engines.base import Engine
-from collm.engines.local import LocalEngine
+from collm.engines.base import Engine, Resting
+from collm.engines.catalogue import make_engine
 from collm.errors import ConfigError, RunError
 from collm.models.team import Team
 from collm.rollout.collect import collect, resample
@@ -80,7 +80,7 @@ class Trainer:
         self.team = team or make_team(self.config, self.agents)
         if self.team.agents != self.agents:
             raise ConfigError(f"the team plays {self.team.agents}, but the task's agents are {self.agents}.")
-        self.engine = engine or LocalEngine(self.team, batch_tokens=config.rollout.batch_tokens)
+        self.engine = engine or make_engine(self.team, config.rollout)
         if not self.engine.trains:
             raise ConfigError(
                 f"{type(self.engine).__name__} gives no token ids and log-probs: it can evaluate and play frozen "
@@ -124,6 +124,8 @@ class Trainer:
         """One iteration: new episodes, one update, sometimes an evaluation and a checkpoint."""
         started = time.monotonic()
         groups = self._collect()
+        if isinstance(self.engine, Resting):
+            self.engine.rest()
         collected = time.monotonic()
         learned = self.learner.update(groups, self.iteration)
         self.engine.load(self.team)
