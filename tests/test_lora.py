@@ -338,7 +338,7 @@ TEAMS = {"adapters": lora(rank=8), "mixture": lora(rank=8, agents=["agent_1"])}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(TEAMS))
 def test_adapters_learn_to_agree(tmp_path: Path, name: str) -> None:
-    rate, iterations = {"adapters": (4e-3, 70), "mixture": (2e-3, 60)}[name]
+    rate, iterations = {"adapters": (4e-3, 70), "mixture": (2e-3, 90)}[name]
     changes: dict[str, Any] = {"learner": {"lr": rate, "schedule": "linear"}, "critic": {"lr": rate}}
     solves(make_trainer(tmp_path, "collm-cc", 2, 0, team=TEAMS[name], run={"iterations": iterations}, **changes))
 
@@ -354,11 +354,11 @@ def test_what_a_run_leaves_is_read_by_plain_peft_and_by_evaluation(tmp_path: Pat
         assert not torch.allclose(logits(policy), untrained[agent], atol=1e-2)
         folder = trainer.folder / "final" / agent
         if policy.adapter is None:
-            plain: Any = AutoModelForCausalLM.from_pretrained(folder)
+            plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         else:
             assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base
             assert not (folder / "model.safetensors").exists()
-            plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+            plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder).eval()
         with torch.no_grad():
             assert torch.allclose(plain(input_ids=IDS).logits[0], logits(policy), atol=1e-4)
         assert AutoTokenizer.from_pretrained(folder).chat_template == policy.tokenizer.chat_template
