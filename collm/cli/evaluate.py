@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,8 +148,11 @@ def best_iteration(run: Path, saved: list[Path]) -> int:
     return number
 
 
-def load_team(config: Config, weights: Path | None) -> Team:
-    """The team of a config, untrained or with weights of a run's `final` or checkpoint folder. Raises RunError."""
+def load_team(config: Config, weights: Path | None, *, only: str | None = None) -> Team:
+    """The team of a config, untrained or with weights of a run's `final` or checkpoint folder. Raises RunError.
+
+    only: load this one agent, for a process of its own.
+    """
     from safetensors import SafetensorError
 
     from collm.training.checkpoint import load_policies
@@ -157,7 +160,11 @@ def load_team(config: Config, weights: Path | None) -> Team:
 
     run = config.run.model_copy(update={"device": resolve_device(config.run.device)})
     config = config.model_copy(update={"run": run})
-    agents = check_fit(config)
+    agents = everyone = check_fit(config)
+    if only is not None:
+        if only not in everyone:
+            raise ConfigError(f"there is no agent {only!r} in this run; its agents are {', '.join(everyone)}.")
+        agents = (only,)
     if weights is None:
         return make_team(config, agents)
     try:
@@ -169,7 +176,15 @@ def load_team(config: Config, weights: Path | None) -> Team:
             models = {agent: str(weights / agent) for agent in agents}
             return make_team(config.model_copy(update={"team": config.team.model_copy(update={"models": models})}), agents)
         team = make_team(config, agents)
-        load_policies(weights, team.members())
+        load_policies(weights, {_saved_as(config, name, everyone): policy for name, policy in team.members().items()})
         return team
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(f"{str(weights)!r} cannot be read: {error}. Choose other weights with --checkpoint.") from error
+
+
+def _saved_as(config: Config, agent: str, agents: Sequence[str]) -> str:
+    """Under whose name a checkpoint holds an agent's weights: its own, or that of the first who shares them."""
+    if not config.team.shared:
+        return agent
+    sources = {name: config.team.models.get(name, config.team.model) for name in agents}
+    return next(name for name in agents if sources[name] == sources[agent])

@@ -1,0 +1,311 @@
+"""`collm serve` and `collm play`: agents in processes of their own say what they say in process; whatever comes, they stay up."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from collm.cli.evaluate import load_team, run_config
+from collm.cli.main import main
+from collm.config import parse_config
+from collm.engines.http import HttpEngine, endpoint
+from collm.engines.local import LocalEngine
+from collm.training.evaluate import evaluate
+from collm.training.trainer import Trainer
+from collm.types import Episode, Message, Request, Sampling
+
+ROOT = Path(__file__).parents[1]
+AGENTS = ("builder_0", "builder_1", "builder_2")
+WORDS = ["AN", "AT", "BE", "DO", "GO", "IN"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A short run of three builders, three turns, each with weights of its own."""
+    config = parse_config(
+        {
+            "run": {"name": "run", "folder": str(tmp_path_factory.mktemp("runs")), "iterations": 2, "threads": 1,
+                    "tensorboard": False, "checkpoint_every": 1},
+            "env": {"name": "str_build", "world": "persistent", "turns": 3, "agents": 3, "strings": ["HE", "WE"],
+                    "eval_strings": WORDS},
+            "rollout": {"tasks": 2, "max_tokens": 20},
+            "learner": {"lr": 1e-3},
+            "critic": {"lr": 1e-3},
+            "evaluation": {"every": 1},
+        }
+    )  # fmt: skip
+    return Trainer(config, quiet=True).run()
+
+
+@dataclass
+class Server:
+    """A `collm serve` process. record: where it writes when each request began and ended."""
+
+    url: str
+    process: subprocess.Popen[str]
+    record: Path
+
+    def records(self) -> list[dict]:
+        return [json.loads(line) for line in self.record.read_text().splitlines()] if self.record.exists() else []
+
+
+def start(run: Path, agent: str, *words: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "collm.cli.main", "serve", str(run), "--agent", agent, "--threads", "1", *words]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **(env or {})},
+    )
+
+
+def address(process: subprocess.Popen[str]) -> str:
+    """Where a server says that it answers."""
+    assert process.stdout is not None
+    assert select.select([process.stdout], [], [], 90)[0], "the server said nothing"
+    line = process.stdout.readline()
+    assert "answers at http://127.0.0.1:" in line, (line, process.stderr and process.stderr.read())
+    return line.split()[-1]
+
+
+@contextmanager
+def served(folder: Path, run: Path, *agents: str, words: tuple[str, ...] = (), **options) -> Iterator[list[Server]]:
+    records = [folder / f"{agent}-{time.monotonic_ns()}.jsonl" for agent in agents]
+    processes = [
+        start(run, agent, "--port", "0", "--record", str(record), *words, **options)
+        for agent, record in zip(agents, records, strict=True)
+    ]
+    try:
+        yield [Server(address(p), p, record) for p, record in zip(processes, records, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def team(run, tmp_path_factory) -> Iterator[dict[str, Server]]:
+    with served(tmp_path_factory.mktemp("records"), run, *AGENTS) as servers:
+        yield dict(zip(AGENTS, servers, strict=True))
+
+
+@pytest.fixture(scope="module")
+def one(team) -> Server:
+    return team["builder_0"]
+
+
+def greedy(run: Path) -> list[Episode]:
+    """The run's held-out episodes, in process."""
+    config = run_config(run, {})
+    return evaluate(config, LocalEngine(load_team(config, run / "final"))).episodes
+
+
+def spoken(episode: Episode) -> list:
+    return [
+        {agent: (c.text, c.prompt_ids.tolist(), c.token_ids.tolist()) for agent, c in turn.completions.items()}
+        for turn in episode.turns
+    ]
+
+
+def post(url: str, body: object, **options) -> httpx.Response:
+    return httpx.post(f"{url}/chat/completions", json=body, timeout=30, **options)
+
+
+HELLO = {"model": "builder_0", "messages": [{"role": "user", "content": "Name one colour."}], "max_tokens": 8}
+
+
+# --- one server ----------------------------------------------------------------------------------------------------------
+
+
+def test_health_and_models(one):
+    health = httpx.get(one.url.replace("/v1", "/health"))
+    assert (health.status_code, health.json()) == (200, {"status": "ok", "agent": "builder_0"})
+    (model,) = httpx.get(f"{one.url}/models").json()["data"]
+    assert (model["id"], model["object"]) == ("builder_0", "model")
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0, max_tokens=12), Sampling(0.9, 0.8, 20, 12), Sampling(1.0, max_tokens=12)])
+def test_the_same_answers_and_log_probs_as_in_process(run, one, sampling):
+    """Sampled, too: the seed alone decides."""
+    config = run_config(run, {})
+    local = LocalEngine(load_team(config, run / "final", only="builder_0"))
+    requests = [Request("builder_0", (Message("user", f"Name {n} colours."),), sampling, seed=n) for n in range(6)]
+    remote = HttpEngine({"builder_0": endpoint("builder_0", one.url)})
+    for here, there in zip(local.generate(requests), remote.generate(requests), strict=True):
+        assert (there.text, there.finish_reason) == (here.text, here.finish_reason)
+        assert there.token_ids.tolist() == here.token_ids.tolist()
+        assert there.prompt_ids.tolist() == here.prompt_ids.tolist()
+        np.testing.assert_allclose(there.logprobs, here.logprobs, atol=1e-4)
+
+
+def test_an_answer_as_openai_writes_it(one):
+    answer = post(one.url, {**HELLO, "temperature": 0, "logprobs": True, "user": "me", "n": 1, "stop": None}).json()
+    (choice,) = answer["choices"]
+    assert answer["object"] == "chat.completion" and answer["model"] == "builder_0"  # noqa: PT018
+    assert choice["message"]["role"] == "assistant"
+    assert choice["finish_reason"] in ("stop", "length")
+    assert [token["logprob"] for token in choice["logprobs"]["content"]] == choice["token_logprobs"]
+    assert answer["usage"]["completion_tokens"] == len(choice["token_ids"]) <= 8
+    assert answer["usage"]["prompt_tokens"] == len(answer["prompt_token_ids"])
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Name one "}, {"type": "text", "text": "colour."}]}]
+    again = post(one.url, {**HELLO, "messages": parts, "temperature": 0}).json()
+    assert again["choices"][0]["message"] == choice["message"]
+    assert again["choices"][0]["logprobs"] is None
+
+
+def test_a_stream_of_one_piece(one):
+    plain = post(one.url, {**HELLO, "temperature": 0}).json()["choices"][0]
+    response = post(one.url, {**HELLO, "temperature": 0, "stream": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *chunks, done = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert done == "[DONE]"
+    first, last = (json.loads(chunk)["choices"][0] for chunk in chunks)
+    assert first["delta"] == plain["message"]
+    assert last["finish_reason"] == plain["finish_reason"]
+
+
+REFUSED = [
+    (400, "messages", {}), (400, "messages", {"messages": []}), (400, "messages[0]", {"messages": ["hello"]}),
+    (400, "messages[0]", {"messages": [{"role": "tool", "content": "x"}]}),
+    (400, "messages[0]", {"messages": [{"role": "user", "content": 5}]}),
+    (400, "messages[0]", {"messages": [{"role": "user"}]}),
+    (400, "messages[0]", {"messages": [{"role": "user", "content": "x", "colour": 1}]}),
+    (400, "messages[0].token_ids", {"messages": [{"role": "assistant", "content": "x", "token_ids": [10**6]}]}),
+    (400, "messages[0].token_ids", {"messages": [{"role": "assistant", "content": "x", "token_ids": [-1]}]}),
+    (400, "messages[0].token_ids", {"messages": [{"role": "user", "content": "x", "token_ids": [1]}]}),
+    (400, "messages", {"messages": [{"role": "user", "content": "x"}] * 1025}),
+    (400, "messages", {"messages": [{"role": "user", "content": "word " * 5000}]}),
+    (400, "messages", {"messages": [{"role": "user", "content": "w" * 3_000_000}]}),
+    (400, "messages", {"max_tokens": 1 << 20}), (400, "max_tokens", {"max_tokens": 0}),
+    (400, "max_tokens", {"max_tokens": 1.5}), (400, "max_tokens", {"max_tokens": 10**30}),
+    (400, "temperature", {"temperature": -1}), (400, "temperature", {"temperature": "1"}),
+    (400, "temperature", {"temperature": True}), (400, "temperature", {"temperature": 1e-9}), (400, "top_p", {"top_p": 0}),
+    (400, "top_p", {"top_p": 2}), (400, "top_k", {"top_k": -1}), (400, "seed", {"seed": "x"}), (400, "seed", {"seed": 2**63}),
+    (400, "n", {"n": 2}), (400, "stop", {"stop": ["x"]}), (400, "tools", {"tools": [{}]}), (400, "stream", {"stream": 1}),
+    (400, "presence_penalty", {"presence_penalty": 0.5}), (400, "colour", {"colour": "red"}),
+    (400, "logprobs", {"logprobs": 3}),
+    (404, "model", {"model": "builder_1"}), (404, "model", {"model": ["\ud800"]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "param", "change"), REFUSED, ids=range(len(REFUSED)))
+def test_what_cannot_be_answered_is_refused_by_name(one, status, param, change):
+    body = {**HELLO, **change} if change else {}
+    response = httpx.post(f"{one.url}/chat/completions", content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert error["message"]
+    assert len(response.content) < 600
+
+
+def test_places_that_do_not_exist(one):
+    base = one.url.removesuffix("/v1")
+    for path in ("/", "/docs", "/openapi.json", "/v1/completions", "/../etc/passwd"):
+        response = httpx.get(base + path)
+        assert (response.status_code, list(response.json())) == (404, ["error"])
+    assert httpx.get(f"{one.url}/chat/completions").status_code == 405
+    form = httpx.post(f"{one.url}/chat/completions", content=json.dumps(HELLO), headers={"content-type": "text/plain"})
+    assert form.status_code == 415  # what a stranger's web page could send
+
+
+def test_requests_that_come_together_are_one_batch(one):
+    """Sixteen at once take less than sixteen one by one; and each gets its own answer."""
+    bodies = [{**HELLO, "seed": n, "max_tokens": 24} for n in range(16)]
+    started = time.monotonic()
+    alone = [post(one.url, body).json()["choices"][0]["message"]["content"] for body in bodies]
+    one_by_one = time.monotonic() - started
+    together: dict[int, str] = {}
+
+    def ask(n: int) -> None:
+        together[n] = post(one.url, bodies[n]).json()["choices"][0]["message"]["content"]
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(16)]
+    started = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together[n] for n in range(16)] == alone
+    assert time.monotonic() - started < one_by_one
+
+
+# --- its life ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_is_asked_for(run, tmp_path):
+    with served(tmp_path, run, "builder_1", words=("--api-key-env", "KEY_OF_ALL"), env={"KEY_OF_ALL": "s3cret"}) as (server,):
+        hello = {**HELLO, "model": "builder_1"}
+        for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "s3cret"}, {"authorization": b"Bearer \xff"}):
+            response = post(server.url, hello, headers=header)
+            assert response.status_code == 401
+            assert "s3cret" not in response.text
+            assert httpx.get(f"{server.url}/models", headers=header).status_code == 401
+        assert post(server.url, hello, headers={"authorization": "Bearer s3cret"}).status_code == 200
+        assert httpx.get(server.url.replace("/v1", "/health")).status_code == 200
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_graceful_stop_finishes_what_is_under_way(run, tmp_path, signum):
+    with served(tmp_path, run, "builder_0") as (server,):
+        got: list[httpx.Response] = []
+        long = {**HELLO, "max_tokens": 400, "temperature": 5.0, "seed": 3}
+        thread = threading.Thread(target=lambda: got.append(post(server.url, long)))
+        thread.start()
+        time.sleep(0.1)
+        server.process.send_signal(signum)
+        assert not got
+        thread.join()
+        assert got[0].status_code == 200
+        assert got[0].json()["choices"][0]["token_ids"]
+        out, err = server.process.communicate(timeout=30)
+        assert server.process.returncode == 0, err
+        assert out == "builder_0 has stopped.\n"
+        assert err == ""
+
+
+def fails(capsys, *words: str) -> str:
+    assert main(list(words)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err
+
+
+def test_a_busy_port_a_missing_agent_and_other_refusals(capsys, run, one, tmp_path):
+    port = one.url.split(":")[2].split("/")[0]
+    serve = ("serve", str(run), "--agent", "builder_0", "--port")
+    assert f"--port {port} on 127.0.0.1 cannot be had: Address already in use" in fails(capsys, *serve, port)
+    assert "--port 70000 is no port" in fails(capsys, *serve, "70000")
+    assert "is no address" in fails(capsys, *serve, "0", "--host", "no such host")
+    assert "'NOT_SET_AT_ALL'" in fails(capsys, *serve, "0", "--api-key-env", "NOT_SET_AT_ALL")
+    error = fails(capsys, "serve", str(run), "--agent", "helper", "--port", "0")
+    assert "no agent 'helper' in this run; its agents are builder_0, builder_1, builder_2" in error
+    assert "no run directory" in fails(capsys, "serve", str(tmp_path / "nothing"), "--agent", "a", "--port", "0")
+    assert "no checkpoint after 77" in fails(capsys, *serve, "0", "--checkpoint", "77")
+
+
+def test_a_port_is_held_before_the_model_is_loaded(capsys, run):
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        started = time.monotonic()
+        fails(capsys, "serve", str(run), "--agent", "builder_0", "--port", str(held.getsockname()[1]))
+        assert time.monotonic() - started < 5
