@@ -1,4 +1,4 @@
-"""`collm serve` and `collm play`: agents in processes of their own say what they say in process; whatever comes, they stay up."""
+"""`collm serve` and `collm play`: agents apart say what they say in process; whatever comes, servers stay up."""
 
 from __future__ import annotations
 
@@ -309,3 +309,107 @@ def test_a_port_is_held_before_the_model_is_loaded(capsys, run):
         started = time.monotonic()
         fails(capsys, "serve", str(run), "--agent", "builder_0", "--port", str(held.getsockname()[1]))
         assert time.monotonic() - started < 5
+
+
+# --- a team apart --------------------------------------------------------------------------------------------------------
+
+
+def played(*words: str, timeout: float = 120) -> tuple[int, str, str]:
+    """`collm play` in a process of its own, where importing torch is an error: exit code, output, errors."""
+    code = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        assert name.split('.')[0] not in ('torch', 'transformers', 'tokenizers', 'safetensors'), name\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "from collm.cli.main import main\n"
+        "sys.exit(main(['play', *sys.argv[1:]]))\n"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def where(servers: dict[str, Server]) -> list[str]:
+    return [word for agent, server in servers.items() for word in ("--agent", f"{agent}={server.url}")]
+
+
+def test_three_servers_play_the_same_greedy_episodes_as_in_process(run, team):
+    """Token for token; no torch in the player; the three work at the same time in every turn."""
+    before = {agent: len(server.records()) for agent, server in team.items()}
+    code, out, err = played(str(run), *where(team), "--json", "--show")
+    assert code == 0, err
+    record = json.loads(out)
+    here = greedy(run)
+    assert len(here) == len(WORDS)
+    assert {len(episode.turns) for episode in here} == {3}
+    there = [
+        [{a: (s["text"], s["prompt_ids"], s["token_ids"]) for a, s in turn["agents"].items()} for turn in episode["turns"]]
+        for episode in record["played"]
+    ]
+    assert there == [spoken(episode) for episode in here]
+    assert record["failures"] == {}
+    assert record["requests"] == len(WORDS) * 3 * 3
+    scores = [episode.score for episode in here]
+    assert record["reward"]["mean"] == pytest.approx(np.mean(scores), abs=1e-6)
+    assert len({str(words) for episode in here for words in spoken(episode)}) > 3  # they do not all say the same
+
+    lines = {agent: server.records()[before[agent] :] for agent, server in team.items()}
+    for turn in range(3):
+        mine = {agent: [r for r in records if r["messages"] == 2 * turn + 1] for agent, records in lines.items()}
+        assert [len(records) for records in mine.values()] == [len(WORDS)] * 3
+        begun = max(min(r["began"] for r in records) for records in mine.values())
+        ended = min(max(r["ended"] for r in records) for records in mine.values())
+        assert begun < ended, f"turn {turn}: one server was done before another began"
+
+
+def test_one_server_killed_in_the_middle(run, team, tmp_path):
+    """Tasks 0 and 1 are over by then; 2 and 3 fail with the reason; play says so and exits with 1."""
+    with served(tmp_path, run, "builder_2") as (doomed,):
+        servers = {**team, "builder_2": doomed}
+        words = ["worlds:Uneven", "--env.doomed", str(doomed.process.pid), *where(servers), "--rollout.max_tokens", "4"]
+        code, out, err = played(*words, "--retries", "1", "--json", "--show")
+        assert code == 1, err
+        record = json.loads(out)
+        assert doomed.process.wait() == -signal.SIGKILL
+    assert list(record["failures"]) == ["2", "3"]
+    for reason in record["failures"].values():
+        assert reason.startswith(f"builder_2, turn 2: {doomed.url} cannot be reached: ConnectError")
+    assert (record["episodes"], record["failed"]) == (2, 2)
+    assert [len(episode["turns"]) for episode in record["played"]] == [1, 2, 2, 2]
+    code, out, _ = played("worlds:Uneven", *where(servers), "--rollout.max_tokens", "4", "--retries", "0")
+    assert code == 1
+    assert "No episode was played to its end." in out
+    assert out.count("failed: ") == 4
+
+
+def test_play_prints_a_table_and_the_episodes(run, team):
+    code, out, err = played(str(run), *where(team), "--episodes", "2", "--show", "--split", "train")
+    assert code == 0, err
+    assert "str_build, 3 agents apart: 2 tasks of train, greedy" in " ".join(out.split())
+    assert "turn 2, builder_2 wrote:" in out
+    assert "reward" in out
+
+
+def test_play_refuses_clearly(capsys, run):
+    url = "http://127.0.0.1:9/v1"
+    all_three = [word for agent in AGENTS for word in ("--agent", f"{agent}={url}")]
+    assert "nobody plays builder_1, builder_2: add --agent builder_1=URL" in fails(
+        capsys, "play", str(run), "--agent", f"builder_0={url}"
+    )
+    assert "the task's agents are builder_0" in fails(capsys, "play", str(run), "--agent", f"helper={url}")
+    assert "is given twice" in fails(capsys, "play", str(run), *all_three, *all_three[:2])
+    assert "is not NAME=URL" in fails(capsys, "play", str(run), "--agent", url)
+    assert "no address of a server" in fails(capsys, "play", str(run), "--agent", "builder_0=nowhere")
+    assert "--episodes 0 is too few" in fails(capsys, "play", str(run), *all_three, "--episodes", "0")
+    assert "--timeout 0.0 is no time" in fails(capsys, "play", str(run), *all_three, "--timeout", "0")
+    assert "'learner.lr' means nothing" in fails(capsys, "play", str(run), *all_three, "--learner.lr", "1")
+    assert "unknown task 'agreee'" in fails(capsys, "play", "agreee", *all_three)
+    assert "names the task itself" in fails(capsys, "play", "agree", *all_three, "--env.name", "str_build")

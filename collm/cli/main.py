@@ -141,6 +141,30 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--threads", type=int, help="CPU threads for torch; default: as many as the machine has")
     serve.add_argument("--record", type=Path, metavar="FILE", help="append when each request began and ended, as JSON lines")
 
+    play = command(
+        "play",
+        "Play a task with agents that live elsewhere, each behind its own address: decentralized execution, no critic.",
+        "collm play agree --agent agent_0=http://127.0.0.1:8000/v1 --agent agent_1=http://10.0.0.2:8000/v1",
+        "collm.cli.play:run",
+        settings=True,
+    )
+    play.add_argument("task", metavar="TASK|RUN|RECIPE", help="a task's name; or a run or recipe, for its task and settings")
+    play.add_argument(
+        "--agent",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="where an agent lives; URL#MODEL to ask for a model's name",
+    )
+    play.add_argument("--episodes", type=int, metavar="N", help="play the first N tasks; default: each once")
+    play.add_argument("--split", choices=("eval", "train"), default="eval", help="which tasks; default: the held-out ones")
+    play.add_argument("--api-key-env", metavar="NAME", help="send the API key that this environment variable holds")
+    play.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds for one answer (default: 120)")
+    play.add_argument("--retries", type=int, default=4, metavar="N", help="more attempts after a failed one (default: 4)")
+    play.add_argument("--max-requests", type=int, metavar="N", help="HTTP requests in all, retries included; default: no limit")
+    play.add_argument("--show", action="store_true", help="print the episodes, too: what each agent read and wrote")
+    play.add_argument("--json", action="store_true", help="print one JSON object")
+
     check = command(
         "check",
         "Hold a world to its contract: a built-in task's name, or module:Class of your own.",
