@@ -413,3 +413,90 @@ def test_play_refuses_clearly(capsys, run):
     assert "'learner.lr' means nothing" in fails(capsys, "play", str(run), *all_three, "--learner.lr", "1")
     assert "unknown task 'agreee'" in fails(capsys, "play", "agreee", *all_three)
     assert "names the task itself" in fails(capsys, "play", "agree", *all_three, "--env.name", "str_build")
+
+
+# --- export --------------------------------------------------------------------------------------------------------------
+
+PLAIN = """
+import json, sys
+class Block:
+    def find_spec(self, name, *rest):
+        if name.split('.')[0] == 'collm':
+            raise ImportError('there is no collm here')
+sys.meta_path.insert(0, Block())
+try:
+    import collm
+except ImportError:
+    pass
+else:
+    sys.exit('collm is there after all')
+import torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+folder, chats = Path(sys.argv[1]), json.loads(sys.argv[2])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+if (folder / 'adapter_config.json').exists():
+    from peft import AutoPeftModelForCausalLM
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+else:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+texts = []
+for chat in chats:
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors='pt', return_dict=True)
+    out = model.generate(**ids, do_sample=False, max_new_tokens=20)
+    texts.append(tokenizer.decode(out[0, ids['input_ids'].shape[1]:], skip_special_tokens=True))
+print(json.dumps(texts))
+"""
+
+
+@pytest.mark.parametrize("checkpoint", ["final", "1"])
+def test_an_exported_agent_says_the_same_without_collm(capsys, run, tmp_path, checkpoint):
+    folder = tmp_path / "out" / "builder_1"
+    words = ("export", str(run), str(folder), "--agent", "builder_1", "--checkpoint", checkpoint)
+    assert main(list(words)) == 0
+    capsys.readouterr()
+    assert [path.name for path in folder.parent.iterdir()] == ["builder_1"]  # nothing left beside it
+    weights = run / "final" if checkpoint == "final" else run / "checkpoints" / "000001"
+    texts = [episode.turns[0].observations["builder_1"] for episode in greedy(run)] + ["Name one colour."]
+    local = LocalEngine(load_team(run_config(run, {}), weights))
+    asked = [Request("builder_1", (Message("user", text),), Sampling(0, max_tokens=20)) for text in texts]
+    expected = [answer.text for answer in local.generate(asked)]
+    chats = json.dumps([[{"role": "user", "content": text}] for text in texts])
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(folder), chats], capture_output=True, text=True, timeout=120, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == expected
+
+    assert "exists already" in fails(capsys, *words)  # and is left as it is
+    assert (folder / "config.json").is_file()
+
+
+def test_a_checkpoint_is_not_the_final_weights(run):
+    """Else the test above would pass with either."""
+    config = run_config(run, {})
+    first, final = (load_team(config, run / name, only="builder_1") for name in ("checkpoints/000001", "final"))
+    pairs = zip(first.policies["builder_1"].model.parameters(), final.policies["builder_1"].model.parameters(), strict=True)
+    assert any(not a.equal(b) for a, b in pairs)
+    assert first.agents == ("builder_1",)
+
+
+def test_an_exported_folder_can_be_served(capsys, run, one, tmp_path):
+    assert main(["export", str(run), str(tmp_path / "a"), "--agent", "builder_0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"] == "final weights"
+    with served(tmp_path, tmp_path / "a", "builder_0") as (server,):
+        bodies = [post(url, {**HELLO, "seed": 5}).json() for url in (server.url, one.url)]
+        assert bodies[0]["choices"] == bodies[1]["choices"]
+
+
+def test_export_refuses_clearly(capsys, run, tmp_path):
+    assert "no agent 'helper'" in fails(capsys, "export", str(run), str(tmp_path / "x"), "--agent", "helper")
+    assert "no run directory" in fails(capsys, "export", str(tmp_path / "no"), str(tmp_path / "x"), "--agent", "builder_0")
+    assert "no checkpoint after 9" in fails(
+        capsys, "export", str(run), str(tmp_path / "x"), "--agent", "builder_0", "--checkpoint", "9"
+    )
+    (tmp_path / "file").touch()
+    assert main(["export", str(run), str(tmp_path / "file" / "x"), "--agent", "builder_0"]) == 1
+    assert "cannot write" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
