@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
+import random
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -54,26 +57,28 @@ def run(tmp_path_factory) -> Path:
 
 @dataclass
 class Server:
-    """A `collm serve` process. record: where it writes when each request began and ended."""
+    """A `collm serve` process. record: where it writes when each request began and ended; errors: what it complains of."""
 
     url: str
     process: subprocess.Popen[str]
     record: Path
+    errors: Path
 
     def records(self) -> list[dict]:
         return [json.loads(line) for line in self.record.read_text().splitlines()] if self.record.exists() else []
 
 
-def start(run: Path, agent: str, *words: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start(run: Path, agent: str, errors: Path, *words: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "collm.cli.main", "serve", str(run), "--agent", agent, "--threads", "1", *words]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **(env or {})},
-    )
+    with errors.open("w") as log:
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **(env or {})},
+        )
 
 
 def address(process: subprocess.Popen[str]) -> str:
@@ -81,19 +86,20 @@ def address(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     assert select.select([process.stdout], [], [], 90)[0], "the server said nothing"
     line = process.stdout.readline()
-    assert "answers at http://127.0.0.1:" in line, (line, process.stderr and process.stderr.read())
+    assert "answers at http://127.0.0.1:" in line, line
     return line.split()[-1]
 
 
 @contextmanager
 def served(folder: Path, run: Path, *agents: str, words: tuple[str, ...] = (), **options) -> Iterator[list[Server]]:
     records = [folder / f"{agent}-{time.monotonic_ns()}.jsonl" for agent in agents]
+    errors = [record.with_suffix(".err") for record in records]
     processes = [
-        start(run, agent, "--port", "0", "--record", str(record), *words, **options)
-        for agent, record in zip(agents, records, strict=True)
+        start(run, agent, log, "--port", "0", "--record", str(record), *words, **options)
+        for agent, record, log in zip(agents, records, errors, strict=True)
     ]
     try:
-        yield [Server(address(p), p, record) for p, record in zip(processes, records, strict=True)]
+        yield [Server(address(p), p, *files) for p, *files in zip(processes, records, errors, strict=True)]
     finally:
         for process in processes:
             process.kill()
@@ -275,10 +281,10 @@ def test_a_graceful_stop_finishes_what_is_under_way(run, tmp_path, signum):
         thread.join()
         assert got[0].status_code == 200
         assert got[0].json()["choices"][0]["token_ids"]
-        out, err = server.process.communicate(timeout=30)
-        assert server.process.returncode == 0, err
+        out, _ = server.process.communicate(timeout=30)
+        assert server.process.returncode == 0, server.errors.read_text()
         assert out == "builder_0 has stopped.\n"
-        assert err == ""
+        assert server.errors.read_text() == ""
 
 
 def fails(capsys, *words: str) -> str:
@@ -500,3 +506,126 @@ def test_export_refuses_clearly(capsys, run, tmp_path):
     assert main(["export", str(run), str(tmp_path / "file" / "x"), "--agent", "builder_0"]) == 1
     assert "cannot write" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+# --- a thousand hostile requests -----------------------------------------------------------------------------------------
+
+
+def hostile(rng: random.Random, number: int) -> tuple[bytes, str]:
+    """The bytes of one hostile request, and how its sender leaves: "reads", "half" (closes its sending side, then reads),
+    "gone" (closes at once) or "reset"."""
+    key = b"authorization: Bearer s3cret\r\n"
+    user = {"role": "user", "content": "Name one colour."}
+    good = {"model": "builder_0", "messages": [user], "max_tokens": 4}
+
+    def whole(body: bytes, *, length: int | None = None, head: bytes = key, kind: bytes = b"application/json") -> bytes:
+        size = len(body) if length is None else length
+        lines = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: " + kind + b"\r\n"
+        return lines + head + b"content-length: %d\r\n\r\n" % size + body
+
+    def changed(**fields: object) -> bytes:
+        return whole(json.dumps({**good, **fields}).encode())
+
+    text = json.dumps(good).encode()
+    junk = rng.randbytes(rng.randrange(1, 2000))
+    long = "".join(rng.choice("abc \n<|>") for _ in range(50)) * rng.randrange(1, 4000) + str(number)
+    field = "x" * rng.randrange(1, 5000) + str(number)
+    requests: list[tuple[bytes, str]] = [
+        (whole(junk), "reads"),
+        (whole(text[: rng.randrange(len(text))]), "reads"),
+        (whole(b"[" * 200_000), "reads"),
+        (whole(b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "reads"),
+        (whole(b'{"max_tokens": ' + b"9" * 100_000 + b"}"), "reads"),
+        (whole(b'{"temperature": NaN, "seed": -Infinity}'), "reads"),
+        (whole(b" " * 6_000_000), "reads"),
+        (whole(b" ", length=10**12), "half"),
+        (changed(**{field: 1}), "reads"),
+        (changed(messages=[{**user, field: 1}]), "reads"),
+        (changed(messages=[{**user, "content": long}]), "reads"),
+        (changed(messages=[{"role": "assistant", "content": "", "token_ids": [rng.randrange(-5, 2000)] * 50}, user]), "reads"),
+        (changed(messages=[{"role": rng.choice(["system", "assistant"]), "content": "\ud800\x00"}] * 40), "reads"),
+        (changed(messages=[user] * rng.randrange(1, 3000)), "reads"),
+        (changed(max_tokens=rng.choice([-1, 0, 10**9, 1e99, "4", None, [], True])), "reads"),
+        (changed(seed=rng.choice([None, -1, {}, 2**70, "x"])), "reads"),
+        (changed(model=rng.choice(["", "x" * 9999, None, {}, ["builder_0"]])), "reads"),
+        (whole(text, head=b""), "reads"),
+        (whole(text, head=b"authorization: Bearer " + junk.hex().encode()[:500] + b"\r\n"), "reads"),
+        (whole(text, head=b"authorization: Bearer s3cre\xf6\r\n"), "reads"),
+        (whole(text, kind=b"text/plain"), "reads"),
+        (whole(text)[: rng.randrange(1, 200)], "half"),
+        (whole(text, length=len(text) + 50), "half"),
+        (whole(text), "half"),
+        (whole(text), "gone"),
+        (whole(text, length=5000), "gone"),
+        (whole(text), "reset"),
+        (junk + b"\r\n\r\n", "reads"),
+        (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n", "reads"),
+        (b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n" + key + b"transfer-encoding: chunked\r\n\r\nzz\r\n", "half"),
+        (b"GET /../../etc/passwd HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", "reads"),
+        (b"DELETE /v1/models HTTP/1.0\r\n\r\n", "reads"),
+        (b"", "gone"),
+    ]  # fmt: skip
+    return requests[number % len(requests)]
+
+
+def send(port: int, request: bytes, leaves: str) -> bytes:
+    """What the server says to it; b"" where it was not listened to."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        got = bytearray()
+        try:
+            connection.sendall(request)
+            if leaves == "reset":
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if leaves in ("gone", "reset"):
+                return b""
+            if leaves == "half":
+                connection.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # it hung up in the middle of the request: it may have said why
+        try:
+            while piece := connection.recv(65536):
+                got += piece
+        except ConnectionError:
+            pass
+        return bytes(got)
+
+
+def resident(process: subprocess.Popen[str]) -> float:
+    """MiB of memory that a process holds."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_thousand_hostile_requests(run, tmp_path):
+    """Never a crash, never a traceback, memory flat; an honest client is answered all along."""
+    rng = random.Random(0)
+    with served(tmp_path, run, "builder_0", words=("--api-key-env", "KEY"), env={"KEY": "s3cret"}) as (server,):
+        port = int(server.url.split(":")[2].split("/")[0])
+        memory, statuses = [], collections.Counter()
+        honest = None
+        for number in range(1000):
+            said = send(port, *hostile(rng, number))
+            assert b"Traceback" not in said
+            assert b'File "' not in said
+            assert b"s3cret" not in said
+            statuses[said[9:12].decode() if said.startswith(b"HTTP/1.") else "none" if not said else "odd"] += 1
+            if number % 50 == 49:
+                answer = post(server.url, {**HELLO, "temperature": 0}, headers={"authorization": "Bearer s3cret"})
+                assert answer.status_code == 200
+                text = answer.json()["choices"][0]["message"]["content"]
+                assert honest in (None, text)
+                honest = text
+                memory.append(resident(server.process))
+        assert server.process.poll() is None
+        assert np.mean(memory[-5:]) - np.mean(memory[3:8]) < 20, memory  # MiB
+        assert "500" not in statuses
+        assert "odd" not in statuses
+        assert statuses["401"] > 80
+        assert statuses["413"] > 25
+        assert statuses["400"] > 300
+        server.process.terminate()
+        assert server.process.wait(30) == 0
+        complaints = set(server.errors.read_text().splitlines())
+        assert complaints <= {"WARNING:  Invalid HTTP request received."}, complaints
+        print(dict(statuses), [round(m) for m in memory])

@@ -16,7 +16,7 @@ from collm.types import Completion, Request
 
 WINDOW = 0.003
 """Seconds that the first of a batch waits for company."""
-REMEMBERED = 1 << 24
+REMEMBERED = 1 << 21
 """Characters of text after which the chat template's memory of encoded texts is emptied."""
 
 Waiting = tuple[Request, "asyncio.Future[Completion]"]

@@ -66,6 +66,7 @@ def make_app(policy: Policy, agent: str, *, key: str = "", max_tokens: int = 256
             raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def complete(request: Request, noted: dict[str, Any]) -> Response:
+        await asyncio.sleep(0)  # if the request has turned out to be broken meanwhile, uvicorn has said so and hung up by now
         admit(request)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # what a web page of a stranger's cannot send unasked
