@@ -39,6 +39,8 @@ DOORS = {
     "vllm": "engines/vllm.py",
     "wandb": "training/loggers.py",
     "fastapi": "serving/",
+    "httpx": "engines/http.py",
+    "starlette": "serving/",
     "uvicorn": "serving/",
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 import time
 
@@ -90,3 +92,24 @@ class Luck(TextEnv):
     def play(self, answers: dict[str, str]) -> Outcome:
         reward = 3 * self.luck + 0.5 * self.task if self.last_turn else 0.0
         return Outcome(reward, {"luck": reward}, {agent: "Again." for agent in self.agents}, metrics={"luck": self.luck})
+
+
+class Uneven(Waiting):
+    """Task n has n + 1 turns. When the second turn of task 3 has been played, the process `doomed` is killed."""
+
+    waits = False
+    num_tasks = 4
+
+    def __init__(self, doomed: int = 0, agents: int = 3, split: str = "train"):
+        TextEnv.__init__(self, agent_names(agents, "builder"), self.num_tasks)
+        self.doomed = doomed
+
+    def begin(self, task: int, rng: random.Random) -> dict[str, str]:
+        self.turns = task + 1
+        return {agent: f"{agent}, task {task}" for agent in self.agents}
+
+    def play(self, answers: dict[str, str]) -> Outcome:
+        if self.doomed and self.task == 3 and self.turn == 1:
+            os.kill(self.doomed, signal.SIGKILL)
+            time.sleep(0.3)
+        return Outcome(1.0, {"one": 1.0}, {agent: "Again." for agent in answers})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,13 @@ from rich.console import Console
 from collm.config import Config, apply_overrides, load_config, parse_config
 from collm.envs.catalogue import make
 from collm.errors import ConfigError, EnvError, RunError
-from collm.reports.intervals import by_task, interval
+from collm.reports.intervals import Interval, by_task, interval
 from collm.reports.runs import read_config
 from collm.reports.tables import REWARD, evaluation_table, explain, held_out
 
 if TYPE_CHECKING:
     from collm.models.team import Team
+    from collm.training.evaluate import Evaluation
 
 CHANGEABLE = ("env.", "evaluation.", "rollout.", "run.threads", "run.device", "run.seed", "team.compute")
 """Settings (or their beginnings) of a trained run that its evaluation may change."""
@@ -53,38 +54,56 @@ def run(arguments: argparse.Namespace) -> int:
     with Console(stderr=True).status("playing the held-out tasks"):
         engine = make_engine(load_team(config, weights), config.rollout)
         result = evaluate(config, engine, episodes=arguments.episodes)
-    played, failed = result.played, [episode for episode in result.episodes if episode.failure]
-    if not played:
+    failed = [episode for episode in result.episodes if episode.failure]
+    if not result.played:
         raise EnvError(f"none of {len(failed)} held-out episodes was played to its end; the first: {failed[0].failure}")
-    tasks = [episode.label or str(episode.task) for episode in played]
+    if arguments.json:
+        print(json.dumps(as_record(result), allow_nan=False))
+        return 0
+    show_table(f"{source.resolve().name}, {what}", result, config, max_reward)
+    return 0
+
+
+def measured(result: Evaluation) -> tuple[dict[str, Interval], list[str], int]:
+    """Mean and interval of the reward and each metric, what a reader must know about them, and how many tasks were played."""
+    tasks = [episode.label or str(episode.task) for episode in result.played]
     intervals = {name: interval(list(by_task(tasks, column).values())) for name, column in result.columns().items()}
     notes = explain(intervals)
     num_tasks = len(set(tasks))
-    if num_tasks < len(played):
-        notes.append(f"{len(played)} episodes of {num_tasks} distinct tasks; each task counts once")
-    if arguments.json:
-        record: dict[str, Any] = {
-            "episodes": len(played),
-            "reward": intervals[REWARD].plain(),
-            "metrics": {name: found.plain() for name, found in intervals.items() if name != REWARD},
-            "tokens": result.tokens,
-            "seconds": round(result.seconds, 3),
-        }
-        if notes:
-            record["note"] = "; ".join(notes)
-        if failed:
-            record["failed"] = len(failed)
-        print(json.dumps(record, allow_nan=False))
-        return 0
+    if num_tasks < len(tasks):
+        notes.append(f"{len(tasks)} episodes of {num_tasks} distinct tasks; each task counts once")
+    return intervals, notes, num_tasks
+
+
+def as_record(result: Evaluation) -> dict[str, Any]:
+    """An evaluation as plain values."""
+    intervals, notes, _ = measured(result)
+    record: dict[str, Any] = {
+        "episodes": len(result.played),
+        "reward": intervals[REWARD].plain(),
+        "metrics": {name: found.plain() for name, found in intervals.items() if name != REWARD},
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 3),
+    }
+    if notes:
+        record["note"] = "; ".join(notes)
+    if num_failed := len(result.episodes) - len(result.played):
+        record["failed"] = num_failed
+    return record
+
+
+def show_table(who: str, result: Evaluation, config: Config, max_reward: float | None, *, split: str = "eval") -> None:
+    """An evaluation as a table on the terminal."""
+    intervals, notes, num_tasks = measured(result)
     temperature = config.evaluation.temperature
     sampling = f"at temperature {temperature:g}" if temperature else "greedy"
-    title = f"{source.resolve().name}, {what}: {held_out(num_tasks)}, {sampling}"
+    tasks = held_out(num_tasks) if split == "eval" else f"{num_tasks} tasks of {split}"
     per_episode = result.tokens / len(result.episodes)
     notes.append(f"{result.tokens:,} tokens sampled ({per_episode:,.0f} an episode) in {result.seconds:.1f} s")
+    failed = [episode for episode in result.episodes if episode.failure]
     if failed:
         notes.append(f"failed and counted in no mean: {len(failed)} episodes; the first: {failed[0].failure}")
-    Console(highlight=False).print(evaluation_table(title, intervals, notes, max_reward))
-    return 0
+    Console(highlight=False).print(evaluation_table(f"{who}: {tasks}, {sampling}", intervals, notes, max_reward))
 
 
 def run_config(folder: Path, overrides: Mapping[str, Any]) -> Config:
@@ -148,8 +167,11 @@ def best_iteration(run: Path, saved: list[Path]) -> int:
     return number
 
 
-def load_team(config: Config, weights: Path | None) -> Team:
-    """The team of a config, untrained or with weights of a run's `final` or checkpoint folder. Raises RunError."""
+def load_team(config: Config, weights: Path | None, *, only: str | None = None) -> Team:
+    """The team of a config, untrained or with weights of a run's `final` or checkpoint folder. Raises RunError.
+
+    only: load this one agent, for a process of its own.
+    """
     from safetensors import SafetensorError
 
     from collm.models.loading import is_adapter
@@ -158,7 +180,11 @@ def load_team(config: Config, weights: Path | None) -> Team:
 
     run = config.run.model_copy(update={"device": resolve_device(config.run.device)})
     config = config.model_copy(update={"run": run})
-    agents = check_fit(config)
+    agents = everyone = check_fit(config)
+    if only is not None:
+        if only not in everyone:
+            raise ConfigError(f"there is no agent {only!r} in this run; its agents are {', '.join(everyone)}.")
+        agents = (only,)
     if weights is None:
         return make_team(config, agents)
     try:
@@ -175,7 +201,15 @@ def load_team(config: Config, weights: Path | None) -> Team:
                     policy.adapter.load(weights / agent)
             return team
         team = make_team(config, agents)
-        load_policies(weights, team.members())
+        load_policies(weights, {_saved_as(config, name, everyone): policy for name, policy in team.members().items()})
         return team
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(f"{str(weights)!r} cannot be read: {error}. Choose other weights with --checkpoint.") from error
+
+
+def _saved_as(config: Config, agent: str, agents: Sequence[str]) -> str:
+    """Under whose name a checkpoint holds an agent's weights: its own, or that of the first who shares them."""
+    if not config.team.shared:
+        return agent
+    sources = {name: config.team.models.get(name, config.team.model) for name in agents}
+    return next(name for name in agents if sources[name] == sources[agent])

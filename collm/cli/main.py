@@ -110,6 +110,61 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     report.add_argument("--json", action="store_true", help="print one JSON object")
 
+    export = command(
+        "export",
+        "Write one agent of a run as an ordinary Hugging Face folder, which transformers loads without collm.",
+        "collm export runs/demo --agent builder_0 exported/builder_0",
+        "collm.cli.export:run",
+    )
+    export.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    export.add_argument("folder", type=Path, metavar="DIR", help="where to write; must not exist")
+    export.add_argument("--agent", required=True, metavar="NAME", help="which agent of the team")
+    export.add_argument("--checkpoint", metavar="N|best|final|start", default="final", help="which weights of the run")
+    export.add_argument("--json", action="store_true", help="print one JSON object")
+
+    serve = command(
+        "serve",
+        "Serve one agent of a run, or an exported folder, as an OpenAI-compatible endpoint; SIGTERM or Ctrl-C ends it.",
+        "collm serve runs/demo --agent builder_0 --port 8000",
+        "collm.cli.serve:run",
+    )
+    serve.add_argument("run", type=Path, metavar="RUN|DIR", help="a run directory or an exported folder")
+    serve.add_argument(
+        "--agent", required=True, metavar="NAME", help="which agent of the team; clients ask for it as the model"
+    )
+    serve.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes any free one and says which")
+    serve.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone; 0.0.0.0 for the network")
+    serve.add_argument("--checkpoint", metavar="N|best|final|start", default="final", help="which weights of a run")
+    serve.add_argument("--api-key-env", metavar="NAME", help="ask callers for the API key that this environment variable holds")
+    serve.add_argument("--max-tokens", type=int, default=256, help="longest answer where a caller names none (default: 256)")
+    serve.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
+    serve.add_argument("--threads", type=int, help="CPU threads for torch; default: as many as the machine has")
+    serve.add_argument("--record", type=Path, metavar="FILE", help="append when each request began and ended, as JSON lines")
+
+    play = command(
+        "play",
+        "Play a task with agents that live elsewhere, each behind its own address: decentralized execution, no critic.",
+        "collm play agree --agent agent_0=http://127.0.0.1:8000/v1 --agent agent_1=http://10.0.0.2:8000/v1",
+        "collm.cli.play:run",
+        settings=True,
+    )
+    play.add_argument("task", metavar="TASK|RUN|RECIPE", help="a task's name; or a run or recipe, for its task and settings")
+    play.add_argument(
+        "--agent",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="where an agent lives; URL#MODEL to ask for a model's name",
+    )
+    play.add_argument("--episodes", type=int, metavar="N", help="play the first N tasks; default: each once")
+    play.add_argument("--split", choices=("eval", "train"), default="eval", help="which tasks; default: the held-out ones")
+    play.add_argument("--api-key-env", metavar="NAME", help="send the API key that this environment variable holds")
+    play.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds for one answer (default: 120)")
+    play.add_argument("--retries", type=int, default=4, metavar="N", help="more attempts after a failed one (default: 4)")
+    play.add_argument("--max-requests", type=int, metavar="N", help="HTTP requests in all, retries included; default: no limit")
+    play.add_argument("--show", action="store_true", help="print the episodes, too: what each agent read and wrote")
+    play.add_argument("--json", action="store_true", help="print one JSON object")
+
     check = command(
         "check",
         "Hold a world to its contract: a built-in task's name, or module:Class of your own.",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from collm.models.team import Team
 from collm.types import Completion, Request
+
+if TYPE_CHECKING:  # remote agents are played without torch
+    from collm.models.team import Team
 
 
 class Engine(Protocol):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from collm.models.team import Team
 from collm.types import Completion, Request
+
+if TYPE_CHECKING:
+    from collm.models.team import Team
 
 
 class ScriptedEngine:

@@ -130,6 +130,11 @@ class Chat:
         """The text of sampled ids, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def forget(self) -> None:
+        """Drop what is remembered of texts encoded before; for processes that live long and read what strangers write."""
+        for memory in (self._plain, self._markup, self._frames):
+            memory.cache_clear()
+
     def _encode_plain(self, text: str) -> tuple[int, ...]:
         text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no text
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)

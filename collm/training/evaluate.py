@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,10 +75,15 @@ def num_tasks(plan: Plan) -> int:
 
 
 def evaluate(
-    config: Config, engine: Engine, *, episodes: int | None = None, stop: Callable[[], None] = lambda: None
+    config: Config,
+    engine: Engine,
+    *,
+    episodes: int | None = None,
+    split: str = "eval",
+    stop: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Play each held-out task once, the first `episodes` of them if given."""
-    plan = plan_of(config, "eval")
+    """Play each held-out task once, the first `episodes` of them if given. split: other tasks, played in the same manner."""
+    plan = replace(plan_of(config, "eval"), split=split)
     wanted = config.evaluation.episodes if episodes is None else episodes
     total = num_tasks(plan)
     tasks = range(total if wanted is None else min(total, wanted))

@@ -1,0 +1,66 @@
+"""`collm export`, and the one agent of a run that it and `collm serve` load."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from collm.cli.evaluate import find_weights, load_team, run_config
+from collm.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from collm.models.policy import Policy
+
+
+def run(arguments: argparse.Namespace) -> int:
+    target: Path = arguments.folder
+    if os.path.lexists(target):
+        raise RunError(f"{str(target)!r} exists already; name a folder that does not.")
+    policy, what = load_agent(arguments.run, arguments.agent, arguments.checkpoint, device="cpu")
+    write(policy, target)
+    record = {"agent": arguments.agent, "weights": what, "folder": str(target)}
+    if arguments.json:
+        print(json.dumps(record))
+    else:
+        print(f"{arguments.agent} of {arguments.run} ({what}) lies in {target}; transformers loads it without collm.")
+    return 0
+
+
+def write(policy: Policy, target: Path) -> None:
+    """An ordinary Hugging Face folder, all or nothing. Raises SaveError."""
+    from collm.training.checkpoint import explained
+
+    aside = target.with_name(f".saving-{target.name}-{os.getpid()}")
+    try:
+        with explained(target):
+            aside.mkdir(parents=True)
+            policy.save(aside)
+            os.rename(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def load_agent(source: Path, agent: str, checkpoint: str, *, device: str = "") -> tuple[Policy, str]:
+    """One agent of a run directory, or the model of an exported folder, and what to call its weights.
+
+    device: instead of the run's own. Raises RunError or ConfigError.
+    """
+    if not source.is_dir():
+        raise RunError(f"there is no run directory or exported folder {str(source)!r}.")
+    if (source / "tokenizer_config.json").is_file():
+        from collm.models.policy import Policy
+        from collm.training.trainer import resolve_device
+
+        if checkpoint != "final":
+            raise ConfigError(
+                f"--checkpoint {checkpoint} is for run directories; {str(source)!r} holds one model. Leave it out."
+            )
+        return Policy.from_pretrained(str(source), device=resolve_device(device or "auto")), "exported weights"
+    config = run_config(source, {"run.device": device} if device else {})
+    weights, what = find_weights(source, checkpoint)
+    return load_team(config, weights, only=agent).policies[agent], what

@@ -1,0 +1,142 @@
+"""`collm play`: a team whose agents live apart. No model is loaded here, no critic, and no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from collm.cli.evaluate import as_record, run_config, show_table
+from collm.config import Config, load_config
+from collm.envs.catalogue import make
+from collm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collm.engines.http import Endpoint
+    from collm.types import Episode
+
+CHANGEABLE = ("env.", "evaluation.", "rollout.", "run.seed")
+"""Settings (or their beginnings) that mean something where nothing is trained and no model is loaded."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for name, least in (("episodes", 1), ("retries", 0), ("max_requests", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is too few; give {least} or more.")
+    if not (math.isfinite(arguments.timeout) and arguments.timeout > 0):
+        raise ConfigError(f"--timeout {arguments.timeout} is no time to wait. Give seconds above 0.")
+    config = settings(arguments.task, arguments.overrides)
+    env: Any = make(config.env.name, split=arguments.split, **config.env.options)
+    places = endpoints(arguments.agent, env.possible_agents, arguments.api_key_env or "")
+
+    from collm.engines.http import HttpEngine
+    from collm.training.evaluate import evaluate
+
+    engine = HttpEngine(places, read=arguments.timeout, retries=arguments.retries, max_requests=arguments.max_requests)
+    try:
+        with Console(stderr=True).status("playing"):
+            result = evaluate(config, engine, episodes=arguments.episodes, split=arguments.split)
+    finally:
+        engine.close()
+    failed = [episode for episode in result.episodes if episode.failure]
+    if arguments.json:
+        record: dict[str, Any] = as_record(result) if result.played else {"episodes": 0, "failed": len(failed)}
+        record |= {"requests": engine.sent, "failures": {name_of(episode): episode.failure for episode in failed}}
+        if arguments.show:
+            record["played"] = [plain(episode) for episode in result.episodes]
+        print(json.dumps(record, allow_nan=False))
+        return 1 if failed else 0
+    console = Console(highlight=False, markup=False)
+    if arguments.show:
+        for episode in result.episodes:
+            console.print(told(episode))
+    if result.played:
+        max_reward = getattr(env, "max_reward", None)
+        show_table(f"{config.env.name}, {len(places)} agents apart", result, config, max_reward, split=arguments.split)
+    for episode in failed:
+        console.print(f"failed: {name_of(episode)}: {episode.failure}")
+    if not result.played:
+        console.print("No episode was played to its end.")
+    return 1 if failed else 0
+
+
+def settings(task: str, overrides: Mapping[str, Any]) -> Config:
+    """The settings to play with: those of a run, a recipe, or a task's own defaults, with `{"room.key": value}` on top."""
+    for key in overrides:
+        if not key.startswith(CHANGEABLE):
+            raise ConfigError(
+                f"{key!r} means nothing to `collm play`, which takes env.*, rollout.*, evaluation.* and run.seed."
+            )
+    if "env.name" in overrides:
+        raise ConfigError(f"`collm play` names the task itself: collm play {overrides['env.name']} --agent NAME=URL ...")
+    if (Path(task) / "config.json").is_file():
+        return run_config(Path(task), overrides)
+    if task.endswith(".toml"):
+        return load_config(Path(task), overrides)
+    return load_config(None, {"env.name": task, **overrides})
+
+
+def endpoints(given: Sequence[str], agents: Sequence[str], key_env: str) -> dict[str, Endpoint]:
+    """NAME=URL words as endpoints, one for each of the task's agents. Raises ConfigError."""
+    from collm.engines.http import endpoint
+
+    places: dict[str, Endpoint] = {}
+    for word in given:
+        name, equals, url = word.partition("=")
+        if not equals:
+            raise ConfigError(f"--agent {word!r} is not NAME=URL, such as {agents[0]}=http://127.0.0.1:8000/v1.")
+        if name in places:
+            raise ConfigError(f"--agent {name} is given twice.")
+        if name not in agents:
+            raise ConfigError(f"--agent {name}: the task's agents are {', '.join(agents)}.")
+        places[name] = endpoint(name, url, key_env=key_env)
+    missing = [agent for agent in agents if agent not in places]
+    if missing:
+        raise ConfigError(
+            f"nobody plays {', '.join(missing)}: add " + " ".join(f"--agent {name}=URL" for name in missing) + "."
+        )
+    return places
+
+
+def name_of(episode: Episode) -> str:
+    return episode.label or f"task {episode.task}"
+
+
+def plain(episode: Episode) -> dict[str, Any]:
+    """An episode as plain values."""
+    turns = [
+        {
+            "reward": turn.raw_reward,
+            "agents": {
+                agent: {
+                    "read": turn.observations[agent],
+                    "text": answer.text,
+                    "token_ids": None if answer.token_ids is None else answer.token_ids.tolist(),
+                    "prompt_ids": None if answer.prompt_ids is None else answer.prompt_ids.tolist(),
+                }
+                for agent, answer in turn.completions.items()
+            },
+        }
+        for turn in episode.turns
+    ]
+    return {"task": episode.task, "label": episode.label, "failure": episode.failure, "turns": turns}
+
+
+def told(episode: Episode) -> str:
+    """An episode for people; what agents wrote stands behind a mark."""
+    lines = [f"--- {name_of(episode)}"]
+    for number, turn in enumerate(episode.turns):
+        for agent, answer in turn.completions.items():
+            read = turn.observations[agent]
+            lines += [f"turn {number}, {agent} read:", *(f"  | {line}" for line in read.splitlines())]
+            lines += [f"turn {number}, {agent} wrote:", *(f"  > {line}" for line in answer.text.splitlines())]
+        lines.append(f"turn {number}: reward {turn.raw_reward:g}")
+    if episode.failure:
+        lines.append(f"failed: {episode.failure}")
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in "\n".join(lines))

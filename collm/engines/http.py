@@ -1,0 +1,283 @@
+"""Agents that live elsewhere: any OpenAI-compatible chat endpoint, one per agent.
+
+Nothing here imports torch. Whatever a server does, `generate` answers every request: a server that is dead, slow, or talks
+nonsense fails the episodes that need it, each with the reason, and no other.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from collm.errors import ConfigError, EngineError
+from collm.types import Completion, Ids, Request
+
+try:
+    import httpx
+except ImportError as _error:
+    raise ConfigError("agents on other machines need httpx: pip install 'collm[serve]'.") from _error
+
+if TYPE_CHECKING:
+    from collm.models.team import Team
+
+RETRIED = frozenset({408, 429, 500, 502, 503, 504})
+"""HTTP answers that may be different the next time."""
+LARGEST_ANSWER = 1 << 26
+"""Bytes of one HTTP answer at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where one agent lives.
+
+    url: the base that `/chat/completions` is added to. model: the name it is asked for. key: sent as a bearer token if not
+    empty. token_ids: ask for token ids and log-probs in vLLM's manner; some other servers refuse to be asked (`collm serve`
+    gives them unasked).
+    """
+
+    url: str
+    model: str
+    key: str = ""
+    token_ids: bool = False
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.url!r}, model={self.model!r})"
+
+
+def endpoint(agent: str, address: str, *, key_env: str = "", token_ids: bool = False) -> Endpoint:
+    """The endpoint that `http://host:port/v1` or `http://host:port/v1#model` stands for; without "/v1" that is added.
+
+    Without #model the server is asked for a model with the agent's own name, as `collm serve` offers it. key_env: the
+    environment variable that holds the API key. Raises ConfigError.
+    """
+    plain, _, model = address.partition("#")
+    try:
+        parts = urlsplit(plain)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        sound = False
+    if not sound or parts.query or any(c.isspace() for c in plain):
+        raise ConfigError(
+            f"{agent}={address!r} is no address of a server. Write http://host:port/v1, or http://host:port/v1#model."
+        )
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(
+            f"the address of {agent} holds a user name or a password, which would be shown in messages. Keep the key in an "
+            "environment variable, and name that."
+        )
+    key = os.environ.get(key_env, "") if key_env else ""
+    if key_env and not key:
+        raise ConfigError(f"the environment variable {key_env!r}, which should hold the API key, is not set.")
+    if not key.isascii() or any(c.isspace() for c in key):
+        raise ConfigError(f"the API key in the environment variable {key_env!r} holds spaces or characters beyond ASCII.")
+    path = parts.path.rstrip("/")
+    return Endpoint(f"{parts.scheme}://{parts.netloc}{path or '/v1'}", model or agent, key, token_ids)
+
+
+class HttpEngine:
+    """Asks a server for each agent's answers; all requests of a call are under way at the same time.
+
+    connect, read: seconds to reach a server, and for one whole answer. retries: further attempts after a refused or broken
+    connection, a 429 or a 5xx, each after twice the wait of the one before (`backoff` seconds first, up to half of it less by
+    a jitter that the request's seed decides), or after the wait that the server names. longest_wait: seconds that it may
+    name. max_requests: HTTP requests over the engine's life, retries included; what comes after fails. concurrency: requests
+    under way at most.
+
+    It never trains: new weights would have to reach the servers. Example: HttpEngine({"main": endpoint("main", url)})
+    """
+
+    trains = False
+
+    def __init__(
+        self,
+        endpoints: Mapping[str, Endpoint],
+        *,
+        connect: float = 5.0,
+        read: float = 120.0,
+        retries: int = 4,
+        backoff: float = 0.5,
+        longest_wait: float = 60.0,
+        max_requests: int | None = None,
+        concurrency: int = 64,
+    ):
+        self.endpoints = dict(endpoints)
+        self.connect, self.read, self.retries, self.backoff = connect, read, retries, backoff
+        self.longest_wait, self.max_requests, self.concurrency = longest_wait, max_requests, concurrency
+        self.sent = 0
+        self._count = threading.Lock()
+        here = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}  # no proxy for this machine
+        self._client = httpx.Client(
+            timeout=httpx.Timeout(read, connect=connect),
+            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            headers={"accept": "application/json", "accept-encoding": "identity"},
+            mounts=here,
+        )
+
+    def load(self, team: Team) -> None:
+        """Servers keep their weights."""
+
+    def close(self) -> None:
+        self._client.close()
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        if not requests:
+            return []
+        with ThreadPoolExecutor(min(self.concurrency, len(requests)), thread_name_prefix="collm-http") as pool:
+            return list(pool.map(self._answer, requests))
+
+    def _answer(self, request: Request) -> Completion:
+        try:
+            return read_answer(request.agent, self._ask(request))
+        except EngineError as error:
+            return Completion(request.agent, "", finish_reason="error", error=str(error))
+
+    def _ask(self, request: Request) -> bytes:
+        """The body of a good HTTP answer, after as many attempts as it takes. Raises EngineError."""
+        place = self.endpoints.get(request.agent)
+        if place is None:
+            raise EngineError(
+                f"no server is known for {request.agent}; there is one for {', '.join(self.endpoints) or 'nobody'}"
+            )
+        body = json.dumps(payload(request, place)).encode()
+        jitter = random.Random(request.seed)
+        for attempt in range(self.retries + 1):
+            wait = self.backoff * 2**attempt * (1 - 0.5 * jitter.random())
+            try:
+                status, headers, text = self._post(place, body)
+            except (httpx.ConnectError, httpx.ConnectTimeout, httpx.NetworkError, httpx.RemoteProtocolError) as error:
+                reason = f"cannot be reached: {_first_line(error)}"
+            except httpx.TimeoutException as error:
+                raise EngineError(f"{place.url} gave no answer within {self.read:g} s") from error
+            except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+                raise EngineError(f"{place.url}: {_first_line(error)}") from error
+            else:
+                if status == 200:
+                    return text
+                reason = f"answered {status}: {_reason(text)}"
+                if status not in RETRIED:
+                    raise EngineError(f"{place.url} {reason}")
+                named = retry_after(headers.get("retry-after", ""))
+                if named is not None and named > self.longest_wait:
+                    raise EngineError(
+                        f"{place.url} {reason} (it asks for a wait of {named:.0f} s, more than {self.longest_wait:g})"
+                    )
+                wait = wait if named is None else named
+            if attempt < self.retries:
+                time.sleep(min(wait, self.longest_wait))
+        attempts = f" ({self.retries + 1} attempts)" if self.retries else ""
+        raise EngineError(f"{place.url} {reason}{attempts}")
+
+    def _post(self, place: Endpoint, body: bytes) -> tuple[int, httpx.Headers, bytes]:
+        """One HTTP request: status, headers, body. A server that only drips is cut off at `read` seconds."""
+        with self._count:
+            if self.max_requests is not None and self.sent >= self.max_requests:
+                raise EngineError(f"the budget of {self.max_requests} requests is spent")
+            self.sent += 1
+        headers = {"content-type": "application/json"}
+        if place.key:
+            headers["authorization"] = f"Bearer {place.key}"
+        late = time.monotonic() + self.read
+        with self._client.stream("POST", f"{place.url}/chat/completions", content=body, headers=headers) as response:
+            text = bytearray()
+            for chunk in response.iter_bytes():
+                text += chunk
+                if len(text) > LARGEST_ANSWER:
+                    raise EngineError(f"{place.url} answered with more than {LARGEST_ANSWER >> 20} MiB")
+                if time.monotonic() > late:
+                    raise httpx.ReadTimeout("it drips")
+            return response.status_code, response.headers, bytes(text)
+
+
+def payload(request: Request, place: Endpoint) -> dict[str, Any]:
+    """What is sent for a request; ids that a server gave for an earlier answer go back, so that it reads what it wrote."""
+    sampling = request.sampling
+    messages: list[dict[str, Any]] = []
+    for message in request.messages:
+        sent: dict[str, Any] = {"role": message.role, "content": message.text}
+        if message.token_ids is not None:
+            sent["token_ids"] = message.token_ids.tolist()
+        messages.append(sent)
+    body: dict[str, Any] = {
+        "model": place.model,
+        "messages": messages,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_tokens,
+        "seed": request.seed,
+    }
+    if sampling.top_k:
+        body["top_k"] = sampling.top_k
+    if place.token_ids:
+        body |= {"logprobs": True, "return_token_ids": True}
+    return body
+
+
+def read_answer(agent: str, body: bytes) -> Completion:
+    """The completion that an HTTP answer holds, with token ids and log-probs where they are given. Raises EngineError."""
+    try:
+        answer = json.loads(body)
+        choice = answer["choices"][0]
+        text = choice["message"]["content"]
+        if not isinstance(text, str | None):
+            raise ValueError(f"the answer's content is {type(text).__name__}, not text")
+        logprobs = choice.get("token_logprobs")
+        if logprobs is None and (choice.get("logprobs") or {}).get("content") is not None:
+            logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+        token_ids, prompt_ids = _ids(choice.get("token_ids")), _ids(answer.get("prompt_token_ids"))
+        if logprobs is not None:
+            logprobs = np.array(logprobs, dtype=np.float32)
+            if logprobs.ndim != 1 or not np.isfinite(logprobs).all():
+                raise ValueError("a log-prob is not a finite number")
+            if token_ids is not None and len(token_ids) != len(logprobs):
+                raise ValueError(f"{len(logprobs)} log-probs for {len(token_ids)} tokens")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise EngineError(f"the server's answer cannot be read: {_first_line(error)}") from error
+    finish = "length" if choice.get("finish_reason") == "length" else "stop"
+    return Completion(agent, text or "", prompt_ids, token_ids, logprobs, finish)  # type: ignore[arg-type]
+
+
+def _ids(values: Any) -> Ids | None:
+    if values is None:
+        return None
+    if not isinstance(values, list) or not all(type(i) is int and 0 <= i < 1 << 31 for i in values):
+        raise ValueError("token ids are not a list of whole numbers")
+    return np.array(values, dtype=np.int32)
+
+
+def retry_after(value: str) -> float | None:
+    """Seconds that a Retry-After header asks for: a number, or a date. None where it says nothing that can be read."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _reason(body: bytes) -> str:
+    """What an answer that is no completion says, on one line."""
+    try:
+        answer = json.loads(body)
+        error = answer.get("error", answer.get("detail", answer))
+        said = error.get("message", error) if isinstance(error, dict) else error
+    except (ValueError, AttributeError, RecursionError):
+        said = body[:1000].decode("utf-8", "replace")
+    return " ".join(str(said).split())[:300] or "nothing more"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()[:300]}".split("\n")[0].rstrip(": ")

@@ -1,0 +1,49 @@
+"""Several engines for one team: each agent is answered by its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from collm.engines.base import Engine
+from collm.types import Completion, Request
+
+if TYPE_CHECKING:
+    from collm.models.team import Team
+
+
+class MixedEngine:
+    """The agents in `others` are answered by the engine named there, everyone else by `local`; all at the same time.
+
+    It trains where `local` does, and only `local` is given new weights: the others are frozen team-mates.
+    Example: MixedEngine(LocalEngine(team), {"helper": HttpEngine({"helper": endpoint("helper", url)})})
+    """
+
+    def __init__(self, local: Engine, others: Mapping[str, Engine]):
+        self.local, self.others = local, dict(others)
+        self.trains = local.trains
+
+    def load(self, team: Team) -> None:
+        self.local.load(team)
+
+    def rest(self) -> None:
+        """Give back memory that the learner could use, where the local engine holds such."""
+        rest = getattr(self.local, "rest", None)
+        if rest is not None:
+            rest()
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        engines = [self.others.get(request.agent, self.local) for request in requests]
+        distinct = list({id(engine): engine for engine in engines}.values())
+        rows = [[i for i, engine in enumerate(engines) if engine is one] for one in distinct]
+        away = [(one, mine) for one, mine in zip(distinct, rows, strict=True) if one is not self.local]
+        answers: dict[int, Completion] = {}
+        with ThreadPoolExecutor(max(1, len(away)), thread_name_prefix="collm-remote") as pool:
+            waiting = [(mine, pool.submit(one.generate, [requests[i] for i in mine])) for one, mine in away]
+            mine = [i for i, engine in enumerate(engines) if engine is self.local]
+            if mine:  # in this thread: torch's settings are a thread's own
+                answers.update(zip(mine, self.local.generate([requests[i] for i in mine]), strict=True))
+            for mine, future in waiting:
+                answers.update(zip(mine, future.result(), strict=True))
+        return [answers[i] for i in range(len(requests))]

@@ -1,0 +1,1 @@
+"""One agent behind one OpenAI-compatible endpoint."""

@@ -1,0 +1,129 @@
+"""Requests that arrive together are answered together: one engine call at a time, in one thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+
+from collm.engines.base import Engine
+from collm.errors import CollmError
+from collm.models.policy import Policy
+from collm.serving.wire import Refused
+from collm.types import Completion, Request
+
+WINDOW = 0.003
+"""Seconds that the first of a batch waits for company."""
+REMEMBERED = 1 << 21
+"""Characters of text after which the chat template's memory of encoded texts is emptied."""
+
+Waiting = tuple[Request, "asyncio.Future[Completion]"]
+
+
+class Batcher:
+    """Answers requests for one policy. most: requests in one engine call; queue: requests waiting, beyond which callers are
+    told to come back later."""
+
+    def __init__(self, engine: Engine, policy: Policy, *, most: int = 64, queue: int = 1024):
+        self.engine, self.policy, self.most = engine, policy, most
+        self._queue: asyncio.Queue[Waiting] = asyncio.Queue(queue)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="collm-engine")
+        self._task: asyncio.Task[None] | None = None
+        self._characters = 0
+        tokens = policy.tokenizer.get_vocab()
+        self.longest_text = 4 * policy.max_positions * max(map(len, tokens))
+        """Characters that no history can have, with a margin; more need not even be encoded."""
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._work())
+
+    async def stop(self) -> None:
+        """Leave; whoever still waits is told."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        while not self._queue.empty():
+            _, future = self._queue.get_nowait()
+            if not future.done():
+                future.set_exception(Refused(503, "the server is stopping", code="stopping"))
+        self._thread.shutdown()
+
+    async def answer(self, request: Request) -> Completion:
+        """The completion of one request. Raises Refused."""
+        size = sum(len(message.text) if message.token_ids is None else 0 for message in request.messages)
+        if size > self.longest_text:
+            raise _too_long(f"a history of {size} characters cannot fit the model's {self.policy.max_positions} positions")
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        try:
+            self._queue.put_nowait((request, future))
+        except asyncio.QueueFull:
+            raise Refused(503, "too many requests are waiting; try again in a second", code="busy") from None
+        return await future
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [await self._queue.get()]
+            await asyncio.sleep(WINDOW)
+            while len(batch) < self.most and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            batch = [(request, future) for request, future in batch if not future.done()]  # who has left needs no answer
+            results = await loop.run_in_executor(self._thread, self._generate, [request for request, _ in batch])
+            for (_, future), result in zip(batch, results, strict=True):
+                if future.done():
+                    continue
+                if isinstance(result, Refused):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
+
+    def _generate(self, requests: list[Request]) -> list[Completion | Refused]:
+        """In the engine's thread: one completion or refusal per request; nothing is raised."""
+        results: list[Completion | Refused | None] = [self._check(request) for request in requests]
+        sound = [i for i, refused in enumerate(results) if refused is None]
+        try:
+            completions = self.engine.generate([requests[i] for i in sound]) if sound else []
+            for i, completion in zip(sound, completions, strict=True):
+                failed = completion.finish_reason == "error"
+                results[i] = Refused(500, completion.error, code="engine") if failed else completion
+        except Exception as error:
+            self._report(error)
+            for i in sound:
+                results[i] = Refused(500, "the engine failed; the server's log says why", code="engine")
+        self._forget(requests)
+        return [result or Refused(500, "no answer", code="engine") for result in results]
+
+    def _check(self, request: Request) -> Refused | None:
+        """What makes one request impossible, found before it is put into a batch with others."""
+        try:
+            length = len(self.policy.chat.encode(request.messages))
+        except CollmError as error:
+            return Refused(400, str(error), param="messages")
+        except Exception as error:
+            self._report(error)
+            return Refused(400, "the messages cannot be encoded", param="messages")
+        if length + request.sampling.max_tokens > self.policy.max_positions:
+            return _too_long(
+                f"a history of {length} tokens and an answer of up to {request.sampling.max_tokens} exceed the model's "
+                f"{self.policy.max_positions} positions; send fewer messages, or lower max_tokens"
+            )
+        return None
+
+    def _forget(self, requests: list[Request]) -> None:
+        """Keep memory flat, however long the server lives."""
+        self._characters += sum(len(message.text) for request in requests for message in request.messages)
+        if self._characters > REMEMBERED:
+            self.policy.chat.forget()
+            self._characters = 0
+
+    @staticmethod
+    def _report(error: Exception) -> None:
+        """For whoever runs the server; callers never see it."""
+        traceback.print_exception(error, file=sys.stderr)
+
+
+def _too_long(reason: str) -> Refused:
+    return Refused(400, reason, param="messages", code="context_length_exceeded")

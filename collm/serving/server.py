@@ -1,0 +1,215 @@
+"""The server: FastAPI routes around the batcher, and a process that starts and stops decently."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from collm.engines.local import LocalEngine
+from collm.errors import ConfigError
+from collm.models.policy import Policy
+from collm.models.team import Team
+from collm.serving import wire
+from collm.serving.batcher import Batcher
+from collm.serving.wire import Refused
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request, Response
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+except ImportError as _error:
+    raise ConfigError("`collm serve` needs fastapi and uvicorn: pip install 'collm[serve]'.") from _error
+
+LARGEST_BODY = 1 << 22
+"""Bytes of a request's body at most."""
+BODY_SECONDS = 30.0
+"""How long a client may take to send it."""
+CONNECTIONS = 1024
+"""Connections and requests at a time, beyond which callers are told to come back later."""
+GRACE = 60
+"""Seconds in which answers under way are finished after a signal to stop."""
+
+
+def make_app(policy: Policy, agent: str, *, key: str = "", max_tokens: int = 256, record: Path | None = None) -> FastAPI:
+    """The application that serves one agent. key: the API key that is asked for, none if empty. max_tokens: of an answer, where
+    the caller names none. record: append one JSON line per completion request: when it began and ended (seconds since 1970),
+    HTTP status, messages read, tokens written."""
+    engine = LocalEngine(Team({agent: policy}))
+    batcher = Batcher(engine, policy)
+    vocabulary = policy.model.get_input_embeddings().num_embeddings
+    started = int(time.time())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        batcher.start()
+        yield
+        await batcher.stop()
+
+    app = FastAPI(title=f"collm: {agent}", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+
+    def admit(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode("utf-8", "replace")
+        if key and not hmac.compare_digest(given, f"Bearer {key}".encode()):
+            raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    async def complete(request: Request, noted: dict[str, Any]) -> Response:
+        await asyncio.sleep(0)  # if the request has turned out to be broken meanwhile, uvicorn has said so and hung up by now
+        admit(request)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # what a web page of a stranger's cannot send unasked
+            raise Refused(415, "send content-type: application/json", code="unsupported_media_type")
+        asked = wire.parse(await read_body(request), agent, max_tokens=max_tokens, vocabulary=vocabulary)
+        noted["messages"] = len(asked.request.messages)
+        completion = await batcher.answer(asked.request)
+        ids = [] if completion.token_ids is None else completion.token_ids.tolist()
+        noted["tokens"] = len(ids)
+        pieces = [str(policy.tokenizer.decode([i])) for i in ids]
+        whole = wire.answer(asked, completion, pieces, f"chatcmpl-{uuid.uuid4().hex}")
+        if asked.stream:
+            return Response(wire.events(whole), media_type="text/event-stream")
+        return reply(wire.dumps(whole))
+
+    @app.get("/health")
+    async def health() -> Response:
+        return reply(wire.dumps({"status": "ok", "agent": agent}))
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        admit(request)
+        only = {"id": agent, "object": "model", "created": started, "owned_by": "collm", "max_model_len": policy.max_positions}
+        return reply(wire.dumps({"object": "list", "data": [only]}))
+
+    @app.post("/v1/chat/completions")
+    async def completions(request: Request) -> Response:
+        noted: dict[str, Any] = {"began": time.time(), "messages": 0, "tokens": 0}
+        response: Response | None = None
+        try:
+            response = await complete(request, noted)
+            return response
+        except Refused as refused:
+            response = refusal(refused)
+            return response
+        finally:
+            if record is not None:
+                status = 500 if response is None else response.status_code
+                with record.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps({**noted, "ended": time.time(), "status": status}) + "\n")
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> Response:
+        return refusal(error)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        return refusal(Refused(error.status_code, str(error.detail), code="not_found"))
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        return refusal(Refused(500, "an error of the server's; its log says more", code="server_error"))
+
+    return app
+
+
+def reply(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(body, status, headers, "application/json")
+
+
+def refusal(error: Refused) -> Response:
+    headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}.get(error.status)
+    return reply(error.body(), error.status, headers)
+
+
+async def read_body(request: Request) -> bytes:
+    """The body, up to a size and within a time. Raises Refused."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > LARGEST_BODY:
+                    raise Refused(413, f"the body is larger than {LARGEST_BODY >> 20} MiB", code="too_large")
+    except TimeoutError:
+        raise Refused(408, f"the body did not come within {BODY_SECONDS:g} s", code="timeout") from None
+    except ClientDisconnect:
+        raise Refused(400, "the client left", code="disconnected") from None
+    return bytes(body)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is ours from now on. Raises ConfigError where the port is taken or the host is not this machine's."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        held = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--host {host!r} is no address: {error}. Leave it out for 127.0.0.1.") from error
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(address)
+        held.listen(CONNECTIONS)
+    except (OSError, OverflowError) as error:
+        held.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"--port {port} on {host} cannot be had: {reason}. Choose another, or 0 for any free one.") from error
+    return held
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's server, which says when it is ready, and leaves with exit code 0 when it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
+        super().__init__(config)
+        self.ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            self.ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        def stop(signum: int, frame: FrameType | None) -> None:
+            """The first signal finishes what is under way; a second one does not."""
+            self.force_exit = self.should_exit
+            self.should_exit = True
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+
+def run(app: FastAPI, held: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=CONNECTIONS,
+        backlog=CONNECTIONS,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=GRACE,
+        server_header=False,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+    )
+    _Server(config, ready).run(sockets=[held])
+    sys.stdout.flush()
