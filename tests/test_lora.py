@@ -338,9 +338,9 @@ TEAMS = {"adapters": lora(rank=8), "mixture": lora(rank=8, agents=["agent_1"])}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(TEAMS))
 def test_adapters_learn_to_agree(tmp_path: Path, name: str) -> None:
-    rate, iterations = {"adapters": (4e-3, 70), "mixture": (2e-3, 90)}[name]
-    changes: dict[str, Any] = {"learner": {"lr": rate, "schedule": "linear"}, "critic": {"lr": rate}}
-    solves(make_trainer(tmp_path, "collm-cc", 2, 0, team=TEAMS[name], run={"iterations": iterations}, **changes))
+    """A rate that falls to nothing: adapters of this size wander at a constant one (docs/log.md)."""
+    rates: dict[str, Any] = {"learner": {"lr": 4e-3, "schedule": "linear"}, "critic": {"lr": 4e-3}}
+    solves(make_trainer(tmp_path, "collm-cc", 2, 0, team=TEAMS[name], run={"iterations": 70}, **rates))
 
 
 @pytest.mark.parametrize("name", list(TEAMS))
