@@ -49,10 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     from collm.engines.local import LocalEngine
     from collm.training.evaluate import evaluate
+    from collm.training.trainer import with_remote
 
     torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
     with Console(stderr=True).status("playing the held-out tasks"):
-        engine = LocalEngine(load_team(config, weights), batch_tokens=config.rollout.batch_tokens)
+        engine = with_remote(LocalEngine(load_team(config, weights), batch_tokens=config.rollout.batch_tokens), config)
         result = evaluate(config, engine, episodes=arguments.episodes)
     failed = [episode for episode in result.episodes if episode.failure]
     if not result.played:
@@ -175,14 +176,15 @@ def load_team(config: Config, weights: Path | None, *, only: str | None = None) 
     from safetensors import SafetensorError
 
     from collm.training.checkpoint import load_policies
-    from collm.training.trainer import check_fit, make_team, resolve_device
+    from collm.training.trainer import check_fit, make_team, resolve_device, trained_agents
 
     run = config.run.model_copy(update={"device": resolve_device(config.run.device)})
     config = config.model_copy(update={"run": run})
-    agents = everyone = check_fit(config)
+    agents = everyone = trained_agents(config, check_fit(config))
     if only is not None:
         if only not in everyone:
-            raise ConfigError(f"there is no agent {only!r} in this run; its agents are {', '.join(everyone)}.")
+            elsewhere = f" (on a server: {', '.join(config.team.remote)})" if config.team.remote else ""
+            raise ConfigError(f"there is no agent {only!r} in this run; its agents are {', '.join(everyone)}{elsewhere}.")
         agents = (only,)
     if weights is None:
         return make_team(config, agents)

@@ -79,9 +79,9 @@ class Trainer:
         self.agents = check_fit(self.config)
         self.num_tasks = num_tasks(self.plan)
         self.team = team or make_team(self.config, self.agents)
-        if self.team.agents != self.agents:
+        if self.team.agents != trained_agents(self.config, self.agents):
             raise ConfigError(f"the team plays {self.team.agents}, but the task's agents are {self.agents}.")
-        self.engine = engine or LocalEngine(self.team, batch_tokens=config.rollout.batch_tokens)
+        self.engine = engine or with_remote(LocalEngine(self.team, batch_tokens=config.rollout.batch_tokens), self.config)
         if not self.engine.trains:
             raise ConfigError(
                 f"{type(self.engine).__name__} gives no token ids and log-probs: it can evaluate and play frozen "
@@ -161,7 +161,7 @@ class Trainer:
         if self.config.algorithm.advantage == "counterfactual":
             episodes = [episode for group in groups for episode in group.episodes]
             times = self.config.algorithm.resamples
-            resample(self.plan, self.engine, episodes, times, stop=self._check_signal)
+            resample(self.plan, self.engine, episodes, times, agents=self.team.agents, stop=self._check_signal)
         return groups
 
     def _evaluate(self, log: RunLog, display: Display) -> dict[str, Any]:
@@ -262,7 +262,11 @@ def check_fit(config: Config) -> tuple[str, ...]:
 
 
 def make_team(config: Config, agents: tuple[str, ...]) -> Team:
-    """Load each agent's model; with team.shared, agents with the same model get one policy between them."""
+    """Load each agent's model; with team.shared, agents with the same model get one policy between them.
+
+    Frozen team-mates on servers have none. Raises ConfigError where nobody is left.
+    """
+    agents = trained_agents(config, agents)
     policies: dict[str, Policy] = {}
     loaded: dict[str, Policy] = {}
     for agent in agents:
@@ -271,6 +275,29 @@ def make_team(config: Config, agents: tuple[str, ...]) -> Team:
             loaded[source] = Policy.from_pretrained(source, compute=config.team.compute, device=config.run.device)
         policies[agent] = loaded[source]
     return Team(policies)
+
+
+def trained_agents(config: Config, agents: tuple[str, ...]) -> tuple[str, ...]:
+    """The agents that are not played by servers. Raises ConfigError where there is none."""
+    local = tuple(agent for agent in agents if agent not in config.team.remote)
+    if not local:
+        raise ConfigError(
+            "every agent of team.models is a server: nothing is left to train here, and log-probs of answers to learn from are "
+            "a local model's. Give one agent a model, or play such a team with `collm play`."
+        )
+    return local
+
+
+def with_remote(engine: Engine, config: Config) -> Engine:
+    """`engine`, beside it servers for the frozen team-mates that live there."""
+    if not config.team.remote:
+        return engine
+    from collm.engines.http import HttpEngine, endpoint
+    from collm.engines.mixed import MixedEngine
+
+    key_env = config.team.api_key_env or ""
+    servers = HttpEngine({agent: endpoint(agent, url, key_env=key_env) for agent, url in config.team.remote.items()})
+    return MixedEngine(engine, dict.fromkeys(config.team.remote, servers))
 
 
 def draw_tasks(seed: int, iteration: int, count: int, total: int) -> list[int]:
