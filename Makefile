@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo test test-slow fuzz bubblewrap tiny clean help
+.PHONY: demo test test-slow test-vllm fuzz bubblewrap tiny clean help
 
 help:
 	@echo "make demo       install, train two tiny builders (at most 5 minutes), show before and after"
 	@echo "make test       install, check style and types, run the quick tests"
 	@echo "make test-slow  the long checks (at most an hour)"
 	@echo "make fuzz       20,000 hostile answers to all worlds (make test plays 2,000)"
+	@echo "make test-vllm  the vLLM engine, run on the CPU in an environment of its own (3.5 GB; 5 minutes)"
 	@echo "make tiny       make the tiny language model anew into build/tiny (about 25 minutes on one core)"
 
 $(BIN)/collm: pyproject.toml constraints.txt
@@ -43,6 +44,10 @@ test-slow: $(BIN)/collm
 
 fuzz: $(BIN)/collm
 	COLLM_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py -v
+
+test-vllm:
+	PYTHON=$(PYTHON) tests/with_vllm/environment.sh .venv-vllm
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 .venv-vllm/bin/python -m pytest tests/with_vllm -v
 
 tiny: $(BIN)/collm
 	$(BIN)/python -m collm.training.pretrain build/tiny

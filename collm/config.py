@@ -70,17 +70,64 @@ class EnvSettings(BaseModel):
         return dict(self.model_extra or {})
 
 
+class LoraSettings(Room):
+    """Agents as adapters on a base model that those who share it hold once in memory."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of each adapter's matrices."""
+    alpha: float = Field(32.0, gt=0)
+    """An adapter's change is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of an adapter's inputs dropped while it learns; an answer is then scored otherwise than it was sampled."""
+    targets: list[str] = ["all-linear"]
+    """Names of the linear layers that are adapted; "all-linear" takes all but the vocabulary head."""
+    base: Literal["float32", "bfloat16"] = "float32"
+    """Number format that base models are kept in; adapters are float32 in every case."""
+    agents: list[str] | None = None
+    """Agents that are adapters, the others being whole models; default: all."""
+    critics: bool = True
+    """Critics are adapters too, each with a value head, wherever their model is the base of some agent."""
+
+    @field_validator("agents", "targets", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("agents", "targets")
+    @classmethod
+    def _some(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and (not value or len(set(value)) < len(value) or ("all-linear" in value and len(value) > 1)):
+            raise ValueError(f"{_where(cls, info)}={value}: name at least one, each once, or leave it out.")
+        return value
+
+
 class TeamSettings(Room):
     model: str = "tiny"
     """The model every agent starts from: a Hugging Face folder or hub name, or "tiny", which the package ships."""
     models: dict[str, str] = {}
-    """Agent name -> model, where they differ; http://host:port/v1 (or .../v1#model) is a server's, which takes part untrained."""
+    """Agent name -> model, where they differ; http://host:port/v1 (or .../v1#model) is a server, untrained."""
     api_key_env: str | None = None
     """Environment variable that holds the API key for such servers."""
     shared: bool = False
     """All agents that start from the same model share one set of weights, rather than each having its own."""
     compute: Literal["float32", "bfloat16"] = "float32"
-    """Number format of matrix products; weights and optimizer state are float32 in every case."""
+    """Number format of matrix products; weights that learn and optimizer state are float32 in every case."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters rather than whole models: a table of settings, or none."""
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+    @model_validator(mode="after")
+    def _agree(self) -> TeamSettings:
+        if self.lora is not None and self.lora.base == "bfloat16" and self.compute != "bfloat16":
+            raise ValueError(
+                "team.lora.base='bfloat16' keeps weights that float32 products cannot use. Set team.compute='bfloat16', or "
+                "team.lora.base='float32'."
+            )
+        return self
 
     @property
     def remote(self) -> dict[str, str]:
@@ -88,7 +135,26 @@ class TeamSettings(Room):
         return {agent: place for agent, place in self.models.items() if place.startswith(("http://", "https://"))}
 
 
+class VllmSettings(Room):
+    """What the engine "vllm" may take of the machine."""
+
+    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
+    """Share of the GPU's memory for vLLM's weights and caches, all its models together; the learner needs the rest."""
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """GiB for all its key-value caches; default: on a GPU what the share above leaves, on a CPU 1."""
+    max_model_len: int | None = Field(None, ge=1)
+    """Longest history and answer together, in tokens; default: what the model was made for."""
+    enforce_eager: bool = False
+    """Do without CUDA graphs: a quicker start and less memory, but slower answers. On a CPU always so."""
+    sleep: bool = True
+    """On a GPU, leave its memory to the learner while that works; the weights wait in the host's memory."""
+
+
 class RolloutSettings(Room):
+    engine: Literal["local", "vllm"] = "local"
+    """How text is generated: by this package's own loop, or by vLLM (the extra `vllm`)."""
+    vllm: VllmSettings | None = None
+    """With engine="vllm": a table of its settings, where they are not the defaults."""
     tasks: int = Field(16, ge=1)
     """Tasks drawn per iteration; each is played by one episode, one group or one turn tree."""
     protocol: Literal["parallel", "single", "pipeline", "discussion"] = "parallel"
@@ -146,7 +212,7 @@ class AlgorithmSettings(Room):
     normalize: Literal["none", "agent", "group"] = "none"
     """Divide advantages by each agent's deviation over the iteration (critics: z-score), or by each group's own."""
     kl_coef: float = Field(0.0, ge=0)
-    """Weight of the KL divergence to the starting policy; above 0 a frozen copy of it is kept."""
+    """Weight of the KL divergence to the starting policy; above 0 a frozen copy of it is kept (for an adapter, its base)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -202,6 +268,10 @@ _MONTE_CARLO = {"group_size": 4}
 _CRITIC = {"critic": "joint", "advantage": "td_lambda"}
 ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "collm-cc": ("one critic reads the joint history; TD error (arXiv:2601.21972)", _CRITIC),
+    "collm-cc-paper": (
+        "the setting of arXiv:2601.21972 to the letter: TD error, advantages z-scored per agent",
+        {**_CRITIC, "normalize": "agent"},
+    ),
     "collm-dc": ("each agent has a critic that reads its own history; TD error", {**_CRITIC, "critic": "own"}),
     "magrpo": ("return minus the mean of a task's siblings (arXiv:2508.04652)", {**_MONTE_CARLO, "advantage": "group_mean"}),
     "marloo": (
@@ -229,6 +299,8 @@ class CriticSettings(Room):
     """First iterations that train the critic alone."""
     state: bool = False
     """Let the critic read the world's privileged state, too."""
+    metrics: bool = False
+    """Expect what a regression on the world's own numbers says (rewards so far, its metrics); the text critic adds the rest."""
     normalize_targets: bool = False
     """Predict in units of the targets' running deviation (PopArt)."""
     value_clip: float | None = Field(None, gt=0)
@@ -252,6 +324,8 @@ class LearnerSettings(Room):
     """Iterations over which learning rates rise to their full height."""
     micro_batch_tokens: int = Field(8192, ge=1)
     """Tokens (padding included) in one forward and backward pass; changes memory, not results."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass rather than keep their inner results: less memory, a third more work."""
 
     @field_validator("clip_norm", mode="before")
     @classmethod
@@ -266,6 +340,10 @@ class EvaluationSettings(Room):
     """Held-out tasks played, from the first; default: each once."""
     temperature: float = Field(0.0, ge=0)
     """0 is greedy. Above it, top_p and top_k are those of the rollout."""
+
+
+TABLES: dict[str, type[Room]] = {"team.lora": LoraSettings, "rollout.vllm": VllmSettings}
+"""Settings that are tables of settings."""
 
 
 class Config(Room):
@@ -287,6 +365,12 @@ class Config(Room):
                 "rollout.temperature=0 always gives the same answer, so there is nothing to learn from. "
                 "Set rollout.temperature=1.0; evaluation.temperature is greedy by default."
             )
+        for name, value in (("rollout", self.rollout.temperature), ("evaluation", self.evaluation.temperature)):
+            if self.rollout.engine == "vllm" and 0 < value < 0.01:
+                raise ValueError(
+                    f"{name}.temperature={value}: rollout.engine='vllm' samples at 0.01 or above. Set {name}.temperature=0.01, "
+                    "or rollout.engine='local'."
+                )
         if self.critic.value_clip is not None and self.algorithm.critic_body != "policy":
             raise ValueError(
                 f"critic.value_clip={self.critic.value_clip} acts only on a value head of the agent's own model. "
@@ -294,6 +378,7 @@ class Config(Room):
             )
         if self.algorithm.critic == "none":
             idle: dict[str, float] = {"critic.warmup": self.critic.warmup, "critic.state": self.critic.state}
+            idle |= {"critic.metrics": self.critic.metrics}
             idle |= {"critic.normalize_targets": self.critic.normalize_targets, "algorithm.lam": self.algorithm.lam}
             idle |= {"algorithm.critic_lam": self.algorithm.critic_lam}
             for name, value in idle.items():
@@ -400,11 +485,15 @@ def describe() -> Iterator[tuple[str, str, str]]:
             if room == "algorithm" and key in ALGORITHMS["collm-cc"][1]:
                 default = json.dumps(ALGORITHMS["collm-cc"][1][key])
             yield f"{room}.{key}", default, " ".join((setting.description or "").split())
+            if table := TABLES.get(f"{room}.{key}"):
+                for name, inner in table.model_fields.items():
+                    yield f"{room}.{key}.{name}", json.dumps(inner.get_default()), " ".join((inner.description or "").split())
 
 
 def _where(room: type[BaseModel], info: ValidationInfo) -> str:
     """A setting's full name, from the room's class."""
-    rooms = {field.annotation: name for name, field in Config.model_fields.items()}
+    rooms: dict[Any, str] = {field.annotation: name for name, field in Config.model_fields.items()}
+    rooms |= {table: name for name, table in TABLES.items()}
     return f"{rooms.get(room, room.__name__)}.{info.field_name}"
 
 
@@ -424,7 +513,7 @@ def _explain(detail: Any) -> str:
         return f"unknown {kind} {name!r}.{_near(name, names) or ' `collm train --settings` lists all settings.'}"
     if detail["type"] == "missing" and name in ("env", "env.name"):
         return "env.name is missing: say which task to train on, for example env.name='str_build'. `collm tasks` lists them."
-    if detail["type"] in ("model_type", "dict_type") and len(path) == 1:
+    if detail["type"] in ("model_type", "dict_type"):
         return f"{name}={detail['input']!r} is one value; {name} is a table of settings: write [{name}] and one setting a line."
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":

@@ -90,6 +90,7 @@ class Turn:
 
     observations: what the world told each agent before it answered; reward: the joint reward, shift included; raw_reward:
     without it. parts: the named parts of the raw reward; state: the privileged view before the turn (read by critics only).
+    metrics: the numbers by name that the world reported before the turn (none before the first).
     messages: what each agent wrote to the others before answering, under the protocol `discussion`.
     alternatives: for counterfactual baselines, other answers each agent could have given to the same history.
     values, td_errors, advantages: by agent, what its critic expected, how it was surprised (Q methods and groups have no TD
@@ -103,6 +104,7 @@ class Turn:
     raw_reward: float
     parts: dict[str, float] = field(default_factory=dict)
     state: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
     messages: dict[str, Completion] = field(default_factory=dict)
     alternatives: dict[str, list[Completion]] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
@@ -180,6 +182,7 @@ class Episode:
                 raw_reward=float(info.get("raw_reward", reward)),
                 parts=dict(info.get("reward_parts", {})),
                 state=self.state,
+                metrics=self.metrics,
                 messages=dict(messages or {}),
             )
         )

@@ -514,5 +514,6 @@ def test_settings_name_formulas_that_exist_and_the_reverse():
     assert set(advantage) == {*GROUP_ESTIMATORS, "td_lambda", "counterfactual"}
     loss = typing.get_args(AlgorithmSettings.model_fields["loss"].annotation)
     assert set(loss) == {*CLIPPED_LOSSES, "reinforce"}
-    assert list(ALGORITHMS) == ["collm-cc", "collm-dc", "magrpo", "marloo", "maremax", "mareinforce", "ac", "grpo"]
+    names = ["collm-cc", "collm-cc-paper", "collm-dc", "magrpo", "marloo", "maremax", "mareinforce", "ac", "grpo"]
+    assert list(ALGORITHMS) == names
     assert all(about for about, _ in ALGORITHMS.values())

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from collm.cli.main import main, split_overrides
-from collm.config import ALGORITHMS, Config, describe, load_config, parse_config, parse_value
+from collm.config import ALGORITHMS, TABLES, Config, describe, load_config, parse_config, parse_value
 from collm.errors import ConfigError
 
 ENV = {"env": {"name": "agree"}}
@@ -276,9 +276,9 @@ def test_every_preset_is_a_valid_config_that_survives_saving(name):
 
 def test_presets_stand_for_what_the_method_says():
     get = lambda name: parse_config(rooms(algorithm__name=name)).algorithm  # noqa: E731
-    assert [get(n).critic for n in ALGORITHMS] == ["joint", "own", "none", "none", "none", "none", "joint", "none"]
+    assert [get(n).critic for n in ALGORITHMS] == ["joint", "joint", "own", "none", "none", "none", "none", "joint", "none"]
     assert [get(n).advantage for n in ALGORITHMS] == [
-        "td_lambda", "td_lambda", "group_mean", "leave_one_out", "group_max", "return", "td_lambda", "group_mean"
+        "td_lambda", "td_lambda", "td_lambda", "group_mean", "leave_one_out", "group_max", "return", "td_lambda", "group_mean"
     ]  # fmt: skip
     for name in ALGORITHMS:  # the paper's recipe: switches beyond it are off
         a = get(name)
@@ -287,7 +287,7 @@ def test_presets_stand_for_what_the_method_says():
             0.0,
             0.0,
             1,
-            "none",
+            "agent" if name == "collm-cc-paper" else "none",
             0.0,
             "reinforce",
         )
@@ -362,7 +362,10 @@ def test_unreadable_recipes_are_config_errors(tmp_path):
 def test_describe_covers_every_setting_with_a_sentence():
     described = {name: (default, sentence) for name, default, sentence in describe()}
     config = parse_config(ENV).model_dump()
-    assert set(described) == {f"{room}.{key}" for room, settings in config.items() for key in settings}
+    inner = {
+        f"{name}.{key}": field.get_default() for name, table in TABLES.items() for key, field in table.model_fields.items()
+    }
+    assert set(described) == {f"{room}.{key}" for room, settings in config.items() for key in settings} | set(inner)
     for name, (_, sentence) in described.items():
         assert sentence.endswith("."), name
         assert len(sentence.split()) >= 3, name
@@ -371,7 +374,9 @@ def test_describe_covers_every_setting_with_a_sentence():
     # The defaults shown are those a run gets.
     for name, (default, _) in described.items():
         room, _, key = name.partition(".")
-        if name != "env.name":
+        if name in inner:
+            assert json.loads(default) == inner[name], name
+        elif name != "env.name":
             assert json.loads(default) == json.loads(json.dumps(config[room][key])), name
 
 

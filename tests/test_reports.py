@@ -23,7 +23,7 @@ from collm.envs.building.str_build import PALETTES
 from collm.envs.catalogue import EnvSpec
 from collm.errors import RunError
 from collm.reports.builds import BLOCKS, Build, Gallery, choose, picture, read_build
-from collm.reports.curves import explained_by_turn, held_out_curve, run_names
+from collm.reports.curves import draw_curves, explained_by_turn, held_out_curve, run_names, yardstick_by_turn
 from collm.reports.intervals import by_task, interval
 from collm.reports.runs import read_run
 from collm.reports.tables import compare
@@ -228,10 +228,21 @@ def test_curves_take_their_numbers_from_the_run(tmp_path):
     assert curves[0][1][0] == pytest.approx(0.3)
     assert math.isnan(curves[0][1][1])
     assert [curve.tolist() for curve in curves[1]] == [[30], [0.7]]
+    assert yardstick_by_turn(run) == {}
     at, rewards = held_out_curve(run)
     assert at == [0, 30]
     assert [reward.mean for reward in rewards] == [0.0, 3.0]
     assert run.cost() == {"joint_actions": 40, "seconds": 12.0, "tokens": 400}
+
+
+def test_a_critic_is_shown_within_tasks_where_tasks_repeat_and_beside_its_yardstick(tmp_path):
+    names = ("critic/explained_variance_turn_{}", "critic/explained_within_tasks_turn_{}", "yardstick_turn_{}")
+    metrics = [{name.format(0): value for name, value in zip(names, (0.9, 0.3, 0.4), strict=True)}]
+    metrics += [{name.format(1): value for name, value in zip(names, (0.8, None, None), strict=True)}]
+    run = read_run(write_run(tmp_path / "run", {0: [record("a", 1.0)], 1: [record("a", 2.0)]}, metrics))
+    assert {turn: y.tolist() for turn, (_, y) in explained_by_turn(run).items()} == {0: [0.3], 1: [0.8]}
+    assert {turn: y.tolist() for turn, (_, y) in yardstick_by_turn(run).items()} == {0: [0.4]}
+    assert draw_curves([run], tmp_path / "curves.png").stat().st_size > 10_000
 
 
 # --- builds ----------------------------------------------------------------------------------------------------------

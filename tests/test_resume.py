@@ -32,6 +32,7 @@ lam = 0.5
 [critic]
 lr = 1e-3
 normalize_targets = true
+metrics = true
 [learner]
 lr = 1e-3
 schedule = "cosine"

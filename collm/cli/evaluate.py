@@ -47,13 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from collm.engines.local import LocalEngine
+    from collm.engines.catalogue import make_engine
     from collm.training.evaluate import evaluate
     from collm.training.trainer import with_remote
 
     torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
     with Console(stderr=True).status("playing the held-out tasks"):
-        engine = with_remote(LocalEngine(load_team(config, weights), batch_tokens=config.rollout.batch_tokens), config)
+        engine = with_remote(make_engine(load_team(config, weights), config.rollout), config)
         result = evaluate(config, engine, episodes=arguments.episodes)
     failed = [episode for episode in result.episodes if episode.failure]
     if not result.played:
@@ -175,6 +175,7 @@ def load_team(config: Config, weights: Path | None, *, only: str | None = None) 
     """
     from safetensors import SafetensorError
 
+    from collm.models.loading import is_adapter
     from collm.training.checkpoint import load_policies
     from collm.training.trainer import check_fit, make_team, resolve_device, trained_agents
 
@@ -190,12 +191,17 @@ def load_team(config: Config, weights: Path | None, *, only: str | None = None) 
         return make_team(config, agents)
     try:
         if weights.name == "final":
+            adapters = {agent for agent in agents if is_adapter(weights / agent)}
             for agent in agents:
-                for name in ("config.json", "tokenizer_config.json"):
+                for name in (*([] if agent in adapters else ["config.json"]), "tokenizer_config.json"):
                     if not (weights / agent / name).is_file():
                         raise ValueError(f"it lacks {agent}/{name}")
-            models = {agent: str(weights / agent) for agent in agents}
-            return make_team(config.model_copy(update={"team": config.team.model_copy(update={"models": models})}), agents)
+            models = {**config.team.models, **{agent: str(weights / agent) for agent in agents if agent not in adapters}}
+            team = make_team(config.model_copy(update={"team": config.team.model_copy(update={"models": models})}), agents)
+            for agent, policy in team.members().items():
+                if policy.adapter is not None:  # on the run's own base, wherever that lies now
+                    policy.adapter.load(weights / agent)
+            return team
         team = make_team(config, agents)
         load_policies(weights, {_saved_as(config, name, everyone): policy for name, policy in team.members().items()})
         return team
@@ -207,5 +213,9 @@ def _saved_as(config: Config, agent: str, agents: Sequence[str]) -> str:
     """Under whose name a checkpoint holds an agent's weights: its own, or that of the first who shares them."""
     if not config.team.shared:
         return agent
-    sources = {name: config.team.models.get(name, config.team.model) for name in agents}
-    return next(name for name in agents if sources[name] == sources[agent])
+    team, lora = config.team, config.team.lora
+    starts = {
+        name: (team.models.get(name, team.model), lora is not None and (lora.agents is None or name in lora.agents))
+        for name in agents
+    }
+    return next(name for name in agents if starts[name] == starts[agent])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from collm.types import Completion, Request
 
@@ -23,4 +23,13 @@ class Engine(Protocol):
 
     def load(self, team: Team) -> None:
         """Take the team's present weights, so that no stale weight answers."""
+        ...
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """An engine that holds memory which the learner could use meanwhile."""
+
+    def rest(self) -> None:
+        """Give that memory back until the next use of the engine."""
         ...

@@ -66,13 +66,15 @@ class TextEnv(ParallelEnv[str, str, str]):
 
     Class attributes a task may set: `shift` is added to every raw reward (so that stopping early never costs), `stop_above`
     ends the episode once a raw reward exceeds it, `max_reward` is the greatest raw reward of a turn, which scores are given in
-    percent of (None: there is none), `has_messages` says that agents may send each other text on purpose.
+    percent of (None: there is none), `has_messages` says that agents may send each other text on purpose, `waits` that a turn
+    spends its time waiting (for a sandbox, a server) rather than computing: such worlds are stepped side by side in threads.
     """
 
     shift: float = 0.0
     stop_above: float | None = None
     max_reward: float | None = 1.0
     has_messages: bool = False
+    waits: bool = False
     num_tasks: int = 1
 
     def __init__(self, agents: Sequence[str], turns: int):

@@ -20,6 +20,7 @@ WORLDS = {
     "agree": "collm.envs.agree:Agree",
     "str_build": "collm.envs.building.str_build:StrBuild",
     "bridge_build": "collm.envs.building.bridge_build:BridgeBuild",
+    "house_build": "collm.envs.building.house_build:HouseBuild",
     "resource_gathering": "collm.envs.gathering.resource_gathering:ResourceGathering",
     "tldr": "collm.envs.writing.writing:Tldr",
     "arxiv": "collm.envs.writing.writing:Arxiv",

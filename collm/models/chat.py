@@ -3,12 +3,16 @@
 Three promises. Texts from worlds and agents are encoded with special tokens disabled, so no message can forge a chat turn.
 An answer that was sampled keeps its sampled ids; text is never re-tokenized. And what the template adds around a message
 does not depend on the message, so a growing chat is a growing prefix wherever the template allows one.
+
+Templates of thinking models drop the thoughts of earlier answers. What such a template does is tried out once, and then done
+to the sampled ids; a later prompt does not begin with an earlier one then, and each such turn becomes a sequence of its own.
 """
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,16 +22,19 @@ from collm.errors import ConfigError
 from collm.types import Ids, Message
 
 _OPEN, _CLOSE = "\ue000", "\ue001"
+THOUGHT_END = "</think>"
+_DAY = datetime.datetime(2025, 1, 1)
+"""What templates that state today's date are told, so that a run does not depend on the day."""
 
 
 class Chat:
     """Renders histories with one tokenizer's chat template.
 
     Example: Chat(tokenizer).encode((Message("user", "Name a colour"),)) -> array([0, 17, 31, 3, 1], dtype=int32), the ids up to
-    and including the mark after which the model answers.
+    and including the mark after which the model answers. keep_thoughts: whatever the template does, as critics want it.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: Iterable[int] = ()):
+    def __init__(self, tokenizer: Any, stop_ids: Iterable[int] = (), *, keep_thoughts: bool = False):
         if tokenizer.chat_template is None:
             raise ConfigError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; add chat_template.jinja to its folder "
@@ -38,6 +45,7 @@ class Chat:
                 f"the tokenizer of {tokenizer.name_or_path!r} encodes text to nothing; is tokenizer.json missing?"
             )
         self.tokenizer = tokenizer
+        self.keep_thoughts = keep_thoughts
         self._stops = {tokenizer.eos_token_id, *stop_ids}
         self._plain = lru_cache(maxsize=65536)(self._encode_plain)
         self._markup = lru_cache(maxsize=4096)(self._encode_markup)
@@ -46,18 +54,73 @@ class Chat:
     def encode(self, messages: Sequence[Message], *, answer: bool = True) -> Ids:
         """Token ids of a history; with `answer`, up to the mark after which the model is to answer."""
         frames = self._frames(tuple(message.role for message in messages), answer)
+        newest = max((i for i, message in enumerate(messages) if message.role == "user"), default=0)
         ids: list[int] = list(self._markup(frames[0]))
-        for message, frame in zip(messages, frames[1:], strict=True):
+        for i, (message, frame) in enumerate(zip(messages, frames[1:], strict=True)):
             following = self._markup(frame)
-            if message.token_ids is None:
-                ids.extend(self._plain(message.text))
-            else:
-                sampled = message.token_ids.tolist()
-                ids.extend(sampled)
-                if sampled and sampled[-1] in self._stops and sampled[-1] in following:
-                    following = following[following.index(sampled[-1]) + 1 :]  # the end mark was sampled: not a second time
+            said = self._earlier(message) if message.role == "assistant" and i < newest else self._said(message)
+            ids.extend(said)
+            if message.token_ids is not None and said and said[-1] in self._stops and said[-1] in following:
+                following = following[following.index(said[-1]) + 1 :]  # the end mark was sampled: not a second time
             ids.extend(following)
         return np.asarray(ids, dtype=np.int32)
+
+    @cached_property
+    def instead_of_thoughts(self) -> str | None:
+        """What the template puts where an earlier answer's thoughts stood; None if it leaves them where they are.
+
+        Where it keeps the line breaks that follow thoughts, these are named.
+        """
+        if self.keep_thoughts:
+            return None
+        marks = [f"{_OPEN}{letter}{_CLOSE}" for letter in "qtaq"]
+        roles = ("user", "assistant", "user")
+        rendered = self._render(roles, (marks[0], f"<think>\n{marks[1]}\n{THOUGHT_END}\n\n{marks[2]}", marks[3]), True)
+        if marks[1] in rendered or rendered.count(marks[2]) != 1:
+            return None
+        before, between, _ = self._frames(roles, True)[:3]
+        return rendered.partition(marks[2])[0].removeprefix(before + marks[0] + between)
+
+    @cached_property
+    def grows(self) -> bool:
+        """Whether each prompt begins with the prompt and the answer before it, so that one sequence holds all turns."""
+        for text in ("a", f"<think>\nt\n{THOUGHT_END}\n\na"):
+            asked = Message("user", "q")
+            answered = np.concatenate([self.encode((asked,)), self.text_ids(text)])
+            later = self.encode((asked, Message("assistant", text, np.asarray(self.text_ids(text), dtype=np.int32)), asked))
+            if not np.array_equal(later[: len(answered)], answered):
+                return False
+        return True
+
+    def _said(self, message: Message) -> list[int]:
+        return list(self._plain(message.text)) if message.token_ids is None else message.token_ids.tolist()
+
+    def _earlier(self, message: Message) -> list[int]:
+        """A former answer as later prompts show it: without its thoughts, if the template drops them."""
+        instead = self.instead_of_thoughts if THOUGHT_END in message.text else None
+        if instead is None:
+            return self._said(message)
+        answer = message.text.rpartition(THOUGHT_END)[2]
+        if instead.strip("\n") or not instead:
+            answer = answer.lstrip("\n")
+        else:
+            instead = ""  # it leaves the line breaks: so do we
+        said = self._said(message)
+        end = said[-1:] if message.token_ids is not None and said and said[-1] in self._stops else []
+        kept = self._tail_that_reads(said[: len(said) - len(end)], answer)
+        return [*self._markup(instead), *(self._plain(answer) if kept is None else kept), *end]
+
+    def _tail_that_reads(self, ids: list[int], text: str) -> list[int] | None:
+        """The last ids of a list that decode to `text`; None if no cut between two ids falls where the text begins."""
+        low, high = 0, len(ids)
+        while low < high:  # the shorter the tail, the shorter its text, but for bytes of a character that is cut in two
+            middle = (low + high) // 2
+            if len(self.decode(ids[middle:])) > len(text):
+                low = middle + 1
+            else:
+                high = middle
+        near = range(min(low + 4, len(ids)), max(low - 5, -1), -1)
+        return next((ids[cut:] for cut in near if self.decode(ids[cut:]) == text), None)
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Ids of a text from a world or an agent, in which nothing is special."""
@@ -83,11 +146,7 @@ class Chat:
     def _render_frames(self, roles: tuple[str, ...], answer: bool) -> list[str]:
         """What the template puts before, between and after messages of these roles: len(roles) + 1 texts."""
         marks = [f"{_OPEN}{index}{_CLOSE}" for index in range(len(roles))]
-        chat = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-        try:
-            rendered = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer)
-        except (TemplateError, ValueError, TypeError) as error:
-            raise self._refused(roles, f"fails: {error}") from error
+        rendered = self._render(roles, marks, answer)
         if any(rendered.count(mark) != 1 for mark in marks) or sorted(marks, key=rendered.index) != marks:
             raise self._refused(roles, "drops, repeats or reorders messages")
         frames = []
@@ -96,7 +155,17 @@ class Chat:
             frames.append(before)
         return [*frames, rendered]
 
-    def _refused(self, roles: tuple[str, ...], reason: str) -> ConfigError:
+    def _render(self, roles: Sequence[str], texts: Sequence[str], answer: bool) -> str:
+        chat = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=answer, strftime_now=_DAY.strftime
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise self._refused(roles, f"fails: {error}") from error
+        return str(rendered)
+
+    def _refused(self, roles: Sequence[str], reason: str) -> ConfigError:
         return ConfigError(
             f"the chat template of {self.tokenizer.name_or_path!r} {reason} (roles: {', '.join(roles)}). Use another model, or "
             "mend its chat_template.jinja."

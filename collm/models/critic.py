@@ -17,7 +17,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from collm.algorithms.stats import RunningMoments
 from collm.models.chat import Chat
-from collm.models.policy import compute_in, load_pretrained
+from collm.models.loading import load_pretrained
+from collm.models.policy import compute_in
 from collm.types import Episode, Ids, Message
 
 View = Literal["own", "joint", "joint+state"]
@@ -82,7 +83,7 @@ class Critic(nn.Module):
         self.body = body.float().eval()
         self.value = ValueHead(body.config.get_text_config().hidden_size, seed)
         self.tokenizer = tokenizer
-        self.chat = Chat(tokenizer)
+        self.chat = Chat(tokenizer, keep_thoughts=True)
         self.max_tokens = max_tokens
         self.compute = compute
 

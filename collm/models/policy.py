@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from collm.algorithms.logprobs import token_logprobs
+from collm.config import LoraSettings
 from collm.errors import ConfigError
-from collm.models import attention, tiny
+from collm.models import attention
+from collm.models.adapters import Adapter, Base
 from collm.models.chat import Chat
+from collm.models.loading import ADAPTER_CONFIG, is_adapter, load_pretrained, resolve
 from collm.types import Sampling
-
-transformers_logging.disable_progress_bar()
 
 LOGITS_AT_ONCE = 1 << 25
 """Numbers in one chunk of logits; a longer batch is scored chunk by chunk, each recomputed in the backward pass."""
@@ -33,50 +33,57 @@ def compute_in(dtype: str, device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def resolve(source: str) -> str:
-    """A model's folder or hub name; "tiny" is the model that the package ships."""
-    return str(tiny.folder()) if source == "tiny" else source
-
-
-def load_pretrained(auto_class: Any, source: str, **options: Any) -> Any:
-    """`auto_class.from_pretrained(source)`, with an error that names the setting's value and the way out.
-
-    Code that lies beside the weights is never run.
-    """
-    try:
-        return auto_class.from_pretrained(resolve(source), trust_remote_code=False, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"model {source!r} cannot be loaded: {reason} Give a local Hugging Face folder, a hub name that this machine "
-            "can reach, or 'tiny'."
-        ) from error
-
-
 class Policy:
     """One model and its tokenizer. Several agents may share one policy.
 
-    The model is float32; `compute` names the number format of matrix products ("float32" or "bfloat16").
+    A whole model is float32, an adapter too, and what it sits on keeps its format; `compute` names the number format of
+    matrix products ("float32" or "bfloat16"). source: where the whole model, or the adapter's base, came from.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, compute: str = "float32"):
-        self.model = model.float().eval()
+    def __init__(
+        self, model: Any, tokenizer: Any, *, compute: str = "float32", adapter: Adapter | None = None, source: str = ""
+    ):
+        self.adapter = adapter
+        self.model = model.eval() if adapter else model.float().eval()
         attention.adopt(self.model)
         self.tokenizer = tokenizer
         self.compute = compute
+        self.source = source
         self.head: Any = model.get_output_embeddings()
-        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.scale, self.softcap = logit_rule(model)
         stops = model.generation_config.eos_token_id if model.generation_config is not None else None
         stops = stops if isinstance(stops, list) else [stops]
         self.stop_ids = sorted({int(i) for i in [*stops, tokenizer.eos_token_id] if i is not None})
         self.chat = Chat(tokenizer, self.stop_ids)
 
     @classmethod
-    def from_pretrained(cls, source: str, *, compute: str = "float32", device: str | torch.device = "cpu") -> Policy:
-        """Load a Hugging Face folder or hub name, or "tiny". Raises ConfigError where that is impossible."""
-        tokenizer = load_pretrained(AutoTokenizer, source)
-        model = load_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
-        return cls(model.to(device), tokenizer, compute=compute)
+    def from_pretrained(
+        cls,
+        source: str,
+        *,
+        compute: str = "float32",
+        device: str | torch.device = "cpu",
+        lora: LoraSettings | None = None,
+        seed: int = 0,
+        bases: dict[tuple[str, str], Base] | None = None,
+    ) -> Policy:
+        """Load a Hugging Face folder or hub name, or "tiny"; a PEFT folder is loaded with the base that it names.
+
+        lora: make a new adapter on the model instead of training all of it; its numbers follow from `seed`. bases: those in
+        memory by source and format, to be shared and added to. Raises ConfigError where the model cannot be loaded.
+        """
+        if lora is None and not is_adapter(source):
+            tokenizer = load_pretrained(AutoTokenizer, source)
+            model = load_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
+            return cls(model.to(device), tokenizer, compute=compute, source=resolve(source))
+        named = _base_of(source) if is_adapter(source) else source
+        key = resolve(named), lora.base if lora is not None else "float32"
+        bases = {} if bases is None else bases
+        if key not in bases:
+            bases[key] = Base.from_pretrained(named, dtype=key[1], device=device)
+        base = bases[key]
+        adapter = base.load(Path(source)) if is_adapter(source) or lora is None else base.add(lora, seed)
+        return cls(base.model, base.tokenizer, compute=compute, adapter=adapter, source=base.source)
 
     @property
     def device(self) -> torch.device:
@@ -88,9 +95,14 @@ class Policy:
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
     @property
-    def body(self) -> nn.Module:
-        """The model without its vocabulary head."""
-        return self.model.base_model
+    def body(self) -> Any:
+        """The model without its vocabulary head, under the policy's adapter if it has one."""
+        return self.adapter or self.model.base_model
+
+    @property
+    def trained(self) -> nn.Module:
+        """What training changes and a checkpoint keeps: the whole model, or the adapter alone."""
+        return self.adapter or self.model
 
     def hidden(self, ids_BL: Tensor) -> Tensor:
         """Hidden states (B, L, D) of right-padded ids (B, L). Attention is causal, so padding at the right needs no mask."""
@@ -101,7 +113,7 @@ class Policy:
         """Vocabulary logits (K, V) of chosen hidden states (K, D)."""
         with compute_in(self.compute, self.device):
             logits_KV = self.head(hidden_KD)
-        return torch.tanh(logits_KV / self.softcap) * self.softcap if self.softcap else logits_KV
+        return shaped(logits_KV, self.scale, self.softcap)
 
     def score(self, hidden_KD: Tensor, tokens_K: Tensor, sampling: Sampling) -> Tensor:
         """Log-probs (K,) of tokens from the hidden states that predict them, under the sampling distribution."""
@@ -119,10 +131,55 @@ class Policy:
         return torch.cat(parts)
 
     def frozen_copy(self) -> Policy:
-        """The policy as it is now, never to be trained: a reference for KL penalties."""
-        return Policy(copy.deepcopy(self.model).requires_grad_(False), self.tokenizer, compute=self.compute)
+        """The policy as it is now, never to be trained: a reference for KL penalties. An adapter's has the same base."""
+        if self.adapter is None:
+            return Policy(copy.deepcopy(self.model).requires_grad_(False), self.tokenizer, compute=self.compute)
+        frozen = self.adapter.base.frozen_copy(self.adapter)
+        return Policy(self.model, self.tokenizer, compute=self.compute, adapter=frozen, source=self.source)
 
     def save(self, folder: Path) -> None:
-        """Write an ordinary Hugging Face folder: model, tokenizer and chat template."""
-        self.model.save_pretrained(folder)
+        """Write an ordinary Hugging Face folder: model or PEFT adapter, tokenizer and chat template."""
+        if self.adapter is None:
+            self.model.save_pretrained(folder)
+        else:
+            self.adapter.save(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def shaped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """What some families do to logits after the vocabulary head: a constant factor (Cohere, Granite), a soft limit (Gemma)."""
+    logits = logits if scale == 1 else logits * scale
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+@torch.no_grad()
+def logit_rule(model: Any) -> tuple[float, float | None]:
+    """(scale, softcap) with which the vocabulary head's output becomes the model's own logits, as a few tried tokens confirm.
+
+    Families spell the factor differently, and one name stands for opposite things (Granite divides by `logits_scaling`,
+    HyperCLOVA X multiplies), so each reading of the config is held to the model. Raises ConfigError where none fits.
+    """
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    stated = [getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")]
+    ids_BL = torch.arange(min(8, config.vocab_size), device=next(model.parameters()).device)[None]  # several: pad's may be zero
+    plain = model.get_output_embeddings()(model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state).float()
+    own = model(input_ids=ids_BL, use_cache=False).logits.float()
+    for scale in [*(s for factor in stated if factor for s in (factor, 1 / factor)), 1.0]:
+        if torch.allclose(shaped(plain, scale, softcap), own, rtol=0, atol=0.01 * float(own.abs().max())):
+            return float(scale), softcap
+    raise ConfigError(
+        f"model {model.name_or_path!r} ({type(model).__name__}) makes logits from hidden states in a way that is not supported:"
+        " its vocabulary head alone, with the factors and limits its config states, gives other numbers. Choose another model."
+    )
+
+
+def _base_of(folder: str) -> str:
+    """The model that an adapter's folder says it belongs to."""
+    try:
+        base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"base_model_name_or_path is {base!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"adapter {folder!r} cannot be read: {ADAPTER_CONFIG} does not name its base ({error!r}).") from error
+    return base

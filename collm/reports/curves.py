@@ -24,16 +24,23 @@ if TYPE_CHECKING:
 COLOURS = ("#2f6fb7", "#d9732b", "#3a9157", "#b5446e", "#7b5bb0", "#8a6d3b", "#3f9aa8", "#6b6f76")
 FLOOR = -1.0
 """Explained variance is drawn down to here: a critic that has only begun can be off by any factor."""
-_EXPLAINED = re.compile(r"(?:.*/)?explained_variance_turn_(\d+)")
+_EXPLAINED = {
+    what: re.compile(rf"(?:.*/)?{name}_turn_(\d+)")
+    for what, name in (("within", "explained_within_tasks"), ("all", "explained_variance"), ("yardstick", "yardstick"))
+}
+Curves = dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
+"""Turn -> joint actions and a share of variance at each."""
 
 
 def draw_curves(runs: Sequence[Run], path: Path) -> Path:
-    """Raw reward in training and on held-out tasks against joint actions; below, explained variance by turn, per run.
+    """Raw reward in training and on held-out tasks against joint actions; below, explained variance by turn, per run, dotted
+    what a regression on the world's own numbers explains.
 
     The band around a held-out curve is its 95 % interval over tasks. Raises RunError or SaveError.
     """
     names = run_names(runs)
     judged = {name: turns for name, run in zip(names, runs, strict=True) if (turns := explained_by_turn(run))}
+    yardsticks = {name: yardstick_by_turn(run) for name, run in zip(names, runs, strict=True)}
     rows = (len(judged) + 1) // 2
     figure = Figure(figsize=(8, 4 + 2.4 * rows), dpi=150, layout="constrained")
     grid = figure.add_gridspec(1 + rows, 2, height_ratios=[4, *[2.4] * rows])
@@ -49,6 +56,8 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
         shades = colormaps["viridis"](np.linspace(0, 0.85, len(turns)))
         for (turn, (x, y)), shade in zip(turns.items(), shades, strict=True):
             below.plot(x, y, color=shade, linewidth=1.4, label=f"turn {turn + 1}")
+            if turn in yardsticks[name]:
+                below.plot(*yardsticks[name][turn], color=shade, linewidth=0.8, linestyle=":", alpha=0.8)
         lowest = min(np.nanmin(y, initial=-0.25) for _, y in turns.values())
         below.set_ylim(max(FLOOR, lowest), 1)
         below.axhline(0, color="#9aa0a6", linewidth=0.8)
@@ -64,15 +73,31 @@ def run_names(runs: Sequence[Run]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 
 
-def explained_by_turn(run: Run) -> dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Turn -> (joint actions, share of the return's variance that the critic explains); the mean over several critics.
+def explained_by_turn(run: Run) -> Curves:
+    """The share of the return's variance within tasks that the critic explains, the mean over several critics.
 
-    A share that does not exist (no variance to explain) is NaN: a gap in the curve.
+    Where tasks never repeat within an iteration it is the share of all variance, differences between tasks included. A share
+    that does not exist (no variance to explain) is NaN: a gap in the curve.
     """
+    within = _by_turn(run, "within")
+    return {turn: within[turn] if _known(within, turn) else found for turn, found in _by_turn(run, "all").items()}
+
+
+def yardstick_by_turn(run: Run) -> Curves:
+    """What least squares on the world's own numbers explains of the variance within tasks, at turns where it is known."""
+    found = _by_turn(run, "yardstick")
+    return {turn: curve for turn, curve in found.items() if _known(found, turn)}
+
+
+def _known(curves: Curves, turn: int) -> bool:
+    return turn in curves and bool(np.isfinite(curves[turn][1]).any())
+
+
+def _by_turn(run: Run, what: str) -> Curves:
     points: dict[int, dict[int, list[float]]] = {}
     for record in run.metrics:
         for name, value in record.items():
-            if found := _EXPLAINED.fullmatch(name):
+            if found := _EXPLAINED[what].fullmatch(name):
                 at = points.setdefault(int(found[1]), {}).setdefault(record["joint_actions"], [])
                 at.append(math.nan if value is None else float(value))
     return {

@@ -12,7 +12,7 @@ from typing import Any
 
 from collm.errors import RunError
 from collm.reports.builds import BLOCKS
-from collm.reports.curves import COLOURS, explained_by_turn, held_out_curve, run_names
+from collm.reports.curves import COLOURS, explained_by_turn, held_out_curve, run_names, yardstick_by_turn
 from collm.reports.intervals import Interval
 from collm.reports.runs import Record, Run, read_episodes, saved
 from collm.reports.tables import compare
@@ -61,10 +61,13 @@ def flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 def _run(name: str, run: Run, colour: str) -> Record:
     at, rewards = held_out_curve(run)
     training = [(r["joint_actions"], r["reward/raw"]) for r in run.metrics if r.get("reward/raw") is not None]
-    explained = {
-        f"turn {turn + 1}": [[x, y if math.isfinite(y) else None] for x, y in zip(*map(list, points), strict=True)]
-        for turn, points in explained_by_turn(run).items()
-    }
+    explained, yardstick = (
+        {
+            f"turn {turn + 1}": [[x, y if math.isfinite(y) else None] for x, y in zip(*map(list, points), strict=True)]
+            for turn, points in curves.items()
+        }
+        for curves in (explained_by_turn(run), yardstick_by_turn(run))
+    )
     try:
         comparison = compare(run)
         rows = {
@@ -88,6 +91,7 @@ def _run(name: str, run: Run, colour: str) -> Record:
         "held_out": [[x, r.mean, r.low, r.high] for x, r in zip(at, rewards, strict=True)],
         "training": [list(point) for point in training],
         "explained": explained,
+        "yardstick": yardstick,
         "sets": _episode_sets(run),
     }
 

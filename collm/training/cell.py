@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from collm.config import Config, parse_config
-from collm.engines.local import LocalEngine
+from collm.engines.catalogue import make_engine
 from collm.errors import CollmError
 from collm.training import checkpoint
 from collm.training.evaluate import evaluate
@@ -53,7 +53,7 @@ def play(config: Config, folder: Path) -> None:
     config = config.model_copy(update={"run": config.run.model_copy(update={"device": resolve_device(config.run.device)})})
     torch.set_num_threads(config.run.threads or 1)
     team = make_team(config, check_fit(config))
-    result = evaluate(config, with_remote(LocalEngine(team, batch_tokens=config.rollout.batch_tokens), config))
+    result = evaluate(config, with_remote(make_engine(team, config.rollout), config))
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(folder / "config.json", json.dumps(config.resolved(), indent=1))
     log = RunLog(folder, tensorboard=False)

@@ -2,8 +2,9 @@
 
     checkpoints/000040/
         state.json                  how far the run is
-        policy-AGENT.safetensors    float32 weights of each policy
-        critic-NAME.safetensors     critic or value head, with its running moments
+        policy-AGENT.safetensors    float32 weights of each policy, or of its adapter alone
+        regression.safetensors      of returns on the world's numbers, with critic.metrics
+        critic-NAME.safetensors     critic (of its adapter and head alone, if it is one) or value head, with running moments
         optimizer-NAME.safetensors  AdamW's averages and step counts
 
 There is no pickle and no random state: every random number is a function of the seed and of what it is for.
@@ -85,9 +86,11 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         for name, policy in learner.members.items():
-            _restore(policy.model, load_file(folder / f"policy-{name}.safetensors"))
+            _restore(policy.trained, load_file(folder / f"policy-{name}.safetensors"))
         for judge in learner.judges:
             _restore(judge.critic or judge.head, load_file(folder / f"critic-{judge.name}.safetensors"))
+        if learner.critics.regression is not None:
+            _restore(learner.critics.regression, load_file(folder / "regression.safetensors"))
         for name, optimizer in learner.optimizers.items():
             _restore_optimizer(optimizer, load_file(folder / f"optimizer-{name}.safetensors"))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
@@ -101,7 +104,7 @@ def load_policies(folder: Path, policies: Mapping[str, Any]) -> None:
     """Restore policies alone, as evaluation and serving need. `policies`: name -> Policy."""
     try:
         for name, policy in policies.items():
-            _restore(policy.model, load_file(folder / f"policy-{name}.safetensors"))
+            _restore(policy.trained, load_file(folder / f"policy-{name}.safetensors"))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(f"checkpoint {folder} cannot be read: {error}.") from error
 
@@ -150,8 +153,10 @@ def _flush(path: Path) -> None:
 
 
 def _tensors(learner: Learner) -> dict[str, dict[str, Tensor]]:
-    files = {f"policy-{name}": _weights(policy.model) for name, policy in learner.members.items()}
+    files = {f"policy-{name}": _weights(policy.trained) for name, policy in learner.members.items()}
     files |= {f"critic-{judge.name}": _weights(judge.critic or judge.head) for judge in learner.judges}
+    if learner.critics.regression is not None:
+        files["regression"] = _weights(learner.critics.regression)
     for name, optimizer in learner.optimizers.items():
         files[f"optimizer-{name}"] = {
             f"{index}.{key}": torch.as_tensor(value).contiguous()

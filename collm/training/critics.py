@@ -8,18 +8,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from collm import seeds
 from collm.algorithms import losses
 from collm.algorithms.advantages import discounted_returns
-from collm.algorithms.stats import explained_variance
+from collm.algorithms.regression import TurnRegression
+from collm.algorithms.stats import explained_variance, linear_yardstick, without_task_means
 from collm.config import Config
+from collm.models.adapters import dropout
 from collm.models.critic import Critic, ValueHead
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.training.pack import Batch, MicroBatch, Packed, micro_batches, pack_alternatives, pack_answers, pack_readings
+
+TURNS = 32
+"""Turns that have a regression of their own; later ones share the last."""
 
 Metrics = dict[str, float]
 Check = Callable[[Tensor, str, Iterable[int]], None]
@@ -47,7 +53,7 @@ class Judge:
 class Critics:
     """All judges of a run: one over the joint history, one per agent, or none."""
 
-    def __init__(self, team: Team, config: Config):
+    def __init__(self, team: Team, config: Config, metric_names: Sequence[str] = ()):
         self.team, self.config = team, config
         self.kind = config.algorithm.critic_kind
         self.joint = config.algorithm.critic == "joint"
@@ -56,6 +62,9 @@ class Critics:
         own: dict[str, tuple[str, ...]] = {agent: (agent,) for agent in agents}
         views: dict[str, dict[str, tuple[str, ...]]] = {"none": {}, "joint": {"team": agents}, "own": own}
         self.judges = [self._make(name, group) for name, group in views[config.algorithm.critic].items()]
+        self.metric_names = tuple(metric_names)
+        self.regression = TurnRegression(2 + len(metric_names), TURNS) if config.critic.metrics else None
+        self.known_ENT = torch.zeros(0)
 
     def _make(self, name: str, agents: tuple[str, ...]) -> Judge:
         settings, policy = self.config.critic, self.team.policies[agents[0]]
@@ -65,10 +74,16 @@ class Critics:
             head = ValueHead(policy.model.config.get_text_config().hidden_size, seed).to(policy.device)
             return Judge(name, agents, label, head, None, policy)
         common: dict[str, Any] = {"seed": seed, "max_tokens": settings.max_tokens, "compute": policy.compute}
-        if settings.model is None:
+        base = None
+        if self.config.team.lora is None or self.config.team.lora.critics:
+            base = self.team.base_of(settings.model or policy.source)
+        if base is not None:
+            adapter = base.add_like(base.adapters[0], seeds.derive(self.config.run.seed, "critic's adapter", name))
+            critic = Critic(adapter, base.tokenizer, **common).to(policy.device)
+        elif settings.model is None and policy.adapter is None:
             critic = Critic(copy.deepcopy(policy.body), policy.tokenizer, **common).to(policy.device)
         else:
-            critic = Critic.from_pretrained(settings.model, device=policy.device, **common)
+            critic = Critic.from_pretrained(settings.model or policy.source, device=policy.device, **common)
         return Judge(name, agents, label, critic.value, critic, policy)
 
     def head_of(self, agent: str) -> ValueHead | None:
@@ -95,6 +110,8 @@ class Critics:
         E, N, T = batch.shape
         width = T + (self.kind == "V")
         values_ENT = torch.zeros(E, N, width)
+        self.known_ENT = torch.zeros(E, N, width)
+        expected_ET = self.regression(self.features(batch)[:, :width]) if self.regression is not None else None
         metrics["critic/cut"] = 0.0
         for judge in self.judges:
             if judge.critic is None:
@@ -110,7 +127,31 @@ class Critics:
             first = batch.agents.index(judge.agents[0])
             for agent in judge.agents:
                 values_ENT[:, batch.agents.index(agent)] = values[:, first]
-        return values_ENT
+            if expected_ET is not None:
+                marked = torch.zeros(E * N * width)
+                marked[[slot for sequence in judge.packed for slot, _ in sequence.markers]] = 1.0
+                for agent in judge.agents:
+                    self.known_ENT[:, batch.agents.index(agent)] = expected_ET * marked.view(E, N, width)[:, first]
+        return values_ENT + self.known_ENT
+
+    def features(self, batch: Batch) -> Tensor:
+        """(E, T + 1, M): rewards so far, the last raw reward and the world's metrics before each turn; after the last, too."""
+        E, _, T = batch.shape
+        rows = np.zeros((E, T + 1, 2 + len(self.metric_names)))
+        for e, episode in enumerate(batch.episodes):
+            so_far = 0.0
+            for t in range(len(episode.turns) + 1):
+                last = episode.turns[t - 1].raw_reward if t else 0.0
+                so_far += episode.turns[t - 1].reward if t else 0.0
+                reported = episode.turns[t].metrics if t < len(episode.turns) else episode.metrics
+                rows[e, t] = [so_far, last, *(reported.get(name, 0.0) for name in self.metric_names)]
+        return torch.from_numpy(rows).float()
+
+    def remember(self, batch: Batch) -> None:
+        """Count this iteration's returns in the regression on the world's numbers."""
+        if self.regression is not None:
+            returns_ET = discounted_returns(batch.rewards_ET, gamma=self.config.algorithm.gamma)
+            self.regression.learn(self.features(batch)[:, :-1], returns_ET, _complete(batch))
 
     def alternatives(self, batch: Batch, metrics: Metrics) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each critic: slots (M,) of answers, and Q (M, K) with each of them exchanged for its K alternatives."""
@@ -118,12 +159,20 @@ class Critics:
             assert judge.critic is not None
             packed, slots = pack_alternatives(batch, judge.critic, self.view(judge, batch), **self.reads)
             if slots:
-                q_MK = self._read(judge, packed, len(slots), metrics).view(-1, self.config.algorithm.resamples)
+                q_M = self._read(judge, packed, len(slots), metrics) + self.known_ENT.flatten()[slots]
+                q_MK = q_M.view(-1, self.config.algorithm.resamples)
                 yield torch.tensor(slots).view(q_MK.shape)[:, 0], q_MK
 
     def explain(self, batch: Batch, values_ENT: Tensor, metrics: Metrics) -> None:
-        """Explained variance per turn against realized returns, on episodes no critic has been trained on yet."""
+        """Explained variance per turn against realized returns, on episodes no critic has been trained on yet: of all, and
+        of what is no difference between tasks. The yardstick is what the world's own numbers explain of the latter."""
         returns_ET = discounted_returns(batch.rewards_ET, gamma=self.config.algorithm.gamma)
+        tasks_E = torch.tensor([episode.task for episode in batch.episodes])
+        features_ETM = self.features(batch)
+        for t in range(returns_ET.shape[1]):
+            chosen = _complete(batch)[:, t]
+            yardstick = linear_yardstick(features_ETM[chosen, t], returns_ET[chosen, t], tasks_E[chosen])
+            metrics[f"yardstick_turn_{t}"] = yardstick
         for judge in self.judges:
             n = batch.agents.index(judge.agents[0])
             live_ET = self.targeted(batch)[:, n].bool() & ~batch.truncated_E[:, None]
@@ -131,8 +180,10 @@ class Critics:
             metrics[f"{judge.label}/value"] = values_ET[live_ET].mean().item() if live_ET.any() else math.nan
             for t in range(live_ET.shape[1]):
                 chosen = live_ET[:, t]
-                explained = explained_variance(values_ET[chosen, t], returns_ET[chosen, t])
-                metrics[f"{judge.label}/explained_variance_turn_{t}"] = explained
+                values, returns, tasks = values_ET[chosen, t], returns_ET[chosen, t], tasks_E[chosen]
+                metrics[f"{judge.label}/explained_variance_turn_{t}"] = explained_variance(values, returns)
+                within = explained_variance(without_task_means(values, tasks), without_task_means(returns, tasks))
+                metrics[f"{judge.label}/explained_within_tasks_turn_{t}"] = within
 
     def rescale(self, batch: Batch, targets_ENT: Tensor) -> None:
         """Target normalization: follow mean and deviation of each critic's targets."""
@@ -141,7 +192,13 @@ class Critics:
             judge.head.rescale(targets_ENT[:, n][self.targeted(batch)[:, n].bool()])
 
     def train(
-        self, batch: Batch, targets_ENT: Tensor, step: Callable[[str, str], float], check: Check, metrics: Metrics
+        self,
+        batch: Batch,
+        targets_ENT: Tensor,
+        step: Callable[[str, str], float],
+        check: Check,
+        metrics: Metrics,
+        iteration: int,
     ) -> None:
         """Regress every critic model on its targets: `critic.epochs` steps, each over all joint samples.
 
@@ -151,18 +208,19 @@ class Critics:
             if judge.critic is None:
                 continue  # trained with the policy it sits on
             num = self.num_targets(judge, batch)
-            for _ in range(self.config.critic.epochs):
-                total = 0.0
-                for micro in self._batches(judge.packed, judge.critic.device):
-                    loss = self.loss(judge, micro, judge.critic.hidden(micro.ids_BL), batch, targets_ENT, None, num)
-                    if loss is None:
-                        continue
-                    check(loss, judge.label, batch.episodes_of(micro.slot_M, self.kind == "V"))
-                    (self.config.critic.coef * loss).backward()
-                    total += loss.item()
-                    metrics["tokens/critic"] += micro.num_tokens
-                metrics[f"{judge.label}/gradient_norm"] = step(f"critic-{judge.name}", judge.label)
-                metrics[f"{judge.label}/loss"] = total
+            with dropout(judge.critic.body, seeds.derive(self.config.run.seed, "critic's dropout", iteration, judge.name)):
+                for _ in range(self.config.critic.epochs):
+                    total = 0.0
+                    for micro in self._batches(judge.packed, judge.critic.device):
+                        loss = self.loss(judge, micro, judge.critic.hidden(micro.ids_BL), batch, targets_ENT, None, num)
+                        if loss is None:
+                            continue
+                        check(loss, judge.label, batch.episodes_of(micro.slot_M, self.kind == "V"))
+                        (self.config.critic.coef * loss).backward()
+                        total += loss.item()
+                        metrics["tokens/critic"] += micro.num_tokens
+                    metrics[f"{judge.label}/gradient_norm"] = step(f"critic-{judge.name}", judge.label)
+                    metrics[f"{judge.label}/loss"] = total
 
     def num_targets(self, judge: Judge, batch: Batch) -> int:
         return int(self.targeted(batch)[:, batch.agents.index(judge.agents[0])].sum())
@@ -206,3 +264,8 @@ class Critics:
 
     def _batches(self, packed: Sequence[Packed], device: torch.device) -> Iterable[MicroBatch]:
         return micro_batches(packed, self.config.learner.micro_batch_tokens, device)
+
+
+def _complete(batch: Batch) -> Tensor:
+    """(E, T) bool: turns that were played, of episodes whose return is known to the end."""
+    return batch.live_ENT.amax(1).bool() & ~batch.truncated_E[:, None]

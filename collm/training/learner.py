@@ -10,10 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from collm import seeds
 from collm.algorithms import losses
 from collm.algorithms.catalogue import CLIPPED_LOSSES
 from collm.config import Config
 from collm.errors import TrainingError
+from collm.models.adapters import dropout
+from collm.models.recompute import recompute_layers
 from collm.models.team import Team
 from collm.training import credit
 from collm.training.critics import Critics, Judge, Metrics
@@ -28,10 +31,10 @@ class Learner:
     of agents; one step per policy and pass.
     """
 
-    def __init__(self, team: Team, config: Config, sampling: Sampling):
+    def __init__(self, team: Team, config: Config, sampling: Sampling, metric_names: Sequence[str] = ()):
         self.team, self.config, self.sampling = team, config, sampling
         self.members = team.members()
-        self.critics = Critics(team, config)
+        self.critics = Critics(team, config, metric_names)
         keep_reference = config.algorithm.kl_coef > 0
         self.references = {n: policy.frozen_copy() for n, policy in self.members.items()} if keep_reference else {}
         self.optimizers = {name: self._policy_optimizer(name) for name in self.members}
@@ -39,6 +42,9 @@ class Learner:
             if judge.critic is not None:
                 optimizer = self._optimizer([(judge.critic.parameters(), config.critic.lr)])
                 self.optimizers[f"critic-{judge.name}"] = optimizer
+        if config.learner.gradient_checkpointing:
+            for body in [p.body for p in self.members.values()] + [j.critic.body for j in self.judges if j.critic is not None]:
+                recompute_layers(body)
 
     @property
     def judges(self) -> list[Judge]:
@@ -61,11 +67,15 @@ class Learner:
         self._require_finite(advantages_ENT.flatten(1), "advantage")
         if values is not None:
             self.critics.explain(batch, values, metrics)
+            self.critics.remember(batch)
+            values = values - self.critics.known_ENT  # what the text is to say
+            targets_ENT = targets_ENT - self.critics.known_ENT[..., : targets_ENT.shape[-1]]
             if self.config.critic.normalize_targets:
                 self.critics.rescale(batch, targets_ENT)
-            self.critics.train(batch, targets_ENT, self._step, self._check, metrics)
-        for name in self.members:
-            self._train_policy(name, advantages_ENT, targets_ENT, values, metrics)
+            self.critics.train(batch, targets_ENT, self._step, self._check, metrics, iteration)
+        for name, policy in self.members.items():
+            with dropout(policy.trained, seeds.derive(self.config.run.seed, "dropout", iteration, name)):
+                self._train_policy(name, advantages_ENT, targets_ENT, values, metrics)
         return dict(metrics)
 
     def _train_policy(
@@ -146,7 +156,7 @@ class Learner:
     def _policy_optimizer(self, name: str) -> torch.optim.AdamW:
         policy = self.members[name]
         heads = [judge.head for judge in self.judges if judge.critic is None and judge.policy is policy]
-        groups = [(policy.model.parameters(), self.config.learner.lr)]
+        groups = [(policy.trained.parameters(), self.config.learner.lr)]
         groups += [(head.parameters(), self.config.critic.lr) for head in heads]
         return self._optimizer(groups)
 

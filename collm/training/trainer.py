@@ -17,10 +17,9 @@ import torch
 
 from collm import seeds
 from collm.config import Config, parse_config
-from collm.engines.base import Engine
-from collm.engines.local import LocalEngine
+from collm.engines.base import Engine, Resting
+from collm.engines.catalogue import make_engine
 from collm.errors import ConfigError, RunError
-from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.rollout.collect import collect, resample
 from collm.rollout.protocols import PROTOCOLS
@@ -81,13 +80,14 @@ class Trainer:
         self.team = team or make_team(self.config, self.agents)
         if self.team.agents != trained_agents(self.config, self.agents):
             raise ConfigError(f"the team plays {self.team.agents}, but the task's agents are {self.agents}.")
-        self.engine = engine or with_remote(LocalEngine(self.team, batch_tokens=config.rollout.batch_tokens), self.config)
+        self.engine = engine or with_remote(make_engine(self.team, config.rollout), self.config)
         if not self.engine.trains:
             raise ConfigError(
                 f"{type(self.engine).__name__} gives no token ids and log-probs: it can evaluate and play frozen "
                 "team-mates, but not train. Use the local engine."
             )
-        self.learner = Learner(self.team, self.config, self.plan.sampling)
+        names = () if config.algorithm.critic == "none" else metric_names(self.config)
+        self.learner = Learner(self.team, self.config, self.plan.sampling, names)
         self.iteration = 0
         self.joint_actions = 0
         self.best: tuple[float, int] | None = None
@@ -124,6 +124,8 @@ class Trainer:
         """One iteration: new episodes, one update, sometimes an evaluation and a checkpoint."""
         started = time.monotonic()
         groups = self._collect()
+        if isinstance(self.engine, Resting):
+            self.engine.rest()
         collected = time.monotonic()
         learned = self.learner.update(groups, self.iteration)
         self.engine.load(self.team)
@@ -255,26 +257,36 @@ def check_fit(config: Config) -> tuple[str, ...]:
             f"algorithm.name={name!r} is for one agent, but {config.env.name} has {len(agents)}: {', '.join(agents)}. "
             f"Set algorithm.name={other!r}, or make the task for one agent."
         )
-    unknown = sorted(set(config.team.models) - set(agents))
-    if unknown:
-        raise ConfigError(f"team.models names {', '.join(unknown)}, but the task's agents are {', '.join(agents)}.")
+    lora = config.team.lora
+    for setting, named in (("team.models", config.team.models), ("team.lora.agents", (lora and lora.agents) or ())):
+        unknown = sorted(set(named) - set(agents))
+        if unknown:
+            raise ConfigError(f"{setting} names {', '.join(unknown)}, but the task's agents are {', '.join(agents)}.")
     return agents
 
 
-def make_team(config: Config, agents: tuple[str, ...]) -> Team:
-    """Load each agent's model; with team.shared, agents with the same model get one policy between them.
+def metric_names(config: Config) -> tuple[str, ...]:
+    """Names of the numbers that the task reports after a turn: those after one of empty answers."""
+    env = plan_of(config, "train").env.make("train")
+    env.reset(seed=0, options={"task": 0})
+    *_, infos = env.step(dict.fromkeys(env.agents, ""))
+    return tuple(sorted({name for info in infos.values() for name in info.get("metrics", {})}))
 
-    Frozen team-mates on servers have none. Raises ConfigError where nobody is left.
+
+def make_team(config: Config, agents: tuple[str, ...]) -> Team:
+    """Load each agent's model as `config.team` says; frozen team-mates on servers have none.
+
+    Raises ConfigError where nobody is left.
     """
-    agents = trained_agents(config, agents)
-    policies: dict[str, Policy] = {}
-    loaded: dict[str, Policy] = {}
-    for agent in agents:
-        source = config.team.models.get(agent, config.team.model)
-        if not (config.team.shared and source in loaded):
-            loaded[source] = Policy.from_pretrained(source, compute=config.team.compute, device=config.run.device)
-        policies[agent] = loaded[source]
-    return Team(policies)
+    team = config.team
+    return Team.from_pretrained(
+        {agent: team.models.get(agent, team.model) for agent in trained_agents(config, agents)},
+        lora=team.lora,
+        shared=team.shared,
+        seed=seeds.derive(config.run.seed, "adapters"),
+        compute=team.compute,
+        device=config.run.device,
+    )
 
 
 def trained_agents(config: Config, agents: tuple[str, ...]) -> tuple[str, ...]:

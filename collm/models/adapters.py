@@ -1,0 +1,241 @@
+"""LoRA: agents and critics that are small changes to one frozen base model, which memory holds once.
+
+    W x  becomes  W x + (alpha / rank) B A x        A: (rank, in), B: (out, rank); B = 0 at the start
+
+Source: Hu et al. 2021, arXiv:2106.09685. The layers and the files are PEFT's; PEFT is imported when the first adapter is made,
+since that takes seconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from collm.config import LoraSettings
+from collm.errors import ConfigError
+from collm.models import attention
+from collm.models.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_pretrained, resolve
+
+
+class Base:
+    """A frozen language model, its tokenizer, and the adapters on it, of which one or none is active at a time."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, source: str = ""):
+        self.model = model.requires_grad_(False).eval()
+        attention.adopt(self.model)
+        self.tokenizer = tokenizer
+        self.source = source or str(model.name_or_path)
+        self.adapters: list[Adapter] = []
+        self.active: str | None = None
+        self._peft: Any = None
+        self._layers: list[Any] = []
+
+    @classmethod
+    def from_pretrained(cls, source: str, *, dtype: str = "float32", device: str | torch.device = "cpu") -> Base:
+        """Load a Hugging Face folder or hub name, or "tiny", with its weights in "float32" or "bfloat16"."""
+        tokenizer = load_pretrained(AutoTokenizer, source)
+        model = load_pretrained(AutoModelForCausalLM, source, dtype=getattr(torch, dtype))
+        return cls(model.to(device), tokenizer, source=resolve(source))
+
+    @property
+    def body(self) -> Any:
+        """The model without its vocabulary head."""
+        return self.model.base_model
+
+    def add(self, settings: LoraSettings, seed: int) -> Adapter:
+        """A new adapter that changes nothing yet; `seed` decides its matrices A."""
+        from peft import LoraConfig
+
+        targets = "all-linear" if settings.targets == ["all-linear"] else settings.targets
+        alpha: Any = int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha
+        adapter = self._inject(
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=settings.rank,
+                lora_alpha=alpha,
+                lora_dropout=settings.dropout,
+                target_modules=targets,
+            )
+        )
+        generator = torch.Generator().manual_seed(seed % (1 << 63))
+        with torch.no_grad():
+            for pair in adapter.pairs.values():
+                start = nn.init.kaiming_uniform_(torch.empty(pair["A"].weight.shape), a=math.sqrt(5), generator=generator)
+                pair["A"].weight.copy_(start)
+                pair["B"].weight.zero_()
+        return adapter
+
+    def add_like(self, other: Adapter, seed: int) -> Adapter:
+        """A new adapter with the rank, alpha and dropout of another, on the layers of the same names."""
+        config, names = other.lora, sorted({path.rpartition(".")[2] for path in other.pairs})
+        settings = LoraSettings(rank=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout, targets=names)
+        return self.add(settings, seed)
+
+    def load(self, folder: Path) -> Adapter:
+        """An adapter from a PEFT folder. Raises ConfigError for other kinds than plain LoRA, and where it does not fit."""
+        from peft import PeftConfig
+
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+            if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+                raise ValueError(f"its kind is {config.peft_type}, and only plain LoRA is supported")
+            adapter = self._inject(config)
+            adapter.load(folder)
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            raise ConfigError(f"adapter {str(folder)!r} cannot be loaded on {self.source!r}: {error}.") from error
+        return adapter
+
+    def bare(self) -> Adapter:
+        """The base as it is, as if it were an adapter."""
+        return Adapter(self, None, None)
+
+    def frozen_copy(self, adapter: Adapter) -> Adapter:
+        """What an adapter does now, never to be trained; the bare base while it does nothing."""
+        if not any(pair["B"].weight.any() for pair in adapter.pairs.values()):
+            return self.bare()
+        frozen = self._inject(copy.deepcopy(adapter.lora))
+        frozen.load_state_dict(adapter.state_dict())
+        self.adapters.remove(frozen)
+        return frozen.requires_grad_(False)
+
+    def activate(self, name: str | None) -> None:
+        """Let one adapter act from now on, or none."""
+        if name == self.active:
+            return
+        for layer in self._layers:
+            layer.set_adapter([] if name is None else [name])
+        for adapter in self.adapters:
+            adapter.requires_grad_(True)  # PEFT freezes all but the active one, and would drop gradients under way
+        self.active = name
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        before = self.active
+        self.activate(name)
+        try:
+            yield
+        finally:
+            self.activate(before)
+
+    def again(self) -> Any:
+        """A context in which the adapter that is active now is active again: for passes that are computed twice."""
+        return self.using(self.active)
+
+    def _inject(self, config: Any) -> Adapter:
+        from peft import get_peft_model
+        from peft.tuners.lora import LoraLayer
+
+        config.base_model_name_or_path = self.source
+        name = f"adapter-{len(self._peft.peft_config) if self._peft is not None else 0}"
+        try:
+            if self._peft is None:
+                self._peft = get_peft_model(self.model, config, name)
+            else:
+                self._peft.add_adapter(name, config)
+        except ValueError as error:
+            linear = sorted({path.rpartition(".")[2] for path, m in self.body.named_modules() if isinstance(m, nn.Linear)})
+            raise ConfigError(
+                f"team.lora.targets={_listed(config.target_modules)} does not fit {self.source!r}: {str(error).split('. ')[0]}."
+                f" Its linear layers are {', '.join(linear)}; 'all-linear' takes them all."
+            ) from error
+        config.base_model_name_or_path = self.source
+        if not isinstance(config.target_modules, str):  # an adapter from elsewhere may name its layers by a pattern
+            config.target_modules = sorted(config.target_modules)
+        self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        if any(name in layer.lora_embedding_A for layer in self._layers) or isinstance(
+            self.model.get_output_embeddings(), LoraLayer
+        ):
+            raise ConfigError(
+                f"team.lora.targets={_listed(config.target_modules)} names embeddings or the vocabulary head; adapters are for "
+                "the linear layers between them. Set 'all-linear', or name some of those."
+            )
+        adapter = Adapter(self, name, config)
+        self.adapters.append(adapter)
+        self.active = "undecided"
+        self.activate(None)
+        return adapter
+
+
+@contextmanager
+def dropout(module: nn.Module, seed: int) -> Iterator[None]:
+    """While an adapter learns: its dropout, if it has any, with random numbers that follow from `seed`."""
+    if not isinstance(module, Adapter) or not module.drops:
+        yield
+        return
+    torch.manual_seed(seed % (1 << 63))
+    module.train()
+    try:
+        yield
+    finally:
+        module.eval()
+
+
+class Adapter(nn.Module):
+    """One adapter. As a module it holds its own matrices alone; called, it is the base's body with this adapter active.
+
+    lora: PEFT's settings of it. Weights are float32 whatever the base's are.
+    """
+
+    def __init__(self, base: Base, name: str | None, lora: Any):
+        super().__init__()
+        self.base, self.name, self.lora = base, name, lora
+        self.pairs: dict[str, Any] = {}
+        for path, layer in base.model.named_modules():
+            if name is not None and name in getattr(layer, "lora_A", ()):
+                pair = {"A": layer.lora_A[name], "B": layer.lora_B[name], "dropout": layer.lora_dropout[name]}
+                self.pairs[path] = nn.ModuleDict(pair)
+                self.add_module(path.replace(".", "/"), self.pairs[path])
+        self.eval()
+
+    @property
+    def config(self) -> Any:
+        return self.base.model.config
+
+    @property
+    def drops(self) -> bool:
+        return self.lora is not None and self.lora.lora_dropout > 0
+
+    def forward(self, **inputs: Any) -> Any:
+        self.base.activate(self.name)
+        return self.base.body(**inputs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights (not copies) under PEFT's names."""
+        return {
+            f"base_model.model.{path}.lora_{side}.weight": pair[side].weight.data
+            for path, pair in self.pairs.items()
+            for side in "AB"
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write an ordinary PEFT folder, which names its base by where that came from."""
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = copy.copy(self.lora)
+        saved.inference_mode = True
+        saved.save_pretrained(str(folder))
+        save_file(self.tensors(), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+    def load(self, folder: Path) -> None:
+        """Take the weights of a PEFT folder. Raises ValueError where they are others than this adapter has."""
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise ValueError(f"it lacks {ADAPTER_WEIGHTS}")
+        found, own = load_file(folder / ADAPTER_WEIGHTS), self.tensors()
+        differing = set(found) ^ set(own) or {name for name in own if own[name].shape != found[name].shape}
+        if differing:
+            raise ValueError(f"it holds other tensors than a plain LoRA of its {ADAPTER_CONFIG}: {sorted(differing)[:3]}")
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
+
+
+def _listed(targets: Any) -> str:
+    return repr(targets if isinstance(targets, str) else sorted(targets))

@@ -1,0 +1,74 @@
+"""What a critic is shown beside its text: the world's own numbers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_learning import make_trainer
+
+from collm.errors import ConfigError
+from collm.training.loggers import read_metrics
+from collm.training.trainer import Trainer
+
+
+def luck(folder: Path, name: str = "collm-cc", **critic: Any) -> tuple[Trainer, dict[str, Any]]:
+    """Six iterations of a world whose return is a number reported before the last turn; the last line of its metrics."""
+    trainer = make_trainer(
+        folder,
+        name,
+        2,
+        0,
+        env={"name": "worlds:Luck"},
+        run={"iterations": 6},
+        critic={"lr": 1e-4, **critic},
+        algorithm={"name": name, "lam": 1.0, "critic_lam": 1.0, "gamma": 1.0},
+    )
+    trainer.run()
+    return trainer, read_metrics(trainer.folder / "metrics.jsonl")[-1]
+
+
+@pytest.mark.parametrize(("name", "label"), [("collm-cc", "critic"), ("collm-dc", "agent_1/critic")])
+def test_with_the_worlds_numbers_a_critic_explains_what_no_text_tells(tmp_path: Path, name: str, label: str) -> None:
+    trainer, blind = luck(tmp_path / "blind", name)
+    assert blind[f"{label}/explained_within_tasks_turn_1"] < 0.2
+    assert trainer.learner.critics.regression is None
+    trainer, seeing = luck(tmp_path / "seeing", name, metrics=True)
+    assert trainer.learner.critics.metric_names == ("luck",)
+    assert seeing[f"{label}/explained_within_tasks_turn_1"] > 0.9
+    assert abs(seeing[f"{label}/explained_within_tasks_turn_0"]) < 0.2  # nobody knows yet
+    assert seeing["yardstick_turn_1"] > 0.999
+    assert math.isnan(seeing["yardstick_turn_0"]) or seeing["yardstick_turn_0"] < 0.2
+    # advantages at the last turn lose the part that was luck
+    assert seeing["agent_1/advantage_deviation"] < blind["agent_1/advantage_deviation"]
+
+
+def test_values_are_the_regression_plus_what_the_text_says(tmp_path: Path) -> None:
+    trainer, _ = luck(tmp_path, metrics=True)
+    critics, batch = trainer.learner.critics, trainer.learner.batch
+    metrics: dict[str, float] = {"tokens/critic": 0.0}
+    values_ENT = critics.values(batch, metrics)
+    regression, critics.regression = critics.regression, None
+    alone_ENT = critics.values(batch, metrics)
+    assert regression is not None
+    expected_ET = regression(critics.features(batch))
+    assert torch.allclose(values_ENT[..., :2] - alone_ENT[..., :2], expected_ET[:, None, :2], atol=1e-5)
+    assert not values_ENT[..., 2].any()  # after the end nothing is expected
+
+
+def test_what_the_world_counted_before_a_turn_is_recorded_with_it(tmp_path: Path) -> None:
+    trainer, _ = luck(tmp_path, metrics=True)
+    for episode, row in zip(
+        trainer.learner.batch.episodes, trainer.learner.critics.features(trainer.learner.batch), strict=True
+    ):
+        assert [turn.metrics for turn in episode.turns] == [{}, {"luck": episode.metrics["luck"]}]
+        assert row[:, 2].tolist() == pytest.approx([0.0, episode.metrics["luck"], episode.metrics["luck"]])
+        assert row[:, 0].tolist() == pytest.approx([0.0, 0.0, episode.turns[1].reward])
+
+
+def test_a_method_without_critic_refuses_the_switch(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"critic\.metrics=True, but magrpo has no critic"):
+        make_trainer(tmp_path, "magrpo", 2, 0, critic={"metrics": True})

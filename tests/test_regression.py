@@ -1,0 +1,88 @@
+"""The regression on a world's own numbers, against hand-derived values and numpy's least squares."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from collm.algorithms.regression import Moments, TurnRegression, ridge
+from collm.algorithms.stats import explained_variance, without_task_means
+
+
+def test_a_line_through_three_points_by_hand():
+    x = torch.tensor([[0.0], [1.0], [2.0]])
+    y = torch.tensor([1.0, 3.0, 5.0])
+    assert ridge(x, y, 0.0).tolist() == pytest.approx([1.0, 3.0, 5.0])
+    # Var(x) = 2/3, Cov = 4/3: slope 2 without penalty; with strength 1 the slope halves and the mean stays
+    assert ridge(x, y, 1.0).tolist() == pytest.approx([2.0, 3.0, 4.0])
+
+
+def test_least_squares_of_numpy_is_met_for_any_scale():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 3)) * [1, 1000, 1e-3] + [0, 5, -7]
+    y = x @ [2.0, 1e-3, 40.0] + rng.normal(size=50)
+    design = np.c_[x, np.ones(50)]
+    expected = design @ np.linalg.lstsq(design, y, rcond=None)[0]
+    assert ridge(torch.tensor(x), torch.tensor(y), 0.0).numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_constant_and_repeated_features_do_no_harm():
+    x = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1.0, 2.0, 2.0]])  # a constant, and one feature twice
+    y = torch.tensor([1.0, 3.0, 5.0])
+    assert ridge(x, y, 0.0).tolist() == pytest.approx([1.0, 3.0, 5.0], abs=1e-6)
+    assert ridge(x[:1], y[:1], 0.0).tolist() == [1.0]  # a single sample: its own return
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(40, 2, generator=generator) + 3, torch.randn(40, generator=generator)
+    whole, parts = Moments(2), Moments(2)
+    whole.add(x, y)
+    for start in range(0, 40, 8):
+        parts.add(x[start : start + 8], y[start : start + 8])
+    assert torch.allclose(whole.mean, parts.mean)
+    assert torch.allclose(whole.second, parts.second)
+    assert parts.weight == 40
+    parts.add(x[:0], y[:0], keep=0.5)  # nothing new: nothing forgotten
+    assert parts.weight == 40
+
+
+def test_old_samples_fade():
+    moments = Moments(1)
+    moments.add(torch.zeros(8, 1), torch.zeros(8))
+    moments.add(torch.zeros(8, 1), torch.ones(8), keep=0.5)
+    assert moments.predict(torch.zeros(1, 1), 0.0).item() == pytest.approx(8 / 12)  # weights 4 and 8
+
+
+def test_nothing_is_expected_before_the_first_sample():
+    assert TurnRegression(2, 3)(torch.ones(4, 5, 2)).tolist() == [[0.0] * 5] * 4
+
+
+def test_each_turn_has_its_own_slope_and_late_turns_share_the_last():
+    regression = TurnRegression(1, 2, strength=0.0)
+    features = torch.tensor([0.0, 1.0, 2.0, 3.0])[:, None, None].expand(4, 3, 1)
+    returns = torch.stack([1 * features[:, 0, 0], 2 * features[:, 1, 0], 2 * features[:, 2, 0]], 1)
+    regression.learn(features, returns, torch.ones(4, 3, dtype=torch.bool))
+    assert torch.allclose(regression(features), returns, atol=1e-5)
+    assert [moments.weight.item() for moments in regression.turns] == [4, 8]  # turns 1 and 2 are counted together
+
+
+def test_samples_that_are_not_chosen_do_not_count():
+    regression = TurnRegression(1, 1, strength=0.0)
+    chosen = torch.tensor([[True], [True], [False]])
+    regression.learn(torch.zeros(3, 1, 1), torch.tensor([[1.0], [3.0], [100.0]]), chosen)
+    assert regression(torch.zeros(1, 1, 1)).item() == pytest.approx(2.0)
+
+
+def test_task_means_are_taken_out_before_variance_is_explained():
+    returns = torch.tensor([0.0, 2.0, 10.0, 12.0, 99.0])
+    tasks = torch.tensor([7, 7, 3, 3, 5])
+    assert without_task_means(returns, tasks).tolist() == [-1.0, 1.0, -1.0, 1.0]  # task 5 came once
+    knows_the_task = torch.tensor([1.0, 1.0, 11.0, 11.0, 99.0])
+    assert explained_variance(knows_the_task, returns) > 0.99
+    assert explained_variance(without_task_means(knows_the_task, tasks), without_task_means(returns, tasks)) == 0.0
+    assert without_task_means(torch.tensor([1.0]), torch.tensor([0])).tolist() == []
+    assert math.isnan(explained_variance(torch.zeros(0), torch.zeros(0)))
