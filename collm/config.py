@@ -105,7 +105,9 @@ class TeamSettings(Room):
     model: str = "tiny"
     """The model every agent starts from: a Hugging Face folder or hub name, or "tiny", which the package ships."""
     models: dict[str, str] = {}
-    """Agent name -> model, where they differ."""
+    """Agent name -> model, where they differ; http://host:port/v1 (or .../v1#model) is a server, untrained."""
+    api_key_env: str | None = None
+    """Environment variable that holds the API key for such servers."""
     shared: bool = False
     """All agents that start from the same model share one set of weights, rather than each having its own."""
     compute: Literal["float32", "bfloat16"] = "float32"
@@ -126,6 +128,11 @@ class TeamSettings(Room):
                 "team.lora.base='float32'."
             )
         return self
+
+    @property
+    def remote(self) -> dict[str, str]:
+        """The frozen team-mates that live on servers: agent name -> address."""
+        return {agent: place for agent, place in self.models.items() if place.startswith(("http://", "https://"))}
 
 
 class VllmSettings(Room):

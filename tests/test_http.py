@@ -13,12 +13,17 @@ import numpy as np
 import pytest
 from servers import completion, free_port, http, serve
 
+from collm.cli.main import main
+from collm.config import parse_config
 from collm.engines.http import Endpoint, HttpEngine, endpoint, read_answer, retry_after
 from collm.engines.mixed import MixedEngine
 from collm.engines.scripted import ScriptedEngine
 from collm.envs.catalogue import EnvSpec
-from collm.errors import ConfigError, EngineError
+from collm.errors import ConfigError, EngineError, TrainingError
 from collm.rollout.collect import Plan, collect
+from collm.training.evaluate import evaluate
+from collm.training.loggers import read_metrics
+from collm.training.trainer import Trainer
 from collm.types import Message, Request, Sampling
 
 HELLO = Request("a", (Message("user", "Name one colour."),), Sampling(max_tokens=4), seed=7)
@@ -314,3 +319,94 @@ def test_json_on_the_wire_survives_any_text():
     with serve(lambda request, *_: http(completion(json.dumps(request["messages"][0]["content"])))) as served:
         (got,) = engine_for(served.url).generate([Request("a", (Message("user", odd),))])
     assert json.loads(got.text) == odd
+
+
+# --- frozen team-mates ---------------------------------------------------------------------------------------------------
+
+
+def mixed_recipe(tmp_path, url: str, **algorithm):
+    return parse_config(
+        {
+            "run": {"name": "mixed", "folder": str(tmp_path), "iterations": 12, "threads": 1, "tensorboard": False},
+            "env": {"name": "agree"},
+            "team": {"models": {"agent_0": url}},
+            "rollout": {"tasks": 32, "max_tokens": 4},
+            "algorithm": algorithm,
+            "learner": {"lr": 2e-3},
+            "critic": {"lr": 1e-3},
+            "evaluation": {"every": 12, "temperature": 1.0, "episodes": 1},
+        }
+    )
+
+
+def score(trainer: Trainer) -> float:
+    """The mean reward of fifty episodes, sampled."""
+    groups = collect(trainer.plan, trainer.engine, [0] * 50, list(range(50)))
+    return float(np.mean([group.episodes[0].score for group in groups]))
+
+
+def test_a_learner_agrees_with_a_frozen_team_mate_on_a_server(tmp_path):
+    """The server always says green; agent_1 learns to. The critic reads both; only agent_1 has weights and a checkpoint."""
+    with serve(lambda *_: http(completion("green"))) as served:
+        trainer = Trainer(mixed_recipe(tmp_path, served.url), quiet=True)
+        untrained, folder, trained = score(trainer), trainer.run(), score(trainer)
+        assert evaluate(trainer.config, trainer.engine).summary()["evaluation/failed"] == 0
+        assert main(["evaluate", str(folder)]) == 0
+    assert untrained < 0.6
+    assert trained >= 0.9
+    before, *_ = read_metrics(folder / "metrics.jsonl")
+    assert before["evaluation/failed"] == 0
+    text = trainer.team.policies["agent_1"].tokenizer.decode(trainer.learner.judges[0].packed[0].ids)
+    assert "agent_0" in text
+    assert "agent_1" in text
+    assert [path.name for path in (folder / "final").iterdir()] == ["agent_1"]
+    assert trainer.team.agents == ("agent_1",)
+    assert {r["model"] for r in served} == {"agent_0"}
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"name": "magrpo"},
+        {"name": "magrpo", "tree": True},
+        {"name": "collm-dc"},
+        {"name": "collm-cc", "critic_kind": "Q", "advantage": "counterfactual", "resamples": 2},
+    ],
+)
+def test_every_kind_of_algorithm_takes_a_frozen_team_mate(tmp_path, algorithm):
+    """Two turns; the server is asked once per joint action, never for another answer to learn from."""
+    with serve(lambda *_: http(completion("green"))) as served:
+        config = mixed_recipe(tmp_path, served.url, **algorithm)
+        run = config.run.model_copy(update={"iterations": 1})
+        still = config.evaluation.model_copy(update={"every": 0})
+        rollout = config.rollout.model_copy(update={"tasks": 4})
+        env = parse_config({"env": {"name": "agree", "turns": 2}}).env
+        trainer = Trainer(
+            config.model_copy(update={"run": run, "evaluation": still, "rollout": rollout, "env": env}), quiet=True
+        )
+        folder = trainer.run()
+    assert len(served) == trainer.joint_actions > 0
+    record = read_metrics(folder / "metrics.jsonl")[-1]
+    assert record["agent_1/gradient_norm"] > 0
+    assert not [name for name in record if name.startswith("agent_0/")]
+
+
+def test_training_refuses_what_gives_no_log_probs(tmp_path, tiny):
+    with pytest.raises(ConfigError, match="HttpEngine gives no token ids and log-probs"):
+        Trainer(mixed_recipe(tmp_path, "tiny"), engine=engine_for("http://127.0.0.1:9"), quiet=True)
+    config = mixed_recipe(tmp_path, "http://127.0.0.1:9")
+    everyone = config.team.model_copy(update={"models": dict.fromkeys(("agent_0", "agent_1"), "http://127.0.0.1:9")})
+    with pytest.raises(ConfigError, match=r"every agent of team\.models is a server"):
+        Trainer(config.model_copy(update={"team": everyone}), quiet=True)
+
+
+def test_a_dead_team_mate_stops_training_with_its_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("collm.engines.http.time.sleep", lambda seconds: None)
+    dead = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(TrainingError, match=r"every episode failed: agent_0, turn 0: .* cannot be reached"):
+        Trainer(replace_evaluation(mixed_recipe(tmp_path, dead)), quiet=True).run()
+
+
+def replace_evaluation(config):
+    """Without held-out evaluation."""
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"every": 0})})

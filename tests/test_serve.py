@@ -479,6 +479,49 @@ def test_an_exported_agent_says_the_same_without_collm(capsys, run, tmp_path, ch
     assert (folder / "config.json").is_file()
 
 
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> Path:
+    """A short run of two agents that are adapters on one base."""
+    values = {
+        "run": {"name": "lora", "folder": str(tmp_path_factory.mktemp("runs")), "iterations": 2, "threads": 1},
+        "env": {"name": "agree"},
+        "team": {"lora": {"rank": 4}},
+        "rollout": {"tasks": 16, "max_tokens": 8},
+        "learner": {"lr": 1e-2},
+        "evaluation": {"every": 0},
+    }
+    return Trainer(parse_config(values), quiet=True).run()
+
+
+@pytest.mark.parametrize("words", [(), ("--merged",), ("--checkpoint", "2")])
+def test_an_exported_adapter_says_the_same_without_collm(adapters, tmp_path, words):
+    folder = tmp_path / "agent_1"
+    assert main(["export", str(adapters), str(folder), "--agent", "agent_1", *words]) == 0
+    merged = "--merged" in words
+    assert (folder / "adapter_config.json").exists() is not merged
+    assert (folder / "config.json").exists() is merged
+    config = run_config(adapters, {})
+    texts = [f"You are agent_1 of 2. Name {colour}." for colour in ("red", "one colour", "the same colour as I do", "a word")]
+    asked = [Request("agent_1", (Message("user", text),), Sampling(0, max_tokens=20)) for text in texts]
+    local = LocalEngine(load_team(config, adapters / "final"))
+    expected = [answer.text for answer in local.generate(asked)]
+    untrained = [answer.text for answer in LocalEngine(load_team(config, None)).generate(asked)]
+    assert expected != untrained
+    chats = json.dumps([[{"role": "user", "content": text}] for text in texts])
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(folder), chats], capture_output=True, text=True, timeout=120, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == expected
+
+
+def test_an_exported_adapter_can_be_served(adapters, tmp_path):
+    assert main(["export", str(adapters), str(tmp_path / "a"), "--agent", "agent_0"]) == 0
+    with served(tmp_path, tmp_path / "a", "agent_0") as (exported,), served(tmp_path, adapters, "agent_0") as (of_run,):
+        bodies = [post(server.url, {**HELLO, "model": "agent_0", "seed": 5}).json() for server in (exported, of_run)]
+    assert bodies[0]["choices"] == bodies[1]["choices"]
+
+
 def test_a_checkpoint_is_not_the_final_weights(run):
     """Else the test above would pass with either."""
     config = run_config(run, {})

@@ -77,23 +77,6 @@ class Buggy(Waiting):
         return super().play(answers)
 
 
-class Luck(TextEnv):
-    """What is paid after the second turn is known as a number after the first, and shown to nobody as text."""
-
-    num_tasks = 4
-
-    def __init__(self, agents: int = 2) -> None:
-        super().__init__(agent_names(agents, "agent"), 2)
-
-    def begin(self, task: int, rng: random.Random) -> dict[str, str]:
-        self.luck = rng.random()
-        return {agent: "Name one colour." for agent in self.agents}
-
-    def play(self, answers: dict[str, str]) -> Outcome:
-        reward = 3 * self.luck + 0.5 * self.task if self.last_turn else 0.0
-        return Outcome(reward, {"luck": reward}, {agent: "Again." for agent in self.agents}, metrics={"luck": self.luck})
-
-
 class Uneven(Waiting):
     """Task n has n + 1 turns. When the second turn of task 3 has been played, the process `doomed` is killed."""
 
@@ -113,3 +96,20 @@ class Uneven(Waiting):
             os.kill(self.doomed, signal.SIGKILL)
             time.sleep(0.3)
         return Outcome(1.0, {"one": 1.0}, {agent: "Again." for agent in answers})
+
+
+class Luck(TextEnv):
+    """What is paid after the second turn is known as a number after the first, and shown to nobody as text."""
+
+    num_tasks = 4
+
+    def __init__(self, agents: int = 2) -> None:
+        super().__init__(agent_names(agents, "agent"), 2)
+
+    def begin(self, task: int, rng: random.Random) -> dict[str, str]:
+        self.luck = rng.random()
+        return {agent: "Name one colour." for agent in self.agents}
+
+    def play(self, answers: dict[str, str]) -> Outcome:
+        reward = 3 * self.luck + 0.5 * self.task if self.last_turn else 0.0
+        return Outcome(reward, {"luck": reward}, {agent: "Again." for agent in self.agents}, metrics={"luck": self.luck})

@@ -49,10 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     from collm.engines.catalogue import make_engine
     from collm.training.evaluate import evaluate
+    from collm.training.trainer import with_remote
 
     torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
     with Console(stderr=True).status("playing the held-out tasks"):
-        engine = make_engine(load_team(config, weights), config.rollout)
+        engine = with_remote(make_engine(load_team(config, weights), config.rollout), config)
         result = evaluate(config, engine, episodes=arguments.episodes)
     failed = [episode for episode in result.episodes if episode.failure]
     if not result.played:
@@ -176,14 +177,15 @@ def load_team(config: Config, weights: Path | None, *, only: str | None = None) 
 
     from collm.models.loading import is_adapter
     from collm.training.checkpoint import load_policies
-    from collm.training.trainer import check_fit, make_team, resolve_device
+    from collm.training.trainer import check_fit, make_team, resolve_device, trained_agents
 
     run = config.run.model_copy(update={"device": resolve_device(config.run.device)})
     config = config.model_copy(update={"run": run})
-    agents = everyone = check_fit(config)
+    agents = everyone = trained_agents(config, check_fit(config))
     if only is not None:
         if only not in everyone:
-            raise ConfigError(f"there is no agent {only!r} in this run; its agents are {', '.join(everyone)}.")
+            elsewhere = f" (on a server: {', '.join(config.team.remote)})" if config.team.remote else ""
+            raise ConfigError(f"there is no agent {only!r} in this run; its agents are {', '.join(everyone)}{elsewhere}.")
         agents = (only,)
     if weights is None:
         return make_team(config, agents)
@@ -211,5 +213,9 @@ def _saved_as(config: Config, agent: str, agents: Sequence[str]) -> str:
     """Under whose name a checkpoint holds an agent's weights: its own, or that of the first who shares them."""
     if not config.team.shared:
         return agent
-    sources = {name: config.team.models.get(name, config.team.model) for name in agents}
-    return next(name for name in agents if sources[name] == sources[agent])
+    team, lora = config.team, config.team.lora
+    starts = {
+        name: (team.models.get(name, team.model), lora is not None and (lora.agents is None or name in lora.agents))
+        for name in agents
+    }
+    return next(name for name in agents if starts[name] == starts[agent])

@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     if os.path.lexists(target):
         raise RunError(f"{str(target)!r} exists already; name a folder that does not.")
     policy, what = load_agent(arguments.run, arguments.agent, arguments.checkpoint, device="cpu")
-    write(policy, target)
+    write(policy, target, merged=arguments.merged)
     record = {"agent": arguments.agent, "weights": what, "folder": str(target)}
     if arguments.json:
         print(json.dumps(record))
@@ -30,19 +30,38 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def write(policy: Policy, target: Path) -> None:
-    """An ordinary Hugging Face folder, all or nothing. Raises SaveError."""
+def write(policy: Policy, target: Path, *, merged: bool = False) -> None:
+    """An ordinary Hugging Face folder, all or nothing: a whole model, or an adapter in PEFT's manner, which names its base.
+
+    merged: a whole model in any case, an adapter being added into its base. Raises SaveError.
+    """
     from collm.training.checkpoint import explained
 
     aside = target.with_name(f".saving-{target.name}-{os.getpid()}")
     try:
         with explained(target):
             aside.mkdir(parents=True)
-            policy.save(aside)
+            if merged and policy.adapter is not None:
+                merge(policy, aside)
+            else:
+                policy.save(aside)
             os.rename(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def merge(policy: Policy, folder: Path) -> None:
+    """Write an adapter and its base as one whole float32 model."""
+    import torch
+    from peft import AutoPeftModelForCausalLM
+
+    apart = folder / ".adapter"
+    policy.save(apart)
+    model = AutoPeftModelForCausalLM.from_pretrained(apart, dtype=torch.float32, trust_remote_code=False).merge_and_unload()
+    shutil.rmtree(apart)
+    model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
 
 
 def load_agent(source: Path, agent: str, checkpoint: str, *, device: str = "") -> tuple[Policy, str]:

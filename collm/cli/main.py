@@ -120,6 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("folder", type=Path, metavar="DIR", help="where to write; must not exist")
     export.add_argument("--agent", required=True, metavar="NAME", help="which agent of the team")
     export.add_argument("--checkpoint", metavar="N|best|final|start", default="final", help="which weights of the run")
+    export.add_argument("--merged", action="store_true", help="write an adapter and its base as one whole model")
     export.add_argument("--json", action="store_true", help="print one JSON object")
 
     serve = command(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,8 +87,19 @@ def collect(
     return [Group(task, episodes[i * group_size : (i + 1) * group_size]) for i, task in enumerate(tasks)]
 
 
-def resample(plan: Plan, engine: Engine, episodes: Sequence[Episode], times: int, *, stop: Stop = lambda: None) -> None:
-    """Draw `times` other answers of every agent at every turn, for counterfactual baselines, into `Turn.alternatives`."""
+def resample(
+    plan: Plan,
+    engine: Engine,
+    episodes: Sequence[Episode],
+    times: int,
+    *,
+    agents: Collection[str] | None = None,
+    stop: Stop = lambda: None,
+) -> None:
+    """Draw `times` other answers of every agent at every turn, for counterfactual baselines, into `Turn.alternatives`.
+
+    agents: of these alone; default: of all.
+    """
     _check_decentralized(plan)
     wanted = [
         (episode, t, agent)
@@ -96,6 +107,7 @@ def resample(plan: Plan, engine: Engine, episodes: Sequence[Episode], times: int
         if not episode.failure
         for t in range(len(episode.turns))
         for agent in episode.turns[t].completions
+        if agents is None or agent in agents
         for _ in range(times)
     ]
     requests = []

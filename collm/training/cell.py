@@ -19,7 +19,7 @@ from collm.errors import CollmError
 from collm.training import checkpoint
 from collm.training.evaluate import evaluate
 from collm.training.loggers import RunLog
-from collm.training.trainer import Interrupted, Trainer, check_fit, make_team, resolve_device
+from collm.training.trainer import Interrupted, Trainer, check_fit, make_team, resolve_device, with_remote
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -53,7 +53,7 @@ def play(config: Config, folder: Path) -> None:
     config = config.model_copy(update={"run": config.run.model_copy(update={"device": resolve_device(config.run.device)})})
     torch.set_num_threads(config.run.threads or 1)
     team = make_team(config, check_fit(config))
-    result = evaluate(config, make_engine(team, config.rollout))
+    result = evaluate(config, with_remote(make_engine(team, config.rollout), config))
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(folder / "config.json", json.dumps(config.resolved(), indent=1))
     log = RunLog(folder, tensorboard=False)

@@ -90,6 +90,10 @@ class Critics:
         """The value head on an agent's own model, if that is where its critic sits."""
         return next((judge.head for judge in self.judges if judge.critic is None and agent in judge.agents), None)
 
+    def view(self, judge: Judge, batch: Batch) -> tuple[str, ...]:
+        """Whose texts a critic reads: a joint one those of all who play, frozen team-mates included."""
+        return batch.episodes[0].agents if self.joint and batch.episodes else judge.agents
+
     def targeted(self, batch: Batch) -> Tensor:
         """(E, N, T): where a critic has a target. A joint critic has one while anybody acts; Q has none where a cut-off
         episode ends, since nobody knows what would have been answered next."""
@@ -115,7 +119,9 @@ class Critics:
                     batch, judge.agents[0], judge.policy, values=True, history=self.config.rollout.history
                 )
             else:
-                judge.packed, num_cut = pack_readings(batch, judge.critic, judge.agents, kind=self.kind, **self.reads)
+                judge.packed, num_cut = pack_readings(
+                    batch, judge.critic, self.view(judge, batch), kind=self.kind, **self.reads
+                )
                 metrics["critic/cut"] += num_cut
             values = self._read(judge, judge.packed, E * N * width, metrics).view(E, N, width)
             first = batch.agents.index(judge.agents[0])
@@ -151,7 +157,7 @@ class Critics:
         """Of each critic: slots (M,) of answers, and Q (M, K) with each of them exchanged for its K alternatives."""
         for judge in self.judges:
             assert judge.critic is not None
-            packed, slots = pack_alternatives(batch, judge.critic, judge.agents, **self.reads)
+            packed, slots = pack_alternatives(batch, judge.critic, self.view(judge, batch), **self.reads)
             if slots:
                 q_M = self._read(judge, packed, len(slots), metrics) + self.known_ENT.flatten()[slots]
                 q_MK = q_M.view(-1, self.config.algorithm.resamples)

@@ -157,11 +157,11 @@ def pack_readings(
 ) -> tuple[list[Packed], int]:
     """What a critic reads of every episode, and how many readings had to be cut.
 
-    Slots belong to the first agent of the view. V: a marker before every turn (T + 1 slots), and after the last one of a
-    truncated episode. Q: a marker after the answers of every turn (T slots).
+    Slots belong to the first agent of the view that is trained. V: a marker before every turn (T + 1 slots), and after the
+    last one of a truncated episode. Q: a marker after the answers of every turn (T slots).
     """
     _, N, T = batch.shape
-    n = batch.agents.index(view[0])
+    n = next(batch.agents.index(agent) for agent in view if agent in batch.agents)
     packed: list[Packed] = []
     num_cut = 0
     for e, episode in enumerate(batch.episodes):

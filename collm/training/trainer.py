@@ -78,9 +78,9 @@ class Trainer:
         self.agents = check_fit(self.config)
         self.num_tasks = num_tasks(self.plan)
         self.team = team or make_team(self.config, self.agents)
-        if self.team.agents != self.agents:
+        if self.team.agents != trained_agents(self.config, self.agents):
             raise ConfigError(f"the team plays {self.team.agents}, but the task's agents are {self.agents}.")
-        self.engine = engine or make_engine(self.team, config.rollout)
+        self.engine = engine or with_remote(make_engine(self.team, config.rollout), self.config)
         if not self.engine.trains:
             raise ConfigError(
                 f"{type(self.engine).__name__} gives no token ids and log-probs: it can evaluate and play frozen "
@@ -163,7 +163,7 @@ class Trainer:
         if self.config.algorithm.advantage == "counterfactual":
             episodes = [episode for group in groups for episode in group.episodes]
             times = self.config.algorithm.resamples
-            resample(self.plan, self.engine, episodes, times, stop=self._check_signal)
+            resample(self.plan, self.engine, episodes, times, agents=self.team.agents, stop=self._check_signal)
         return groups
 
     def _evaluate(self, log: RunLog, display: Display) -> dict[str, Any]:
@@ -274,16 +274,42 @@ def metric_names(config: Config) -> tuple[str, ...]:
 
 
 def make_team(config: Config, agents: tuple[str, ...]) -> Team:
-    """Load each agent's model as `config.team` says."""
+    """Load each agent's model as `config.team` says; frozen team-mates on servers have none.
+
+    Raises ConfigError where nobody is left.
+    """
     team = config.team
     return Team.from_pretrained(
-        {agent: team.models.get(agent, team.model) for agent in agents},
+        {agent: team.models.get(agent, team.model) for agent in trained_agents(config, agents)},
         lora=team.lora,
         shared=team.shared,
         seed=seeds.derive(config.run.seed, "adapters"),
         compute=team.compute,
         device=config.run.device,
     )
+
+
+def trained_agents(config: Config, agents: tuple[str, ...]) -> tuple[str, ...]:
+    """The agents that are not played by servers. Raises ConfigError where there is none."""
+    local = tuple(agent for agent in agents if agent not in config.team.remote)
+    if not local:
+        raise ConfigError(
+            "every agent of team.models is a server: nothing is left to train here, and log-probs of answers to learn from are "
+            "a local model's. Give one agent a model, or play such a team with `collm play`."
+        )
+    return local
+
+
+def with_remote(engine: Engine, config: Config) -> Engine:
+    """`engine`, beside it servers for the frozen team-mates that live there."""
+    if not config.team.remote:
+        return engine
+    from collm.engines.http import HttpEngine, endpoint
+    from collm.engines.mixed import MixedEngine
+
+    key_env = config.team.api_key_env or ""
+    servers = HttpEngine({agent: endpoint(agent, url, key_env=key_env) for agent, url in config.team.remote.items()})
+    return MixedEngine(engine, dict.fromkeys(config.team.remote, servers))
 
 
 def draw_tasks(seed: int, iteration: int, count: int, total: int) -> list[int]:
