@@ -24,6 +24,7 @@ WORLDS = {
     "resource_gathering": "collm.envs.gathering.resource_gathering:ResourceGathering",
     "tldr": "collm.envs.writing.writing:Tldr",
     "arxiv": "collm.envs.writing.writing:Arxiv",
+    "coop_code": "collm.envs.coding.coop_code:CoopCode",
 }
 
 

@@ -1,0 +1,212 @@
+"""`coop_code`: programmers write the parts of one program at the same time; its tests pay."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+from collm.envs.base import Outcome, TextEnv
+from collm.envs.coding.problems import NUM_GENERATED, Problem, generated, public
+from collm.envs.coding.programs import code_of, function, parse, returns_something, source_of, taken, use_of
+from collm.envs.coding.sandbox import Job, Verdict, judge
+from collm.errors import EnvError
+
+
+class CoopCode(TextEnv):
+    """Helpers each write one function, and `main` the one that is tested, which may call theirs, all at the same time.
+
+    The last agent is main and writes the problem's entry point; every other writes one function of its own name (`aux`; with
+    more helpers `aux_2`, `aux_3`, ...). The program is what the problem itself imports or defines, then from every agent,
+    helpers first, its imports, definitions and top-level assignments; answers may be fenced. It runs in the sandbox, every
+    test alone, and the rest is not run after three time-outs.
+
+    Raw reward of a turn, in this order:
+        helpers  0.4 * share of the helpers whose function is defined and returns something
+        entry    0.6 if the entry point is defined and returns something; otherwise the sum ends here
+        parse    0.5 if all agents' code parses, together too; otherwise the sum ends here
+        tests    share of the tests passed
+        calls    0.5 * share of the helpers' functions that main calls, if any test passes
+        work     1.0 if main calls one and is no thin wrapper (after the docstring: nothing, one return that holds a call, or
+                 one assignment that holds a call and then a return), if any test passes
+        ignored  -0.5 if it calls and never looks at what comes back, if any test passes
+    The optimum is 4, shifted by -4, ends above 3.8. One agent alone writes everything: at most 2.1 (entry, parse, tests),
+    shifted by -2.1, ends above 2.0. Ends after `turns` turns otherwise.
+    Metrics: passed (share of tests), helpers, entry, parse, calls, thin, ignored (0 or 1, helpers and calls as shares),
+    rejected (answers that hold no usable code).
+
+    Args:
+        agents: how many programmers, or their names, main last.
+        turns: how often all of them answer.
+        data: problems in the format of HumanEval, CoopHumanEval or sanitized MBPP, each with the fixed slices of its set
+            (or rows `[a:b]` of your own, the last fifth held out); default: generated small problems on lists of numbers.
+        eval_data: a source of its own for the held-out problems. Problems known to be shared are warned of by name.
+        feedback: from the second turn on, "level" tells which parts were earned, how many tests passed and what kind of error
+            the first `sandbox_slice` failing tests ended with, and main how it uses the helpers; "plain" asks for a revision.
+        sandbox_slice: how many failing tests are told of.
+        seconds: limit of one test.
+        split: "train" or "eval". Generated problems of the two never coincide.
+    """
+
+    waits = True
+
+    def __init__(
+        self,
+        agents: int | Sequence[str] = 2,
+        turns: int = 2,
+        data: str | None = None,
+        eval_data: str | None = None,
+        feedback: Literal["level", "plain"] = "level",
+        sandbox_slice: int = 1,
+        seconds: float = 10.0,
+        split: str = "train",
+    ):
+        super().__init__(_names(agents), turns)
+        for name, value, allowed in (("feedback", feedback, ("level", "plain")), ("split", split, ("train", "eval"))):
+            if value not in allowed:
+                raise EnvError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
+        if sandbox_slice < 0 or not 0 < seconds <= 3600:
+            raise EnvError(f"sandbox_slice={sandbox_slice}, seconds={seconds}: give 0 or more errors, and seconds above 0.")
+        if eval_data is not None and data is None:
+            raise EnvError(f"eval_data={eval_data!r} holds the evaluation problems of data; set data=... too.")
+        self.split = split
+        self.problems = None if data is None else public(data, eval_data, split)
+        self.num_tasks = NUM_GENERATED[split] if self.problems is None else len(self.problems)
+        self.feedback, self.slice, self.seconds = feedback, sandbox_slice, seconds
+        *self.helpers, self.main = self.possible_agents
+        if self.helpers:
+            self.shift, self.stop_above, self.max_reward = -4.0, 3.8, 4.0
+        else:
+            self.shift, self.stop_above, self.max_reward = -2.1, 2.0, 2.1
+
+    def problem_of(self, task: int) -> Problem:
+        return generated(self.split, task) if self.problems is None else self.problems[task]
+
+    def task_name(self, task: int) -> str:
+        return self.problem_of(task).name
+
+    def begin(self, task: int, rng: random.Random) -> dict[str, str]:
+        self.problem = self.problem_of(task)
+        self.parts: dict[str, float] = {}
+        self.errors: list[str] = []
+        return {agent: self._instruction(agent) for agent in self.agents}
+
+    def play(self, answers: dict[str, str]) -> Outcome:
+        trees = {agent: parse(code_of(answer)) for agent, answer in answers.items()}
+        nodes = {agent: [] if tree is None else taken(tree) for agent, tree in trees.items()}
+        entry_point = self.problem.entry_point
+        helped = [agent for agent in self.helpers if returns_something(function(nodes[agent], agent))]
+        use = use_of(nodes[self.main], entry_point, helped)
+        called = [agent for agent in helped if use_of(nodes[self.main], entry_point, [agent]).calls]
+        parts: dict[str, float] = {}
+        if self.helpers:
+            parts["helpers"] = 0.4 * len(helped) / len(self.helpers)
+        verdicts: list[Verdict] = []
+        has_entry = returns_something(function(nodes[self.main], entry_point))
+        program = self._program(nodes) if all(tree is not None for tree in trees.values()) else None
+        if has_entry:
+            parts["entry"] = 0.6
+            if program is not None:
+                parts["parse"] = 0.5
+                [verdicts] = judge([Job(program, self.problem.checks, self.seconds)])
+        passed = sum(verdict.passed for verdict in verdicts) / len(self.problem.checks)
+        if verdicts:
+            parts["tests"] = passed
+        if passed and self.helpers:
+            parts["calls"] = 0.5 * len(called) / len(self.helpers)
+            parts["work"] = float(use.calls and not use.thin)
+            parts["ignored"] = -0.5 if use.ignored else 0.0
+        self.parts, self.errors = parts, [verdict.error for verdict in verdicts if not verdict.passed]
+        wanted = {agent: agent if agent in self.helpers else entry_point for agent in answers}
+        metrics = {
+            "passed": passed,
+            "helpers": len(helped) / max(1, len(self.helpers)),
+            "entry": float(has_entry),
+            "parse": float(program is not None),
+            "calls": len(called) / max(1, len(self.helpers)),
+            "thin": float(use.calls and use.thin),
+            "ignored": float(use.ignored),
+            "rejected": float(sum(function(nodes[agent], name) is None for agent, name in wanted.items())),
+        }
+        notes = self._notes(use.calls, use.thin, use.ignored) if self.feedback == "level" else ""
+        said = {agent: self._feedback(agent, passed, notes) for agent in answers}
+        return Outcome(sum(parts.values()), parts, said, metrics=metrics)
+
+    def state(self) -> str:
+        earned = ", ".join(f"{name} {value:.2f}" for name, value in self.parts.items()) or "nothing yet"
+        tests = "".join(self.problem.checks)
+        return f"problem {self.problem.name} turn {self.turn} of {self.turns}: {earned}\ntests:\n{tests}"
+
+    def _program(self, nodes: dict[str, list[ast.stmt]]) -> str | None:
+        """The whole program's source, or None where it cannot be one."""
+        sources = [self.problem.header, *(source_of(nodes[agent]) for agent in self.possible_agents)]
+        if any(source is None for source in sources):
+            return None
+        program = "\n\n".join(source for source in sources if source)
+        return program if parse(program) is not None else None
+
+    def _instruction(self, agent: str) -> str:
+        entry_point, number = self.problem.entry_point, len(self.possible_agents)
+        if number == 1:
+            lines = [f"You are {agent}. Write the Python function {entry_point}."]
+        elif agent == self.main:
+            helpers = ", ".join(self.helpers)
+            lines = [
+                f"You are {agent}, one of {number} programmers. Write the Python function {entry_point}.",
+                f"Call {helpers}, written now by {'others' if number > 2 else 'the other'}, and do more with the result.",
+            ]
+        else:
+            lines = [
+                f"You are {agent}, one of {number} programmers. Write one Python function named {agent} that helps.",
+                f"{self.main} writes {entry_point} now and calls {agent}.",
+            ]
+        return "\n".join([*lines, "Problem:", self.problem.prompt, "Answer Python code only."])
+
+    def _notes(self, calls: bool, thin: bool, ignored: bool) -> str:
+        """What main is told of its use of the helpers."""
+        if not self.helpers:
+            return ""
+        if not calls:
+            return f" You do not call {' or '.join(self.helpers)}."
+        if ignored:
+            return " You ignore what comes back."
+        return " You only pass the call on: do more." if thin else ""
+
+    def _feedback(self, agent: str, passed: float, notes: str) -> str:
+        if self.feedback == "plain":
+            return "Revise your function. Answer Python code only."
+        total = len(self.problem.checks)
+        lines = []
+        if self.helpers:
+            lines.append(f"Helper functions: {'ok' if self.parts.get('helpers', 0.0) > 0.39 else 'missing'}.")
+        lines.append(f"{self.problem.entry_point}: {'ok' if 'entry' in self.parts else 'missing'}.")
+        if "entry" in self.parts:
+            lines.append("The program parses." if "parse" in self.parts else "The program does not parse.")
+        if "tests" in self.parts:
+            lines.append(f"Tests passed: {round(passed * total)} of {total}.")
+            lines += [f"A test ended with {_kind(error)}." for error in self.errors[: self.slice]]
+        told = " ".join(lines) + (notes if agent == self.main and "tests" in self.parts else "")
+        return f"{told}\nRevise your function. Answer Python code only."
+
+
+def _kind(error: str) -> str:
+    """An error without its words, which may be those of a team-mate's code: its type, if that is one of Python's own."""
+    first = error.split(":")[0].strip()
+    if first.startswith(("timeout", "not run", "killed")):
+        return "a time-out" if first.startswith("timeout") else "its process killed" if first.startswith("killed") else "no run"
+    known = getattr(builtins, first, None)
+    return first if isinstance(known, type) and issubclass(known, BaseException) else "an error"
+
+
+def _names(agents: int | Sequence[str]) -> list[str]:
+    """aux, aux_2, ..., main. Raises EnvError on no agent, on a repeated name, and on helpers that no function can be named."""
+    if isinstance(agents, int):
+        if not 1 <= agents <= 16:
+            raise EnvError(f"agents={agents} must lie from 1 to 16.")
+        return [*(f"aux_{n}" if n > 1 else "aux" for n in range(1, agents)), "main"]
+    names = [str(agent) for agent in agents]
+    if not names or len(set(names)) < len(names) or not all(name.isidentifier() for name in names[:-1]):
+        raise EnvError(f"agents={names!r} must name at least one agent, each once, the helpers as Python functions are named.")
+    return names

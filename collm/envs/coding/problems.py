@@ -1,0 +1,208 @@
+"""Problems for `coop_code`: the public formats of HumanEval, CoopHumanEval and MBPP, and small ones of our own."""
+
+from __future__ import annotations
+
+import ast
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from collm import seeds
+from collm.envs.coding.programs import function, parse, source_of, split_checks, taken
+from collm.envs.data import Row, field, read_rows, split_rows
+from collm.errors import EnvError
+
+SHARED = {
+    "x_or_y": 150, "will_it_fly": 72, "valid_date": 124, "unique_digits": 104, "unique": 34, "truncate_number": 2,
+    "simplify": 144, "same_chars": 54, "right_angle_triangle": 157, "prime_length": 82, "prime_fib": 39, "largest_prime_factor": 59,
+    "is_multiply_prime": 75, "is_happy": 80, "skjkasdkd": 94, "factorize": 25,
+}  # fmt: skip
+"""CoopHumanEval's held-out rows 0 to 15 are HumanEval's problems in other words: entry points, and their numbers there. All but
+numbers 2 and 25, fourteen, lie in HumanEval's train slice."""
+
+NUM_GENERATED = {"train": 2048, "eval": 256}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One problem. prompt: what agents read; header: source of what the prompt itself defines or imports; checks: source texts,
+    each of which passes if it raises nothing; solution: a reference, where there is one."""
+
+    name: str
+    prompt: str
+    header: str
+    entry_point: str
+    checks: tuple[str, ...]
+    solution: str = ""
+
+
+# --- public formats ------------------------------------------------------------------------------------------------------
+
+
+def from_row(row: Row, data: str) -> Problem:
+    """A problem from a row of HumanEval, CoopHumanEval or sanitized MBPP. Raises EnvError for any other row."""
+    return _from_mbpp(row, data) if "test_list" in row else _from_humaneval(row, data)
+
+
+def _from_humaneval(row: Row, data: str) -> Problem:
+    prompt, test = field(row, ("prompt",), data), field(row, ("test",), data)
+    entry_point, name = field(row, ("entry_point",), data), str(row.get("task_id", ""))
+    tree = parse(prompt)
+    kept = [node for node in taken(tree) if getattr(node, "name", "") != entry_point] if tree is not None else []
+    solution = row.get("canonical_solution")
+    whole = prompt + solution if isinstance(solution, str) else ""
+    return Problem(name, prompt.strip(), source_of(kept) or "", entry_point, split_checks(test, entry_point), whole)
+
+
+def _from_mbpp(row: Row, data: str) -> Problem:
+    prompt, code = field(row, ("prompt", "text"), data), field(row, ("code",), data)
+    tests, imports = row["test_list"], row.get("test_imports") or []
+    if not tests or not all(isinstance(line, str) for line in (*tests, *imports)):
+        raise EnvError(f"data={data!r}: test_list of task {row.get('task_id')} must hold texts, at least one.")
+    tree = parse(code)
+    defined = (
+        [] if tree is None else [node for node in taken(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    )
+    called = parse(tests[0])
+    names = {node.id for node in ast.walk(called) if isinstance(node, ast.Name)} if called is not None else set()
+    entry = next((node for node in reversed(defined) if node.name in names), None)
+    if entry is None:
+        raise EnvError(f"data={data!r}: the first test of task {row.get('task_id')} calls no function of its code.")
+    before = "\n".join(imports)
+    shown = f"{prompt.strip()}\ndef {entry.name}({ast.unparse(entry.args)}):"
+    checks = tuple(f"{before}\n{line}\n" for line in tests)
+    return Problem(str(row.get("task_id", "")), shown, "", entry.name, checks, code)
+
+
+def fixed_slice(row: Row, part: str) -> slice:
+    """The rows of a public set, known by its fields, that are trained on or held out."""
+    slices = {"train": slice(16, None), "eval": slice(0, 16)}  # CoopHumanEval
+    if "test_list" in row:
+        slices = {"train": slice(15, 65), "eval": slice(0, 15)}
+    elif "canonical_solution" in row:
+        slices = {"train": slice(33, 163), "eval": slice(0, 32)}
+    return slices[part]
+
+
+@lru_cache(maxsize=32)
+def public(data: str, eval_data: str | None, split: str) -> tuple[Problem, ...]:
+    """Problems of one split: the fixed slices of the public sets, or the rows `[a:b]` that a source names.
+
+    Warns by name of held-out problems that are known to be training problems in other words.
+    """
+    parts = {part: _rows(data, eval_data, part) for part in (("train", "eval") if eval_data is not None else (split,))}
+    names = [{str(row.get("entry_point")) for row in rows} for rows in parts.values()]
+    both = sorted(names[0] & names[-1] & {*SHARED}) if eval_data is not None else []
+    if both:
+        warnings.warn(
+            f"{len(both)} held-out problems of {eval_data!r} are problems of the training data {data!r} in other words: "
+            f"{', '.join(both)}. Leave them out of one of the two before you report a score.",
+            stacklevel=2,
+        )
+    return tuple(from_row(row, data) for row in parts[split])
+
+
+def _rows(data: str, eval_data: str | None, part: str) -> Sequence[Row]:
+    source = eval_data if part == "eval" and eval_data is not None else data
+    if source.endswith("]"):  # rows of the user's own choice
+        return split_rows(data, eval_data, part)
+    rows = read_rows(source)
+    rows = rows[fixed_slice(rows[0], part)] if rows else rows
+    if not rows:
+        raise EnvError(f"data={source!r} has no row for the split {part!r}; name rows, as in 'file.jsonl[0:20]'.")
+    return rows
+
+
+# --- problems of our own -------------------------------------------------------------------------------------------------
+
+Numbers = list[int]
+STEPS: dict[str, tuple[str, str, Callable[[Numbers, int], Numbers]]] = {
+    "even": ("keep the even numbers", "[x for x in xs if x % 2 == 0]", lambda xs, k: [x for x in xs if x % 2 == 0]),
+    "odd": ("keep the odd numbers", "[x for x in xs if x % 2 == 1]", lambda xs, k: [x for x in xs if x % 2 == 1]),
+    "above": ("keep the numbers above {k}", "[x for x in xs if x > {k}]", lambda xs, k: [x for x in xs if x > k]),
+    "below": ("keep the numbers below {k}", "[x for x in xs if x < {k}]", lambda xs, k: [x for x in xs if x < k]),
+    "double": ("double each number", "[2 * x for x in xs]", lambda xs, k: [2 * x for x in xs]),
+    "square": ("square each number", "[x * x for x in xs]", lambda xs, k: [x * x for x in xs]),
+    "add": ("add {k} to each number", "[x + {k} for x in xs]", lambda xs, k: [x + k for x in xs]),
+    "times": ("multiply each number by {k}", "[{k} * x for x in xs]", lambda xs, k: [k * x for x in xs]),
+    "sorted": ("sort the numbers", "sorted(xs)", lambda xs, k: sorted(xs)),
+    "reverse": ("reverse the numbers", "xs[::-1]", lambda xs, k: xs[::-1]),
+    "unique": ("keep each number once, sorted", "sorted(set(xs))", lambda xs, k: sorted(set(xs))),
+    "first": ("keep the first {k} numbers", "xs[:{k}]", lambda xs, k: xs[:k]),
+}
+"""Name -> what is asked, a solution, and what it does; {k} is a whole number."""
+
+ENDS: dict[str, tuple[str, str, Callable[[Numbers], int]]] = {
+    "sum": ("the sum", "sum(xs)", sum),
+    "count": ("how many are left", "len(xs)", len),
+    "largest": ("the largest, or 0", "max(xs, default=0)", lambda xs: max(xs, default=0)),
+    "smallest": ("the smallest, or 0", "min(xs, default=0)", lambda xs: min(xs, default=0)),
+    "last": ("the last, or 0", "xs[-1] if xs else 0", lambda xs: xs[-1] if xs else 0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a problem of our own is made of: one or two steps with their numbers, and an end."""
+
+    steps: tuple[tuple[str, int], ...]
+    end: str
+
+    @property
+    def entry_point(self) -> str:
+        return "_".join([*(f"{name}{k}" if "{k}" in STEPS[name][0] else name for name, k in self.steps), self.end])
+
+    def source(self, step: int) -> str:
+        """The expression of one step over `xs`."""
+        name, k = self.steps[step]
+        return STEPS[name][1].format(k=k)
+
+    def __call__(self, xs: Numbers) -> int:
+        for name, k in self.steps:
+            xs = STEPS[name][2](xs, k)
+        return ENDS[self.end][2](xs)
+
+
+def draw(rng: random.Random) -> Recipe:
+    names = rng.sample(sorted(STEPS), rng.choice((1, 2, 2, 2)))
+    return Recipe(tuple((name, rng.randint(2, 5)) for name in names), rng.choice(sorted(ENDS)))
+
+
+def part_of(recipe: Recipe) -> str:
+    """Which part a problem belongs to is a function of the problem: an eighth is held out, an eighth kept for pre-training."""
+    drawn = seeds.derive("coop_code", recipe.entry_point) % 8
+    return "eval" if drawn == 0 else "pretraining" if drawn == 1 else "train"
+
+
+@lru_cache(maxsize=4096)
+def generated(part: str, number: int) -> Problem:
+    """Problem number `number` of a part: the first of its own stream of seeds that belongs to the part."""
+    rng = seeds.stream("coop_code", part, number)
+    recipe = draw(rng)
+    while part_of(recipe) != part:
+        recipe = draw(rng)
+    return problem_of(recipe, rng)
+
+
+def problem_of(recipe: Recipe, rng: random.Random) -> Problem:
+    """The problem of a recipe, with four checks on lists of up to six numbers, one of them empty or of one number."""
+    name = recipe.entry_point
+    asked = ", then ".join(STEPS[step][0].format(k=k) for step, k in recipe.steps)
+    prompt = f'def {name}(xs):\n    """Of the numbers xs, {asked}. Return {ENDS[recipe.end][0]}."""'
+    lists: list[Numbers] = [[rng.randint(0, 9) for _ in range(length)] for length in (rng.randint(0, 1), 4, 5, 6)]
+    checks = tuple(f"assert {name}({xs}) == {recipe(list(xs))}\n" for xs in lists)
+    lines = [f"    xs = {recipe.source(step)}" for step in range(len(recipe.steps))]
+    solution = "\n".join([f"def {name}(xs):", *lines, f"    return {ENDS[recipe.end][1]}\n"])
+    return Problem(f"{part_of(recipe)}-{name}", prompt, "", name, checks, solution)
+
+
+def entry_of(problem: Problem) -> Sequence[str]:
+    """Names of the parameters of a problem's entry point, as its solution or prompt has them."""
+    for text in (problem.solution, problem.prompt, f"{problem.prompt}\n    pass"):
+        tree = parse(text)
+        found = function(tree.body, problem.entry_point) if tree is not None else None
+        if found is not None:
+            return [arg.arg for arg in found.args.args]
+    return []
