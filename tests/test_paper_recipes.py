@@ -16,14 +16,29 @@ WRITING = {"model": "Qwen/Qwen3-1.7B", "max_tokens": 256, "temperature": 0.7, "t
 BUILDING = {
     "model": "Qwen/Qwen3-4B-Instruct-2507", "max_tokens": 512, "temperature": 0.6, "top_p": 0.6, "turns": 4, "tasks": 8,
 }  # fmt: skip
-TASKS = {"tldr": WRITING, "arxiv": WRITING, "str_build": BUILDING, "house_build": BUILDING}
-CRITICS = {"tldr": (5e-6, 20, 4), "arxiv": (5e-6, 20, 4), "str_build": (2.5e-6, 150, 1), "house_build": (5e-6, 150, 1)}
+CODING = {
+    "model": "Qwen/Qwen2.5-Coder-3B", "max_tokens": 256, "temperature": 0.6, "top_p": 0.6, "turns": 2, "tasks": 130,
+}  # fmt: skip
+TASKS = {"tldr": WRITING, "arxiv": WRITING, "coop_code": CODING, "str_build": BUILDING, "house_build": BUILDING}
+CRITICS = {
+    "tldr": (5e-6, 20, 4),
+    "arxiv": (5e-6, 20, 4),
+    "str_build": (2.5e-6, 150, 1),
+    "house_build": (5e-6, 150, 1),
+    "coop_code": (5e-6, 80, 4),
+}
 """Learning rate of agents and critic, epochs, buffer (turn samples per agent)."""
-GROUPS = {"tldr": (5e-6, 2, 4), "arxiv": (5e-6, 2, 4), "str_build": (5e-6, 20, 2), "house_build": (1e-5, 20, 2)}
+GROUPS = {
+    "tldr": (5e-6, 2, 4),
+    "arxiv": (5e-6, 2, 4),
+    "str_build": (5e-6, 20, 2),
+    "house_build": (1e-5, 20, 2),
+    "coop_code": (2e-5, 6, 4),
+}
 """Learning rate, epochs, group size of MAGRPO."""
 CLIPS = {"tldr": 0.2, "arxiv": 0.2, "str_build": 0.05}
 AC_EPOCHS = {"tldr": 4, "arxiv": 4}
-GRPO_EPOCHS = {"tldr": 1, "arxiv": 1}
+GRPO_EPOCHS = {"tldr": 1, "arxiv": 1, "coop_code": 20}
 
 
 def recipe(task: str, method: str) -> Config:

@@ -16,8 +16,8 @@ from collm.errors import EnvError
 
 SHARED = {
     "x_or_y": 150, "will_it_fly": 72, "valid_date": 124, "unique_digits": 104, "unique": 34, "truncate_number": 2,
-    "simplify": 144, "same_chars": 54, "right_angle_triangle": 157, "prime_length": 82, "prime_fib": 39, "largest_prime_factor": 59,
-    "is_multiply_prime": 75, "is_happy": 80, "skjkasdkd": 94, "factorize": 25,
+    "simplify": 144, "same_chars": 54, "right_angle_triangle": 157, "prime_length": 82, "prime_fib": 39,
+    "largest_prime_factor": 59, "is_multiply_prime": 75, "is_happy": 80, "skjkasdkd": 94, "factorize": 25,
 }  # fmt: skip
 """CoopHumanEval's held-out rows 0 to 15 are HumanEval's problems in other words: entry points, and their numbers there. All but
 numbers 2 and 25, fourteen, lie in HumanEval's train slice."""
