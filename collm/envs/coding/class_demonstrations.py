@@ -1,6 +1,6 @@
 """Poor programmers of `class_eval`, for pre-training.
 
-They write their methods in the asked form nearly always, but half of the bodies are another method's, or slip in a name, a
+They write their methods in the asked form nearly always, but most bodies are another method's, or slip in a name, a
 sign or a number; some methods are left out, and some of a team-mate's are written as well.
 """
 
@@ -28,13 +28,13 @@ def class_eval(rng: random.Random) -> list[Chat]:
 
 
 def write_methods(env: ClassEval, agent: str, rng: random.Random) -> str:
-    """Methods of the agent's own with bodies that are right about half of the time, and now and then one of another's."""
+    """Methods of the agent's own with bodies that are right now and then, and now and then one of another's."""
     listed = dict.fromkeys(env.owned[agent])
     if rng.random() < 0.2:
         listed[rng.choice(env.problem.methods)] = None
     if not env.owned[agent] and rng.random() < 0.8:
         return "pass"
-    skill = rng.choice((0.2, 0.4, 0.6, 0.8))
+    skill = rng.choice((0.1, 0.2, 0.3, 0.5))
     texts = [_method(env, name, skill, rng) for name in listed if rng.random() > 0.1]
     return _dressed("\n".join(texts) or "pass", env.problem.class_name, rng)
 
@@ -44,7 +44,7 @@ def _method(env: ClassEval, name: str, skill: float, rng: random.Random) -> str:
     draw = rng.random()
     if draw > skill:
         other = rng.choice(ITEMS if "self.items" in env.problem.solution else NUMBER).filled(rng.randint(2, 9))
-        body = rng.choice((body, _slipped(body, rng), _slipped(body, rng), other.body, other.body, "pass", "return x", "return 0"))
+        body = rng.choice((_slipped(body, rng), _slipped(body, rng), other.body, other.body, "pass", "return x", "return 0"))
     if rng.random() < 0.03:
         head = rng.choice((head.removesuffix(":"), head.replace("self, ", "self"), head.replace("self", "")))
     return f"{head}\n    {body}"

@@ -28,7 +28,8 @@ class ClassEval(TextEnv):
     cannot be read as Python. A method is written if it has a body beyond a docstring, `pass` and `...`; what an agent writes
     of another's methods is left out of the class, and so is its own version of a given constructor. Other members,
     imports, functions and assignments are kept. Every test runs alone in the sandbox for at most 40 seconds; after three
-    time-outs the rest is not run and counts as failed.
+    time-outs the rest is not run and counts as failed. A class that opens files may also pass a test after the tests that
+    passed before it, since some public tests read what others leave.
     Ends after `turns` turns, or above 5.8. The optimum is 6, all methods right and none written twice; raw rewards are
     shifted by -6.
     Metrics: tests_passed, methods_written (shares), duplicates, foreign (methods of another's that were written), parsed (0 or
@@ -80,6 +81,7 @@ class ClassEval(TextEnv):
             else split_rows(data, eval_data, split, train=slice(0, 66), held_out=slice(66, 82))
         )
         self.num_tasks = len(self.rows)
+        self.class_of(0)  # a source of another format is refused at once
         self.share, self.feedback = share, feedback
 
     def begin(self, task: int, rng: random.Random) -> dict[str, str]:
@@ -137,10 +139,20 @@ class ClassEval(TextEnv):
         return "\n".join(lines)[:SHOWN_CHARACTERS]
 
     def _passed(self) -> list[bool]:
+        """Which tests pass: alone or, where the class opens files, after those that passed before them."""
+        tests = self.problem.tests
         if self.program is None:
-            return [False] * len(self.problem.tests)
-        checks = tuple(test.check for test in self.problem.tests)
-        (verdicts,) = judge([Job(self.program, checks, seconds=TEST_SECONDS, max_timeouts=MAX_TIMEOUTS)])
+            return [False] * len(tests)
+        alone = self._judge(self.program, [self.problem.check(test) for test in tests])
+        if "open(" not in self.program or all(alone) or not any(alone):
+            return alone
+        failed = [place for place, good in enumerate(alone) if not good]
+        before = [[test for test, good in zip(tests[:place], alone) if good] for place in failed]
+        again = self._judge(self.program, [self.problem.check(tests[place], after) for place, after in zip(failed, before)])
+        return [good or dict(zip(failed, again)).get(place, False) for place, good in enumerate(alone)]
+
+    def _judge(self, program: str, checks: Sequence[str]) -> list[bool]:
+        (verdicts,) = judge([Job(program, tuple(checks), seconds=TEST_SECONDS, max_timeouts=MAX_TIMEOUTS)])
         return [verdict.passed for verdict in verdicts]
 
     def _instruction(self, agent: str) -> str:
@@ -148,7 +160,7 @@ class ClassEval(TextEnv):
         if number == 1:
             lines = [f"You are {agent}. Write the methods of this Python class."]
         else:
-            lines = [f"You are {agent}, one of {number} programmers who write this Python class together, each its own methods."]
+            lines = [f"You are {agent}, one of {number} programmers of this Python class. Each writes its own methods."]
         lines.append(self.problem.skeleton)
         if not own:
             return "\n".join([*lines, "You have no method to write. Answer: pass"])

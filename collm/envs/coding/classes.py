@@ -20,29 +20,34 @@ from collm.errors import EnvError
 _BLANK = re.compile(r"\n[ \t\r]*(?:\n[ \t\r]*)+\n")
 _IMPORTS = (ast.Import, ast.ImportFrom)
 _ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
-_RUN_ONE = """
+_RUN_LAST = """
 
-def _run_one_test(case, name):
+def _run_last(tests):
     import unittest
-    result = unittest.TestResult()
-    unittest.TestSuite([case(name)]).run(result)
+    for case, name in tests:
+        result = unittest.TestResult()
+        unittest.TestSuite([case(name)]).run(result)
     for _, trace in result.errors + result.failures:
         raise AssertionError(trace.strip().splitlines()[-1])
     assert result.testsRun == 1 and result.wasSuccessful(), "the test did not run"
     assert not result.skipped and not result.expectedFailures, "the test was skipped"
 
 
-_run_one_test({case}, {name!r})
+_run_last([{tests}])
 """
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class PublicTest:
     """One method of a public unittest class. method: the method whose tests it is among, or "" for the class as a whole."""
 
-    name: str
+    case: str
+    function: str
     method: str
-    check: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.case}.{self.function}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +60,18 @@ class ClassTask:
     parameters: Mapping[str, int]
     imports: tuple[str, ...]
     header: str
-    tests: tuple[Test, ...]
+    tests: tuple[PublicTest, ...]
+    test_source: str
     solution: str
 
     @property
     def methods(self) -> list[str]:
         return list(self.parameters)
+
+    def check(self, test: PublicTest, after: Sequence[PublicTest] = ()) -> str:
+        """Source that raises unless a test passes, its `setUp` included. The tests `after` run before it and do not count."""
+        tests = ", ".join(f"({one.case}, {one.function!r})" for one in (*after, test))
+        return self.test_source + _RUN_LAST.format(tests=tests)
 
 
 @dataclass(slots=True)
@@ -105,6 +116,7 @@ def _read_task(text: str, data: str) -> ClassTask:
         imports=tuple([imports] if isinstance(imports, str) else imports),
         header=str(row.get("class_constructor", "")),
         tests=tests,
+        test_source=field(row, ["test"], data),
         solution=str(row.get("solution_code", "")),
     )
 
@@ -112,7 +124,8 @@ def _read_task(text: str, data: str) -> ClassTask:
 def num_parameters(description: str, name: str) -> int:
     """Parameters of the function that a description begins with, `self` and `cls` left out.
 
-    Only the head is read, for a description's docstring may be no Python. Example: num_parameters("def f(self, x): ...", "f") == 1
+    Only the head is read, for a description's docstring may be no Python.
+    Example: num_parameters("def f(self, x): ...", "f") == 1
     """
     start = description.find(f"def {name}")
     if start < 0:
@@ -128,16 +141,14 @@ def num_parameters(description: str, name: str) -> int:
     raise EnvError(f"the head of the method {name!r} cannot be read.")
 
 
-def tests_of(source: str, owners: Mapping[str, str]) -> tuple[Test, ...]:
-    """Every test method of every unittest class, each with a check that runs it alone, its `setUp` included."""
+def tests_of(source: str, owners: Mapping[str, str]) -> tuple[PublicTest, ...]:
+    """Every test method of every class of a unittest module, in its order."""
     tree = parse(source)
     cases = {node.name: node for node in (tree.body if tree else []) if isinstance(node, ast.ClassDef)}
     found = []
     for case in cases.values():
         names = [node.name for node in case.body if isinstance(node, Function) and node.name.startswith("test")]
-        for name in dict.fromkeys(names):
-            check = source + _RUN_ONE.format(case=case.name, name=name)
-            found.append(Test(f"{case.name}.{name}", owners.get(case.name, ""), check))
+        found += [PublicTest(case.name, name, owners.get(case.name, "")) for name in dict.fromkeys(names)]
     return tuple(found)
 
 
@@ -202,7 +213,9 @@ def _sort_in(node: ast.stmt, task: ClassTask, answer: Answer, *, inside: bool) -
 
 def _is_method(node: Function) -> bool:
     first = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)][:1]
-    return first == ["self"] or any(isinstance(d, ast.Name) and d.id in ("staticmethod", "classmethod") for d in node.decorator_list)
+    return first == ["self"] or any(
+        isinstance(d, ast.Name) and d.id in ("staticmethod", "classmethod") for d in node.decorator_list
+    )
 
 
 def _names(node: ast.stmt) -> set[str]:
