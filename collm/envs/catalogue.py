@@ -25,6 +25,7 @@ WORLDS = {
     "tldr": "collm.envs.writing.writing:Tldr",
     "arxiv": "collm.envs.writing.writing:Arxiv",
     "coop_code": "collm.envs.coding.coop_code:CoopCode",
+    "class_eval": "collm.envs.coding.class_eval:ClassEval",
 }
 
 

@@ -1,0 +1,190 @@
+"""`class_eval`: programmers each write their own methods of one class at the same time; the class's tests pay."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+from collm.envs.base import Outcome, TextEnv, agent_names
+from collm.envs.coding.class_samples import sample_tasks
+from collm.envs.coding.classes import ClassTask, is_written, merged, read_answer, read_task, shares
+from collm.envs.coding.sandbox import Job, judge
+from collm.envs.data import split_rows
+from collm.errors import EnvError
+
+TEST_SECONDS, MAX_TIMEOUTS = 40.0, 3
+SHOWN_FAILURES = 5
+SHOWN_CHARACTERS = 8_000
+METHOD_POINTS, TEST_POINTS, DUPLICATE_POINTS = 2.0, 4.0, 1.0
+
+
+class ClassEval(TextEnv):
+    """Each agent writes its own methods of a class of which all see the skeleton, and none sees another's answer.
+
+    Raw reward of a turn: 2 * (own methods that were written / all methods) + 4 * (tests passed / all tests of the class)
+    - (methods that more than one agent wrote / all methods). It is 0 if an answer of an agent that has methods to write
+    cannot be read as Python. A method is written if it has a body beyond a docstring, `pass` and `...`; what an agent writes
+    of another's methods is left out of the class, and so is its own version of a given constructor. Other members,
+    imports, functions and assignments are kept. Every test runs alone in the sandbox for at most 40 seconds; after three
+    time-outs the rest is not run and counts as failed. A class that opens files may also pass a test after the tests that
+    passed before it, since some public tests read what others leave.
+    Ends after `turns` turns, or above 5.8. The optimum is 6, all methods right and none written twice; raw rewards are
+    shifted by -6.
+    Metrics: tests_passed, methods_written (shares), duplicates, foreign (methods of another's that were written), parsed (0 or
+    1), idle (agents without a method to write), rejected (answers that are no Python, and parts that were left out).
+
+    Args:
+        agents: how many programmers, or their names.
+        turns: how often all of them answer, each time with all their methods.
+        data: classes in ClassEval's public format, of which rows 0..65 are trained on and rows 66..81 held out; default:
+            generated small classes.
+        eval_data: a source of its own for the held-out classes; `data` is then taken whole.
+        share: "parameters" gives the first of two agents the methods with exactly one parameter besides self, and the
+            other one the rest, which leaves one of them idle in many a class; "round_robin" deals methods out in order, as
+            any other number of agents does anyway.
+        feedback: from the second turn on, "level" tells what was read, how many tests passed, and which tests of one's own
+            methods failed; "plain" only asks for a revision.
+        split: "train" or "eval". Generated classes of the two never share their set of methods.
+    """
+
+    shift = -6.0
+    stop_above: float | None = 5.8
+    max_reward = 6.0
+    waits = True
+
+    def __init__(
+        self,
+        agents: int | Sequence[str] = 2,
+        turns: int = 2,
+        data: str | None = None,
+        eval_data: str | None = None,
+        share: Literal["parameters", "round_robin"] = "parameters",
+        feedback: Literal["level", "plain"] = "level",
+        split: str = "train",
+    ):
+        super().__init__(agent_names(agents, "agent"), turns)
+        for name, value, allowed in (
+            ("share", share, ("parameters", "round_robin")),
+            ("feedback", feedback, ("level", "plain")),
+            ("split", split, ("train", "eval")),
+        ):
+            if value not in allowed:
+                raise EnvError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
+        if data is None and eval_data is not None:
+            raise EnvError(f"eval_data={eval_data!r} needs data=...: the built-in classes hold out their own.")
+        self.source = data if data is not None else f"built-in, {split}"
+        self.rows = (
+            sample_tasks(split)
+            if data is None
+            else split_rows(data, eval_data, split, train=slice(0, 66), held_out=slice(66, 82))
+        )
+        self.num_tasks = len(self.rows)
+        self.class_of(0)  # a source of another format is refused at once
+        self.share, self.feedback = share, feedback
+
+    def begin(self, task: int, rng: random.Random) -> dict[str, str]:
+        self.problem = self.class_of(task)
+        self.owned = shares(self.problem, self.possible_agents, self.share)
+        self.program: str | None = None
+        self.failed: list[str] = []
+        return {agent: self._instruction(agent) for agent in self.agents}
+
+    def class_of(self, task: int) -> ClassTask:
+        return read_task(self.rows[task], self.source)
+
+    def task_name(self, task: int) -> str:
+        return str(self.rows[task].get("task_id", task))
+
+    def play(self, answers: dict[str, str]) -> Outcome:
+        problem, total = self.problem, len(self.problem.methods)
+        read = {agent: read_answer(answer, problem) for agent, answer in answers.items()}
+        unread = [agent for agent, answer in read.items() if answer is None]
+        clear = {agent: answer for agent, answer in read.items() if answer is not None}
+        writers = Counter(name for answer in clear.values() for name in answer.methods)
+        duplicates = sum(count > 1 for count in writers.values())
+        foreign = sum(name not in self.owned[agent] for agent, answer in clear.items() for name in answer.methods)
+        written = {
+            agent: [name for name in self.owned[agent] if agent in clear and is_written(clear[agent].methods.get(name, []))]
+            for agent in answers
+        }
+        num_written = sum(map(len, written.values()))
+        self.program = None if any(self.owned[agent] for agent in unread) else merged(problem, clear, self.owned)
+        passed = self._passed()
+        self.failed = [test.name for test, good in zip(problem.tests, passed) if not good]
+        parts = dict.fromkeys(("methods", "tests", "duplicates"), 0.0)
+        if self.program is not None:
+            parts["methods"] = METHOD_POINTS * num_written / total
+            parts["tests"] = TEST_POINTS * sum(passed) / len(passed)
+            parts["duplicates"] = -DUPLICATE_POINTS * duplicates / total
+        metrics = {
+            "tests_passed": sum(passed) / len(passed),
+            "methods_written": num_written / total,
+            "duplicates": float(duplicates),
+            "foreign": float(foreign),
+            "parsed": float(self.program is not None),
+            "idle": float(sum(not own for own in self.owned.values())),
+            "rejected": float(len(unread) + foreign + sum(answer.dropped for answer in clear.values())),
+        }
+        observations = {agent: self._feedback(agent, unread, written[agent], passed) for agent in answers}
+        return Outcome(sum(parts.values()), parts, observations, metrics=metrics)
+
+    def state(self) -> str:
+        lines = [f"class {self.problem.class_name} turn {self.turn} of {self.turns}"]
+        lines += [f"{agent} writes: {', '.join(own) or 'nothing'}" for agent, own in self.owned.items()]
+        lines += [f"failed: {' '.join(self.failed)}"] if self.turn else []
+        lines += ["class as written:", self.program] if self.program else []
+        lines += ["solution:", self.problem.solution]
+        return "\n".join(lines)[:SHOWN_CHARACTERS]
+
+    def _passed(self) -> list[bool]:
+        """Which tests pass: alone or, where the class opens files, after those that passed before them."""
+        tests = self.problem.tests
+        if self.program is None:
+            return [False] * len(tests)
+        alone = self._judge(self.program, [self.problem.check(test) for test in tests])
+        if "open(" not in self.program or all(alone) or not any(alone):
+            return alone
+        failed = [place for place, good in enumerate(alone) if not good]
+        before = [[test for test, good in zip(tests[:place], alone) if good] for place in failed]
+        again = self._judge(self.program, [self.problem.check(tests[place], after) for place, after in zip(failed, before)])
+        return [good or dict(zip(failed, again)).get(place, False) for place, good in enumerate(alone)]
+
+    def _judge(self, program: str, checks: Sequence[str]) -> list[bool]:
+        (verdicts,) = judge([Job(program, tuple(checks), seconds=TEST_SECONDS, max_timeouts=MAX_TIMEOUTS)])
+        return [verdict.passed for verdict in verdicts]
+
+    def _instruction(self, agent: str) -> str:
+        number, own = len(self.possible_agents), self.owned[agent]
+        if number == 1:
+            lines = [f"You are {agent}. Write the methods of this Python class."]
+        else:
+            lines = [f"You are {agent}, one of {number} programmers of this Python class. Each writes its own methods."]
+        lines.append(self.problem.skeleton)
+        if not own:
+            return "\n".join([*lines, "You have no method to write. Answer: pass"])
+        lines.append(f"Your methods: {', '.join(own)}")
+        if number > 1:
+            lines.append("Write only these. The others are written by your team; call them as self.name(...).")
+        return "\n".join([*lines, "Answer with Python code only: def lines with bodies, no class line, no constructor."])
+
+    def _feedback(self, agent: str, unread: list[str], written: list[str], passed: list[bool]) -> str:
+        own = self.owned[agent]
+        again = "Write all your methods again, better." if own else "You have no method to write. Answer: pass"
+        if self.feedback == "plain":
+            return again
+        lines = []
+        if agent in unread:
+            lines.append("Your answer is no Python.")
+        elif self.program is None:
+            lines.append("The class cannot be read: the answer of a team-mate is no Python.")
+        missing = [name for name in own if name not in written]
+        if missing and agent not in unread:
+            lines.append(f"You left out: {', '.join(missing)}.")
+        lines.append(f"{sum(passed)} of {len(passed)} hidden tests passed.")
+        tests = self.problem.tests
+        failed = [test.name for test, good in zip(tests, passed) if not good and test.method in own]
+        if failed and self.program is not None:
+            lines.append(f"Failed tests of your methods: {', '.join(failed[:SHOWN_FAILURES])}")
+        return "\n".join([*lines, again])
