@@ -511,9 +511,9 @@ def test_rows_of_a_public_file_are_split_as_the_paper_does(tmp_path):
         ClassEval(data=f"{path}[:60]", split="eval")
 
 
-# Dates (17), a host's name (48), and packages that the sandbox does not show: pandas (28), numpy (30, 51, 57, 59), python-docx
-# (34), openpyxl (38), gensim (44), Pillow (45), nltk (52).
-BROKEN = {17, 28, 30, 34, 38, 44, 45, 48, 51, 52, 57, 59}
+# Dates (17), a host's name (48), a result that changed with numpy (51), and packages that the sandbox does not show: pandas (28),
+# python-docx (34), openpyxl (38), gensim (44), Pillow (45), nltk (52).
+BROKEN = {17, 28, 34, 38, 44, 45, 48, 51, 52}
 
 
 def _public(tasks: list[int], **options: Any) -> dict[int, float]:
@@ -532,7 +532,7 @@ def _public(tasks: list[int], **options: Any) -> dict[int, float]:
 @needs_sandbox
 @needs_data
 def test_some_public_solutions_earn_6():
-    tasks = [0, 3, 9, 22, 25, 43, 46, 49]  # also skeletons that are no Python, tests on files, methods that are not listed
+    tasks = [0, 3, 9, 22, 25, 30, 43, 46, 49]  # also skeletons that are no Python, numpy, files, methods that are not listed
     assert _public(tasks) == dict.fromkeys(tasks, 6.0)
 
 
@@ -554,5 +554,4 @@ def test_a_part_of_the_public_classes_leaves_an_agent_idle():
 @pytest.mark.parametrize("options", [{}, {"agents": 1}, {"agents": 3}])
 def test_all_public_solutions_earn_6_but_for_those_that_cannot(options):
     earned = _public(list(range(60)), **options)
-    assert {task for task, reward in earned.items() if reward < 6} <= BROKEN
-    assert sum(reward == 6 for reward in earned.values()) >= 48
+    assert {task for task, reward in earned.items() if reward < 6} == BROKEN

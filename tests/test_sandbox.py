@@ -92,7 +92,8 @@ def test_code_below_a_main_guard_does_not_run(box: Sandbox) -> None:
 
 
 def test_randomness_hashes_and_verdicts_repeat(box: Sandbox) -> None:
-    job = Job("import random", ("raise ValueError((random.random(), hash('a'), list({'a', 'b', 'c'})))",))
+    numbers = "(random.random(), hash('a'), list({'a', 'b', 'c'}), numpy.random.rand())"
+    job = Job("import random, numpy", (f"raise ValueError({numbers})",))
     first = box.judge([job])
     assert first == box.judge([job])
     with Sandbox(1) as other:

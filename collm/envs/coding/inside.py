@@ -1,6 +1,6 @@
 """What runs inside the box: a process that is kept warm (the zygote) and forks one child for every check.
 
-Started by `sandbox.py` as a script, with nothing but the standard library. Both directions of the channel carry frames: four
+Started by `sandbox.py` as a script, with nothing but the standard library and numpy. Both directions of the channel carry frames: four
 bytes of length, big endian, then JSON. The zygote never runs a line of a program; the child does, under the limits and the
 filter that it has put on itself before, and what it says is believed only with the check's own key:
 
@@ -38,8 +38,10 @@ _PRELOAD = """
     datetime decimal enum fractions functools hashlib heapq html inspect io itertools json logging math numbers operator os
     pickle pprint queue random re secrets shutil sqlite3 statistics string struct sys tempfile textwrap threading time
     traceback types typing unittest unittest.mock urllib.parse uuid warnings xml.etree.ElementTree zipfile zoneinfo
+    numpy numpy.random
 """
 _WORK = "/box"
+_PACKAGES = "/packages"
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _ANSWER_BYTES = 1024
 _Judges = list[tuple[Any, dict[str, Any]]]
@@ -61,6 +63,7 @@ def main() -> NoReturn:
     settings = _receive(requests)
     if settings is None:
         os._exit(0)
+    sys.path.append(_PACKAGES)
     for name in _PRELOAD.split():
         with suppress(ImportError):
             importlib.import_module(name)
@@ -244,6 +247,8 @@ def _run(program: str, check: str, judges: _Judges) -> bytes | None:
     loaded |= {"solution": module, "__main__": module}
     sys.argv[:] = ["solution.py"]
     random.seed(0)
+    if "numpy" in modules:
+        modules["numpy"].random.seed(0)
     gc.enable()
     try:
         check_code = compile(check, "check.py", "exec", dont_inherit=True)

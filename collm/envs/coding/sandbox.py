@@ -33,6 +33,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from collm.envs.coding.seccomp import seccomp_filter
 from collm.errors import EnvError, SandboxError
 
@@ -376,10 +378,20 @@ def _command(disk_mb: int) -> list[str]:
         packages = Path(sysconfig.get_path(name, vars={"base": str(base), "platbase": str(base)}))
         if packages.is_dir():
             command += ["--tmpfs", str(packages), "--remount-ro", str(packages)]
+    # But numpy is every programmer's, and some of the public classes need it.
+    for folder in _numpy_folders():
+        command += ["--ro-bind", str(folder), f"/packages/{folder.name}"]
     command += ["--dev", "/dev", "--remount-ro", "/dev"]
     command += ["--ro-bind", str(_INSIDE), "/inside.py", "--size", str(disk_mb << 20), "--tmpfs", "/box"]
     command += ["--remount-ro", "/", "--chdir", "/box", "--setenv", "PYTHONHASHSEED", "0"]
+    command += ["--setenv", "OPENBLAS_NUM_THREADS", "1"]
     return [*command, str(python), "-S", "-s", "-B", "-P", "/inside.py"]
+
+
+def _numpy_folders() -> list[Path]:
+    """numpy, and the libraries that its wheel brings beside it."""
+    package = Path(np.__file__).resolve().parent
+    return [folder for folder in (package, package.with_name("numpy.libs")) if folder.is_dir()]
 
 
 # Tried once when a sandbox starts: (what must hold, program, check). A check passes if the forbidden thing fails.
