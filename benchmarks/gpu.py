@@ -25,6 +25,7 @@ import importlib.util
 import json
 import math
 import random
+import signal
 import string
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def only_write(model: Any, tokens: list[int]) -> None:
         for projection in (first.gate_proj, first.up_proj):
             projection.weight[0] = 0
             projection.weight[0, 1] = 8 / root
-        first.down_proj.weight[0, 0] = 400
+        first.down_proj.weight[0, 0] = 10_000
 
 
 class Phases:
@@ -405,6 +406,8 @@ def run_cell(cell: Cell, python: Path, model: Path, options: argparse.Namespace)
             )
         if done.returncode == 0:
             row = json.loads(done.stdout.splitlines()[-1])
+        elif done.returncode == -signal.SIGKILL:
+            row = {"outcome": "out of memory", "reason": "killed by the system, as it does where a machine's own memory ends"}
         else:
             last = log.read_text(errors="replace").strip().split("\n")[-1]
             row["reason"] = f"exit code {done.returncode}: {last}"
