@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                                           # whole models, this package's own engine
     python benchmarks/gpu.py --adapters --engines local vllm --reference
-    python benchmarks/gpu.py --limit-seconds 480 --out FOLDER          # start no measurement after eight minutes; go on later
+    python benchmarks/gpu.py --limit-seconds 400 --out FOLDER          # start no measurement after so long; go on later
     python benchmarks/gpu.py --device cpu --models tiny                # the same code, small enough for any machine
 
 Two agents and a joint critic train with `collm-cc` for a few iterations. Every agent reads 67 tokens and answers with
@@ -41,7 +41,7 @@ from typing import Any
 import matched
 from matched import Row, Stopwatch, count_turns, make_reference, peak_memory_mb, surroundings, team_reward
 
-_QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
+_QWEN3: dict[str, Any] = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
 _QWEN3 |= {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 SHAPES: dict[str, dict[str, Any]] = {
     "0.6B": _QWEN3 | {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 3072},
@@ -346,7 +346,7 @@ def measure(cell: Cell, model: Path) -> Row:
     torch.manual_seed(0)
     try:
         found = measure_collm(cell, model) if cell.side.startswith("collm-") else measure_reference(cell, model)
-        row = {"outcome": "measured"} | found
+        row: Row = {"outcome": "measured"} | found
     except Exception as error:
         if not short_of_memory(error):
             raise
@@ -386,7 +386,7 @@ def ready_model(name: str, options: argparse.Namespace) -> Path:
     if not folder.exists():
         print(f"building {folder}", file=sys.stderr)
         half = folder.with_name(f"{name}.half")
-        command = [sys.executable, __file__, "--build", name, "--model", half, "--device", options.device]
+        command = [sys.executable, __file__, "--build", name, "--model", str(half), "--device", options.device]
         subprocess.run(command, env=surroundings(gpu=options.device == "cuda"), check=True, stdout=sys.stderr)
         half.rename(folder)
     return folder
@@ -404,8 +404,9 @@ def run_cell(cell: Cell, python: Path, model: Path, options: argparse.Namespace)
             done = subprocess.run(
                 command, env=env, stdout=subprocess.PIPE, stderr=messages, text=True, check=False, timeout=options.cell_seconds
             )
-        if done.returncode == 0:
-            row = json.loads(done.stdout.splitlines()[-1])
+        said = [line for line in done.stdout.splitlines() if line.startswith('{"outcome"')]
+        if said:  # a library that crashes at the very end spoils nothing
+            row = json.loads(said[-1])
         elif done.returncode == -signal.SIGKILL:
             row = {"outcome": "out of memory", "reason": "killed by the system, as it does where a machine's own memory ends"}
         else:
