@@ -262,9 +262,10 @@ def test_scoring_with_another_distribution_fails(tiny, sampled):
 
 def test_scoring_in_chunks_changes_neither_logprobs_nor_gradient(tiny, monkeypatch):
     torch.manual_seed(6)
-    hidden, tokens = torch.randn(20, 128), torch.randint(768, (20,))
+    vocabulary = len(tiny.head.weight)
+    hidden, tokens = torch.randn(20, 128), torch.randint(vocabulary, (20,))
     results = []
-    for limit in (1 << 25, 768 * 7, 1):
+    for limit in (1 << 25, vocabulary * 7, 1):
         monkeypatch.setattr("collm.models.policy.LOGITS_AT_ONCE", limit)
         given = hidden.clone().requires_grad_()
         logp = tiny.score(given, tokens, Sampling(temperature=0.6, top_p=0.9))
