@@ -26,6 +26,8 @@ LOGITS_AT_ONCE = 1 << 25
 """As models/policy.py has it: longer batches are scored in chunks of so many logits."""
 CUDA_RESERVE = 1 * GIB
 """Assumed for a CUDA context, its libraries' workspaces and fragmentation."""
+TEMPLATE = 8
+"""Assumed of a chat template: tokens around one message and its answer."""
 CHARACTERS_PER_TOKEN = 4.0
 """Assumed of prompts where the model's tokenizer is not on this machine."""
 
@@ -183,12 +185,12 @@ class Work:
     def turns(self) -> int:
         return len(self.prompts[self.agents[0]])
 
-    def sequence(self, agent: str) -> int:
-        """Tokens of the longest history with its answer."""
-        first, longest = self.prompts[agent][0], max(self.prompts[agent])
+    def sequence(self, *readers: str) -> int:
+        """Tokens of the longest history with its answers: an agent's, or what a critic of several reads."""
+        turns = [TEMPLATE + sum(self.prompts[agent][turn] + self.answer for agent in readers) for turn in range(self.turns)]
         if self.history == "full":
-            return sum(self.prompts[agent]) + self.turns * self.answer
-        return (first + longest + 2 * self.answer) if self.history == "last" and self.turns > 1 else longest + self.answer
+            return sum(turns)
+        return turns[0] + max(turns[1:]) if self.history == "last" and self.turns > 1 else max(turns)
 
     @property
     def sequences(self) -> int:
@@ -242,16 +244,15 @@ def _observed(env: Any, task: int, turns: int) -> dict[str, list[str]]:
 
 
 def count_tokens(source: str, text: str) -> int:
-    """Tokens of a message in a chat: by the model's tokenizer where it lies on this machine, else by its length."""
-    template = 8
+    """Tokens of a text: by the model's tokenizer where it lies on this machine, else by its length."""
     folder = _folder(source)
     if folder is not None and (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
         known = _tokenizers.setdefault(str(folder), None) or Tokenizer.from_file(str(folder / "tokenizer.json"))
         _tokenizers[str(folder)] = known
-        return len(known.encode(text, add_special_tokens=False)) + template
-    return math.ceil(len(text) / CHARACTERS_PER_TOKEN) + template
+        return len(known.encode(text, add_special_tokens=False))
+    return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
 
 
 _tokenizers: dict[str, Any] = {}
@@ -410,9 +411,10 @@ def _critics(config: Config, members: Mapping[str, Model]) -> dict[str, Model]:
 
 
 def _read_by(config: Config, work: Work, name: str) -> tuple[int, int]:
-    """(tokens, number) of the sequences that a critic reads."""
+    """(tokens, number) of the sequences that a critic reads. V judges the last turn before it is answered."""
     agents = work.agents if name == "team" else (name,)
-    return min(config.critic.max_tokens, sum(work.sequence(agent) for agent in agents)), work.sequences
+    unread = len(agents) * work.answer if config.algorithm.critic_kind == "V" else 0
+    return min(config.critic.max_tokens, work.sequence(*agents) - unread), work.sequences
 
 
 def _generation(config: Config, work: Work, name: str, model: Model, agents: Sequence[str]) -> Phase:
