@@ -283,7 +283,7 @@ PROMPTS = ("Name one colour.", "x", "You are builder_0. Build IT.\nBox: x 0..11 
 def absolute_positions(tiny):
     """A small untrained GPT-2: unlike rotary ones, its positions are absolute, so left padding must not shift them."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 768, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    sizes = {"vocab_size": 1536, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 2}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=3, initializer_range=0.3))
     return Policy(model, tiny.tokenizer)
 
