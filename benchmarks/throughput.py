@@ -29,21 +29,18 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import venv
-from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import matched
+from matched import Row, Stopwatch, count_turns, in_a_process, make_reference, peak_memory_mb
+
 SIDES = ("collm", "reference", "floor")
-REFERENCE = ("comlrl==1.3.6", "torch==2.13.0")
 NUM_AGENTS = 2
 NEW_TOKENS = 37
 """What one agent reads at each turn: two marks and 35 characters."""
@@ -67,8 +64,6 @@ WIDE = 32
 HISTORY = "full"
 """What an agent reads at later turns: all it has read and written ("full"), or the turn's 37 tokens alone ("newest")."""
 
-Row = dict[str, Any]
-
 
 # --- the work, the same for every side ---------------------------------------------------------------------------------
 
@@ -81,14 +76,6 @@ def observation(task: int, agent: int, turn: int) -> str:
 def turn_text(task: int, agent: int, turn: int) -> str:
     """The observation as the chat template renders it, up to the mark after which the agent answers: 37 tokens."""
     return f"{USER}{observation(task, agent, turn)}{ASSISTANT}"
-
-
-def team_reward(answers: Sequence[str]) -> float:
-    """Share of places at which all answers have the same letter. Every answer must have exactly 64 letters."""
-    for answer in answers:
-        if len(answer) != ANSWER_TOKENS or not answer.isalpha():
-            raise AssertionError(f"an answer of {len(answer)} characters instead of {ANSWER_TOKENS} letters: {answer!r}")
-    return sum(len(set(letters)) == 1 for letters in zip(*answers)) / ANSWER_TOKENS
 
 
 def build_model(folder: Path) -> Row:
@@ -142,20 +129,6 @@ def check_lengths(tokenizer: Any) -> None:
         raise AssertionError(f"two prompts and one answer have {length} tokens, not {TURN_TOKENS + NEW_TOKENS}")
 
 
-class Stopwatch:
-    """Wall-clock and CPU seconds spent inside its `with` blocks."""
-
-    def __init__(self) -> None:
-        self.wall = self.cpu = 0.0
-
-    def __enter__(self) -> None:
-        self.started = time.perf_counter(), time.process_time()
-
-    def __exit__(self, *error: object) -> None:
-        self.wall += time.perf_counter() - self.started[0]
-        self.cpu += time.process_time() - self.started[1]
-
-
 def row(method: str, turns: int, joint_actions: int, *watches: Stopwatch) -> Row:
     """One measurement, with the peak memory of this process so far."""
     return {
@@ -164,7 +137,7 @@ def row(method: str, turns: int, joint_actions: int, *watches: Stopwatch) -> Row
         "joint_actions": joint_actions,
         "seconds": sum(watch.wall for watch in watches),
         "cpu_seconds": sum(watch.cpu for watch in watches),
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << (20 if sys.platform == "darwin" else 10)),
+        "peak_memory_mb": peak_memory_mb(),
     }
 
 
@@ -204,27 +177,13 @@ def measure_collm(model: Path, method: str, turns: int, *, quick: bool) -> list[
                 trainer.learner.update(groups, trainer.iteration)
                 trainer.engine.load(trainer.team)
             if trainer.iteration:
-                joint_actions += sum(len(episode.turns) for group in groups for episode in group.episodes)
+                joint_actions += count_turns(groups, ANSWER_TOKENS)
     return [row(method, turns, joint_actions, watch)]
 
 
 def make_world(turns: int, split: str = "train") -> Any:
     """The benchmark's world for collm."""
-    from collm.envs.base import Outcome, TextEnv
-
-    class World(TextEnv):
-        num_tasks = 4096
-
-        def begin(self, task: int, rng: random.Random) -> dict[str, str]:
-            return self.say()
-
-        def play(self, answers: dict[str, str]) -> Outcome:
-            return Outcome(team_reward(list(answers.values())), {}, self.say(self.turn + 1))
-
-        def say(self, turn: int = 0) -> dict[str, str]:
-            return {agent: observation(self.task, i, turn) for i, agent in enumerate(self.agents)}
-
-    return World([f"agent_{i}" for i in range(NUM_AGENTS)], turns)
+    return matched.make_world(NUM_AGENTS, turns, observation, ANSWER_TOKENS)
 
 
 # --- the reference -------------------------------------------------------------------------------------------------------
@@ -261,7 +220,7 @@ def measure_reference(model: Path, method: str, turns: int, *, quick: bool) -> l
     def reward(first: list[str], second: list[str]) -> list[float]:
         nonlocal counted
         counted += len(first)
-        return [team_reward(answers) for answers in zip(first, second, strict=True)]
+        return [matched.team_reward(answers, ANSWER_TOKENS) for answers in zip(first, second, strict=True)]
 
     def transition(prompt: str, agent_completions: list[str], prompt_history_per_agent: list[list[str]], **_: Any) -> list[str]:
         """Each agent's next prompt: (with the full history, all it read and wrote so far, and) what the world says now."""
@@ -308,18 +267,6 @@ def measure_reference(model: Path, method: str, turns: int, *, quick: bool) -> l
     return [row(method, turns, counted, watch)]
 
 
-def make_reference(folder: Path) -> Path:
-    """The Python of the reference's virtual environment, which is made where it is missing or incomplete."""
-    wanted = [*REFERENCE, f"transformers=={metadata.version('transformers')}"]
-    python, stamp = folder / "bin" / "python", folder / "installed.txt"
-    if not (stamp.exists() and stamp.read_text().split() == wanted and python.exists()):
-        print(f"making {folder}: {' '.join(wanted)}", file=sys.stderr)
-        venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True, stdout=sys.stderr)
-        stamp.write_text("\n".join(wanted))
-    return python
-
-
 # --- the floor -----------------------------------------------------------------------------------------------------------
 
 
@@ -352,7 +299,7 @@ def measure_floor(model: Path, method: str, turns: int, *, quick: bool) -> list[
             ids_EL = torch.cat([ids_EL, new], dim=1)
             mask_EL = torch.ones_like(ids_EL)
             ids_EL = agents[agent].generate(input_ids=ids_EL, attention_mask=mask_EL, do_sample=True, **SAMPLING)
-            team_reward(tokenizer.batch_decode(ids_EL[:, (turn + 1) * TURN_TOKENS - ANSWER_TOKENS :]))
+            matched.team_reward(tokenizer.batch_decode(ids_EL[:, (turn + 1) * TURN_TOKENS - ANSWER_TOKENS :]), ANSWER_TOKENS)
         return ids_EL
 
     def passes(ids_EL: Tensor, loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -419,17 +366,6 @@ COMPARED = [
     *(("floor", "critic", "reference", "maac"), ("floor", "actors", "reference", "magrpo")),
 ]
 """Ratios of joint actions a second: which side and method over which."""
-
-
-def in_a_process(command: Sequence[Any], threads: int) -> Any:
-    """What a measurement in a process of its own says on its last line."""
-    env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    env |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled"}
-    env |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"exit code {done.returncode}: {' '.join(map(str, command))}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measured(side: str, method: str, turns: int, python: Path, model: Path, options: argparse.Namespace) -> list[Row]:
