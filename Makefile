@@ -12,7 +12,7 @@ help:
 	@echo "make test-slow  the long checks (at most an hour)"
 	@echo "make fuzz       20,000 hostile answers to all worlds (make test plays 2,000)"
 	@echo "make test-vllm  the vLLM engine, run on the CPU in an environment of its own (3.5 GB; 5 minutes)"
-	@echo "make tiny       make the tiny language model anew into build/tiny (about 25 minutes on one core)"
+	@echo "make tiny       make the tiny language model anew into build/tiny (about 35 minutes on one core)"
 
 $(BIN)/collm: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \

@@ -5,6 +5,7 @@ Nothing here imports torch, so a mistyped setting is reported before anything he
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import difflib
 import json
@@ -222,7 +223,7 @@ class AlgorithmSettings(Room):
         name = values.get("name", "collm-cc")
         if not isinstance(name, str) or name not in ALGORITHMS:
             raise ValueError(f"there is no algorithm {name!r}.{_near(str(name), ALGORITHMS)} `collm algorithms` lists them.")
-        return {**ALGORITHMS[name][1], **values}
+        return {**ALGORITHMS[name].algorithm, **values}
 
     @model_validator(mode="after")
     def _agree(self) -> AlgorithmSettings:
@@ -264,26 +265,46 @@ class AlgorithmSettings(Room):
         return self
 
 
-_MONTE_CARLO = {"group_size": 4}
-_CRITIC = {"critic": "joint", "advantage": "td_lambda"}
-ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "collm-cc": ("one critic reads the joint history; TD error (arXiv:2601.21972)", _CRITIC),
-    "collm-cc-paper": (
-        "the setting of arXiv:2601.21972 to the letter: TD error, advantages z-scored per agent",
-        {**_CRITIC, "normalize": "agent"},
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """An algorithm by name: what it is, and the settings of two rooms that it stands for."""
+
+    about: str
+    algorithm: dict[str, Any]
+    critic: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """{"room.key": value} of both rooms."""
+        rooms = {"algorithm": self.algorithm, "critic": self.critic}
+        return {f"{room}.{key}": value for room, values in rooms.items() for key, value in values.items()}
+
+
+def _monte_carlo(about: str, advantage: str) -> Preset:
+    return Preset(about, {"group_size": 4, "advantage": advantage})
+
+
+_TD = {"critic": "joint", "advantage": "td_lambda"}
+_NUMBERS = {"metrics": True}
+ALGORITHMS = {
+    "collm-cc": Preset("one critic reads the joint history; TD error (arXiv:2601.21972)", _TD, _NUMBERS),
+    "collm-cc-paper": Preset(
+        "the setting of arXiv:2601.21972 to the letter: a critic of text alone, advantages z-scored per agent",
+        {**_TD, "normalize": "agent"},
     ),
-    "collm-dc": ("each agent has a critic that reads its own history; TD error", {**_CRITIC, "critic": "own"}),
-    "magrpo": ("return minus the mean of a task's siblings (arXiv:2508.04652)", {**_MONTE_CARLO, "advantage": "group_mean"}),
-    "marloo": (
-        "return minus the mean of the other siblings (arXiv:2402.14740)",
-        {**_MONTE_CARLO, "advantage": "leave_one_out"},
-    ),
-    "maremax": ("return minus the group's best; a biased baseline", {**_MONTE_CARLO, "advantage": "group_max"}),
-    "mareinforce": ("return, no baseline", {**_MONTE_CARLO, "advantage": "return"}),
-    "ac": ("collm-cc with one agent", _CRITIC),
-    "grpo": ("magrpo with one agent (arXiv:2402.03300)", {**_MONTE_CARLO, "advantage": "group_mean"}),
+    "collm-dc": Preset("each agent has a critic that reads its own history; TD error", {**_TD, "critic": "own"}, _NUMBERS),
+    "magrpo": _monte_carlo("return minus the mean of a task's siblings (arXiv:2508.04652)", "group_mean"),
+    "marloo": _monte_carlo("return minus the mean of the other siblings (arXiv:2402.14740)", "leave_one_out"),
+    "maremax": _monte_carlo("return minus the group's best; a biased baseline", "group_max"),
+    "mareinforce": _monte_carlo("return, no baseline", "return"),
+    "ac": Preset("collm-cc with one agent", _TD, _NUMBERS),
+    "grpo": _monte_carlo("magrpo with one agent (arXiv:2402.03300)", "group_mean"),
 }
-"""Name -> what it is, and the settings it stands for. An algorithm is a value: there is one trainer."""
+"""An algorithm is a value: there is one trainer."""
+
+CRITIC_ONLY = (
+    "critic.warmup", "critic.state", "critic.metrics", "critic.normalize_targets", "algorithm.lam", "algorithm.critic_lam",
+)  # fmt: skip
+"""Settings that mean nothing to a method without a critic."""
 
 
 class CriticSettings(Room):
@@ -358,6 +379,17 @@ class Config(Room):
     learner: LearnerSettings = LearnerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, values: Any) -> Any:
+        """The preset's settings of the critic; those of the algorithm's own room are put there by that room."""
+        algorithm, critic = (values.get(room, {}) for room in ("algorithm", "critic"))
+        name = algorithm.get("name", "collm-cc") if isinstance(algorithm, Mapping) else None
+        preset = ALGORITHMS.get(name) if isinstance(name, str) else None
+        if preset is None or not isinstance(critic, Mapping) or algorithm.get("critic") == "none":
+            return values  # what is wrong is told by the rooms
+        return {**values, "critic": {**preset.critic, **critic}}
+
     @model_validator(mode="after")
     def _agree(self) -> Config:
         if self.rollout.temperature == 0:
@@ -377,12 +409,9 @@ class Config(Room):
                 "Set algorithm.critic_body='policy', or leave it out."
             )
         if self.algorithm.critic == "none":
-            idle: dict[str, float] = {"critic.warmup": self.critic.warmup, "critic.state": self.critic.state}
-            idle |= {"critic.metrics": self.critic.metrics}
-            idle |= {"critic.normalize_targets": self.critic.normalize_targets, "algorithm.lam": self.algorithm.lam}
-            idle |= {"algorithm.critic_lam": self.algorithm.critic_lam}
-            for name, value in idle.items():
-                if value:
+            for name in CRITIC_ONLY:
+                room, _, key = name.partition(".")
+                if value := getattr(getattr(self, room), key):
                     raise ValueError(
                         f"{name}={value}, but {self.algorithm.name} has no critic. Set {name}="
                         f"{'false' if value is True else 0}, or algorithm.name='collm-cc'."
@@ -482,8 +511,8 @@ def describe() -> Iterator[tuple[str, str, str]]:
         model: Any = field.annotation
         for key, setting in model.model_fields.items():
             default = "required" if setting.is_required() else json.dumps(setting.get_default())
-            if room == "algorithm" and key in ALGORITHMS["collm-cc"][1]:
-                default = json.dumps(ALGORITHMS["collm-cc"][1][key])
+            preset = getattr(ALGORITHMS["collm-cc"], room, {})
+            default = json.dumps(preset[key]) if key in preset else default
             yield f"{room}.{key}", default, " ".join((setting.description or "").split())
             if table := TABLES.get(f"{room}.{key}"):
                 for name, inner in table.model_fields.items():

@@ -516,4 +516,4 @@ def test_settings_name_formulas_that_exist_and_the_reverse():
     assert set(loss) == {*CLIPPED_LOSSES, "reinforce"}
     names = ["collm-cc", "collm-cc-paper", "collm-dc", "magrpo", "marloo", "maremax", "mareinforce", "ac", "grpo"]
     assert list(ALGORITHMS) == names
-    assert all(about for about, _ in ALGORITHMS.values())
+    assert all(preset.about for preset in ALGORITHMS.values())

@@ -154,6 +154,22 @@ def test_two_seeds_give_no_interval_and_say_so(tmp_path: Path) -> None:
     assert "a bootstrap over seeds needs at least 3" in area.note
 
 
+def test_what_critics_explain_is_that_of_the_second_half_over_seeds(tmp_path: Path) -> None:
+    cells = []
+    for seed in range(3):
+        cell = Cell("task", "a", None, seed, tmp_path / f"a-{seed}")
+        shares = [None, -9.0, -9.0, 0.1 + seed, None]  # iterations 0 to 4, the first without a critic's word
+        metrics = [{"critic/explained_within_tasks_turn_1": share, "yardstick_turn_1": share} for share in shares]
+        for row in metrics:
+            row["critic/explained_variance_turn_1"] = 0.0
+        write_run(cell.folder, {0: [record("one", 0.0, tokens=7)]}, metrics)
+        (cell.folder / "final").mkdir()
+        cells.append(cell)
+    line = read_grid(Grid(cells, "a")).lines("task")[0]
+    assert line.results[2].explained == line.results[2].yardstick == {1: pytest.approx((2.1 - 9.0) / 2)}
+    assert line.explained[1].mean == pytest.approx((1.1 - 9.0) / 2)
+
+
 def strip(plain: Any) -> Any:
     """Without seconds: all that may differ between two machines' moods."""
     if isinstance(plain, dict):

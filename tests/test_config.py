@@ -267,8 +267,9 @@ def test_a_setting_that_would_do_nothing_is_refused(settings):
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_every_preset_is_a_valid_config_that_survives_saving(name):
     config = parse_config(rooms(algorithm__name=name))
-    for key, value in ALGORITHMS[name][1].items():
-        assert getattr(config.algorithm, key) == value
+    for setting, value in ALGORITHMS[name].settings().items():
+        room, _, key = setting.partition(".")
+        assert getattr(getattr(config, room), key) == value
     assert config.run_name == f"agree-{name}-seed0"
     again = parse_config(json.loads(json.dumps(config.resolved())))
     assert again == config

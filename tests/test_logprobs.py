@@ -262,9 +262,10 @@ def test_scoring_with_another_distribution_fails(tiny, sampled):
 
 def test_scoring_in_chunks_changes_neither_logprobs_nor_gradient(tiny, monkeypatch):
     torch.manual_seed(6)
-    hidden, tokens = torch.randn(20, 128), torch.randint(768, (20,))
+    vocabulary = len(tiny.head.weight)
+    hidden, tokens = torch.randn(20, 128), torch.randint(vocabulary, (20,))
     results = []
-    for limit in (1 << 25, 768 * 7, 1):
+    for limit in (1 << 25, vocabulary * 7, 1):
         monkeypatch.setattr("collm.models.policy.LOGITS_AT_ONCE", limit)
         given = hidden.clone().requires_grad_()
         logp = tiny.score(given, tokens, Sampling(temperature=0.6, top_p=0.9))
@@ -282,7 +283,7 @@ PROMPTS = ("Name one colour.", "x", "You are builder_0. Build IT.\nBox: x 0..11 
 def absolute_positions(tiny):
     """A small untrained GPT-2: unlike rotary ones, its positions are absolute, so left padding must not shift them."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 768, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    sizes = {"vocab_size": 1536, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 2}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=3, initializer_range=0.3))
     return Policy(model, tiny.tokenizer)
 

@@ -38,7 +38,7 @@ from collm.training.trainer import make_team, read_config
 from collm.types import Message, Request, Sampling
 
 IDS = torch.tensor([[1, 40, 50, 60, 3, 2]])
-EMBEDDING = (768, 128)  # of the tiny model, which has two such matrices: it is untied
+EMBEDDING = (1536, 128)  # of the tiny model, which has two such matrices: it is untied
 
 
 def lora(**settings: Any) -> dict[str, Any]:

@@ -256,7 +256,7 @@ def test_requests_that_come_together_are_one_batch(tiny):
     requests = [Request("a", (Message("user", f"Name {n} colours."),), Sampling(max_tokens=8), seed=n) for n in range(16)]
     alone = [engine.generate([request])[0].text for request in requests]
     engine.calls.clear()
-    impossible = Request("a", (Message("user", "word " * 2000),), Sampling(max_tokens=8))
+    impossible = Request("a", (Message("user", "word " * 6000),), Sampling(max_tokens=8))
 
     async def together() -> list:
         batcher = Batcher(engine, tiny)
@@ -529,11 +529,11 @@ def test_an_exported_agent_says_the_same_without_collm(capsys, run, tmp_path, ch
 def adapters(tmp_path_factory) -> Path:
     """A short run of two agents that are adapters on one base."""
     values = {
-        "run": {"name": "lora", "folder": str(tmp_path_factory.mktemp("runs")), "iterations": 2, "threads": 1},
+        "run": {"name": "lora", "folder": str(tmp_path_factory.mktemp("runs")), "iterations": 4, "threads": 1},
         "env": {"name": "agree"},
         "team": {"lora": {"rank": 4}},
         "rollout": {"tasks": 16, "max_tokens": 8},
-        "learner": {"lr": 1e-2},
+        "learner": {"lr": 2e-2},
         "evaluation": {"every": 0},
     }
     return Trainer(parse_config(values), quiet=True).run()

@@ -103,7 +103,7 @@ def test_weights_have_the_names_of_a_checkpoint(tmp_path: Path, tiny: Policy) ->
 
 
 def test_a_tied_head_is_sent_by_itself(tmp_path: Path) -> None:
-    sizes = {"vocab_size": 768, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    sizes = {"vocab_size": 1536, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
     policy = Policy(Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)), AutoTokenizer.from_pretrained(tiny_model.folder()))
     sent = dict(checkpoint_tensors(policy))

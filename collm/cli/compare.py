@@ -27,7 +27,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
-from collm.config import ALGORITHMS, Config, apply_overrides, parse_config
+from collm.config import ALGORITHMS, CRITIC_ONLY, Config, apply_overrides, parse_config
 from collm.errors import ConfigError, RunError
 from collm.reports.curves import draw_grid
 from collm.reports.grid import Cell, Grid, read_grid, read_result
@@ -251,6 +251,9 @@ def _settings(recipe: Path, common: Mapping[str, Any], task: Any, methods: Mappi
         overrides = dict(UNTRAINED[method][1])
     elif method in ALGORITHMS:
         values["algorithm"] = {**values.get("algorithm", {}), "name": method}
+        for name in CRITIC_ONLY if "critic" not in ALGORITHMS[method].algorithm else ():
+            room, _, key = name.partition(".")
+            values.get(room, {}).pop(key, None)
         overrides = {"env.agents": 1, "rollout.protocol": "single"} if method in ALONE else {}
     else:
         known = ", ".join([*UNTRAINED, *ALGORITHMS])

@@ -72,11 +72,11 @@ def _wrapped(items: list[str], width: int = 110) -> list[str]:
 
 def algorithms(arguments: argparse.Namespace) -> int:
     if arguments.json:
-        print(json.dumps({name: {"about": about, "settings": values} for name, (about, values) in ALGORITHMS.items()}))
+        print(json.dumps({name: {"about": preset.about, "settings": preset.settings()} for name, preset in ALGORITHMS.items()}))
         return 0
-    for name, (about, values) in ALGORITHMS.items():
-        print(f"{name:<12} {about}")
-        print("             " + "  ".join(f"algorithm.{key}={value!r}" for key, value in values.items()) + "\n")
+    for name, preset in ALGORITHMS.items():
+        print(f"{name:<15} {preset.about}")
+        print(" " * 16 + "  ".join(f"{key}={value!r}" for key, value in preset.settings().items()) + "\n")
     return 0
 
 

@@ -88,6 +88,19 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--checkpoint", metavar="N|best|final|start", default="final", help="which weights of a run")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
+    plan = command(
+        "plan",
+        "Say what a recipe needs before anything starts: memory by part, steps, tokens, hours; exit code 1 if it does not fit.",
+        "collm plan recipes/paper/tldr/collm-cc-paper.toml --memory 80GB",
+        "collm.cli.plan:run",
+        settings=True,
+    )
+    plan.add_argument("recipe", nargs="?", type=Path, help="a TOML recipe; default: the built-in demonstration")
+    plan.add_argument("--memory", metavar="SIZE", help="what there is, e.g. 24GB or 80GiB; default: this machine's")
+    for name, text in (("generated", "answers are sampled"), ("updated", "updates read")):
+        plan.add_argument(f"--{name}-per-second", type=float, metavar="N", help=f"tokens a second that {text}, for the hours")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+
     compare = command(
         "compare",
         "Run methods x tasks x seeds as a recipe says, and compare them; starts again where it stopped.",

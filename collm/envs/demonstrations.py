@@ -8,20 +8,27 @@ twice and leaves much of it undone, which is what training is to mend.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from collm import seeds
 from collm.envs.agree import COLOURS, Agree
 from collm.envs.building.font import GLYPHS, SIZE, english_words
+from collm.envs.building.house_demonstrations import house_build
 from collm.envs.building.str_build import REFERENCE, StrBuild
+from collm.envs.coding.class_demonstrations import class_eval
+from collm.envs.coding.demonstrations import coop_code
+from collm.envs.gathering.demonstrations import bridge_build, resource_gathering
 from collm.envs.scripted import Chat, play
+from collm.envs.writing.demonstrations import arxiv, tldr
 
 
 def chats(seed: int) -> Iterator[Chat]:
-    """An endless stream of one agent's chats, drawn from the tasks that the shipped model has read."""
+    """An endless stream of one agent's chats, drawn from every task."""
+    players, weights = zip(*MIXTURE.items(), strict=True)
     for number in range(1 << 62):
         rng = seeds.stream(seed, "demonstration", number)
-        yield from (agree(rng) if rng.random() < 0.06 else str_build(rng))
+        (player,) = rng.choices(players, weights=weights)
+        yield from player(rng)
 
 
 def pretraining_word(rng: random.Random) -> str:
@@ -85,10 +92,10 @@ def agree(rng: random.Random) -> list[Chat]:
 
 
 def str_build(rng: random.Random) -> list[Chat]:
-    persistent = rng.random() < 0.35
+    persistent = rng.random() < 0.4
     env = StrBuild(
         agents=rng.choices((1, 2, 3, 4, 5), weights=(1, 12, 2, 1, 1))[0],
-        turns=rng.choice((2, 3, 4)) if persistent else rng.choice((1, 1, 2)),
+        turns=rng.choice((2, 3, 4, 6, 8)) if persistent else rng.choice((1, 1, 2)),
         strings=[pretraining_word(rng)],
         world="persistent" if persistent else "fresh",
         feedback=rng.choices(("position", "perfect", "score"), weights=(1, 1, 2))[0],
@@ -96,3 +103,17 @@ def str_build(rng: random.Random) -> list[Chat]:
     )
     env.stop_above = None
     return play(env, place_blocks, rng)[:2]
+
+
+MIXTURE: dict[Callable[[random.Random], list[Chat]], float] = {
+    str_build: 0.3,
+    agree: 0.05,
+    house_build: 0.1,
+    bridge_build: 0.08,
+    resource_gathering: 0.08,
+    tldr: 0.1,
+    arxiv: 0.05,
+    coop_code: 0.1,
+    class_eval: 0.1,
+}
+"""How often each task's chats are drawn. StrBuild, which the demonstration trains on, has the largest share."""

@@ -15,13 +15,18 @@ World = TypeVar("World", bound=TextEnv)
 
 
 def play(env: World, player: Callable[[World, str, random.Random], str], rng: random.Random) -> list[Chat]:
-    """One episode with the same player in every seat; the agents' chats in random order."""
+    """One episode with the same player in every seat; the agents' chats in random order.
+
+    The last turn is not judged, since nobody would read the verdict.
+    """
     observations, _ = env.reset(seed=rng.getrandbits(32))
     chats: dict[str, Chat] = {agent: [] for agent in env.agents}
     while env.agents:
         answers: dict[str, Any] = {agent: player(env, agent, rng) for agent in env.agents}
         for agent, answer in answers.items():
             chats[agent].append((observations[agent], answer))
+        if env.last_turn:
+            break
         observations, *_ = env.step(answers)
     played = list(chats.values())
     rng.shuffle(played)

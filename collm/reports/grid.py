@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from collm.reports.curves import held_out_curve
+from collm.reports.curves import Curves, explained_by_turn, held_out_curve, yardstick_by_turn
 from collm.reports.intervals import Interval, interval
 from collm.reports.runs import read_evaluation, read_run
 from collm.reports.tables import REWARD, scores
@@ -45,7 +45,9 @@ class Result:
     """One finished run in numbers, over the held-out tasks, each once.
 
     joint_actions_K, rewards_K: (K,) the held-out curve. final: measure -> mean after training, "reward" first.
-    tokens: sampled per held-out episode. joint_actions, seconds: of training.
+    tokens: sampled per held-out episode. joint_actions, seconds: of training. explained, yardstick: turn -> share of the
+    return's variance within tasks that the critics, and a regression on the world's own numbers, explain before that turn, the
+    mean over the second half of training; empty without a critic.
     """
 
     cell: Cell
@@ -55,6 +57,8 @@ class Result:
     tokens: float
     joint_actions: int
     seconds: float
+    explained: Mapping[int, float]
+    yardstick: Mapping[int, float]
 
     @property
     def area(self) -> float:
@@ -74,6 +78,8 @@ class Result:
             "tokens_per_episode": self.tokens,
             "joint_actions": self.joint_actions,
             "seconds": self.seconds,
+            "explained_variance": {str(turn): share for turn, share in self.explained.items()},
+            "yardstick": {str(turn): share for turn, share in self.yardstick.items()},
         }
 
 
@@ -96,6 +102,20 @@ class Line:
     @property
     def area(self) -> Interval:
         return self.over_seeds([result.area for result in self.results])
+
+    @property
+    def explained(self) -> dict[int, Interval]:
+        """Turn -> what the critics explain before it."""
+        return self._by_turn([result.explained for result in self.results])
+
+    @property
+    def yardstick(self) -> dict[int, Interval]:
+        """Turn -> what a regression on the world's own numbers explains before it."""
+        return self._by_turn([result.yardstick for result in self.results])
+
+    def _by_turn(self, found_S: Sequence[Mapping[int, float]]) -> dict[int, Interval]:
+        turns = sorted(set.intersection(*({*found} for found in found_S)))
+        return {turn: self.over_seeds([found[turn] for found in found_S]) for turn in turns}
 
     def reached(self, threshold: float) -> list[float | None]:
         """Joint actions until each seed's curve reached `threshold`; None where it never did."""
@@ -165,6 +185,10 @@ class Comparison:
                     "tokens_per_episode": float(np.mean([result.tokens for result in line.results])),
                     "seconds": float(np.mean([result.seconds for result in line.results])),
                 }
+                for name, shares in (("explained_variance", line.explained), ("yardstick", line.yardstick)):
+                    methods[line.method] |= (
+                        {name: {str(turn): found.plain() for turn, found in shares.items()}} if shares else {}
+                    )
                 if task in self.grid.thresholds:
                     methods[line.method]["joint_actions_to_threshold"] = line.reached(self.grid.thresholds[task])
             differences = {
@@ -190,7 +214,23 @@ def read_result(cell: Cell) -> Result:
     final = {name: float(np.mean(list(tasks.values()))) for name, tasks in scores(episodes).items()}
     tokens = float(np.mean([episode["tokens"] for episode in episodes]))
     cost = run.cost()
-    return Result(cell, tuple(at), tuple(r.mean for r in rewards), final, tokens, cost["joint_actions"], cost["seconds"])
+    return Result(
+        cell,
+        tuple(at),
+        tuple(r.mean for r in rewards),
+        final,
+        tokens,
+        cost["joint_actions"],
+        cost["seconds"],
+        _second_half(explained_by_turn(run)),
+        _second_half(yardstick_by_turn(run)),
+    )
+
+
+def _second_half(curves: Curves) -> dict[int, float]:
+    """Turn -> mean over the second half of the iterations, where that is known in any."""
+    halves = {turn: values[len(values) // 2 :] for turn, (_, values) in curves.items()}
+    return {turn: float(np.nanmean(values)) for turn, values in halves.items() if np.isfinite(values).any()}
 
 
 def area_under(joint_actions_K: Sequence[float], rewards_K: Sequence[float]) -> float:

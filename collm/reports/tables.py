@@ -209,6 +209,7 @@ def grid_tables(comparison: grid.Comparison, digits: int = 3, measures: int = 4)
             "held-out mean [95 % interval] over seeds, at the learning rate with the greatest area (mean height of the curve)",
         )
         tables.append(_framed(task, table, notes))
+        tables += _critic_table(task, lines, digits)
         differences = comparison.differences(task)
         if differences:
             table = _table(f"{comparison.grid.against} minus", "area", "reward")
@@ -224,6 +225,20 @@ def grid_tables(comparison: grid.Comparison, digits: int = 3, measures: int = 4)
     if comparison.missing:
         tables.append(Group(Text(f"{comparison.missing} of {len(comparison.grid.cells)} runs are still missing", style="bold")))
     return tables
+
+
+def _critic_table(task: str, lines: Sequence[grid.Line], digits: int) -> list[Group]:
+    """What the critics explain before each turn beside the yardstick; nothing where no method has a critic."""
+    judged = [line for line in lines if line.explained]
+    if not judged:
+        return []
+    turns = sorted({turn for line in judged for turn in line.explained})
+    table = _table("method", "", *(f"before turn {turn + 1}" for turn in turns))
+    for line in judged:
+        for name, shares in (("critic", line.explained), ("yardstick", line.yardstick)):
+            table.add_row(Text(line.method), name, *(spread(shares[t], digits) if t in shares else "" for t in turns))
+    note = "share of the return's variance within tasks, on episodes not yet trained on, second half of training, over seeds"
+    return [_framed(f"{task}: what the critics explain", table, [note])]
 
 
 def held_out(num_tasks: int) -> str:

@@ -38,7 +38,7 @@ PIECES = (
 )
 
 
-def make_tokenizer(texts: Iterator[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: Iterator[str], vocab_size: int = 1536) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with the tiny model's chat template."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -108,7 +108,7 @@ def batches(chat: Chat, seed: int, tokens: int, longest: int) -> Iterator[tuple[
             yield ids_BL, weights_BL
 
 
-def pretrain(folder: Path, *, seed: int = 0, steps: int = 2200, tokens: int = 6144, lr: float = 3e-3) -> None:
+def pretrain(folder: Path, *, seed: int = 0, steps: int = 2400, tokens: int = 6144, lr: float = 3e-3) -> None:
     """Train and write model and tokenizer (fp16 safetensors) to `folder`; prints the loss and the time left."""
     tokenizer = make_tokenizer(
         text for turns in itertools.islice(demonstrations.chats(seed + 1), 8000) for pair in turns for text in pair
@@ -122,7 +122,7 @@ def pretrain(folder: Path, *, seed: int = 0, steps: int = 2200, tokens: int = 61
     )
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     started, recent, seen = time.monotonic(), [], 0
-    for step, (ids_BL, weights_BL) in enumerate(itertools.islice(batches(chat, seed + 2, tokens, 640), steps), 1):
+    for step, (ids_BL, weights_BL) in enumerate(itertools.islice(batches(chat, seed + 2, tokens, 1024), steps), 1):
         logits = model(input_ids=ids_BL[:, :-1], use_cache=False).logits
         losses = F.cross_entropy(logits.transpose(1, 2), ids_BL[:, 1:], reduction="none")
         loss = (losses * weights_BL[:, 1:]).sum() / weights_BL[:, 1:].sum()
@@ -150,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the tiny language model that collm ships.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--threads", type=int, default=1, help="the shipped weights were made with 1")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -102,7 +102,7 @@ def random_policy(model: Any) -> Policy:
 
 
 def shape(**more: Any) -> dict[str, Any]:
-    sizes = {"vocab_size": 768, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"vocab_size": 1536, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     return sizes | {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 2048, "eos_token_id": 3} | more
 
 

@@ -1,8 +1,8 @@
 """What runs inside the box: a process that is kept warm (the zygote) and forks one child for every check.
 
-Started by `sandbox.py` as a script, with nothing but the standard library and numpy. Both directions of the channel carry frames: four
-bytes of length, big endian, then JSON. The zygote never runs a line of a program; the child does, under the limits and the
-filter that it has put on itself before, and what it says is believed only with the check's own key:
+Started by `sandbox.py` as a script, with nothing but the standard library and numpy. Both directions of the channel carry
+frames: four bytes of length, big endian, then JSON. The zygote never runs a line of a program; the child does, under the
+limits and the filter that it has put on itself before, and what it says is believed only with the check's own key:
 
 - The zygote puts 32 random bytes into a pipe, forks, and keeps them. The child reads them after the check raised nothing,
   and answers with a hash of them. Ending early by any way (os._exit, SystemExit, a crash) leaves no answer.

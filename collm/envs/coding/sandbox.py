@@ -379,8 +379,8 @@ def _command(disk_mb: int) -> list[str]:
         if packages.is_dir():
             command += ["--tmpfs", str(packages), "--remount-ro", str(packages)]
     # But numpy is every programmer's, and some of the public classes need it.
-    for folder in _numpy_folders():
-        command += ["--ro-bind", str(folder), f"/packages/{folder.name}"]
+    for package in _numpy_folders():
+        command += ["--ro-bind", str(package), f"/packages/{package.name}"]
     command += ["--dev", "/dev", "--remount-ro", "/dev"]
     command += ["--ro-bind", str(_INSIDE), "/inside.py", "--size", str(disk_mb << 20), "--tmpfs", "/box"]
     command += ["--remount-ro", "/", "--chdir", "/box", "--setenv", "PYTHONHASHSEED", "0"]

@@ -1,0 +1,231 @@
+"""`collm plan`: parameters to the number, each part of the memory by hand, refusals with a way out, and peaks as measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from collm.cli.main import main
+from collm.cli.plan import read_size
+from collm.config import LoraSettings, apply_overrides, load_config, parse_config
+from collm.errors import ConfigError
+from collm.planning import GIB, KNOWN, TEMPLATE, Plan, Shape, Work, advise, block_bytes, count_tokens, plan, read_shape, work_of
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.toml") if path.parent.name != "compare")
+
+
+def planned(work: Work | None = None, **overrides: Any) -> Plan:
+    values: dict[str, Any] = {"env": {"name": "agree"}}
+    apply_overrides(values, {name.replace("__", "."): value for name, value in overrides.items()})
+    return plan(parse_config(values), work)
+
+
+def work(**changes: Any) -> Work:
+    facts = {"agents": ("a", "b"), "prompts": {"a": (50, 20), "b": (50, 20)}, "answer": 10, "episodes": 8, "joint_actions": 16}
+    return Work(**{**facts, "history": "full", **changes})
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_those_of_the_model(kind: str, tied: bool, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    numbers = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100}
+    numbers |= {"num_key_value_heads": 2, "head_dim": 16 if kind == "qwen3" else 12, "tie_word_embeddings": tied}
+    config = AutoConfig.for_model(kind, **numbers)
+    model = AutoModelForCausalLM.from_config(config)
+    config.save_pretrained(tmp_path)
+    shape = read_shape(str(tmp_path))
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.body == sum(p.numel() for p in model.base_model.parameters())
+
+
+def test_an_adapters_parameters_are_pefts() -> None:
+    from collm.models.adapters import Base
+
+    for targets in (["all-linear"], ["q_proj", "down_proj"]):
+        settings = LoraSettings(rank=3, targets=targets)
+        adapter = Base.from_pretrained("tiny").add(settings, seed=0)
+        assert read_shape("tiny").adapter(settings) == sum(p.numel() for p in adapter.parameters())
+    with pytest.raises(ConfigError, match="names 'c_attn'"):
+        read_shape("tiny").adapter(LoraSettings(targets=["c_attn"]))
+
+
+@pytest.mark.parametrize(("name", "billions"), [("Qwen/Qwen3-0.6B", 0.596), ("Qwen/Qwen3-1.7B", 1.72), ("Qwen/Qwen3-4B", 4.02)])
+def test_known_shapes_have_the_published_sizes(name: str, billions: float) -> None:
+    assert KNOWN[name].parameters / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps() -> None:
+    """Bytes that two more tokens add to what one block saves, against the formula."""
+    import torch
+
+    from collm.models.team import Team
+
+    model = Team.from_pretrained({"a": "tiny"}).policies["a"].model
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def saved(length: int) -> int:
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            _held = model.base_model(input_ids=torch.full((1, length), 7), use_cache=False).last_hidden_state
+        return sum(kept.values())
+
+    shape = read_shape("tiny")
+    a_token = (saved(128) - saved(64)) / 64 / shape.layers
+    assert block_bytes(shape, 4, None) == pytest.approx(a_token, rel=0.1)
+
+
+def test_memory_of_whole_models_by_hand() -> None:
+    found, shape = planned(work(), rollout__max_tokens=10, run__device="cpu"), read_shape("tiny")
+    body, whole = shape.body, shape.parameters
+    assert found.held == {
+        "weights": 4 * (2 * whole + body),
+        "optimizer": 8 * (2 * whole + body),
+        "value heads": 12 * (shape.hidden + 1),
+    }
+    phases = {phase.name: phase.parts for phase in found.phases}
+    assert phases["update (a)"]["gradient"] == 4 * whole
+    tokens = 8 * (TEMPLATE + 50 + 10 + TEMPLATE + 20 + 10)
+    joint = 2 * tokens - 8 * (2 * TEMPLATE + 2 * 10)  # both agents' texts in one message a turn; the last answers are not read
+    kept = tokens * (shape.layers * block_bytes(shape, 4, None) + 12 * shape.hidden)
+    assert phases["update (a)"]["activations"] == kept
+    assert phases["update (critic of team)"]["activations"] == pytest.approx(kept * joint / tokens)
+    keys = shape.kv_heads * shape.head_dim
+    assert phases["generation (a)"]["key-value cache"] == 8 * 106 * 2 * keys * 4 * (shape.layers + 1)
+    assert found.generated_tokens == 16 * 2 * 10
+    assert found.update_tokens == 2 * tokens + 2 * joint  # two agents; the critic reads both, before learning and then
+    assert found.peak == sum(found.held.values()) + max(phase.total for phase in found.phases)
+    assert found.hours(100, 1000) == pytest.approx(100 * (320 / 100 + found.update_tokens / 1000) / 3600)
+
+
+def test_adapters_share_one_base() -> None:
+    lora = {"team__lora": {"rank": 4, "base": "bfloat16"}, "team__compute": "bfloat16", "run__device": "cpu"}
+    shape = read_shape("tiny")
+    size = shape.adapter(LoraSettings(rank=4))
+    two = planned(work(), **lora)
+    five = planned(work(agents=tuple("abcde"), prompts=dict.fromkeys("abcde", (50, 20))), **lora)
+    for found, agents in ((two, 2), (five, 5)):
+        assert found.held["shared base"] == 2 * shape.parameters
+        assert found.held["adapters"] == 4 * size * (agents + 1)
+        assert found.held["optimizer"] == 8 * size * (agents + 1)
+        assert "weights" not in found.held
+
+
+def test_other_settings_change_what_they_should() -> None:
+    plain = planned(work(), run__device="cpu")
+    weights = read_shape("tiny").parameters
+    assert planned(work(), team__shared=True, run__device="cpu").held["weights"] == plain.held["weights"] - 4 * weights
+    assert planned(work(), algorithm__kl_coef=0.1, run__device="cpu").held["reference policies"] == 8 * weights
+    heads = planned(work(), algorithm__name="collm-dc", algorithm__critic_body="policy", run__device="cpu")
+    assert [phase.name for phase in heads.phases if "critic" in phase.name] == []
+    assert planned(work(), algorithm__name="magrpo", run__device="cpu").held["weights"] == 8 * weights
+    small = planned(work(), learner__gradient_checkpointing=True, run__device="cpu")
+    assert small.largest.parts["activations"] < 0.5 * plain.largest.parts["activations"]
+    less = planned(work(), learner__micro_batch_tokens=176, run__device="cpu")
+    assert less.largest.parts["activations"] == pytest.approx(plain.largest.parts["activations"] / 8)
+
+
+def test_work_follows_the_task() -> None:
+    config = parse_config({"env": {"name": "str_build", "turns": 3}, "rollout": {"tasks": 6, "max_tokens": 20}})
+    found = work_of(config)
+    assert (found.turns, found.episodes, found.joint_actions, found.answer) == (3, 6, 18, 20)
+    assert found.prompts["builder_0"][0] > found.prompts["builder_0"][1] > 10
+    tree = parse_config({**config.resolved(), "algorithm": {"name": "magrpo", "group_size": 2, "tree": True}, "critic": {}})
+    assert (work_of(tree).episodes, work_of(tree).joint_actions) == (6 * 8, 6 * (2 + 4 + 8))
+    assert count_tokens("Qwen/Qwen3-4B", "x" * 400) == 100
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: "/".join(path.parts[-2:]))
+def test_every_recipe_can_be_planned(path: Path) -> None:
+    found = plan(load_config(path))
+    assert 0 < found.peak < 2000 * GIB
+    assert json.loads(json.dumps(found.plain()))["iterations"] > 0
+
+
+QWEN3_4B = {
+    "env.name": "str_build", "team.model": "Qwen/Qwen3-4B-Instruct-2507", "team.compute": "bfloat16", "team.lora.rank": 16,
+    "team.lora.base": "bfloat16", "rollout.tasks": 4, "rollout.max_tokens": 512, "learner.gradient_checkpointing": True,
+}  # fmt: skip
+
+
+def test_two_agents_of_4b_and_a_critic_as_adapters_fit_in_24_gb() -> None:
+    values: dict[str, Any] = {}
+    apply_overrides(values, QWEN3_4B)
+    found = plan(parse_config(values))
+    assert found.held["shared base"] == pytest.approx(2 * 4.02e9, rel=0.01)
+    assert 8 * GIB < found.peak < 24e9
+
+
+def test_what_does_not_fit_is_refused_with_a_setting_that_would(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "recipes" / "paper" / "tldr" / "collm-cc-paper.toml")
+    assert main(["plan", recipe, "--memory", "16GB"]) == 1
+    said = capsys.readouterr().out
+    assert "does not fit in 14.90 GiB. It would (" in said
+    words = said.split(" with ")[-1].split()
+    assert main(["plan", recipe, "--memory", "16GB", *words]) == 0
+    assert "it fits" in capsys.readouterr().out
+    assert main(["plan", recipe, "--memory", "1GB", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["would_fit"] is None
+    assert main(["plan", recipe, "--memory", "many"]) == 2
+    assert "--memory 'many' is no amount of memory" in capsys.readouterr().err
+    assert main(["plan", recipe, "--team.model", "nobody/nothing"]) == 2
+    assert "model 'nobody/nothing' cannot be planned" in capsys.readouterr().err
+
+
+def test_the_smallest_change_comes_first() -> None:
+    values = {"run.device": "cpu", "rollout.tasks": 64, "env.name": "agree", "learner.micro_batch_tokens": 1 << 16}
+    nested: dict[str, Any] = {}
+    apply_overrides(nested, values)
+    config = parse_config(nested)
+    peak = plan(config).peak
+    found = advise(config, 0.8 * peak)
+    assert found is not None
+    assert list(found[0]) == ["learner.micro_batch_tokens"]
+    assert found[1].peak <= 0.8 * peak
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ConfigError, match="of the kind 'gpt2'"):
+        read_shape(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}))
+    with pytest.raises(ConfigError, match="lacks a number"):
+        read_shape(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24 * 10**9), ("24 GiB", 24 << 30), ("1.5", 3 << 29), ("800mb", 800 * 10**6)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert read_size(text) == size
+
+
+def test_shapes_are_plain_values() -> None:
+    assert Shape(1, 8, 2, 1, 4, 16, 10, tied=True).linear["k_proj"] == (8, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_the_plan_is_within_15_percent_of_what_training_takes() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert len(found) >= 6
+    for name, numbers in found.items():
+        assert numbers["measured_gib"] > 1, (name, numbers)
+        assert abs(numbers["ratio"] - 1) <= 0.15, (name, numbers)
