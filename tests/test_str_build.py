@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import re
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from collm import make, seeds
 from collm.envs.building import font
 from collm.envs.building.str_build import PALETTES, REFERENCE, StrBuild, read_strings
-from collm.envs.demonstrations import chats, pretraining_word
+from collm.envs.demonstrations import pretraining_word, str_build
 from collm.errors import ConfigError, EnvError
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "str_build" / "data.csv"
@@ -557,10 +558,10 @@ def test_pretraining_never_shows_a_word_that_is_trained_or_tested_on():
     assert not drawn & known
     assert {len(word) for word in drawn} == {1, 2, 3, 4}
     shown = set()
-    stream = chats(123)
-    for _ in range(300):
-        for observation, _ in next(stream):
-            shown |= set(re.findall(r"Build ([A-Z]+)(?: together)?\.", observation))
+    for number in range(200):
+        for chat in str_build(random.Random(number)):
+            for observation, _ in chat:
+                shown |= set(re.findall(r"Build ([A-Z]+)(?: together)?\.", observation))
     assert len(shown) > 100
     assert not shown & known
 

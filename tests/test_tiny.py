@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,7 @@ def test_it_writes_valid_commands_for_words_of_any_length() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed, and programmers' texts need it")
 def test_its_recipe_gives_the_same_weights_twice(tmp_path: Path) -> None:
     """A short run of the command that makes it, twice: the same file to the bit."""
     digests = []
