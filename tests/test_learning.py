@@ -85,10 +85,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "own Q": {
         "algorithm": {"name": "collm-dc", "critic_kind": "Q", "advantage": "counterfactual"},
+        "learner": {"lr": 2e-4},
     },
     "TD(lambda), three turns": {"algorithm": {"lam": 0.9, "critic_lam": 0.9}, "env": {"turns": 3}, "rollout": {"tasks": 24}},
     "turn tree": {"algorithm": {"name": "magrpo", "tree": True, "group_size": 3}, "env": {"turns": 3}, "rollout": {"tasks": 2}},
-    "ratio per token": {"algorithm": {"loss": "ppo_clip", "epochs": 3}},
+    "ratio per token": {"algorithm": {"loss": "ppo_clip", "epochs": 3}, "learner": {"lr": 2e-4}},
     "ratio per answer": {"algorithm": {"loss": "sequence_clip", "epochs": 3, "normalize": "agent"}},
     "group deviation": {"algorithm": {"name": "magrpo", "normalize": "group"}, "rollout": {"tasks": 16}},
     "everything on": {
