@@ -96,7 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False)
     for job in jobs:
         job.check_unchanged()
-    waiting = [job for job in jobs if not job.finished]
+    by_seed = sorted(jobs, key=lambda job: plan.seeds.index(job.cell.seed))  # stopped early, all have the same seeds
+    waiting = [job for job in by_seed if not job.finished]
     console.print(
         f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them finished before; {plan.processes} at a time in {folder}"
     )
