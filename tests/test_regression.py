@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from collm.algorithms.regression import Moments, TurnRegression, ridge
+from collm.algorithms.regression import Moments, TurnRegression, Yardstick
 from collm.algorithms.stats import explained_variance, without_task_means
+
+
+def ridge(x: torch.Tensor, y: torch.Tensor, strength: float) -> torch.Tensor:
+    """Predictions of the samples themselves."""
+    moments = Moments(x.shape[1])
+    moments.add(x, y)
+    return moments.predict(x, strength)
 
 
 def test_a_line_through_three_points_by_hand():
@@ -55,6 +62,26 @@ def test_old_samples_fade():
     moments.add(torch.zeros(8, 1), torch.zeros(8))
     moments.add(torch.zeros(8, 1), torch.ones(8), keep=0.5)
     assert moments.predict(torch.zeros(1, 1), 0.0).item() == pytest.approx(8 / 12)  # weights 4 and 8
+
+
+def test_the_yardstick_is_the_adjusted_share_within_tasks():
+    rng = np.random.default_rng(3)
+    tasks = np.repeat(np.arange(12), 4)
+    x = rng.normal(size=(48, 2)) + tasks[:, None]  # differences between tasks say nothing here
+    y = x @ [1.0, -0.5] + rng.normal(size=48) + 5 * rng.normal(size=12)[tasks]
+    centre = lambda a: a - np.array([a[tasks == t].mean(0) for t in tasks])  # noqa: E731
+    design, wanted = centre(x), centre(y)
+    missed = ((wanted - design @ np.linalg.lstsq(design, wanted, rcond=None)[0]) ** 2).sum()
+    expected = 1 - missed / (48 - 12 - 2) / ((wanted**2).sum() / (48 - 12))
+    yardstick = Yardstick(3, 2)
+    wide = torch.tensor(np.c_[x, np.ones(48)]), torch.tensor(y), torch.tensor(tasks)  # a number that never varies is no number
+    assert yardstick.measure(0, *wide) == pytest.approx(expected, abs=1e-6)
+    assert yardstick.measure(0, *wide) == pytest.approx(1 - (1 - expected) * 34 / 36 * 68.4 / 66.4, abs=1e-6)  # 36 + 0.9 * 36
+    assert math.isnan(yardstick.measure(1, wide[0][::4], wide[1][::4], wide[2][::4]))  # each task once
+    assert yardstick.free.tolist() == pytest.approx([68.4, 0.0])
+    again = Yardstick(3, 2)
+    again.load_state_dict(yardstick.state_dict())
+    assert again.measure(5, *wide) == yardstick.measure(1, *wide)  # turns beyond the last share its moments
 
 
 def test_nothing_is_expected_before_the_first_sample():

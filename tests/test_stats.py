@@ -51,7 +51,8 @@ def test_running_moments_of_equal_targets_have_a_small_positive_deviation():
 def test_rescaling_targets_changes_no_prediction():
     """PopArt: whatever targets come, V of any hidden state is what it was."""
     torch.manual_seed(0)
-    head = ValueHead(16, seed=1)
+    head = ValueHead(16)
+    torch.nn.init.normal_(head.weight, std=0.02)
     hidden = torch.randn(20, 16)
     before = head(hidden).detach()
     for scale in (1.0, 50.0, 0.01, 300.0):
@@ -64,9 +65,10 @@ def test_rescaling_targets_changes_no_prediction():
 
 
 def test_a_value_head_survives_saving():
-    head = ValueHead(8, seed=1)
+    head = ValueHead(8)
+    torch.nn.init.normal_(head.weight, std=0.02)
     head.rescale(torch.tensor([3.0, 9.0, 4.0]))
-    copy = ValueHead(8, seed=2)
+    copy = ValueHead(8)
     copy.load_state_dict(head.state_dict())
     hidden = torch.randn(5, 8)
     assert torch.equal(copy(hidden), head(hidden))
@@ -80,8 +82,6 @@ def test_a_value_head_survives_saving():
     )
 
 
-def test_value_heads_start_from_their_seed():
-    assert torch.equal(ValueHead(8, seed=3).weight, ValueHead(8, seed=3).weight)
-    assert not torch.equal(ValueHead(8, seed=3).weight, ValueHead(8, seed=4).weight)
-    wide = ValueHead(20_000, seed=0)  # N(0, 0.02): the deviation of 20,000 draws lies within 2 % of it
-    assert wide.weight.std().item() == pytest.approx(0.02, rel=0.02)
+def test_a_value_head_expects_nothing_before_it_is_taught():
+    """A random one would tell two turns of an episode apart for no reason, and agents would learn from that."""
+    assert ValueHead(8)(torch.randn(5, 8)).tolist() == [0.0] * 5

@@ -5,18 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-
-def ridge(features_SM: Tensor, targets_S: Tensor, strength: float) -> Tensor:
-    """Least squares with an unpenalized constant, its slopes shrunk in units of each feature's own deviation.
-
-        minimize  1/S sum_s (y_s - c - x_s . beta)^2 + strength * sum_m Var(x_m) beta_m^2
-
-    A feature that never varies gets slope 0. Args: features_SM: (S, M), targets_S: (S,). Returns: predictions (S,) of the
-    samples themselves.
-    """
-    moments = Moments(features_SM.shape[1])
-    moments.add(features_SM, targets_S)
-    return moments.predict(features_SM, strength)
+from collm.algorithms.stats import without_task_means
 
 
 class Moments(nn.Module):
@@ -53,10 +42,37 @@ class Moments(nn.Module):
         self.weight.copy_(total)
 
     def predict(self, features_SM: Tensor, strength: float) -> Tensor:
-        """(S,) of features (S, M); 0 before any sample was counted."""
+        """(S,) of features (S, M), 0 before any sample was counted. Least squares with an unpenalized constant, slopes shrunk in
+        units of each feature's own deviation:
+
+            minimize  1/S sum_s (y_s - c - x_s . beta)^2 + strength * sum_m Var(x_m) beta_m^2
+
+        A feature that never varies gets slope 0.
+        """
         M = self.num_features
         if not self.weight or not len(features_SM):
             return features_SM.new_zeros(len(features_SM))
+        slopes = self._slopes(strength)
+        return ((features_SM.double() - self.mean[:M]) @ slopes + self.mean[M]).to(features_SM)
+
+    def explained(self, free: float) -> float:
+        """Share of the target's variance that least squares explains, corrected for the number of features that vary.
+
+            1 - (SSR / (free - M)) / (SST / free)
+
+        NaN where nothing varies or too little is known. Args: free: independent samples behind these moments.
+        """
+        M = self.num_features
+        slopes, total = self._slopes(0.0), self.second[M, M].item()
+        used = int((slopes != 0).sum())
+        if total < 1e-12 or free - used < 1:
+            return float("nan")
+        missed = total - (2 * self.second[:M, M] - self.second[:M, :M] @ slopes) @ slopes
+        return 1 - missed.item() / total * free / (free - used)
+
+    def _slopes(self, strength: float) -> Tensor:
+        """(M,), 0 for features that never vary."""
+        M = self.num_features
         covariance = self.second[:M, :M]
         variance = covariance.diagonal()
         varies = variance > 1e-10 * (1 + self.mean[:M] ** 2)
@@ -66,7 +82,36 @@ class Moments(nn.Module):
             correlation = covariance[varies][:, varies] / torch.outer(deviation, deviation)
             penalty = strength * torch.eye(len(deviation), dtype=torch.float64) + 1e-9 * torch.eye(len(deviation))
             slopes[varies] = torch.linalg.solve(correlation + penalty, self.second[:M, M][varies] / deviation) / deviation
-        return ((features_SM.double() - self.mean[:M]) @ slopes + self.mean[M]).to(features_SM)
+        return slopes
+
+
+class Yardstick(nn.Module):
+    """What least squares on some numbers explains of the returns' variance within tasks, turn by turn, in recent iterations.
+
+    Unlike a critic's expectation, these slopes have seen the returns they explain; the count of numbers is corrected for.
+    Older iterations fade by `keep`.
+    """
+
+    free: Tensor
+
+    def __init__(self, num_features: int, turns: int, *, keep: float = 0.9):
+        super().__init__()
+        self.keep = keep
+        self.turns = nn.ModuleList(Moments(num_features) for _ in range(turns))
+        self.register_buffer("free", torch.zeros(turns, dtype=torch.float64))
+
+    def measure(self, turn: int, features_SM: Tensor, returns_S: Tensor, tasks_S: Tensor) -> float:
+        """Count an iteration's samples (S,) of a turn, then tell the share; NaN where too few tasks were played twice.
+
+        Turns beyond the last share its moments.
+        """
+        turn = min(turn, len(self.turns) - 1)
+        moments = self.turns[turn]
+        assert isinstance(moments, Moments)
+        centred = torch.stack([without_task_means(column, tasks_S) for column in features_SM.T], 1)
+        moments.add(centred, without_task_means(returns_S, tasks_S), self.keep)
+        self.free[turn] = self.keep * self.free[turn] + len(tasks_S) - len(torch.unique(tasks_S))
+        return moments.explained(self.free[turn].item())
 
 
 class TurnRegression(nn.Module):
@@ -76,7 +121,7 @@ class TurnRegression(nn.Module):
     samples: with that many, a slope is half of what they say.
     """
 
-    def __init__(self, num_features: int, turns: int, *, keep: float = 0.9, strength: float = 4.0):
+    def __init__(self, num_features: int, turns: int, *, keep: float = 0.9, strength: float = 20.0):
         super().__init__()
         self.keep, self.strength = keep, strength
         self.turns = nn.ModuleList(Moments(num_features) for _ in range(turns))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from collm.algorithms.regression import ridge
-
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
     """1 - Var(R - V) / Var(R): 1 is perfect, 0 is as good as a constant, below 0 is worse.
@@ -30,25 +28,6 @@ def without_task_means(numbers: Tensor, tasks: Tensor) -> Tensor:
     _, index, counts = torch.unique(tasks, return_inverse=True, return_counts=True)
     sums = torch.zeros(len(counts), dtype=torch.float64).index_add(0, index, numbers.double())
     return (numbers.double() - (sums / counts)[index])[counts[index] > 1]
-
-
-def linear_yardstick(features_SM: Tensor, returns: Tensor, tasks: Tensor) -> float:
-    """What least squares on some numbers explains of the returns' variance within tasks, corrected for their count.
-
-        1 - (SSR / (S - G - M)) / (SST / (S - G))        S samples of G tasks, M numbers that vary within tasks
-
-    Unlike a critic's, these slopes have seen the returns they explain. NaN where there are too few samples.
-    Args: features_SM: (S, M); returns, tasks: (S,).
-    """
-    centred = torch.stack([without_task_means(column, tasks) for column in features_SM.T], 1)
-    wanted = without_task_means(returns, tasks)
-    num_tasks = len(torch.unique(tasks, return_counts=True)[1].gt(1).nonzero())
-    M = int((centred.std(0, correction=0) > 1e-9).sum()) if len(wanted) else 0
-    free, total = len(wanted) - num_tasks - M, wanted.square().sum()
-    if free < 1 or total < 1e-12:
-        return float("nan")
-    missed = (wanted - ridge(centred, wanted, 0.0)).square().sum()
-    return (1 - missed / free / (total / (len(wanted) - num_tasks))).item()
 
 
 class RunningMoments:

@@ -25,7 +25,7 @@ View = Literal["own", "joint", "joint+state"]
 
 
 class ValueHead(nn.Module):
-    """A linear map from a hidden state to an expected return, in units of reward.
+    """A linear map from a hidden state to an expected return, in units of reward. It expects 0 until it is taught.
 
     With target normalization the map predicts in units of the targets' deviation, and is corrected whenever that changes so
     that its predictions stay the same (PopArt, arXiv:1602.07714).
@@ -34,10 +34,9 @@ class ValueHead(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, width: int, seed: int):
+    def __init__(self, width: int):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed % (1 << 63))
-        self.weight = nn.Parameter(torch.randn(width, generator=generator) * 0.02)
+        self.weight = nn.Parameter(torch.zeros(width))
         self.bias = nn.Parameter(torch.zeros(()))
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("deviation", torch.ones((), dtype=torch.float64))
@@ -78,10 +77,10 @@ class Reading:
 class Critic(nn.Module):
     """Reads text with its own tokenizer and judges it. Vocabulary logits are never computed."""
 
-    def __init__(self, body: Any, tokenizer: Any, *, seed: int, max_tokens: int = 8192, compute: str = "float32"):
+    def __init__(self, body: Any, tokenizer: Any, *, max_tokens: int = 8192, compute: str = "float32"):
         super().__init__()
         self.body = body.float().eval()
-        self.value = ValueHead(body.config.get_text_config().hidden_size, seed)
+        self.value = ValueHead(body.config.get_text_config().hidden_size)
         self.tokenizer = tokenizer
         self.chat = Chat(tokenizer, keep_thoughts=True)
         self.max_tokens = max_tokens
@@ -89,12 +88,12 @@ class Critic(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, source: str, *, seed: int, max_tokens: int = 8192, compute: str = "float32", device: Any = "cpu"
+        cls, source: str, *, max_tokens: int = 8192, compute: str = "float32", device: Any = "cpu"
     ) -> Critic:
         """A critic on the body of a pretrained language model. Raises ConfigError where it cannot be loaded."""
         tokenizer = load_pretrained(AutoTokenizer, source)
         body = load_pretrained(AutoModel, source, dtype=torch.float32)
-        return cls(body, tokenizer, seed=seed, max_tokens=max_tokens, compute=compute).to(device)
+        return cls(body, tokenizer, max_tokens=max_tokens, compute=compute).to(device)
 
     @property
     def device(self) -> torch.device:

@@ -4,6 +4,7 @@
         state.json                  how far the run is
         policy-AGENT.safetensors    float32 weights of each policy, or of its adapter alone
         regression.safetensors      of returns on the world's numbers, with critic.metrics
+        yardstick.safetensors       of the same, within tasks, for the report
         critic-NAME.safetensors     critic (of its adapter and head alone, if it is one) or value head, with running moments
         optimizer-NAME.safetensors  AdamW's averages and step counts
 
@@ -91,6 +92,8 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
             _restore(judge.critic or judge.head, load_file(folder / f"critic-{judge.name}.safetensors"))
         if learner.critics.regression is not None:
             _restore(learner.critics.regression, load_file(folder / "regression.safetensors"))
+        if learner.judges:
+            _restore(learner.critics.yardstick, load_file(folder / "yardstick.safetensors"))
         for name, optimizer in learner.optimizers.items():
             _restore_optimizer(optimizer, load_file(folder / f"optimizer-{name}.safetensors"))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
@@ -157,6 +160,8 @@ def _tensors(learner: Learner) -> dict[str, dict[str, Tensor]]:
     files |= {f"critic-{judge.name}": _weights(judge.critic or judge.head) for judge in learner.judges}
     if learner.critics.regression is not None:
         files["regression"] = _weights(learner.critics.regression)
+    if learner.judges:
+        files["yardstick"] = _weights(learner.critics.yardstick)
     for name, optimizer in learner.optimizers.items():
         files[f"optimizer-{name}"] = {
             f"{index}.{key}": torch.as_tensor(value).contiguous()

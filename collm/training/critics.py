@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from collm import seeds
 from collm.algorithms import losses
 from collm.algorithms.advantages import discounted_returns
-from collm.algorithms.regression import TurnRegression
-from collm.algorithms.stats import explained_variance, linear_yardstick, without_task_means
+from collm.algorithms.regression import TurnRegression, Yardstick
+from collm.algorithms.stats import explained_variance, without_task_means
 from collm.config import Config
 from collm.models.adapters import dropout
 from collm.models.critic import Critic, ValueHead
@@ -64,16 +64,16 @@ class Critics:
         self.judges = [self._make(name, group) for name, group in views[config.algorithm.critic].items()]
         self.metric_names = tuple(metric_names)
         self.regression = TurnRegression(2 + len(metric_names), TURNS) if config.critic.metrics else None
+        self.yardstick = Yardstick(2 + len(metric_names), TURNS)
         self.known_ENT = torch.zeros(0)
 
     def _make(self, name: str, agents: tuple[str, ...]) -> Judge:
         settings, policy = self.config.critic, self.team.policies[agents[0]]
-        seed = seeds.derive(self.config.run.seed, "value head", name)
         label = "critic" if self.joint else f"{name}/critic"
         if self.config.algorithm.critic_body == "policy":
-            head = ValueHead(policy.model.config.get_text_config().hidden_size, seed).to(policy.device)
+            head = ValueHead(policy.model.config.get_text_config().hidden_size).to(policy.device)
             return Judge(name, agents, label, head, None, policy)
-        common: dict[str, Any] = {"seed": seed, "max_tokens": settings.max_tokens, "compute": policy.compute}
+        common: dict[str, Any] = {"max_tokens": settings.max_tokens, "compute": policy.compute}
         base = None
         if self.config.team.lora is None or self.config.team.lora.critics:
             base = self.team.base_of(settings.model or policy.source)
@@ -165,14 +165,16 @@ class Critics:
 
     def explain(self, batch: Batch, values_ENT: Tensor, metrics: Metrics) -> None:
         """Explained variance per turn against realized returns, on episodes no critic has been trained on yet: of all, and
-        of what is no difference between tasks. The yardstick is what the world's own numbers explain of the latter."""
+        of what is no difference between tasks. The yardstick is what the world's own numbers explain of the latter in recent
+        iterations; the spread, what there is to explain: the squared deviations of returns from their task's mean, summed."""
         returns_ET = discounted_returns(batch.rewards_ET, gamma=self.config.algorithm.gamma)
         tasks_E = torch.tensor([episode.task for episode in batch.episodes])
         features_ETM = self.features(batch)
         for t in range(returns_ET.shape[1]):
             chosen = _complete(batch)[:, t]
-            yardstick = linear_yardstick(features_ETM[chosen, t], returns_ET[chosen, t], tasks_E[chosen])
-            metrics[f"yardstick_turn_{t}"] = yardstick
+            returns, tasks = returns_ET[chosen, t], tasks_E[chosen]
+            metrics[f"yardstick_turn_{t}"] = self.yardstick.measure(t, features_ETM[chosen, t], returns, tasks)
+            metrics[f"spread_turn_{t}"] = without_task_means(returns, tasks).square().sum().item()
         for judge in self.judges:
             n = batch.agents.index(judge.agents[0])
             live_ET = self.targeted(batch)[:, n].bool() & ~batch.truncated_E[:, None]
