@@ -160,13 +160,16 @@ def test_what_critics_explain_is_that_of_the_second_half_over_seeds(tmp_path: Pa
         cell = Cell("task", "a", None, seed, tmp_path / f"a-{seed}")
         shares = [None, -9.0, -9.0, 0.1 + seed, None]  # iterations 0 to 4, the first without a critic's word
         metrics = [{"critic/explained_within_tasks_turn_1": share, "yardstick_turn_1": share} for share in shares]
-        for row in metrics:
+        for number, row in enumerate(metrics):
             row["critic/explained_variance_turn_1"] = 0.0
+            row["critic/explained_within_tasks_turn_0"] = row["critic/explained_variance_turn_0"] = 0.5 * number
+            row["spread_turn_0"] = [9.0, 9.0, 1.0, 3.0, 0.0][number]  # what there was to explain
         write_run(cell.folder, {0: [record("one", 0.0, tokens=7)]}, metrics)
         (cell.folder / "final").mkdir()
         cells.append(cell)
     line = read_grid(Grid(cells, "a")).lines("task")[0]
-    assert line.results[2].explained == line.results[2].yardstick == {1: pytest.approx((2.1 - 9.0) / 2)}
+    assert line.results[2].explained[1] == line.results[2].yardstick[1] == pytest.approx((2.1 - 9.0) / 2)
+    assert line.results[2].explained[0] == pytest.approx((1 * 1.0 + 3 * 1.5) / 4)
     assert line.explained[1].mean == pytest.approx((1.1 - 9.0) / 2)
 
 

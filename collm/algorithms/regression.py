@@ -42,8 +42,8 @@ class Moments(nn.Module):
         self.weight.copy_(total)
 
     def predict(self, features_SM: Tensor, strength: float) -> Tensor:
-        """(S,) of features (S, M), 0 before any sample was counted. Least squares with an unpenalized constant, slopes shrunk in
-        units of each feature's own deviation:
+        """(S,) of features (S, M), 0 before any sample was counted. Least squares with an unpenalized constant, slopes shrunk
+        in units of each feature's own deviation:
 
             minimize  1/S sum_s (y_s - c - x_s . beta)^2 + strength * sum_m Var(x_m) beta_m^2
 

@@ -87,9 +87,7 @@ class Critic(nn.Module):
         self.compute = compute
 
     @classmethod
-    def from_pretrained(
-        cls, source: str, *, max_tokens: int = 8192, compute: str = "float32", device: Any = "cpu"
-    ) -> Critic:
+    def from_pretrained(cls, source: str, *, max_tokens: int = 8192, compute: str = "float32", device: Any = "cpu") -> Critic:
         """A critic on the body of a pretrained language model. Raises ConfigError where it cannot be loaded."""
         tokenizer = load_pretrained(AutoTokenizer, source)
         body = load_pretrained(AutoModel, source, dtype=torch.float32)

@@ -26,7 +26,12 @@ FLOOR = -1.0
 """Explained variance is drawn down to here: a critic that has only begun can be off by any factor."""
 _EXPLAINED = {
     what: re.compile(rf"(?:.*/)?{name}_turn_(\d+)")
-    for what, name in (("within", "explained_within_tasks"), ("all", "explained_variance"), ("yardstick", "yardstick"))
+    for what, name in (
+        ("within", "explained_within_tasks"),
+        ("all", "explained_variance"),
+        ("yardstick", "yardstick"),
+        ("spread", "spread"),
+    )
 }
 Curves = dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
 """Turn -> joint actions and a share of variance at each."""
@@ -87,6 +92,11 @@ def yardstick_by_turn(run: Run) -> Curves:
     """What least squares on the world's own numbers explains of the variance within tasks, at turns where it is known."""
     found = _by_turn(run, "yardstick")
     return {turn: curve for turn, curve in found.items() if _known(found, turn)}
+
+
+def spread_by_turn(run: Run) -> Curves:
+    """How much there was to explain within tasks: squared deviations of returns from their task's mean, summed."""
+    return _by_turn(run, "spread")
 
 
 def _known(curves: Curves, turn: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from collm.reports.curves import Curves, explained_by_turn, held_out_curve, yardstick_by_turn
+from collm.reports.curves import Curves, explained_by_turn, held_out_curve, spread_by_turn, yardstick_by_turn
 from collm.reports.intervals import Interval, interval
 from collm.reports.runs import read_evaluation, read_run
 from collm.reports.tables import REWARD, scores
@@ -46,8 +46,8 @@ class Result:
 
     joint_actions_K, rewards_K: (K,) the held-out curve. final: measure -> mean after training, "reward" first.
     tokens: sampled per held-out episode. joint_actions, seconds: of training. explained, yardstick: turn -> share of the
-    return's variance within tasks that the critics, and a regression on the world's own numbers, explain before that turn, the
-    mean over the second half of training; empty without a critic.
+    return's variance within tasks that the critics, and a regression on the world's own numbers, explain before that turn, over
+    all of the second half of training; empty without a critic.
     """
 
     cell: Cell
@@ -213,7 +213,7 @@ def read_result(cell: Cell) -> Result:
     episodes = read_evaluation(run.evaluations()[max(run.evaluations())])
     final = {name: float(np.mean(list(tasks.values()))) for name, tasks in scores(episodes).items()}
     tokens = float(np.mean([episode["tokens"] for episode in episodes]))
-    cost = run.cost()
+    cost, spread = run.cost(), spread_by_turn(run)
     return Result(
         cell,
         tuple(at),
@@ -222,15 +222,24 @@ def read_result(cell: Cell) -> Result:
         tokens,
         cost["joint_actions"],
         cost["seconds"],
-        _second_half(explained_by_turn(run)),
-        _second_half(yardstick_by_turn(run)),
+        _second_half(explained_by_turn(run), spread),
+        _second_half(yardstick_by_turn(run), spread),
     )
 
 
-def _second_half(curves: Curves) -> dict[int, float]:
-    """Turn -> mean over the second half of the iterations, where that is known in any."""
-    halves = {turn: values[len(values) // 2 :] for turn, (_, values) in curves.items()}
-    return {turn: float(np.nanmean(values)) for turn, values in halves.items() if np.isfinite(values).any()}
+def _second_half(curves: Curves, spread: Curves) -> dict[int, float]:
+    """Turn -> share explained in the second half of the iterations together, where that is known in any.
+
+    An iteration counts by how much it had to explain, so that one with next to nothing does not decide.
+    """
+    found = {}
+    for turn, (_, shares) in curves.items():
+        weights = spread[turn][1] if turn in spread and np.nansum(spread[turn][1]) > 0 else np.ones(len(shares))
+        shares, weights = shares[len(shares) // 2 :], weights[len(weights) // 2 :]
+        known = np.isfinite(shares) & (weights > 0)
+        if known.any():
+            found[turn] = float(np.average(shares[known], weights=weights[known]))
+    return found
 
 
 def area_under(joint_actions_K: Sequence[float], rewards_K: Sequence[float]) -> float:
