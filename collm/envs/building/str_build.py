@@ -49,7 +49,8 @@ class StrBuild(TextEnv):
     target, adjacency is the share of 4-adjacent filled pairs that hold the same block. The optimum is 2: each builder
     takes the cells of one colour of a chessboard and alternates its two blocks over them. Ends after `turns` turns or
     above 1.9. Metrics: iou, coverage, extra, adjacency, written_by_both (share of target cells that at least two
-    builders wrote: in the last turn of a fresh world, in all turns of a persistent one), rejected, missing_blocks.
+    builders wrote: in the last turn of a fresh world, in all turns of a persistent one), rejected, missing_blocks; with
+    reward="sparse" also score, what the build is worth already.
 
     Args:
         agents: how many builders (up to 8 palettes), or their names.
@@ -129,6 +130,7 @@ class StrBuild(TextEnv):
         parts, metrics = self._judge(agents)
         total = sum(parts.values())
         if self.reward_mode == "sparse":
+            metrics["score"] = total
             total, shift = (total if self.last_turn else 0.0), 0.0
             parts = parts if self.last_turn else {}
         else:
