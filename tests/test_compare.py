@@ -78,6 +78,34 @@ def test_settings_come_in_layers(tmp_path: Path) -> None:
     assert config.run.folder == str(tmp_path / "out" / "two")
 
 
+SHIPPED = Path(__file__).parents[1] / "recipes" / "compare"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.toml")))
+def test_trained_methods_of_a_shipped_comparison_get_the_same(name: str, tmp_path: Path) -> None:
+    """The same joint actions, learning rates and seeds; critics the same switches, unless a switch is what is compared."""
+    plan, jobs = read_plan(SHIPPED / f"{name}.toml", tmp_path)
+    trained: dict[str, dict[str, Any]] = {}
+    for job in jobs:
+        if job.trained:
+            config = job.config
+            episodes = config.rollout.tasks * config.algorithm.group_size
+            about = (
+                episodes,
+                config.run.iterations,
+                config.evaluation.every,
+                config.learner.lr,
+                config.critic.lr,
+                job.cell.seed,
+            )
+            trained.setdefault(job.cell.task, {}).setdefault(job.cell.method, set()).add(about)
+    assert all(found == next(iter(methods.values())) for methods in trained.values() for found in methods.values())
+    critics = {
+        job.config.critic for job in jobs if job.cell.method in ("collm-cc", "collm-dc") and job.cell.seed == plan.seeds[0]
+    }
+    assert len({repr(critic.model_copy(update={"lr": 0.1})) for critic in critics}) == 1
+
+
 def test_every_method_plays_as_many_episodes(tmp_path: Path) -> None:
     _, jobs = read_plan(write(tmp_path), tmp_path / "out")
     episodes = {(job.cell.method, job.config.rollout.tasks, job.config.algorithm.group_size) for job in jobs if job.trained}
@@ -201,6 +229,9 @@ def test_killed_in_the_middle_it_repeats_nothing_and_ends_the_same(tmp_path: Pat
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert strip(json.loads(again.stdout)) == strip(json.loads(whole.stdout))
     assert strip(json.loads((folder / "results.json").read_text())) == strip(json.loads(whole.stdout))
+    folder = folder.rename(tmp_path / "moved")  # where runs lie makes no other numbers
+    moved = subprocess.run([*command, str(folder), "--dry-run"], capture_output=True, check=True, text=True)
+    assert "6 runs, 6 of them finished before" in moved.stderr
     changed = recipe.read_text().replace("learner.lr = 1e-3", "learner.lr = 2e-3")
     recipe.write_text(changed)
     refused = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)

@@ -80,12 +80,17 @@ class Job:
         return Path(f"{self.cell.folder}.json")
 
     def check_unchanged(self) -> None:
-        """Raises RunError where the cell was begun with other settings: numbers of two recipes never mix."""
-        if self.settings.is_file() and json.loads(self.settings.read_bytes()) != self.config.resolved():
+        """Raises RunError where the cell was begun with other settings: numbers of two recipes never mix. Where it lies, and
+        how its folder was named, makes no other numbers."""
+        if self.settings.is_file() and _placeless(json.loads(self.settings.read_bytes())) != _placeless(self.config.resolved()):
             raise RunError(
                 f"{self.cell.folder} was begun with other settings than the recipe now has. Choose another --folder, or remove "
                 f"it and {self.settings.name} to run it anew."
             )
+
+
+def _placeless(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, "run": {**settings["run"], "folder": None}}
 
 
 def run(arguments: argparse.Namespace) -> int:
