@@ -17,7 +17,7 @@ from test_reports import record, write_run
 from collm.cli.compare import read_plan
 from collm.cli.main import main
 from collm.errors import ConfigError
-from collm.reports.grid import Cell, Grid, area_under, first_reaching, read_grid
+from collm.reports.grid import Cell, Comparison, Grid, area_under, first_reaching, read_grid
 
 RECIPE = """
 [compare]
@@ -167,6 +167,9 @@ def test_lines_differences_and_thresholds_by_hand(tmp_path: Path) -> None:
     differences = found.differences("task")["a"]["area"]
     assert differences.mean == pytest.approx((0.15 + 0.05 + 0.1) / 3)
     assert differences.low == pytest.approx(0.05)
+    assert found.overtaken("task") == {"a": pytest.approx(0.4 / 0.6)}  # straight from 0 to 0.6, where a ends at 0.4
+    never = Comparison(Grid(found.grid.cells, "a"), found.results)
+    assert never.overtaken("task") == {"b": None}
     plain: dict[str, Any] = found.plain()
     assert plain["missing"] == 0
     assert plain["tasks"]["task"]["methods"]["a"]["joint_actions_to_threshold"] == [None, None, pytest.approx(30.0)]

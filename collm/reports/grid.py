@@ -104,6 +104,13 @@ class Line:
         return self.over_seeds([result.area for result in self.results])
 
     @property
+    def curve(self) -> tuple[list[float], list[float]]:
+        """Joint actions and held-out reward at every evaluation, the mean over seeds."""
+        points = zip(*([*zip(r.joint_actions_K, r.rewards_K, strict=True)] for r in self.results), strict=True)
+        means = [np.mean(of_seeds, 0) for of_seeds in points]
+        return [float(x) for x, _ in means], [float(y) for _, y in means]
+
+    @property
     def explained(self) -> dict[int, Interval]:
         """Turn -> what the critics explain before it."""
         return self._by_turn([result.explained for result in self.results])
@@ -168,6 +175,19 @@ class Comparison:
                 }
         return found
 
+    def overtaken(self, task: str) -> dict[str, float | None]:
+        """Trained method -> share of its joint actions after which the curve of `against` reaches its final reward, both the
+        mean over seeds; None where it never does."""
+        lines = {line.method: line for line in self.lines(task)}
+        reference = lines.pop(self.grid.against, None)
+        found: dict[str, float | None] = {}
+        for method, line in lines.items():
+            x, y = line.curve
+            if reference is not None and x[-1] > 0:
+                at = first_reaching(*reference.curve, y[-1])
+                found[method] = None if at is None else at / x[-1]
+        return found
+
     def plain(self) -> dict[str, Any]:
         """As JSON has it: every run, and per task each method's line."""
         tasks: dict[str, Any] = {}
@@ -191,10 +211,12 @@ class Comparison:
                     )
                 if task in self.grid.thresholds:
                     methods[line.method]["joint_actions_to_threshold"] = line.reached(self.grid.thresholds[task])
-            differences = {
+            differences: dict[str, dict[str, Any]] = {
                 method: {name: found.plain() for name, found in parts.items()}
                 for method, parts in self.differences(task).items()
             }
+            for method, share in self.overtaken(task).items():
+                differences.setdefault(method, {})["share_of_its_joint_actions_to_its_final_reward"] = share
             tasks[task] = {"methods": methods, f"{self.grid.against} minus": differences}
             if task in self.grid.thresholds:
                 tasks[task]["threshold"] = self.grid.thresholds[task]

@@ -212,9 +212,12 @@ def grid_tables(comparison: grid.Comparison, digits: int = 3, measures: int = 4)
         tables += _critic_table(task, lines, digits)
         differences = comparison.differences(task)
         if differences:
-            table = _table(f"{comparison.grid.against} minus", "area", "reward")
+            table = _table(f"{comparison.grid.against} minus", "area", "reward", "its final reward after")
+            overtaken = comparison.overtaken(task)
             for method, parts in differences.items():
-                table.add_row(Text(method), *(spread(parts[name], digits, sign="+") for name in ("area", REWARD)))
+                share = overtaken.get(method)
+                after = "" if method not in overtaken else "never" if share is None else f"{share:.0%} of its joint actions"
+                table.add_row(Text(method), *(spread(parts[name], digits, sign="+") for name in ("area", REWARD)), after)
             tables.append(
                 _framed(
                     f"{task}: {comparison.grid.against} against the others",
