@@ -142,6 +142,16 @@ def test_a_bad_recipe_is_refused_before_anything_starts(
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_some_runs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", str(write(tmp_path)), "--folder", str(tmp_path / "out"), "--dry-run", "--only"]
+    assert main([*words, "two/magrpo-*"]) == 0
+    told = capsys.readouterr().err.split()
+    assert told[:2] == ["2", "runs,"]
+    assert [Path(word).name for word in told if "out/two" in word] == ["magrpo-seed0", "magrpo-seed1"]
+    assert main([*words, "magrpo"]) == 2
+    assert "matches none of the 6 runs" in capsys.readouterr().err
+
+
 def made_up(folder: Path) -> Grid:
     """Three seeds of two methods, two rates of one of them: held-out rewards before and after by hand."""
     cells = []

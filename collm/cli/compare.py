@@ -20,6 +20,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -102,9 +103,12 @@ def run(arguments: argparse.Namespace) -> int:
     for job in jobs:
         job.check_unchanged()
     by_seed = sorted(jobs, key=lambda job: plan.seeds.index(job.cell.seed))  # stopped early, all have the same seeds
-    waiting = [job for job in by_seed if not job.finished]
+    wanted = [job for job in by_seed if fnmatch(f"{job.cell.task}/{job.cell.folder.name}", arguments.only or "*")]
+    if not wanted:
+        raise ConfigError(f"--only {arguments.only!r} matches none of the {len(jobs)} runs; --dry-run lists them.")
+    waiting = [job for job in wanted if not job.finished]
     console.print(
-        f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them finished before; {plan.processes} at a time in {folder}"
+        f"{len(wanted)} runs, {len(wanted) - len(waiting)} of them finished before; {plan.processes} at a time in {folder}"
     )
     if not arguments.dry_run:
         with saved(folder / "results.json"):
@@ -112,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
         work(waiting, plan.processes, console)
     found = read_grid(grid)
     if arguments.dry_run or not found.results:
-        for job in jobs:
+        for job in wanted:
             console.print(f"{'finished' if job.finished else 'to do   '}  {job.cell.folder}", soft_wrap=True)
         return 0
     plain = found.plain()

@@ -112,6 +112,9 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--dry-run", action="store_true", help="check every run's settings, list what is done and to do, and stop"
     )
+    compare.add_argument(
+        "--only", metavar="PATTERN", help="of all runs those whose TASK/NAME matches, e.g. 'words/collm-*-seed0'"
+    )
     compare.add_argument("--json", action="store_true", help="print one JSON object")
 
     report = command(
