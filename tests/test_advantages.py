@@ -412,8 +412,9 @@ def test_truncated_episodes_are_judged_by_what_the_critic_expects_next(tiny):
     learner = Learner(
         Team({a: Policy(copy.deepcopy(tiny.model), tiny.tokenizer) for a in ("agent_0", "agent_1")}), config, Sampling()
     )
-    learner.update([Group(0, [done]), Group(0, [cut])], 0)
     critic = learner.judges[0].critic
+    torch.nn.init.normal_(critic.value.weight, std=0.02)
+    learner.update([Group(0, [done]), Group(0, [cut])], 0)
     with torch.no_grad():
         reading = critic.read(cut, 2, ("agent_0", "agent_1"))
         final = critic.value(critic.hidden(torch.from_numpy(reading.ids[None].astype(np.int64))))[0, -1].item()

@@ -24,7 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "run": {"name": "run", "iterations": 3, "threads": 1, "tensorboard": False, "checkpoint_every": 2},
     "env": {"name": "str_build", "turns": 1, "strings": ["HE", "WE", "US"], "eval_strings": WORDS},
     "rollout": {"tasks": 3, "max_tokens": 24},
-    "learner": {"lr": 3e-3},
+    "learner": {"lr": 1e-3},
     "critic": {"lr": 1e-3},
     "evaluation": {"every": 2},
 }

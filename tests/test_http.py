@@ -377,7 +377,7 @@ def test_every_kind_of_algorithm_takes_a_frozen_team_mate(tmp_path, algorithm):
     """Two turns; the server is asked once per joint action, never for another answer to learn from."""
     with serve(lambda *_: http(completion("green"))) as served:
         config = mixed_recipe(tmp_path, served.url, **algorithm)
-        run = config.run.model_copy(update={"iterations": 1})
+        run = config.run.model_copy(update={"iterations": 2})  # at the first a Q critic knows no difference yet
         still = config.evaluation.model_copy(update={"every": 0})
         rollout = config.rollout.model_copy(update={"tasks": 4})
         env = parse_config({"env": {"name": "agree", "turns": 2}}).env
@@ -386,9 +386,9 @@ def test_every_kind_of_algorithm_takes_a_frozen_team_mate(tmp_path, algorithm):
         )
         folder = trainer.run()
     assert len(served) == trainer.joint_actions > 0
-    record = read_metrics(folder / "metrics.jsonl")[-1]
-    assert record["agent_1/gradient_norm"] > 0
-    assert not [name for name in record if name.startswith("agent_0/")]
+    records = read_metrics(folder / "metrics.jsonl")[1:]
+    assert any(record["agent_1/gradient_norm"] > 0 for record in records)
+    assert not [name for record in records for name in record if name.startswith("agent_0/")]
 
 
 def test_training_refuses_what_gives_no_log_probs(tmp_path, tiny):
