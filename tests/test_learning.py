@@ -81,11 +81,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "Q with a counterfactual baseline": {  # without warm-up its first guesses push both agents out of the valid answers
         "algorithm": {"critic_kind": "Q", "advantage": "counterfactual"},
         "critic": {"warmup": 5},
-        "learner": {"lr": 3e-4},
+        "learner": {"lr": 1e-4},
     },
     "own Q": {
         "algorithm": {"name": "collm-dc", "critic_kind": "Q", "advantage": "counterfactual"},
-        "learner": {"lr": 2e-4},
+        "learner": {"lr": 1e-4},
     },
     "TD(lambda), three turns": {"algorithm": {"lam": 0.9, "critic_lam": 0.9}, "env": {"turns": 3}, "rollout": {"tasks": 24}},
     "turn tree": {"algorithm": {"name": "magrpo", "tree": True, "group_size": 3}, "env": {"turns": 3}, "rollout": {"tasks": 2}},
@@ -97,9 +97,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "critic": {"warmup": 3, "epochs": 2, "normalize_targets": True, "state": True},
         "env": {"turns": 2},
         "rollout": {"tasks": 32},
+        "learner": {"lr": 2e-4},
     },
-    "a fresh prompt each turn": {"env": {"turns": 3}, "rollout": {"history": "last", "tasks": 24}},
-    "one set of weights for all": {"team": {"shared": True}},
+    "a fresh prompt each turn": {"env": {"turns": 3}, "rollout": {"history": "last", "tasks": 24}, "learner": {"lr": 2e-4}},
+    "one set of weights for all": {"team": {"shared": True}, "learner": {"lr": 2e-4}},
     "a small support": {"rollout": {"temperature": 0.9, "top_p": 0.95, "top_k": 20}},
 }
 
