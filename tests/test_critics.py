@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_learning import make_trainer
 
+from collm.algorithms.advantages import discounted_returns
 from collm.errors import ConfigError
 from collm.training.loggers import read_metrics
 from collm.training.trainer import Trainer
@@ -57,6 +58,20 @@ def test_values_are_the_regression_plus_what_the_text_says(tmp_path: Path) -> No
     expected_ET = regression(critics.features(batch))
     assert torch.allclose(values_ENT[..., :2] - alone_ENT[..., :2], expected_ET[:, None, :2], atol=1e-5)
     assert not values_ENT[..., 2].any()  # after the end nothing is expected
+
+
+def test_the_text_learns_what_the_regression_leaves_after_its_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were both to learn the old difference, their sum would move twice as far as the returns did."""
+    trainer, _ = luck(tmp_path, metrics=True)
+    learner, critics = trainer.learner, trainer.learner.critics
+    taught: list[torch.Tensor] = []
+    monkeypatch.setattr(critics, "train", lambda batch, targets_ENT, *_: taught.append(targets_ENT))
+    learner.update(trainer._collect(), trainer.iteration + 1)
+    assert critics.regression is not None
+    left_ET = discounted_returns(learner.batch.rewards_ET, gamma=1.0) - critics.regression(
+        critics.features(learner.batch)[:, :2]
+    )
+    assert torch.allclose(taught[0], left_ET[:, None].expand_as(taught[0]), atol=1e-5)
 
 
 def test_what_the_world_counted_before_a_turn_is_recorded_with_it(tmp_path: Path) -> None:

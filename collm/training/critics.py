@@ -65,6 +65,7 @@ class Critics:
         self.metric_names = tuple(metric_names)
         self.regression = TurnRegression(2 + len(metric_names), TURNS) if config.critic.metrics else None
         self.yardstick = Yardstick(2 + len(metric_names), TURNS)
+        self.marked_ENT = torch.zeros(0)
         self.known_ENT = torch.zeros(0)
 
     def _make(self, name: str, agents: tuple[str, ...]) -> Judge:
@@ -110,8 +111,7 @@ class Critics:
         E, N, T = batch.shape
         width = T + (self.kind == "V")
         values_ENT = torch.zeros(E, N, width)
-        self.known_ENT = torch.zeros(E, N, width)
-        expected_ET = self.regression(self.features(batch)[:, :width]) if self.regression is not None else None
+        self.marked_ENT = torch.zeros(E, N, width)
         metrics["critic/cut"] = 0.0
         for judge in self.judges:
             if judge.critic is None:
@@ -127,12 +127,18 @@ class Critics:
             first = batch.agents.index(judge.agents[0])
             for agent in judge.agents:
                 values_ENT[:, batch.agents.index(agent)] = values[:, first]
-            if expected_ET is not None:
-                marked = torch.zeros(E * N * width)
-                marked[[slot for sequence in judge.packed for slot, _ in sequence.markers]] = 1.0
-                for agent in judge.agents:
-                    self.known_ENT[:, batch.agents.index(agent)] = expected_ET * marked.view(E, N, width)[:, first]
+            marked = torch.zeros(E * N * width)
+            marked[[slot for sequence in judge.packed for slot, _ in sequence.markers]] = 1.0
+            for agent in judge.agents:
+                self.marked_ENT[:, batch.agents.index(agent)] = marked.view(E, N, width)[:, first]
+        self._expect(batch)
         return values_ENT + self.known_ENT
+
+    def _expect(self, batch: Batch) -> None:
+        """Fill `known_ENT`: what the regression says wherever a critic speaks."""
+        self.known_ENT = torch.zeros_like(self.marked_ENT)
+        if self.regression is not None:
+            self.known_ENT += self.regression(self.features(batch)[:, : self.known_ENT.shape[-1]])[:, None] * self.marked_ENT
 
     def features(self, batch: Batch) -> Tensor:
         """(E, T + 1, M): rewards so far, the last raw reward and the world's metrics before each turn; after the last, too."""
@@ -148,10 +154,14 @@ class Critics:
         return torch.from_numpy(rows).float()
 
     def remember(self, batch: Batch) -> None:
-        """Count this iteration's returns in the regression on the world's numbers."""
+        """Count this iteration's returns in the regression on the world's numbers; `known_ENT` is what it says from now on.
+
+        The text is to learn what the regression leaves: were both to follow the old difference, they would overshoot.
+        """
         if self.regression is not None:
             returns_ET = discounted_returns(batch.rewards_ET, gamma=self.config.algorithm.gamma)
             self.regression.learn(self.features(batch)[:, :-1], returns_ET, _complete(batch))
+            self._expect(batch)
 
     def alternatives(self, batch: Batch, metrics: Metrics) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each critic: slots (M,) of answers, and Q (M, K) with each of them exchanged for its K alternatives."""

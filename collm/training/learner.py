@@ -67,8 +67,8 @@ class Learner:
         self._require_finite(advantages_ENT.flatten(1), "advantage")
         if values is not None:
             self.critics.explain(batch, values, metrics)
+            values = values - self.critics.known_ENT  # what the text says
             self.critics.remember(batch)
-            values = values - self.critics.known_ENT  # what the text is to say
             targets_ENT = targets_ENT - self.critics.known_ENT[..., : targets_ENT.shape[-1]]
             if self.config.critic.normalize_targets:
                 self.critics.rescale(batch, targets_ENT)
