@@ -337,6 +337,16 @@ def test_the_seed_alone_decides_an_answer(tiny):
     assert one.token_ids.tolist() != other.token_ids.tolist()
 
 
+def test_generation_records_no_gradient_and_leaves_dropout_out(tiny):
+    seen = []
+    hook = tiny.body.register_forward_hook(lambda module, *_: seen.append((torch.is_grad_enabled(), module.training)))
+    assert torch.is_grad_enabled()
+    LocalEngine(Team({"a": tiny})).generate([Request("a", (Message("user", "Hello"),), Sampling(max_tokens=2), seed=0)])
+    hook.remove()
+    assert seen
+    assert set(seen) == {(False, False)}
+
+
 def test_requests_with_different_sampling_share_a_call(tiny):
     """Each answer obeys its own limit and temperature, and answers come back in the order of the requests."""
     engine = LocalEngine(Team({"a": tiny}))

@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         shown = f"example:\n  {example}\n"
         sub = commands.add_parser(
             name,
-            help=help_text,
+            help=help_text.replace("%", "%%"),
             description=help_text,
             epilog=shown,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -66,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     train = command(
         "train",
         "Train a team as a recipe says; without a recipe, the built-in demonstration.",
-        "collm train recipes/demo.toml --algorithm.name magrpo --run.seed 1\n"
+        "collm train recipes/tiny/agree.toml --algorithm.name magrpo --run.seed 1\n"
         "  collm train --resume runs/str_build-collm-cc-seed0",
         "collm.cli.train:run",
         settings=True,
@@ -78,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     evaluate = command(
         "evaluate",
-        "Play the held-out tasks with a trained run (or a recipe's untrained team): mean and 95 %% interval.",
+        "Play the held-out tasks with a trained run (or a recipe's untrained team): mean and 95 % interval.",
         "collm evaluate runs/demo --json",
         "collm.cli.evaluate:run",
         settings=True,

@@ -41,7 +41,7 @@ class Interrupted(Exception):
 class Trainer:
     """Trains a team as a config says and keeps a run directory.
 
-    Example: Trainer(load_config(Path("recipes/demo.toml"))).run()
+    Example: Trainer(load_config(Path("recipes/tiny/agree.toml"))).run()
     `team` and `engine` replace what the config would load. `resume` continues a run directory where it stopped, exactly.
     """
 
