@@ -429,6 +429,12 @@ class Config(Room):
                         f"{name}={given!r}: a value head on the agent's own model reads what the agent reads, with its model. "
                         "Leave it out, or set algorithm.critic_body='model'."
                     )
+            if self.critic.epochs > 1 and not self.critic.warmup:
+                raise ValueError(
+                    f"critic.epochs={self.critic.epochs}: a value head on the agent's own model learns in the agent's own "
+                    "steps; only the warm-up has more of them, and critic.warmup=0. Leave it out, or set "
+                    "algorithm.critic_body='model'."
+                )
         return self
 
     @property

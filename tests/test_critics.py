@@ -11,8 +11,10 @@ import torch
 from test_learning import make_trainer
 
 from collm.algorithms.advantages import discounted_returns
-from collm.errors import ConfigError
+from collm.algorithms.regression import TurnRegression
+from collm.errors import ConfigError, TrainingError
 from collm.training.loggers import read_metrics
+from collm.training.pack import Batch
 from collm.training.trainer import Trainer
 
 
@@ -87,3 +89,42 @@ def test_what_the_world_counted_before_a_turn_is_recorded_with_it(tmp_path: Path
 def test_a_method_without_critic_refuses_the_switch(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"critic\.metrics=True, but magrpo has no critic"):
         make_trainer(tmp_path, "magrpo", 2, 0, critic={"metrics": True})
+
+
+def test_a_metric_that_is_no_number_stops_the_run_and_is_named(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, "collm-cc", 2, 0, env={"name": "worlds:Luck"}, rollout={"tasks": 4})
+    for wrong in (math.nan, math.inf, None, "much"):
+        groups = trainer._collect()
+        groups[2].episodes[0].turns[1].metrics = {"luck": wrong}
+        with pytest.raises(
+            TrainingError, match=rf"metric 'luck' is {wrong!r} before turn 1 of episode 2 \(task .*\), not a finite"
+        ):
+            trainer.learner.update(groups, 0)
+    groups = trainer._collect()
+    groups[1].episodes[0].metrics = {"luck": math.nan}  # after the last turn nothing is expected
+    trainer.learner.update(groups, 0)
+
+
+def test_an_episode_that_was_cut_off_is_expected_to_go_on(tmp_path: Path) -> None:
+    """Half the episodes earn 10 at their second turn and end, half are cut off there: V of their end is no 0."""
+    trainer, _ = luck(tmp_path, metrics=True)
+    critics = trainer.learner.critics
+    critics.regression = TurnRegression(3, 4, strength=0.0)
+    groups = trainer._collect()
+    episodes = [episode for group in groups for episode in group.episodes]
+    for number, episode in enumerate(episodes):
+        episode.metrics = {"luck": 0.5}
+        episode.turns[1].metrics = {"luck": 0.5}
+        paid = 10.0 * (number % 2)
+        episode.turns[1].reward = episode.turns[1].raw_reward = paid
+        episode.turns[0].reward = episode.turns[0].raw_reward = 0.0
+        episode.terminated, episode.truncated = bool(paid), not paid
+    batch = Batch.of(groups, trainer.agents)
+    metrics: dict[str, float] = {"tokens/critic": 0.0}
+    critics.values(batch, metrics)
+    critics.remember(batch, torch.full((*batch.live_ENT.shape[:2], 3), 4.0))  # 4 is expected after the end, where it goes on
+    known_ET1 = critics.known_ENT[:, 0]
+    cut = batch.truncated_E
+    assert torch.allclose(known_ET1[cut, :2], torch.full((int(cut.sum()), 2), 7.0), atol=1e-3)  # (10 + 4) / 2
+    assert torch.allclose(known_ET1[cut, 2], torch.tensor(7.0), atol=1e-3)  # as before the turn: no later one was seen
+    assert not known_ET1[~cut, 2].any()  # these ended

@@ -113,6 +113,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None
         assert torch.equal(tensor, before[name]) or "bias" in name
 
 
+def test_warm_up_of_a_value_head_leaves_its_policy_as_it_is(tmp_path: Path) -> None:
+    algorithm = {"name": "collm-dc", "critic_body": "policy"}
+    trainer = make_trainer(tmp_path, "collm-dc", 2, 0, algorithm=algorithm, critic={"warmup": 1, "epochs": 3})
+    before = {name: tensor.clone() for name, tensor in weights(trainer).items()}
+    metrics = trainer.learner.update(trainer._collect(), iteration=0)
+    moved = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
+    assert {name.rpartition(".")[2] for name in moved} == {"weight", "bias"}
+    assert len(moved) == 4  # two heads of two tensors
+    assert metrics["agent_0/critic/loss"] > 0
+    assert "agent_0/entropy_estimate" not in metrics
+    trainer.learner.update(trainer._collect(), iteration=1)
+    moved = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
+    assert len(moved) > 4
+
+
 def test_metrics_carry_the_agents_name_and_nothing_is_overwritten(tmp_path: Path) -> None:
     dc = one_iteration(tmp_path, name="collm-dc")
     lines = (dc.folder / "metrics.jsonl").read_text().splitlines()

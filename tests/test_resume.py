@@ -11,9 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
+
+from collm.config import load_config
+from collm.training import trainer as trainer_module
+from collm.training.trainer import Interrupted, Trainer
 
 RECIPE = """
 [run]
@@ -58,8 +63,8 @@ def start(folder: Path, name: str, iterations: int) -> list[str]:
     return ["train", str(recipe), "--run.folder", str(folder), "--run.name", name]
 
 
-def outcome(run: Path) -> tuple[dict[str, bytes], list[dict], dict[str, object]]:
-    """Final weights, metrics without seconds, and episode files without seconds."""
+def outcome(run: Path) -> tuple[dict[str, bytes], list[dict], dict[str, object], dict[str, object]]:
+    """Final weights, metrics without seconds, episode files without seconds, and the last checkpoint's account."""
     weights = {
         f"{path.parent.name}.{name}": tensor.tobytes()
         for path in sorted((run / "checkpoints").glob("*/*.safetensors"))
@@ -72,7 +77,8 @@ def outcome(run: Path) -> tuple[dict[str, bytes], list[dict], dict[str, object]]
         path.name: [{**json.loads(line), "seconds": 0} for line in path.read_text().splitlines()]
         for path in sorted((run / "episodes").iterdir())
     }
-    return weights, metrics, episodes
+    state = json.loads((max((run / "checkpoints").glob("[0-9]*")) / "state.json").read_text())
+    return weights, metrics, episodes, state
 
 
 def finish(run: Path) -> None:
@@ -97,6 +103,28 @@ def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(tmp_path: P
     assert "Traceback" not in err
     finish(tmp_path / "part")
     assert outcome(tmp_path / "part") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at", [0, 3, 6])
+def test_stopped_in_an_evaluation_it_is_evaluated_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """The first, one in the middle, and the last; the episodes trained on stay, and the best is known in the end."""
+    process = collm(*start(tmp_path, "whole", 6))
+    assert process.wait(timeout=300) == 0
+    recipe = tmp_path / "recipe.toml"
+    part = Trainer(load_config(recipe, overrides={"run.folder": str(tmp_path), "run.name": "part"}), quiet=True)
+    real = trainer_module.evaluate
+
+    def interrupted(config: Any, engine: Any, *, stop: Callable[[], None], **rest: Any) -> Any:
+        if part.iteration == at:
+            part.signal = signal.SIGTERM
+        return real(config, engine, stop=stop, **rest)
+
+    monkeypatch.setattr(trainer_module, "evaluate", interrupted)
+    with pytest.raises(Interrupted):
+        part.run()
+    monkeypatch.undo()
+    Trainer.resume(part.folder, quiet=True).run()
+    assert outcome(part.folder) == outcome(tmp_path / "whole")
 
 
 @pytest.mark.slow

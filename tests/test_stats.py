@@ -64,6 +64,14 @@ def test_rescaling_targets_changes_no_prediction():
     assert (head(hidden) - before).abs().min() > 0.5
 
 
+def test_rescaling_by_no_targets_changes_nothing():
+    head = ValueHead(4)
+    head.rescale(torch.tensor([3.0, 9.0]))
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    head.rescale(torch.zeros(0))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
+
+
 def test_a_value_head_survives_saving():
     head = ValueHead(8)
     torch.nn.init.normal_(head.weight, std=0.02)

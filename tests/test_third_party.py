@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
+from typing import Any
 
 import harbour
 import pytest
@@ -13,6 +14,7 @@ from collm import check_env, seeds
 from collm.cli.main import main
 from collm.config import parse_config
 from collm.rollout.collect import collect
+from collm.training.pack import Batch
 from collm.training.trainer import Trainer
 from collm.types import Episode
 
@@ -33,12 +35,12 @@ def test_it_passes_the_check(capsys):
     assert len(check_env(harbour.Harbour(rounds=5))) == 8
 
 
-def make_trainer(folder: Path, name: str) -> Trainer:
+def make_trainer(folder: Path, name: str, rounds: int = 2, **algorithm: Any) -> Trainer:
     values = {
         "run": {"iterations": 16, "threads": 1, "folder": str(folder), "tensorboard": False},
-        "env": {"name": "harbour:Harbour", "rounds": 2},
+        "env": {"name": "harbour:Harbour", "rounds": rounds},
         "rollout": {"tasks": 10 if name == "magrpo" else 32, "max_tokens": 4},
-        "algorithm": {"name": name},
+        "algorithm": {"name": name, **algorithm},
         "learner": {"lr": 5e-4},
         "critic": {"lr": 5e-4},
         "evaluation": {"every": 0},
@@ -65,7 +67,7 @@ def test_its_episodes_are_recorded_as_they_are(tmp_path):
         assert episode.turns[1].observations["pilot"] in ("Ahoy! Again.", "No lamp in sight. Again.")
 
 
-@pytest.mark.parametrize("name", ["collm-cc", "magrpo"])
+@pytest.mark.parametrize("name", ["collm-cc", "collm-dc", "magrpo"])
 def test_it_trains(tmp_path, name):
     trainer = make_trainer(tmp_path, name)
     before = points(play(trainer))
@@ -74,3 +76,19 @@ def test_it_trains(tmp_path, name):
     print(f"{name}: {before:.2f} -> {after:.2f} points of 2")
     assert before <= 0.7
     assert after >= 1.4
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "gone"), [("collm-cc", "model", 1), ("collm-dc", "model", 1), ("collm-dc", "policy", 0)]
+)
+def test_a_critic_has_targets_where_its_agent_has_left(tmp_path, name, body, gone):
+    """Those that are models at every turn played; a value head on the policy at the answers of its agent alone."""
+    trainer = make_trainer(tmp_path, name, rounds=3, critic_body=body)
+    batch = Batch.of(trainer._collect()[:4], trainer.agents)
+    keeper = batch.agents.index("keeper")
+    wanted_ENT = trainer.learner.critics.targeted(batch)
+    assert batch.live_ENT[:, keeper].tolist() == [[1, 0, 0]] * 4
+    assert wanted_ENT[:, keeper].tolist() == [[1, gone, gone]] * 4
+    assert wanted_ENT[:, 1 - keeper].tolist() == [[1, 1, 1]] * 4
+    trainer.learner.update(trainer._collect(), 0)
+    assert all(set(turn.advantages) == set(turn.completions) for e in trainer.learner.batch.episodes for turn in e.turns)

@@ -133,10 +133,11 @@ class TurnRegression(nn.Module):
         return found
 
     def forward(self, features_ETM: Tensor) -> Tensor:
-        """(E, T) expected returns of features (E, T, M)."""
+        """(E, T) expected returns of features (E, T, M). A turn without samples is judged as the last before it."""
         columns = []
+        moments = self.of(0)
         for t in range(features_ETM.shape[1]):
-            moments = self.of(t)
+            moments = self.of(t) if self.of(t).weight else moments
             strength = self.strength / max(float(moments.weight), 1.0)
             columns.append(moments.predict(features_ETM[:, t], strength))
         return torch.stack(columns, 1)

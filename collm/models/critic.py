@@ -50,6 +50,8 @@ class ValueHead(nn.Module):
     @torch.no_grad()
     def rescale(self, targets: Tensor) -> None:
         """Follow the targets' mean and deviation without changing a single prediction."""
+        if not len(targets):
+            return
         self.moments.update(targets)
         mean, deviation = self.moments.mean, self.moments.deviation
         ratio = (self.deviation / deviation).item()

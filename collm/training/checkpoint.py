@@ -47,8 +47,12 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def save(folder: Path, learner: Learner, state: Mapping[str, Any]) -> None:
-    """Write checkpoint `folder` atomically; one that exists already is left alone. Raises SaveError, leaving no trace."""
+    """Write checkpoint `folder` atomically; of one that exists already only the state is replaced. Raises SaveError, leaving
+    no trace."""
+    account = json.dumps({"format": FORMAT, **state}, indent=1)
     if folder.exists():
+        if (folder / "state.json").read_text(encoding="utf-8") != account:
+            write_text(folder / "state.json", account)
         return
     aside = folder.with_name(f".saving-{folder.name}")
     try:
@@ -57,7 +61,7 @@ def save(folder: Path, learner: Learner, state: Mapping[str, Any]) -> None:
             aside.mkdir(parents=True)
             for name, tensors in _tensors(learner).items():
                 save_file(tensors, aside / f"{name}.safetensors")
-            (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1), encoding="utf-8")
+            (aside / "state.json").write_text(account, encoding="utf-8")
             for path in aside.iterdir():
                 _flush(path)
             _flush(aside)

@@ -18,6 +18,7 @@ from collm.algorithms.advantages import discounted_returns
 from collm.algorithms.regression import TurnRegression, Yardstick
 from collm.algorithms.stats import explained_variance, without_task_means
 from collm.config import Config
+from collm.errors import TrainingError
 from collm.models.adapters import dropout
 from collm.models.critic import Critic, ValueHead
 from collm.models.policy import Policy
@@ -96,14 +97,16 @@ class Critics:
         return batch.episodes[0].agents if self.joint and batch.episodes else judge.agents
 
     def targeted(self, batch: Batch) -> Tensor:
-        """(E, N, T): where a critic has a target. A joint critic has one while anybody acts; Q has none where a cut-off
-        episode ends, since nobody knows what would have been answered next."""
+        """(E, N, T): where a critic has a target: at every turn played, also when its agent has left and only team-mates earn.
+
+        A value head on the policy reads the agent's own answers alone, and its returns end with them. Q has no target where
+        a cut-off episode ends, since nobody knows what would have been answered next.
+        """
         wanted_ENT = batch.live_ENT
-        if self.joint:
-            wanted_ENT = wanted_ENT.amax(1, keepdim=True).expand_as(wanted_ENT)
+        if self.config.algorithm.critic_body == "model":
+            wanted_ENT = batch.played_ET[:, None].to(wanted_ENT).expand_as(wanted_ENT)
         if self.kind == "Q":
-            last_ET = nn.functional.one_hot(batch.num_turns_E - 1, wanted_ENT.shape[-1]).bool()
-            wanted_ENT = wanted_ENT * ~(last_ET & batch.truncated_E[:, None])[:, None]
+            wanted_ENT = wanted_ENT * ~(batch.last_ET & batch.truncated_E[:, None])[:, None]
         return wanted_ENT
 
     def values(self, batch: Batch, metrics: Metrics) -> Tensor:
@@ -138,7 +141,8 @@ class Critics:
         """Fill `known_ENT`: what the regression says wherever a critic speaks."""
         self.known_ENT = torch.zeros_like(self.marked_ENT)
         if self.regression is not None:
-            self.known_ENT += self.regression(self.features(batch)[:, : self.known_ENT.shape[-1]])[:, None] * self.marked_ENT
+            expected_ET = self.regression(self.features(batch)[:, : self.known_ENT.shape[-1]])
+            self.known_ENT = torch.where(self.marked_ENT.bool(), expected_ET[:, None], self.known_ENT)
 
     def features(self, batch: Batch) -> Tensor:
         """(E, T + 1, M): rewards so far, the last raw reward and the world's metrics before each turn; after the last, too."""
@@ -149,19 +153,35 @@ class Critics:
             for t in range(len(episode.turns) + 1):
                 last = episode.turns[t - 1].raw_reward if t else 0.0
                 so_far += episode.turns[t - 1].reward if t else 0.0
-                reported = episode.turns[t].metrics if t < len(episode.turns) else episode.metrics
-                rows[e, t] = [so_far, last, *(reported.get(name, 0.0) for name in self.metric_names)]
+                ended = t == len(episode.turns)
+                reported = episode.metrics if ended else episode.turns[t].metrics
+                rows[e, t] = [so_far, last, *(_number(reported.get(name, 0.0)) for name in self.metric_names)]
+                bad = [name for name, x in zip(self.metric_names, rows[e, t, 2:], strict=True) if not math.isfinite(x)]
+                if bad and (not ended or episode.truncated):
+                    raise TrainingError(
+                        f"the world's metric {bad[0]!r} is {reported[bad[0]]!r} before turn {t} of episode {e} (task "
+                        f"{episode.label}), not a finite number. Nothing was learned from this iteration. `collm check` names "
+                        "what a world may report."
+                    )
         return torch.from_numpy(rows).float()
 
-    def remember(self, batch: Batch) -> None:
+    def remember(self, batch: Batch, values_ENT: Tensor) -> None:
         """Count this iteration's returns in the regression on the world's numbers; `known_ENT` is what it says from now on.
 
-        The text is to learn what the regression leaves: were both to follow the old difference, they would overshoot.
+        The text is to learn what the regression leaves: were both to follow the old difference, they would overshoot. The
+        return of an episode that was cut off goes on with V of its final history; for Q such an episode counts for nothing.
         """
-        if self.regression is not None:
-            returns_ET = discounted_returns(batch.rewards_ET, gamma=self.config.algorithm.gamma)
-            self.regression.learn(self.features(batch)[:, :-1], returns_ET, _complete(batch))
-            self._expect(batch)
+        if self.regression is None:
+            return
+        gamma, rewards_ET, counted_ET = self.config.algorithm.gamma, batch.rewards_ET, _complete(batch)
+        if self.kind == "V":
+            speaking_ENT = self.marked_ENT[..., 1:]
+            following_ET = (values_ENT[..., 1:] * speaking_ENT).sum(1) / speaking_ENT.sum(1).clamp_min(1)
+            rewards_ET = rewards_ET + gamma * following_ET * (batch.last_ET & batch.truncated_E[:, None])
+            counted_ET = batch.played_ET
+        returns_ET = discounted_returns(rewards_ET, gamma=gamma)
+        self.regression.learn(self.features(batch)[:, :-1], returns_ET, counted_ET)
+        self._expect(batch)
 
     def alternatives(self, batch: Batch, metrics: Metrics) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each critic: slots (M,) of answers, and Q (M, K) with each of them exchanged for its K alternatives."""
@@ -247,7 +267,8 @@ class Critics:
         old_values_ENT1: Tensor | None,
         num: int,
     ) -> Tensor | None:
-        """A micro-batch's share of the squared error; None where it holds no target. Clipped if old values are given."""
+        """A micro-batch's share of the squared error, in units of the targets' deviation where targets are normalized; None
+        where it holds no target. Clipped if old values are given."""
         wanted_ENT = self.targeted(batch).bool()
         if self.kind == "V":  # V has one slot more per agent than there are turns
             targets_ENT, wanted_ENT = nn.functional.pad(targets_ENT, (0, 1)), nn.functional.pad(wanted_ENT, (0, 1))
@@ -258,10 +279,11 @@ class Critics:
         values = judge.head(hidden_BLD[micro.row_M, micro.column_M][chosen.to(hidden_BLD.device)])
         targets = targets_ENT.flatten()[slots].to(values)
         clip = self.config.critic.value_clip
+        unit = judge.head.deviation.to(values) ** 2
         if clip is None or old_values_ENT1 is None:
-            return losses.value_error(values, targets, num_values=num)[0]
+            return losses.value_error(values, targets, num_values=num)[0] / unit
         old = old_values_ENT1.flatten()[slots].to(values)
-        return losses.clipped_value_error(values, old, targets, clip=clip, num_values=num)[0]
+        return losses.clipped_value_error(values, old, targets, clip=clip, num_values=num)[0] / unit
 
     @torch.no_grad()
     def _read(self, judge: Judge, packed: Sequence[Packed], num: int, metrics: Metrics) -> Tensor:
@@ -280,4 +302,12 @@ class Critics:
 
 def _complete(batch: Batch) -> Tensor:
     """(E, T) bool: turns that were played, of episodes whose return is known to the end."""
-    return batch.live_ENT.amax(1).bool() & ~batch.truncated_E[:, None]
+    return batch.played_ET & ~batch.truncated_E[:, None]
+
+
+def _number(value: Any) -> float:
+    """What a world reports as a number; NaN for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

@@ -67,8 +67,8 @@ class Learner:
         self._require_finite(advantages_ENT.flatten(1), "advantage")
         if values is not None:
             self.critics.explain(batch, values, metrics)
-            values = values - self.critics.known_ENT  # what the text says
-            self.critics.remember(batch)
+            total, values = values, values - self.critics.known_ENT  # from here on what the text alone says
+            self.critics.remember(batch, total)
             targets_ENT = targets_ENT - self.critics.known_ENT[..., : targets_ENT.shape[-1]]
             if self.config.critic.normalize_targets:
                 self.critics.rescale(batch, targets_ENT)
@@ -83,7 +83,7 @@ class Learner:
     ) -> None:
         """`algorithm.epochs` steps of one policy, each over all answers of the agents it speaks for.
 
-        During critic warm-up only a value head on the policy is trained, with the policy's body as it moves under it.
+        During critic warm-up only a value head on the policy is trained, and the policy's body stays as it is.
         """
         settings, policy, batch = self.config.algorithm, self.members[name], self.batch
         judges = {judge.agents[0]: judge for judge in self.judges if judge.critic is None and judge.policy is policy}
@@ -100,7 +100,8 @@ class Learner:
             totals: Metrics = defaultdict(float)
             for agent in agents:
                 for micro in micro_batches(packed[agent], self.config.learner.micro_batch_tokens, policy.device):
-                    hidden_BLD = policy.hidden(micro.ids_BL)
+                    with torch.set_grad_enabled(not warming_up):
+                        hidden_BLD = policy.hidden(micro.ids_BL)
                     parts = []
                     if not warming_up and len(micro.token_K):
                         parts.append(self._policy_loss(name, micro, hidden_BLD, advantages_ENT, num, totals))
@@ -117,10 +118,12 @@ class Learner:
                         loss.backward()
                         metrics["tokens/policy"] += micro.num_tokens
             metrics[f"{name}/gradient_norm"] = self._step(name, name)
-            metrics[f"{name}/loss"] = totals["policy"]
-            metrics[f"{name}/entropy_estimate"] = -totals["logp"] / max(totals["scored"], 1)
             for judge in judges.values():
                 metrics[f"{judge.label}/loss"] = totals[judge.label]
+            if warming_up:
+                continue
+            metrics[f"{name}/loss"] = totals["policy"]
+            metrics[f"{name}/entropy_estimate"] = -totals["logp"] / max(totals["scored"], 1)
             if settings.loss != "reinforce":
                 metrics[f"{name}/clipped"] = totals["clipped"] / max(totals["scored"], 1)
             if settings.kl_coef:

@@ -103,16 +103,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Writes a run directory. Lines past `resumed_at` iterations are dropped, since they will be written again."""
+    """Writes a run directory. What lies past `resumed_at` iterations is dropped, since it will be written again; while that
+    iteration is `pending`, so are its line and its evaluation, but not the episodes it was trained on."""
 
-    def __init__(self, folder: Path, *, tensorboard: bool, resumed_at: int = -1):
+    def __init__(self, folder: Path, *, tensorboard: bool, resumed_at: int = -1, pending: bool = False):
         self.folder = folder
         self.path = folder / "metrics.jsonl"
-        kept = [record for record in read_metrics(self.path) if record["iteration"] <= resumed_at]
+        completed = resumed_at - pending
+        kept = [record for record in read_metrics(self.path) if record["iteration"] <= completed]
         write_text(self.path, "".join(_line(record) for record in kept))
         (folder / "episodes").mkdir(exist_ok=True)
         for path in (folder / "episodes").glob("*.jsonl"):
-            if int(path.name[:6]) > resumed_at:
+            if int(path.name[:6]) > (completed if path.stem.endswith("-evaluation") else resumed_at):
                 path.unlink()
         self.file = self.path.open("a", encoding="utf-8")
         self.writer = self._tensorboard(kept) if tensorboard else None

@@ -92,6 +92,16 @@ class Batch:
         E, N, T = self.live_ENT.shape
         return E, N, T
 
+    @property
+    def played_ET(self) -> Tensor:
+        """True at every turn that an episode had, whoever acted in it."""
+        return torch.arange(self.rewards_ET.shape[1]) < self.num_turns_E[:, None]
+
+    @property
+    def last_ET(self) -> Tensor:
+        """True at an episode's last turn."""
+        return torch.arange(self.rewards_ET.shape[1]) == self.num_turns_E[:, None] - 1
+
     def episodes_of(self, slots: Tensor, extra: bool = False) -> list[int]:
         """Numbers of the episodes that slots belong to; `extra` for slots that count T + 1 turns."""
         _, N, T = self.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import signal
 import time
@@ -102,7 +103,10 @@ class Trainer:
         with lock(self.folder), self._listen():
             self._restore()
             log = RunLog(
-                self.folder, tensorboard=self.config.run.tensorboard, resumed_at=self.iteration - (self.pending is not None)
+                self.folder,
+                tensorboard=self.config.run.tensorboard,
+                resumed_at=self.iteration,
+                pending=self.pending is not None,
             )
             display = Display(self.config.run.iterations, done=self.iteration, quiet=self.quiet)
             try:
@@ -172,7 +176,7 @@ class Trainer:
         log.episodes(self.iteration, result.episodes, suffix="-evaluation")
         record = result.summary()
         score = record["evaluation/reward"]
-        if self.best is None or score > self.best[0]:
+        if math.isfinite(score) and (self.best is None or score > self.best[0]):
             self.best = (score, self.iteration)
         display.say(f"held-out after {self.iteration} iterations: reward {score:.3f} over {len(result.played)} tasks")
         return record
