@@ -152,6 +152,21 @@ def test_some_runs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "matches none of the 6 runs" in capsys.readouterr().err
 
 
+def test_a_run_that_fails_does_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = RECIPE.replace('["parallel", "magrpo", "collm-cc"]', '["parallel", "magrpo"]').replace(
+        "seeds = [0, 1]", "seeds = [0]"
+    )
+    text = text.replace("learner.lr = 1e-3", 'team.model = "nowhere"')
+    out = tmp_path / "out"
+    assert main(["compare", str(write(tmp_path, text)), "--folder", str(out)]) == 2
+    shown = capsys.readouterr()
+    assert "1 of 2 runs failed and are missing from the results, the first with: collm: " in shown.err
+    assert "parallel" in shown.out
+    plain = json.loads((out / "results.json").read_text())
+    assert plain["missing"] == 1
+    assert [run["method"] for run in plain["runs"]] == ["parallel"]
+
+
 def made_up(folder: Path) -> Grid:
     """Three seeds of two methods, two rates of one of them: held-out rewards before and after by hand."""
     cells = []

@@ -110,11 +110,14 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(
         f"{len(wanted)} runs, {len(wanted) - len(waiting)} of them finished before; {plan.processes} at a time in {folder}"
     )
+    failed: list[Job] = []
     if not arguments.dry_run:
         with saved(folder / "results.json"):
             shutil.copyfile(recipe, folder / "recipe.toml")
-        work(waiting, plan.processes, console)
+        failed = work(waiting, plan.processes, console)
     found = read_grid(grid)
+    if failed and not found.results:
+        raise _failure(failed, waiting)
     if arguments.dry_run or not found.results:
         for job in wanted:
             console.print(f"{'finished' if job.finished else 'to do   '}  {job.cell.folder}", soft_wrap=True)
@@ -130,11 +133,21 @@ def run(arguments: argparse.Namespace) -> int:
         Console(file=file, width=200, highlight=False).print(*tables, sep="\n\n")
     if arguments.json:
         print(json.dumps(plain, allow_nan=False))
-        return 0
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(*tables, sep="\n\n")
-    for path in (folder / "results.json", *files):
-        console.print(f"wrote {path}", soft_wrap=True)
+    else:
+        Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(*tables, sep="\n\n")
+        for path in (folder / "results.json", *files):
+            console.print(f"wrote {path}", soft_wrap=True)
+    if failed:
+        raise _failure(failed, waiting)
     return 0
+
+
+def _failure(failed: list[Job], waiting: list[Job]) -> RunError:
+    last = Path(f"{failed[0].cell.folder}.log").read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
+    return RunError(
+        f"{len(failed)} of {len(waiting)} runs failed and are missing from the results, the first with: {last} Start again to "
+        "try them once more: finished runs are kept."
+    )
 
 
 def read_plan(recipe: Path, folder: Path) -> tuple[Plan, list[Job]]:
@@ -174,9 +187,10 @@ def read_plan(recipe: Path, folder: Path) -> tuple[Plan, list[Job]]:
     return plan, jobs
 
 
-def work(waiting: list[Job], processes: int, console: Console) -> None:
-    """Run the jobs, `processes` at a time. Raises RunError after the others have finished if one failed."""
-    started, done, failed = time.monotonic(), 0, []
+def work(waiting: list[Job], processes: int, console: Console) -> list[Job]:
+    """Run the jobs, `processes` at a time, and return those that failed."""
+    started, done = time.monotonic(), 0
+    failed: list[Job] = []
     running: dict[subprocess.Popen[bytes], Job] = {}
     queue = list(waiting)
     with _stoppable(running):
@@ -195,11 +209,7 @@ def work(waiting: list[Job], processes: int, console: Console) -> None:
                 numbers = "" if job in failed else f"  reward {read_result(job.cell).final[REWARD]:.3f}"
                 name = f"{job.cell.task} {job.cell.folder.name}"
                 console.print(f"{done}/{len(waiting)}  {name}{numbers}  {left:.1f} min left", soft_wrap=True)
-    if failed:
-        last = Path(f"{failed[0].cell.folder}.log").read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
-        raise RunError(
-            f"{len(failed)} of {len(waiting)} runs failed, the first with: {last} Start again: finished runs are kept."
-        )
+    return failed
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
