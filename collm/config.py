@@ -284,19 +284,22 @@ def _monte_carlo(about: str, advantage: str) -> Preset:
 
 
 _TD = {"critic": "joint", "advantage": "td_lambda"}
+_EXPLAINING = {**_TD, "lam": 0.9, "critic_lam": 0.9}
 _NUMBERS = {"metrics": True}
 ALGORITHMS = {
-    "collm-cc": Preset("one critic reads the joint history; TD error (arXiv:2601.21972)", _TD, _NUMBERS),
+    "collm-cc": Preset("one critic reads the joint history; TD(lambda) (arXiv:2601.21972)", _EXPLAINING, _NUMBERS),
     "collm-cc-paper": Preset(
-        "the setting of arXiv:2601.21972 to the letter: a critic of text alone, advantages z-scored per agent",
+        "the setting of arXiv:2601.21972 to the letter: a critic of text alone, TD error z-scored per agent",
         {**_TD, "normalize": "agent"},
     ),
-    "collm-dc": Preset("each agent has a critic that reads its own history; TD error", {**_TD, "critic": "own"}, _NUMBERS),
+    "collm-dc": Preset(
+        "each agent has a critic that reads its own history; TD(lambda)", {**_EXPLAINING, "critic": "own"}, _NUMBERS
+    ),
     "magrpo": _monte_carlo("return minus the mean of a task's siblings (arXiv:2508.04652)", "group_mean"),
     "marloo": _monte_carlo("return minus the mean of the other siblings (arXiv:2402.14740)", "leave_one_out"),
     "maremax": _monte_carlo("return minus the group's best; a biased baseline", "group_max"),
     "mareinforce": _monte_carlo("return, no baseline", "return"),
-    "ac": Preset("collm-cc with one agent", _TD, _NUMBERS),
+    "ac": Preset("collm-cc with one agent", _EXPLAINING, _NUMBERS),
     "grpo": _monte_carlo("magrpo with one agent (arXiv:2402.03300)", "group_mean"),
 }
 """An algorithm is a value: there is one trainer."""

@@ -408,7 +408,13 @@ def test_truncated_episodes_are_judged_by_what_the_critic_expects_next(tiny):
     done, cut = played([1.0, 1.0]), played([1.0, 1.0], truncated=True)
     for episode in (done, cut):
         episode.observations = {"agent_0": "and now?", "agent_1": "and now?"}
-    config = parse_config({"env": {"name": "agree"}, "algorithm": {"name": "collm-cc", "gamma": 0.5}, "critic": {"lr": 1e-9}})
+    config = parse_config(
+        {
+            "env": {"name": "agree"},
+            "algorithm": {"name": "collm-cc", "gamma": 0.5, "lam": 0.0, "critic_lam": 0.0},
+            "critic": {"lr": 1e-9},
+        }
+    )
     learner = Learner(
         Team({a: Policy(copy.deepcopy(tiny.model), tiny.tokenizer) for a in ("agent_0", "agent_1")}), config, Sampling()
     )
