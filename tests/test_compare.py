@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from test_reports import record, write_run
 
 from collm.cli.compare import read_plan
 from collm.cli.main import main
-from collm.errors import ConfigError
+from collm.errors import ConfigError, RunError
 from collm.reports.grid import Cell, Comparison, Grid, area_under, first_reaching, read_grid
 
 RECIPE = """
@@ -202,6 +204,30 @@ def test_lines_differences_and_thresholds_by_hand(tmp_path: Path) -> None:
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
 
 
+def test_what_is_written_stays_when_its_folder_is_gone(tmp_path: Path) -> None:
+    grid, written = made_up(tmp_path), tmp_path / "results.json"
+    grid.cells[0].folder.joinpath("final").rmdir()
+    grid = Grid([replace(cell, settings=f"of {cell.name}") for cell in grid.cells], "b", grid.thresholds)
+    before = read_grid(grid, written)
+    assert before.missing == 1
+    written.write_text(json.dumps(before.plain()))
+    shutil.rmtree(grid.cells[-1].folder)
+    grid.cells[0].folder.joinpath("final").mkdir()  # finished since
+    after = read_grid(grid, written)
+    assert after.missing == 0
+    assert after.results[1:] == before.results
+    assert after.plain()["runs"][1:] == before.plain()["runs"]
+
+    changed = [replace(cell, settings="others") for cell in grid.cells]
+    with pytest.raises(RunError, match=r"other settings than the recipe now has: b on task, learning rate 0.01, seed 2\."):
+        read_grid(Grid(changed, "b"), written)
+    with pytest.raises(RunError, match="that is not in the recipe: a on task"):
+        read_grid(Grid(grid.cells[3:], "b"), written)
+    written.write_text("{")
+    with pytest.raises(RunError, match="cannot be read"):
+        read_grid(grid, written)
+
+
 def test_two_seeds_give_no_interval_and_say_so(tmp_path: Path) -> None:
     grid = made_up(tmp_path)
     found = read_grid(Grid([cell for cell in grid.cells if cell.seed < 2], "b"))
@@ -258,6 +284,7 @@ def test_killed_in_the_middle_it_repeats_nothing_and_ends_the_same(tmp_path: Pat
     assert strip(json.loads(again.stdout)) == strip(json.loads(whole.stdout))
     assert strip(json.loads((folder / "results.json").read_text())) == strip(json.loads(whole.stdout))
     folder = folder.rename(tmp_path / "moved")  # where runs lie makes no other numbers
+    shutil.rmtree(folder / "two" / "magrpo-seed0")  # nor whether they still do
     moved = subprocess.run([*command, str(folder), "--dry-run"], capture_output=True, check=True, text=True)
     assert "6 runs, 6 of them finished before" in moved.stderr
     changed = recipe.read_text().replace("learner.lr = 1e-3", "learner.lr = 2e-3")

@@ -9,17 +9,19 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import hashlib
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from types import FrameType
@@ -31,7 +33,7 @@ from rich.console import Console
 from collm.config import ALGORITHMS, CRITIC_ONLY, Config, apply_overrides, parse_config
 from collm.errors import ConfigError, RunError
 from collm.reports.curves import draw_grid
-from collm.reports.grid import Cell, Grid, read_grid, read_result
+from collm.reports.grid import Cell, Comparison, Grid, read_grid, read_result
 from collm.reports.runs import saved
 from collm.reports.tables import REWARD, grid_tables
 
@@ -43,6 +45,9 @@ UNTRAINED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ALONE = ("ac", "grpo")
 """Algorithms that train one agent: the task is made for one."""
+
+
+RESULTS = "results.json"
 
 
 class Plan(BaseModel):
@@ -81,17 +86,18 @@ class Job:
         return Path(f"{self.cell.folder}.json")
 
     def check_unchanged(self) -> None:
-        """Raises RunError where the cell was begun with other settings: numbers of two recipes never mix. Where it lies, and
-        how its folder was named, makes no other numbers."""
-        if self.settings.is_file() and _placeless(json.loads(self.settings.read_bytes())) != _placeless(self.config.resolved()):
+        """Raises RunError where the cell was begun with other settings: numbers of two recipes never mix."""
+        if self.settings.is_file() and _digest(json.loads(self.settings.read_bytes())) != self.cell.settings:
             raise RunError(
                 f"{self.cell.folder} was begun with other settings than the recipe now has. Choose another --folder, or remove "
                 f"it and {self.settings.name} to run it anew."
             )
 
 
-def _placeless(settings: dict[str, Any]) -> dict[str, Any]:
-    return {**settings, "run": {**settings["run"], "folder": None}}
+def _digest(settings: dict[str, Any]) -> str:
+    """Of all settings but where the run lies, which makes no other numbers."""
+    placeless = {**settings, "run": {**settings["run"], "folder": None}}
+    return hashlib.sha256(json.dumps(placeless, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -106,27 +112,25 @@ def run(arguments: argparse.Namespace) -> int:
     wanted = [job for job in by_seed if fnmatch(f"{job.cell.task}/{job.cell.folder.name}", arguments.only or "*")]
     if not wanted:
         raise ConfigError(f"--only {arguments.only!r} matches none of the {len(jobs)} runs; --dry-run lists them.")
-    waiting = [job for job in wanted if not job.finished]
+    before = {result.cell for result in read_grid(grid, folder / RESULTS).results}
+    waiting = [job for job in wanted if job.cell not in before]
     console.print(
         f"{len(wanted)} runs, {len(wanted) - len(waiting)} of them finished before; {plan.processes} at a time in {folder}"
     )
     failed: list[Job] = []
     if not arguments.dry_run:
-        with saved(folder / "results.json"):
-            shutil.copyfile(recipe, folder / "recipe.toml")
-        failed = work(waiting, plan.processes, console)
-    found = read_grid(grid)
+        with saved(folder / RESULTS):
+            if not (folder / "recipe.toml").is_file() or not recipe.samefile(folder / "recipe.toml"):
+                shutil.copyfile(recipe, folder / "recipe.toml")
+        failed = work(waiting, plan.processes, console, lambda: _write(read_grid(grid, folder / RESULTS), folder))
+    found = read_grid(grid, folder / RESULTS)
     if failed and not found.results:
         raise _failure(failed, waiting)
     if arguments.dry_run or not found.results:
         for job in wanted:
-            console.print(f"{'finished' if job.finished else 'to do   '}  {job.cell.folder}", soft_wrap=True)
+            console.print(f"{'to do   ' if job in waiting else 'finished'}  {job.cell.folder}", soft_wrap=True)
         return 0
-    plain = found.plain()
-    with saved(folder / "results.json"):
-        aside = folder / "results.json.new"
-        aside.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        aside.replace(folder / "results.json")
+    plain = _write(found, folder)
     files = [draw_grid(found, task, folder / f"curves-{task}.png") for task in found.tasks]
     tables = grid_tables(found)
     with saved(folder / "table.txt"), (folder / "table.txt").open("w", encoding="utf-8") as file:
@@ -135,11 +139,21 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(plain, allow_nan=False))
     else:
         Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(*tables, sep="\n\n")
-        for path in (folder / "results.json", *files):
+        for path in (folder / RESULTS, *files):
             console.print(f"wrote {path}", soft_wrap=True)
     if failed:
         raise _failure(failed, waiting)
     return 0
+
+
+def _write(found: Comparison, folder: Path) -> dict[str, Any]:
+    """results.json, whole or not at all."""
+    plain = found.plain()
+    with saved(folder / RESULTS):
+        aside = folder / f"{RESULTS}.{os.getpid()}"
+        aside.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        aside.replace(folder / RESULTS)
+    return plain
 
 
 def _failure(failed: list[Job], waiting: list[Job]) -> RunError:
@@ -183,11 +197,11 @@ def read_plan(recipe: Path, folder: Path) -> tuple[Plan, list[Job]]:
         for rate, seed in itertools.product(rates, plan.seeds):
             cell = Cell(task, method, rate, seed, folder / task / _name(method, rate, seed))
             config = _settings(recipe, values.get("settings") or {}, tasks[task], methods, cell)
-            jobs.append(Job(cell, config, trained))
+            jobs.append(Job(replace(cell, settings=_digest(config.resolved())), config, trained))
     return plan, jobs
 
 
-def work(waiting: list[Job], processes: int, console: Console) -> list[Job]:
+def work(waiting: list[Job], processes: int, console: Console, after_each: Callable[[], Any]) -> list[Job]:
     """Run the jobs, `processes` at a time, and return those that failed."""
     started, done = time.monotonic(), 0
     failed: list[Job] = []
@@ -209,6 +223,7 @@ def work(waiting: list[Job], processes: int, console: Console) -> list[Job]:
                 numbers = "" if job in failed else f"  reward {read_result(job.cell).final[REWARD]:.3f}"
                 name = f"{job.cell.task} {job.cell.folder.name}"
                 console.print(f"{done}/{len(waiting)}  {name}{numbers}  {left:.1f} min left", soft_wrap=True)
+                after_each()
     return failed
 
 

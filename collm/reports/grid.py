@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from collm.errors import RunError
 from collm.reports.curves import Curves, explained_by_turn, held_out_curve, spread_by_turn, yardstick_by_turn
 from collm.reports.intervals import Interval, interval
 from collm.reports.runs import read_evaluation, read_run
@@ -22,13 +24,21 @@ SEEDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run of a comparison: a method with one learning rate (None: the task's own) and one seed on one task."""
+    """One run of a comparison: a method with one learning rate (None: the task's own) and one seed on one task.
+
+    folder: its run directory; settings: a digest of all its settings but where it lies.
+    """
 
     task: str
     method: str
     rate: float | None
     seed: int
     folder: Path
+    settings: str = ""
+
+    @property
+    def name(self) -> tuple[str, str, float | None, int]:
+        return self.task, self.method, self.rate, self.seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +82,7 @@ class Result:
             "method": cell.method,
             "learning_rate": cell.rate,
             "seed": cell.seed,
+            "settings": cell.settings,
             "curve": [list(point) for point in zip(self.joint_actions_K, self.rewards_K, strict=True)],
             "final": {name: value if math.isfinite(value) else None for name, value in self.final.items()},
             "area": self.area,
@@ -81,6 +92,22 @@ class Result:
             "explained_variance": {str(turn): share for turn, share in self.explained.items()},
             "yardstick": {str(turn): share for turn, share in self.yardstick.items()},
         }
+
+    @classmethod
+    def from_plain(cls, cell: Cell, plain: Mapping[str, Any]) -> Result:
+        """The inverse of `plain`, exactly."""
+        at, rewards = zip(*plain["curve"], strict=True)
+        return cls(
+            cell,
+            at,
+            rewards,
+            {name: math.nan if value is None else value for name, value in plain["final"].items()},
+            plain["tokens_per_episode"],
+            plain["joint_actions"],
+            plain["seconds"],
+            {int(turn): share for turn, share in plain["explained_variance"].items()},
+            {int(turn): share for turn, share in plain["yardstick"].items()},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +250,46 @@ class Comparison:
         return {"missing": self.missing, "tasks": tasks, "runs": [result.plain() for result in self.results]}
 
 
-def read_grid(grid: Grid) -> Comparison:
-    """The finished runs of a grid. Raises RunError where one is damaged."""
-    return Comparison(grid, [read_result(cell) for cell in grid.cells if (cell.folder / "final").is_dir()])
+def read_grid(grid: Grid, written: Path | None = None) -> Comparison:
+    """The finished runs of a grid, as `written` (a results.json) has them or from their folders.
+
+    What is written stays although its folder is gone. Raises RunError where a run is damaged, or only written and with
+    other settings or by a recipe that asked for more.
+    """
+    known = {} if written is None else _read_written(written)
+    cells = {cell.name: cell for cell in grid.cells}
+    results = {}
+    for name, run in known.items():
+        cell = cells.get(name)
+        if cell is not None and cell.settings == run.get("settings"):
+            results[name] = Result.from_plain(cell, run)
+        elif cell is None or not _finished(cell):
+            why = "is not in the recipe" if cell is None else "was made with other settings than the recipe now has"
+            task, method, rate, seed = name
+            raise RunError(
+                f"{written} has numbers of a run that {why}: {method} on {task}, learning rate {rate}, seed {seed}. "
+                f"Choose another --folder, or remove {written} to run it anew."
+            )
+    for name, cell in cells.items():
+        if name not in results and _finished(cell):
+            results[name] = read_result(cell)
+    return Comparison(grid, [results[name] for name in cells if name in results])
+
+
+def _finished(cell: Cell) -> bool:
+    return (cell.folder / "final").is_dir()
+
+
+def _read_written(path: Path) -> dict[tuple[str, str, float | None, int], dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    try:
+        runs = json.loads(path.read_bytes())["runs"]
+        return {(run["task"], run["method"], run["learning_rate"], run["seed"]): run for run in runs}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path} cannot be read as a comparison's results: {error!r}. Remove it to go on from the run folders."
+        ) from error
 
 
 def read_result(cell: Cell) -> Result:
