@@ -76,12 +76,32 @@ def test_the_yardstick_is_the_adjusted_share_within_tasks():
     yardstick = Yardstick(3, 2)
     wide = torch.tensor(np.c_[x, np.ones(48)]), torch.tensor(y), torch.tensor(tasks)  # a number that never varies is no number
     assert yardstick.measure(0, *wide) == pytest.approx(expected, abs=1e-6)
-    assert yardstick.measure(0, *wide) == pytest.approx(1 - (1 - expected) * 34 / 36 * 68.4 / 66.4, abs=1e-6)  # 36 + 0.9 * 36
+    left = 68.4 - 2 * (36 + 0.81 * 36) / 68.4  # 68.4 = 36 + 0.9 * 36
+    assert yardstick.measure(0, *wide) == pytest.approx(1 - (1 - expected) * 34 / 36 * 68.4 / left, abs=1e-6)
     assert math.isnan(yardstick.measure(1, wide[0][::4], wide[1][::4], wide[2][::4]))  # each task once
     assert yardstick.free.tolist() == pytest.approx([68.4, 0.0])
+    assert yardstick.squared.tolist() == pytest.approx([65.16, 0.0])
     again = Yardstick(3, 2)
     again.load_state_dict(yardstick.state_dict())
     assert again.measure(5, *wide) == yardstick.measure(1, *wide)  # turns beyond the last share its moments
+
+
+def test_the_yardstick_is_right_on_average_although_old_samples_fade():
+    """Eight numbers, four pairs an iteration: what they truly explain (0, or half) is told without bias; taking away eight
+    degrees of freedom, as if all samples weighed alike, would tell 0.1 too little."""
+    rng = np.random.default_rng(0)
+    tasks = torch.arange(4).repeat(2)
+    for true in (0.0, 0.5):
+        found = []
+        for _ in range(40):
+            yardstick = Yardstick(8, 1)
+            for step in range(50):
+                x = rng.normal(size=(8, 8))
+                y = math.sqrt(true / 8) * x.sum(1) + math.sqrt(1 - true) * rng.normal(size=8)
+                share = yardstick.measure(0, torch.tensor(x), torch.tensor(y), tasks)
+                if step >= 30:
+                    found.append(share)
+        assert np.mean(found) == pytest.approx(true, abs=0.05)
 
 
 def test_nothing_is_expected_before_the_first_sample():

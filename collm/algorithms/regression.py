@@ -55,16 +55,19 @@ class Moments(nn.Module):
         slopes = self._slopes(strength)
         return ((features_SM.double() - self.mean[:M]) @ slopes + self.mean[M]).to(features_SM)
 
-    def explained(self, free: float) -> float:
-        """Share of the target's variance that least squares explains, corrected for the number of features that vary.
+    def explained(self, free: float, squared: float) -> float:
+        """Share of the target's variance that least squares explains, corrected for the number M of features that vary.
 
-            1 - (SSR / (free - M)) / (SST / free)
+            1 - (SSR / (free - M squared / free)) / (SST / free)
 
-        NaN where nothing varies or too little is known. Args: free: independent samples behind these moments.
+        NaN where nothing varies or too little is known.
+
+        Args: free, squared: sum_s w_s and sum_s w_s^2 over the independent samples behind these moments and their weights w_s (as
+        they have faded): slopes fitted with these weights miss sum_s w_s - M sum_s w_s^2 / sum_s w_s variances of the noise.
         """
         M = self.num_features
         slopes, total = self._slopes(0.0), self.second[M, M].item()
-        used = int((slopes != 0).sum())
+        used = int((slopes != 0).sum()) * squared / max(free, 1e-12)
         if total < 1e-12 or free - used < 1:
             return float("nan")
         missed = total - (2 * self.second[:M, M] - self.second[:M, :M] @ slopes) @ slopes
@@ -93,12 +96,14 @@ class Yardstick(nn.Module):
     """
 
     free: Tensor
+    squared: Tensor
 
     def __init__(self, num_features: int, turns: int, *, keep: float = 0.9):
         super().__init__()
         self.keep = keep
         self.turns = nn.ModuleList(Moments(num_features) for _ in range(turns))
         self.register_buffer("free", torch.zeros(turns, dtype=torch.float64))
+        self.register_buffer("squared", torch.zeros(turns, dtype=torch.float64))
 
     def measure(self, turn: int, features_SM: Tensor, returns_S: Tensor, tasks_S: Tensor) -> float:
         """Count an iteration's samples (S,) of a turn, then tell the share; NaN where too few tasks were played twice.
@@ -108,10 +113,13 @@ class Yardstick(nn.Module):
         turn = min(turn, len(self.turns) - 1)
         moments = self.turns[turn]
         assert isinstance(moments, Moments)
-        centred = torch.stack([without_task_means(column, tasks_S) for column in features_SM.T], 1)
-        moments.add(centred, without_task_means(returns_S, tasks_S), self.keep)
-        self.free[turn] = self.keep * self.free[turn] + len(tasks_S) - len(torch.unique(tasks_S))
-        return moments.explained(self.free[turn].item())
+        free = len(tasks_S) - len(torch.unique(tasks_S))
+        if free:
+            centred = torch.stack([without_task_means(column, tasks_S) for column in features_SM.T], 1)
+            moments.add(centred, without_task_means(returns_S, tasks_S), self.keep)
+            self.free[turn] = self.keep * self.free[turn] + free
+            self.squared[turn] = self.keep**2 * self.squared[turn] + free
+        return moments.explained(self.free[turn].item(), self.squared[turn].item())
 
 
 class TurnRegression(nn.Module):

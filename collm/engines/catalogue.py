@@ -14,4 +14,4 @@ def make_engine(team: Team, rollout: RolloutSettings) -> Engine:
         from collm.engines.vllm import VllmEngine
 
         return VllmEngine(team, rollout.vllm)
-    return LocalEngine(team, batch_tokens=rollout.batch_tokens)
+    return LocalEngine(team, batch_tokens=rollout.batch_tokens, remember=True)

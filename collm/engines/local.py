@@ -1,22 +1,21 @@
 """In-process generation, batched over episodes and agents.
 
 The loop is written out, rather than left to `transformers`, for three things: log-probs under the sampling distribution, random
-numbers that belong to the request and not to the batch, and rows that leave the batch when they are done.
+numbers that belong to the request and not to the batch, and rows that leave the batch when they are done. What was read of a
+history is not read again in the next turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from collm.algorithms.logprobs import sample
+from collm.engines.kv_cache import GrowingCache, Layers, Memory, attends_to_all, new_cache
 from collm.models.policy import Policy, compute_in
 from collm.models.team import Team
 from collm.types import Completion, Ids, Request, Sampling
@@ -25,17 +24,26 @@ from collm.types import Completion, Ids, Request, Sampling
 class LocalEngine:
     """Generates with the team's own weights, in this process.
 
-    batch_tokens: prompt and answer tokens held in one batch at most; it bounds the memory of the key-value cache.
+    batch_tokens: prompt and answer tokens held at most; it bounds the memory of the key-value cache. remember: hold keys and
+    values of what was answered last, until `load` or `rest`, for prompts that go on from there. They take half of batch_tokens
+    at most: of a call too large for that nothing is held.
     """
 
     trains = True
 
-    def __init__(self, team: Team, *, batch_tokens: int = 1 << 17):
+    def __init__(self, team: Team, *, batch_tokens: int = 1 << 17, remember: bool = False):
         self.team = team
         self.batch_tokens = batch_tokens
+        self.remember = remember
+        self._memories: dict[tuple[int, Sampling], Memory] = {}
 
     def load(self, team: Team) -> None:
         self.team = team
+        self._memories.clear()
+
+    def rest(self) -> None:
+        """Forget what was read."""
+        self._memories.clear()
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -50,18 +58,31 @@ class LocalEngine:
                 if len(prompts[i]) + sampling.max_tokens > policy.max_positions:
                     completions[i] = _too_long(requests[i], len(prompts[i]), policy.max_positions)
             rows = sorted((i for i in rows if i not in completions), key=lambda i: -len(prompts[i]))
+            before = self._memories.pop((id(policy), sampling), None)
+            held = sum(memory.tokens for memory in self._memories.values())
+            size = sum(len(prompts[i]) + sampling.max_tokens for i in rows)
+            after = Memory() if self.remember and _continues(policy) and held + size <= self.batch_tokens // 2 else None
+            if after is None:
+                before = None
             while rows:
-                count = max(1, self.batch_tokens // (len(prompts[rows[0]]) + sampling.max_tokens))
+                count = max(1, (self.batch_tokens - held) // (len(prompts[rows[0]]) + sampling.max_tokens))
                 batch, rows = rows[:count], rows[count:]
                 uniforms = np.stack([_uniforms(requests[i].seed, sampling.max_tokens) for i in batch])
-                answers = decode(policy, [prompts[i] for i in batch], torch.from_numpy(uniforms), sampling)
+                answers = decode(policy, [prompts[i] for i in batch], torch.from_numpy(uniforms), sampling, before, after)
                 for i, (ids, logprobs) in zip(batch, answers, strict=True):
                     stopped = bool(len(ids)) and int(ids[-1]) in policy.stop_ids
                     text = policy.chat.decode(ids.tolist())
                     completions[i] = Completion(
                         requests[i].agent, text, prompts[i], ids, logprobs, "stop" if stopped else "length"
                     )
+            if after is not None:
+                self._memories[id(policy), sampling] = after
         return [completions[i] for i in range(len(requests))]
+
+
+def _continues(policy: Policy) -> bool:
+    """Whether a prompt can go on from a former one and what was read of that can be used again."""
+    return policy.chat.grows and attends_to_all(policy)
 
 
 def _too_long(request: Request, length: int, limit: int) -> Completion:
@@ -77,10 +98,20 @@ def _uniforms(seed: int, length: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=seed)).random(length, dtype=np.float32)
 
 
-def decode(policy: Policy, prompts: Sequence[Ids], uniforms_BT: Tensor, sampling: Sampling) -> list[tuple[Ids, np.ndarray]]:
+def decode(
+    policy: Policy,
+    prompts: Sequence[Ids],
+    uniforms_BT: Tensor,
+    sampling: Sampling,
+    before: Memory | None = None,
+    after: Memory | None = None,
+) -> list[tuple[Ids, np.ndarray]]:
     """Sample an answer to every prompt: a list of (ids (L,), log-probs (L,)), end-of-text included where sampled.
 
-    Args: uniforms_BT: (B, max_tokens), the random number of each token of each answer.
+    Args:
+        uniforms_BT: (B, max_tokens), the random number of each token of each answer.
+        before: what an earlier call read, used where a prompt goes on from there; None: nothing.
+        after: takes what this call reads; None: it is not kept.
     """
     device = policy.device
     num, longest = len(prompts), max(map(len, prompts))
@@ -96,6 +127,16 @@ def decode(policy: Policy, prompts: Sequence[Ids], uniforms_BT: Tensor, sampling
     uniforms_BT, mask_UL = uniforms_BT.to(device), mask_UL.to(device)
     positions_UL = (mask_UL[:, :longest].cumsum(-1) - 1).clamp_min(0)
     cache = new_cache(policy, longest + sampling.max_tokens)
+    known = [None if before is None else before.find(prompt) for prompt in distinct.values()]
+    told = longest  # columns on the right that are yet to be read: as many of every row, so that the batch is a rectangle
+    if any(known):
+        assert isinstance(cache, GrowingCache)
+        told = max(
+            len(prompt) - (layers[0][0].shape[1] if layers else 0)
+            for prompt, layers in zip(distinct.values(), known, strict=True)
+        )
+        if told < longest:
+            cache.begin(known, [len(prompt) - told for prompt in distinct.values()], longest - told)
 
     def read(ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor) -> Tensor:
         """Hidden states (B, D) after the last of `ids_BL`, which the cache then holds too."""
@@ -109,7 +150,9 @@ def decode(policy: Policy, prompts: Sequence[Ids], uniforms_BT: Tensor, sampling
             )
         return output.last_hidden_state[:, -1]
 
-    hidden_BD = read(ids_UL.to(device), mask_UL[:, :longest], positions_UL)[spread_B]
+    new = slice(longest - told, longest)
+    hidden_BD = read(ids_UL[:, new].to(device), mask_UL[:, :longest], positions_UL[:, new])[spread_B]
+    del known
     if len(distinct) < num:
         cache.batch_select_indices(spread_B)
     mask_BL, position_B = mask_UL[spread_B], positions_UL[spread_B, -1]
@@ -119,6 +162,16 @@ def decode(policy: Policy, prompts: Sequence[Ids], uniforms_BT: Tensor, sampling
     stops = torch.tensor(policy.stop_ids, device=device)
     rows_B = torch.arange(num, device=device)  # which request each row of the shrinking batch answers
     live_B = torch.ones(num, dtype=torch.bool, device=device)
+    kept: dict[int, Layers] = {}
+
+    def keep(leaving: Tensor) -> None:
+        """Set aside what was read of these rows of the shrinking batch: the prompt and all of the answer but its last token."""
+        if after is not None:
+            assert isinstance(cache, GrowingCache)
+            requests = rows_B[leaving]
+            for row, i, length in zip(leaving.tolist(), requests.tolist(), lengths_B[requests].tolist(), strict=True):
+                kept[i] = cache.row(row, longest - len(prompts[i]), longest + length - 1)
+
     for step in range(sampling.max_tokens):
         logits_BV = policy.logits(hidden_BD).float()
         next_B, logp_B = sample(logits_BV, uniforms_BT[rows_B, step], **sampling.distribution())
@@ -131,60 +184,17 @@ def decode(policy: Policy, prompts: Sequence[Ids], uniforms_BT: Tensor, sampling
         if num_live == 0 or step + 1 == sampling.max_tokens:
             break
         if num_live <= 0.8 * len(live_B):
-            keep = live_B.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            rows_B, mask_BL, next_B, position_B = rows_B[keep], mask_BL[keep], next_B[keep], position_B[keep]
-            live_B = live_B[keep]
+            keep((~live_B).nonzero()[:, 0])
+            staying = live_B.nonzero()[:, 0]
+            cache.batch_select_indices(staying)
+            rows_B, mask_BL, next_B, position_B = rows_B[staying], mask_BL[staying], next_B[staying], position_B[staying]
+            live_B = live_B[staying]
         position_B = position_B + 1
         hidden_BD = read(next_B[:, None], mask_BL[:, : longest + step + 1], position_B[:, None])
+    keep(torch.arange(len(rows_B), device=device))
     tokens, logps = tokens_BT.cpu().numpy().astype(np.int32), logps_BT.cpu().numpy()
-    return [(tokens[i, :length].copy(), logps[i, :length].copy()) for i, length in enumerate(lengths_B.tolist())]
-
-
-def new_cache(policy: Policy, length: int) -> DynamicCache:
-    """A cache for `length` tokens; models with sliding windows or other special layers keep the kind they ask for."""
-    config = policy.model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    if set(kinds) == {"full_attention"} and getattr(config, "sliding_window", None) is None:
-        return GrowingCache(length)
-    return DynamicCache(config=config)
-
-
-class _GrowingLayer(DynamicLayer):
-    """Keys and values in a buffer of the final length: a new token is written in place, not concatenated."""
-
-    def __init__(self, length: int):
-        super().__init__()
-        self.length, self.used = length, 0
-        self.is_initialized = False
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            B, H, _, D = key_states.shape
-            self.buffers = [states.new_empty(B, H, self.length, D) for states in (key_states, value_states)]
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        end = self.used + key_states.shape[-2]
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.used : end] = states
-        self.used = end
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.buffers = [buffer[indices] for buffer in self.buffers]
-        self.keys, self.values = (buffer[:, :, : self.used] for buffer in self.buffers)
-
-
-class GrowingCache(DynamicCache):
-    """A key-value cache that knows its final length."""
-
-    def __init__(self, length: int):
-        super().__init__()
-        self.length = length
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        while len(self.layers) <= layer_idx:
-            self.layers.append(_GrowingLayer(self.length))
-        return self.layers[layer_idx].update(key_states, value_states)
+    answers = [(tokens[i, :length].copy(), logps[i, :length].copy()) for i, length in enumerate(lengths_B.tolist())]
+    for i, layers in kept.items():
+        assert after is not None
+        after.add(np.concatenate([prompts[i], answers[i][0]]), layers)
+    return answers
