@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from test_reports import record, write_run
 
 from collm.cli.compare import read_plan
 from collm.cli.main import main
 from collm.errors import ConfigError, RunError
 from collm.reports.grid import Cell, Comparison, Grid, area_under, first_reaching, read_grid
+from collm.reports.tables import grid_tables
 
 RECIPE = """
 [compare]
@@ -128,6 +131,7 @@ def test_single_agent_methods_get_a_task_for_one(tmp_path: Path) -> None:
         ("seeds =", "seed =", "compare.seed"),
         ('"collm-cc"]', '"collm-c"]', "no method 'collm-c'"),
         ("two = 0.9", "three = 0.9", "thresholds names 'three'"),
+        ("every = 1", "every = 0", "evaluation.every=0 leaves nothing to compare"),
         ("tasks = 8", "tasks = 6", "no whole number of groups of 4"),
         ("learner.lr = 1e-3", "learner.rl = 1e-3", "unknown setting 'learner.rl'. Did you mean 'learner.lr'"),
         ('env = {name = "agree"}', 'recipe = "absent.toml"', "cannot be read"),
@@ -194,9 +198,13 @@ def test_lines_differences_and_thresholds_by_hand(tmp_path: Path) -> None:
     differences = found.differences("task")["a"]["area"]
     assert differences.mean == pytest.approx((0.15 + 0.05 + 0.1) / 3)
     assert differences.low == pytest.approx(0.05)
+    student = found.differences("task")["a"]["area, Student's t"]  # deviations of 0.15, 0.05, 0.1: s = 0.05
+    assert (student.mean, student.high) == (pytest.approx(0.1), pytest.approx(0.1 + 4.303 * 0.05 / 3**0.5))
     assert found.overtaken("task") == {"a": pytest.approx(0.4 / 0.6)}  # straight from 0 to 0.6, where a ends at 0.4
     never = Comparison(Grid(found.grid.cells, "a"), found.results)
     assert never.overtaken("task") == {"b": None}
+    fell = Comparison(found.grid, [replace(r, rewards_K=(0.5, 0.2)) if r.cell.method == "a" else r for r in found.results])
+    assert fell.overtaken("task") == {}  # nothing to reach
     plain: dict[str, Any] = found.plain()
     assert plain["missing"] == 0
     assert plain["tasks"]["task"]["methods"]["a"]["joint_actions_to_threshold"] == [None, None, pytest.approx(30.0)]
@@ -236,23 +244,46 @@ def test_two_seeds_give_no_interval_and_say_so(tmp_path: Path) -> None:
     assert "a bootstrap over seeds needs at least 3" in area.note
 
 
+def test_failed_episodes_are_counted_and_shown(tmp_path: Path) -> None:
+    grid = made_up(tmp_path)
+    lost = [record("one", 1.0, tokens=7), {**record("two", 0.0, tokens=7), "failure": "no room"}]
+    shutil.rmtree(grid.cells[0].folder)
+    write_run(grid.cells[0].folder, {0: lost[:1], 4: lost})
+    (grid.cells[0].folder / "final").mkdir()
+    found = read_grid(grid)
+    assert [result.failed for result in found.results] == [1] + 8 * [0]
+    text = io.StringIO()
+    Console(file=text, width=200).print(*grid_tables(found))
+    assert "held-out episodes that failed, left out of all numbers: a 1" in text.getvalue()
+    assert "Student's t" in text.getvalue()
+
+
+def test_a_run_without_evaluation_is_refused_by_name(tmp_path: Path) -> None:
+    grid = made_up(tmp_path)
+    for path in grid.cells[0].folder.rglob("*evaluation*"):
+        path.unlink()
+    with pytest.raises(RunError, match="no held-out evaluation to compare"):
+        read_grid(grid)
+
+
 def test_what_critics_explain_is_that_of_the_second_half_over_seeds(tmp_path: Path) -> None:
     cells = []
     for seed in range(3):
         cell = Cell("task", "a", None, seed, tmp_path / f"a-{seed}")
-        shares = [None, -9.0, -9.0, 0.1 + seed, None]  # iterations 0 to 4, the first without a critic's word
+        shares = [None, -9.0, None, -9.0, 0.1 + seed]  # up to 0, 10, 20, 30, 40 joint actions
         metrics = [{"critic/explained_within_tasks_turn_1": share, "yardstick_turn_1": share} for share in shares]
         for number, row in enumerate(metrics):
             row["critic/explained_variance_turn_1"] = 0.0
             row["critic/explained_within_tasks_turn_0"] = row["critic/explained_variance_turn_0"] = 0.5 * number
-            row["spread_turn_0"] = [9.0, 9.0, 1.0, 3.0, 0.0][number]  # what there was to explain
+            row["spread_turn_0"] = [9.0, 9.0, 0.0, 1.0, 3.0][number]  # what there was to explain
         write_run(cell.folder, {0: [record("one", 0.0, tokens=7)]}, metrics)
         (cell.folder / "final").mkdir()
         cells.append(cell)
     line = read_grid(Grid(cells, "a")).lines("task")[0]
     assert line.results[2].explained[1] == line.results[2].yardstick[1] == pytest.approx((2.1 - 9.0) / 2)
-    assert line.results[2].explained[0] == pytest.approx((1 * 1.0 + 3 * 1.5) / 4)
+    assert line.results[2].explained[0] == pytest.approx((1 * 1.5 + 3 * 2.0) / 4)
     assert line.explained[1].mean == pytest.approx((1.1 - 9.0) / 2)
+    assert line.results[0].judged == "within tasks"
 
 
 def strip(plain: Any) -> Any:

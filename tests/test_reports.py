@@ -240,8 +240,13 @@ def test_a_critic_is_shown_within_tasks_where_tasks_repeat_and_beside_its_yardst
     metrics = [{name.format(0): value for name, value in zip(names, (0.9, 0.3, 0.4), strict=True)}]
     metrics += [{name.format(1): value for name, value in zip(names, (0.8, None, None), strict=True)}]
     run = read_run(write_run(tmp_path / "run", {0: [record("a", 1.0)], 1: [record("a", 2.0)]}, metrics))
-    assert {turn: y.tolist() for turn, (_, y) in explained_by_turn(run).items()} == {0: [0.3], 1: [0.8]}
+    assert {turn: y.tolist() for turn, (_, y) in explained_by_turn(run).items()} == {0: [0.3]}
     assert {turn: y.tolist() for turn, (_, y) in yardstick_by_turn(run).items()} == {0: [0.4]}
+    rows = ((0.7, -9.0, 0.4), (0.8, None, None), (0.8, None, None))
+    chance = [{name.format(0): value for name, value in zip(names, row, strict=True)} for row in rows]
+    once = read_run(write_run(tmp_path / "once", {0: [record("a", 1.0)], 3: [record("a", 2.0)]}, chance))
+    assert {turn: y.tolist() for turn, (_, y) in explained_by_turn(once).items()} == {0: [0.7, 0.8, 0.8]}
+    assert yardstick_by_turn(once) == {}
     assert draw_curves([run], tmp_path / "curves.png").stat().st_size > 10_000
 
 

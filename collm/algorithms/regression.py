@@ -62,8 +62,8 @@ class Moments(nn.Module):
 
         NaN where nothing varies or too little is known.
 
-        Args: free, squared: sum_s w_s and sum_s w_s^2 over the independent samples behind these moments and their weights w_s (as
-        they have faded): slopes fitted with these weights miss sum_s w_s - M sum_s w_s^2 / sum_s w_s variances of the noise.
+        Args: free, squared: sum_s w_s and sum_s w_s^2 over the independent samples behind these moments, w_s the weight left of
+        each: what slopes fitted with these weights leave of pure noise is sum_s w_s - M sum_s w_s^2 / sum_s w_s variances.
         """
         M = self.num_features
         slopes, total = self._slopes(0.0), self.second[M, M].item()

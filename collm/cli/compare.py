@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import fcntl
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -33,7 +33,7 @@ from rich.console import Console
 from collm.config import ALGORITHMS, CRITIC_ONLY, Config, apply_overrides, parse_config
 from collm.errors import ConfigError, RunError
 from collm.reports.curves import draw_grid
-from collm.reports.grid import Cell, Comparison, Grid, read_grid, read_result
+from collm.reports.grid import Cell, Grid, read_grid, read_result
 from collm.reports.runs import saved
 from collm.reports.tables import REWARD, grid_tables
 
@@ -90,7 +90,7 @@ class Job:
         if self.settings.is_file() and _digest(json.loads(self.settings.read_bytes())) != self.cell.settings:
             raise RunError(
                 f"{self.cell.folder} was begun with other settings than the recipe now has. Choose another --folder, or remove "
-                f"it and {self.settings.name} to run it anew."
+                f"it, {self.settings.name} and {RESULTS} to run it anew."
             )
 
 
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         with saved(folder / RESULTS):
             if not (folder / "recipe.toml").is_file() or not recipe.samefile(folder / "recipe.toml"):
                 shutil.copyfile(recipe, folder / "recipe.toml")
-        failed = work(waiting, plan.processes, console, lambda: _write(read_grid(grid, folder / RESULTS), folder))
+        failed = work(waiting, plan.processes, console, lambda: _write(grid, folder))
     found = read_grid(grid, folder / RESULTS)
     if failed and not found.results:
         raise _failure(failed, waiting)
@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
         for job in wanted:
             console.print(f"{'to do   ' if job in waiting else 'finished'}  {job.cell.folder}", soft_wrap=True)
         return 0
-    plain = _write(found, folder)
+    plain = _write(grid, folder)
     files = [draw_grid(found, task, folder / f"curves-{task}.png") for task in found.tasks]
     tables = grid_tables(found)
     with saved(folder / "table.txt"), (folder / "table.txt").open("w", encoding="utf-8") as file:
@@ -146,11 +146,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _write(found: Comparison, folder: Path) -> dict[str, Any]:
-    """results.json, whole or not at all."""
-    plain = found.plain()
-    with saved(folder / RESULTS):
-        aside = folder / f"{RESULTS}.{os.getpid()}"
+def _write(grid: Grid, folder: Path) -> dict[str, Any]:
+    """All that has finished into results.json, whole or not at all; two commands may work on one folder."""
+    with saved(folder / RESULTS), (folder / f"{RESULTS}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        plain = read_grid(grid, folder / RESULTS).plain()
+        aside = folder / f"{RESULTS}.new"
         aside.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         aside.replace(folder / RESULTS)
     return plain
@@ -303,6 +304,10 @@ def _settings(recipe: Path, common: Mapping[str, Any], task: Any, methods: Mappi
         fixed |= {"learner.lr": cell.rate, "critic.lr": cell.rate}
     apply_overrides(values, fixed)
     config = parse_config(values)
+    if method in ALGORITHMS and not config.evaluation.every:
+        raise ConfigError(
+            f"{recipe}: evaluation.every=0 leaves nothing to compare ({cell.method} on {cell.task}). Set it above 0."
+        )
     size = config.algorithm.group_size
     if method in ALGORITHMS and size > 1 and config.rollout.tasks == (tasks or config.rollout.tasks):
         if config.rollout.tasks % size:

@@ -78,29 +78,33 @@ def run_names(runs: Sequence[Run]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 
 
+def repeats_tasks(run: Run) -> bool:
+    """Whether tasks are played more than once an iteration, so that there is variance within tasks to explain: by design, or in
+    at least half of the iterations (now and then it also happens by chance)."""
+    within = _by_turn(run, "within")
+    often = bool(within) and bool(np.isfinite(within[min(within)][1]).mean() >= 0.5)
+    return often or run.config["algorithm"].get("group_size", 1) > 1
+
+
 def explained_by_turn(run: Run) -> Curves:
     """The share of the return's variance within tasks that the critic explains, the mean over several critics.
 
-    Where tasks never repeat within an iteration it is the share of all variance, differences between tasks included. A share
+    Where tasks do not repeat within an iteration it is the share of all variance, differences between tasks included. A share
     that does not exist (no variance to explain) is NaN: a gap in the curve.
     """
-    within = _by_turn(run, "within")
-    return {turn: within[turn] if _known(within, turn) else found for turn, found in _by_turn(run, "all").items()}
+    found = _by_turn(run, "within" if repeats_tasks(run) else "all")
+    return {turn: curve for turn, curve in found.items() if np.isfinite(curve[1]).any()}
 
 
 def yardstick_by_turn(run: Run) -> Curves:
-    """What least squares on the world's own numbers explains of the variance within tasks, at turns where it is known."""
-    found = _by_turn(run, "yardstick")
-    return {turn: curve for turn, curve in found.items() if _known(found, turn)}
+    """What least squares on the world's own numbers explains of the variance within tasks; empty where tasks do not repeat."""
+    found = _by_turn(run, "yardstick") if repeats_tasks(run) else {}
+    return {turn: curve for turn, curve in found.items() if np.isfinite(curve[1]).any()}
 
 
 def spread_by_turn(run: Run) -> Curves:
     """How much there was to explain within tasks: squared deviations of returns from their task's mean, summed."""
     return _by_turn(run, "spread")
-
-
-def _known(curves: Curves, turn: int) -> bool:
-    return turn in curves and bool(np.isfinite(curves[turn][1]).any())
 
 
 def _by_turn(run: Run, what: str) -> Curves:

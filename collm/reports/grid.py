@@ -13,9 +13,16 @@ from typing import Any
 import numpy as np
 
 from collm.errors import RunError
-from collm.reports.curves import Curves, explained_by_turn, held_out_curve, spread_by_turn, yardstick_by_turn
-from collm.reports.intervals import Interval, interval
-from collm.reports.runs import read_evaluation, read_run
+from collm.reports.curves import (
+    Curves,
+    explained_by_turn,
+    held_out_curve,
+    repeats_tasks,
+    spread_by_turn,
+    yardstick_by_turn,
+)
+from collm.reports.intervals import Interval, interval, student
+from collm.reports.runs import Run, read_episodes, read_evaluation, read_run
 from collm.reports.tables import REWARD, scores
 
 SEEDS = 3
@@ -55,9 +62,10 @@ class Result:
     """One finished run in numbers, over the held-out tasks, each once.
 
     joint_actions_K, rewards_K: (K,) the held-out curve. final: measure -> mean after training, "reward" first.
-    tokens: sampled per held-out episode. joint_actions, seconds: of training. explained, yardstick: turn -> share of the
-    return's variance within tasks that the critics, and a regression on the world's own numbers, explain before that turn, over
-    all of the second half of training; empty without a critic.
+    tokens: sampled per held-out episode. joint_actions, seconds: of training. failed: held-out episodes that were not played to
+    their end, over all evaluations; they count nowhere. explained, yardstick: turn -> share of the return's variance that the
+    critics, and a regression on the world's own numbers, explain before that turn, over all of the second half of training;
+    empty without a critic. judged: which variance that is, and whether the critics had read the turn's answers.
     """
 
     cell: Cell
@@ -67,6 +75,8 @@ class Result:
     tokens: float
     joint_actions: int
     seconds: float
+    failed: int
+    judged: str
     explained: Mapping[int, float]
     yardstick: Mapping[int, float]
 
@@ -89,6 +99,8 @@ class Result:
             "tokens_per_episode": self.tokens,
             "joint_actions": self.joint_actions,
             "seconds": self.seconds,
+            "failed_episodes": self.failed,
+            "judged": self.judged,
             "explained_variance": {str(turn): share for turn, share in self.explained.items()},
             "yardstick": {str(turn): share for turn, share in self.yardstick.items()},
         }
@@ -105,6 +117,8 @@ class Result:
             plain["tokens_per_episode"],
             plain["joint_actions"],
             plain["seconds"],
+            plain["failed_episodes"],
+            plain["judged"],
             {int(turn): share for turn, share in plain["explained_variance"].items()},
             {int(turn): share for turn, share in plain["yardstick"].items()},
         )
@@ -186,7 +200,7 @@ class Comparison:
         return lines
 
     def differences(self, task: str) -> dict[str, dict[str, Interval]]:
-        """Method -> "area" and "reward": the mean over seeds of (against minus method), seed by seed."""
+        """Method -> "area" (with both kinds of interval) and "reward": the mean over seeds of (against minus method)."""
         lines = {line.method: line for line in self.lines(task)}
         reference = lines.pop(self.grid.against, None)
         if reference is None:
@@ -196,21 +210,23 @@ class Comparison:
         for method, line in lines.items():
             pairs = [(own[r.cell.seed], r) for r in line.results if r.cell.seed in own]
             if pairs:
+                areas = [a.area - b.area for a, b in pairs]
                 found[method] = {
-                    "area": line.over_seeds([a.area - b.area for a, b in pairs]),
+                    "area": line.over_seeds(areas),
+                    "area, Student's t": student(areas, fewest=SEEDS, unit="seed"),
                     REWARD: line.over_seeds([a.final[REWARD] - b.final[REWARD] for a, b in pairs]),
                 }
         return found
 
     def overtaken(self, task: str) -> dict[str, float | None]:
-        """Trained method -> share of its joint actions after which the curve of `against` reaches its final reward, both the
-        mean over seeds; None where it never does."""
+        """Trained method that gained anything -> share of its joint actions after which the curve of `against` reaches its
+        final reward, both the mean over seeds; None where it never does."""
         lines = {line.method: line for line in self.lines(task)}
         reference = lines.pop(self.grid.against, None)
         found: dict[str, float | None] = {}
         for method, line in lines.items():
             x, y = line.curve
-            if reference is not None and x[-1] > 0:
+            if reference is not None and x[-1] > 0 and y[-1] > y[0]:
                 at = first_reaching(*reference.curve, y[-1])
                 found[method] = None if at is None else at / x[-1]
         return found
@@ -295,8 +311,12 @@ def _read_written(path: Path) -> dict[tuple[str, str, float | None, int], dict[s
 def read_result(cell: Cell) -> Result:
     """One run in numbers. Raises RunError where it has no held-out evaluation."""
     run = read_run(cell.folder)
+    evaluations = run.evaluations()
+    if not evaluations:
+        raise RunError(f"{str(cell.folder)!r} has no held-out evaluation to compare. Set evaluation.every above 0.")
     at, rewards = held_out_curve(run)
-    episodes = read_evaluation(run.evaluations()[max(run.evaluations())])
+    episodes = read_evaluation(evaluations[max(evaluations)])
+    failed = sum(len(read_episodes(path)) - len(read_evaluation(path)) for path in evaluations.values())
     final = {name: float(np.mean(list(tasks.values()))) for name, tasks in scores(episodes).items()}
     tokens = float(np.mean([episode["tokens"] for episode in episodes]))
     cost, spread = run.cost(), spread_by_turn(run)
@@ -308,21 +328,27 @@ def read_result(cell: Cell) -> Result:
         tokens,
         cost["joint_actions"],
         cost["seconds"],
-        _second_half(explained_by_turn(run), spread),
-        _second_half(yardstick_by_turn(run), spread),
+        failed,
+        _judged(run),
+        _second_half(explained_by_turn(run), spread, cost["joint_actions"]),
+        _second_half(yardstick_by_turn(run), spread, cost["joint_actions"]),
     )
 
 
-def _second_half(curves: Curves, spread: Curves) -> dict[int, float]:
-    """Turn -> share explained in the second half of the iterations together, where that is known in any.
+def _judged(run: Run) -> str:
+    variance = "within tasks" if repeats_tasks(run) else "tasks included"
+    return variance + (", answers read" if run.config["algorithm"].get("critic_kind") == "Q" else "")
+
+
+def _second_half(curves: Curves, spread: Curves, joint_actions: float) -> dict[int, float]:
+    """Turn -> share explained in the second half of the joint actions together, where that is known in any iteration.
 
     An iteration counts by how much it had to explain, so that one with next to nothing does not decide.
     """
     found = {}
-    for turn, (_, shares) in curves.items():
+    for turn, (x, shares) in curves.items():
         weights = spread[turn][1] if turn in spread and np.nansum(spread[turn][1]) > 0 else np.ones(len(shares))
-        shares, weights = shares[len(shares) // 2 :], weights[len(weights) // 2 :]
-        known = np.isfinite(shares) & (weights > 0)
+        known = np.isfinite(shares) & (weights > 0) & (x > joint_actions / 2)
         if known.any():
             found[turn] = float(np.average(shares[known], weights=weights[known]))
     return found

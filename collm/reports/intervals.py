@@ -9,6 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 10_000
+# fmt: off
+_STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)
+# fmt: on
+"""The 97.5 % quantile of Student's t with 1 to 30 degrees of freedom."""
 FEWEST = 8
 """With fewer distinct tasks, resampling them says little about tasks not seen: no interval is given."""
 
@@ -66,6 +73,20 @@ def interval(values_K: Sequence[float], *, seed: int = 0, fewest: int = FEWEST, 
     blocks = [values[rng.integers(num, size=(RESAMPLES // 10, num))].mean(axis=1) for _ in range(10)]
     low, high = np.percentile(np.concatenate(blocks), [2.5, 97.5])
     return Interval(mean, float(low), float(high), num)
+
+
+def student(values_K: Sequence[float], *, fewest: int = FEWEST, unit: str = "task") -> Interval:
+    """The mean of K values with Student's 95 % interval, mean +- t(K - 1) s / sqrt(K); otherwise as `interval`.
+
+    Of three or five normal values the bootstrap's percentiles cover the true mean in 75 or 84 % of cases, these in 95 %.
+    """
+    found = interval(values_K, fewest=max(fewest, 2), unit=unit)
+    if found.low is None:
+        return found
+    free = found.num_tasks - 1
+    quantile = _STUDENT[free - 1] if free <= len(_STUDENT) else 1.96 + 2.4 / free
+    half = quantile * float(np.std(values_K, ddof=1)) / math.sqrt(found.num_tasks)
+    return Interval(found.mean, found.mean - half, found.mean + half, found.num_tasks)
 
 
 def by_task(tasks: Sequence[str], values: Iterable[float]) -> dict[str, float]:
