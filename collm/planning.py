@@ -426,7 +426,9 @@ def _generation(config: Config, work: Work, name: str, model: Model, agents: Seq
     prompt = length - work.answer
     rows = max(1, min(work.episodes * len(agents), config.rollout.batch_tokens // length))
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    cache = rows * length * 2 * keys * c * (shape.layers + 1)  # a layer more while rows leave the batch
+    everything = work.episodes * len(agents) * length
+    held = everything if everything <= config.rollout.batch_tokens // 2 else 0  # for the next turn
+    cache = (rows * length * (shape.layers + 1) + held * shape.layers) * 2 * keys * c  # a layer more while rows leave the batch
     mlp = 3 * c * shape.intermediate + 8 * shape.hidden
     attention = c * (3 * queries + 2 * keys) + 8 * shape.hidden + 5 * prompt * (prompt > 1)
     sorts = config.rollout.top_p < 1 or config.rollout.top_k

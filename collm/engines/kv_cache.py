@@ -42,6 +42,11 @@ class Memory:
                 return layers
         return None
 
+    def clear(self) -> None:
+        self.tokens = 0
+        self._rows.clear()
+        self._lengths.clear()
+
 
 def new_cache(policy: Policy, length: int) -> DynamicCache:
     """A cache for `length` tokens; models with sliding windows or other special layers keep the kind they ask for."""

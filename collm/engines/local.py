@@ -110,7 +110,7 @@ def decode(
 
     Args:
         uniforms_BT: (B, max_tokens), the random number of each token of each answer.
-        before: what an earlier call read, used where a prompt goes on from there; None: nothing.
+        before: what an earlier call read, used where a prompt goes on from there, and then dropped; None: nothing.
         after: takes what this call reads; None: it is not kept.
     """
     device = policy.device
@@ -137,6 +137,9 @@ def decode(
         )
         if told < longest:
             cache.begin(known, [len(prompt) - told for prompt in distinct.values()], longest - told)
+    if before is not None:
+        before.clear()
+    del known
 
     def read(ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor) -> Tensor:
         """Hidden states (B, D) after the last of `ids_BL`, which the cache then holds too."""
@@ -152,7 +155,6 @@ def decode(
 
     new = slice(longest - told, longest)
     hidden_BD = read(ids_UL[:, new].to(device), mask_UL[:, :longest], positions_UL[:, new])[spread_B]
-    del known
     if len(distinct) < num:
         cache.batch_select_indices(spread_B)
     mask_BL, position_B = mask_UL[spread_B], positions_UL[spread_B, -1]
