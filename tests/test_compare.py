@@ -231,9 +231,12 @@ def test_what_is_written_stays_when_its_folder_is_gone(tmp_path: Path) -> None:
         read_grid(Grid(changed, "b"), written)
     with pytest.raises(RunError, match="that is not in the recipe: a on task"):
         read_grid(Grid(grid.cells[3:], "b"), written)
-    written.write_text("{")
-    with pytest.raises(RunError, match="cannot be read"):
-        read_grid(grid, written)
+    older = after.plain()
+    del older["runs"][2]["judged"]
+    for damaged in ("{", json.dumps(older)):
+        written.write_text(damaged)
+        with pytest.raises(RunError, match="cannot be read"):
+            read_grid(grid, written)
 
 
 def test_two_seeds_give_no_interval_and_say_so(tmp_path: Path) -> None:

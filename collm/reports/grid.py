@@ -278,7 +278,10 @@ def read_grid(grid: Grid, written: Path | None = None) -> Comparison:
     for name, run in known.items():
         cell = cells.get(name)
         if cell is not None and cell.settings == run.get("settings"):
-            results[name] = Result.from_plain(cell, run)
+            try:
+                results[name] = Result.from_plain(cell, run)
+            except (KeyError, TypeError, ValueError) as error:
+                raise _unreadable(written, error) from error
         elif cell is None or not _finished(cell):
             why = "is not in the recipe" if cell is None else "was made with other settings than the recipe now has"
             task, method, rate, seed = name
@@ -303,9 +306,11 @@ def _read_written(path: Path) -> dict[tuple[str, str, float | None, int], dict[s
         runs = json.loads(path.read_bytes())["runs"]
         return {(run["task"], run["method"], run["learning_rate"], run["seed"]): run for run in runs}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{path} cannot be read as a comparison's results: {error!r}. Remove it to go on from the run folders."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path | None, error: Exception) -> RunError:
+    return RunError(f"{path} cannot be read as a comparison's results: {error!r}. Remove it to go on from the run folders.")
 
 
 def read_result(cell: Cell) -> Result:
