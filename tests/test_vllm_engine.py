@@ -28,7 +28,7 @@ def test_the_setting_chooses_the_engine(tiny: Policy) -> None:
     engine = make_engine(Team({"a": tiny}), RolloutSettings(batch_tokens=99))
     assert isinstance(engine, LocalEngine)
     assert engine.batch_tokens == 99
-    assert not isinstance(engine, Resting)
+    assert isinstance(engine, Resting)
     assert issubclass(VllmEngine, Resting)
 
 
