@@ -220,7 +220,7 @@ def test_what_cannot_be_evaluated_is_one_message(run, refused, words, message):
         (
             lambda run: (run / "checkpoints/000003/state.json").write_text('{"best": [0.5, 1]}'),
             ["--checkpoint", "best"],
-            "Best is kept where evaluation.every is a multiple of run.checkpoint_every",
+            "has no checkpoint after 1 iterations; saved: 2, 3. Name one of these",
         ),
         (
             lambda run: (run / "checkpoints/000003/state.json").write_text('{"best": null}'),

@@ -146,9 +146,8 @@ def find_weights(run: Path, which: str) -> tuple[Path | None, str]:
         return None, "untrained team"
     folder = run / "checkpoints" / f"{number:06d}"
     if folder not in saved:
-        hint = " Best is kept where evaluation.every is a multiple of run.checkpoint_every." if which == "best" else ""
         raise RunError(
-            f"run {str(run)!r} has no checkpoint after {number} iterations; saved: {kept}. Name one of these, or final.{hint}"
+            f"run {str(run)!r} has no checkpoint after {number} iterations; saved: {kept}. Name one of these, or final."
         )
     return folder, f"weights after {number} iterations" + (" (best)" if which == "best" else "")
 
