@@ -334,16 +334,16 @@ def test_dropout_acts_while_learning_only_and_follows_the_seed(tmp_path: Path) -
 # --- learning, resuming, files -------------------------------------------------------------------------------------------
 
 TEAMS = {"adapters": lora(rank=8), "mixture": lora(rank=8, agents=["agent_1"])}
-RATES = {"adapters": 4e-3, "mixture": 5e-4}  # a whole model breaks at rates that an adapter needs
+RATES = {"adapters": 1e-3, "mixture": 5e-4}  # a whole model breaks at rates that an adapter needs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(TEAMS))
 def test_adapters_learn_to_agree(tmp_path: Path, name: str) -> None:
-    """A rate that falls to nothing: adapters of this size wander at a constant one (docs/log.md)."""
+    """A rate that falls to nothing: at a constant one a team may leave what it has learnt (docs/log.md)."""
     lr = RATES[name]
     rates: dict[str, Any] = {"learner": {"lr": lr, "schedule": "linear"}, "critic": {"lr": lr}}
-    solves(make_trainer(tmp_path, "collm-cc", 2, 0, team=TEAMS[name], run={"iterations": 70}, **rates))
+    solves(make_trainer(tmp_path, "collm-cc", 2, 0, team=TEAMS[name], run={"iterations": 50}, **rates))
 
 
 @pytest.mark.parametrize("name", list(TEAMS))
