@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collm.reports.grid import Comparison
 
 COLOURS = ("#2f6fb7", "#d9732b", "#3a9157", "#b5446e", "#7b5bb0", "#8a6d3b", "#3f9aa8", "#6b6f76")
+_DASHES = ((0, (6, 3)), (0, (6, 2, 1, 2)), (0, (1, 2)), (0, (3, 2, 1, 2, 1, 2)))
 FLOOR = -1.0
 """Explained variance is drawn down to here: a critic that has only begun can be off by any factor."""
 _EXPLAINED = {
@@ -157,24 +159,28 @@ def _dress(axes: Axes, title: str, quantity: str) -> None:
 def draw_grid(comparison: Comparison, task: str, path: Path) -> Path:
     """Held-out reward of every method against joint actions: mean over seeds, each seed thin behind it. Raises SaveError.
 
-    A method without training is a dashed line.
+    A method without training is a thin broken line. The legend has the methods from best to worst, by where they end.
     """
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     widest = max((result.joint_actions for result in comparison.results if result.cell.task == task), default=1) or 1
-    for number, line in enumerate(comparison.lines(task)):
-        colour = COLOURS[number % len(COLOURS)]
+    colours, dashes = itertools.cycle(COLOURS), itertools.cycle(_DASHES)
+    for line in comparison.lines(task):
         if all(len(result.joint_actions_K) == 1 for result in line.results):
             height = float(np.mean([result.rewards_K[0] for result in line.results]))
-            axes.plot([0, widest], [height, height], color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=line.method)
+            axes.plot([0, widest], [height, height], color="#3b3f45", linewidth=1, linestyle=next(dashes), label=line.method)
             continue
+        colour = next(colours)
         for result in line.results:
-            axes.plot(result.joint_actions_K, result.rewards_K, color=colour, alpha=0.35, linewidth=0.8)
+            axes.plot(result.joint_actions_K, result.rewards_K, color=colour, alpha=0.25, linewidth=0.7)
         x = np.unique(np.concatenate([result.joint_actions_K for result in line.results]))
         shared = x[x <= min(result.joint_actions_K[-1] for result in line.results)]
         heights = np.mean([np.interp(shared, result.joint_actions_K, result.rewards_K) for result in line.results], axis=0)
         axes.plot(shared, heights, color=colour, linewidth=2.2, label=line.method)
     _dress(axes, task, "held-out reward, last turn")
+    named = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    named.sort(key=lambda line: -float(np.asarray(line.get_ydata())[-1]))
+    axes.legend(handles=named, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     with saved(path):
         figure.savefig(path)
     return path
