@@ -1,0 +1,40 @@
+"""docs/results/README.md quotes the grids beside it: its table must say what their results.json says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+GRIDS = sorted(path.parent.name for path in RESULTS.glob("*/results.json"))
+METHODS = ("grpo", "magrpo", "collm-dc", "collm-cc")
+
+
+def shown(found: dict[str, float]) -> str:
+    return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+
+
+def row(grid: str) -> str:
+    """A grid's line of the page: areas of four methods, what collm-cc has more, and when it reaches magrpo's final reward."""
+    ((_, found),) = json.loads((RESULTS / grid / "results.json").read_text())["tasks"].items()
+    methods, more = found["methods"], found["collm-cc minus"]
+    areas = [f"{methods[name]['area']['mean']:.3f}" if name in methods else "" for name in METHODS]
+    share = more["magrpo"]["share_of_its_joint_actions_to_its_final_reward"]
+    differences = [shown(more[name][kind]) for name in ("magrpo", "collm-dc") for kind in ("area", "area, Student's t")]
+    seeds = len(methods["collm-cc"]["seeds"])
+    cells = [f"[{grid}]({grid}/table.txt)", str(seeds), *areas, *differences, "never" if share is None else f"{share:.0%}"]
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("grid", [name for name in GRIDS if name != "critic"])
+def test_the_page_says_what_the_grid_says(grid: str) -> None:
+    assert row(grid) in (RESULTS / "README.md").read_text()
+
+
+def test_every_grid_is_whole_and_told_of() -> None:
+    page = (RESULTS / "README.md").read_text()
+    for grid in GRIDS:
+        assert f"({grid}/" in page
+        assert (RESULTS / grid / "recipe.toml").read_text() == (RESULTS.parents[1] / f"recipes/compare/{grid}.toml").read_text()
