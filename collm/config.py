@@ -174,7 +174,7 @@ class RolloutSettings(Room):
     max_tokens: int = Field(256, ge=1)
     """Longest answer, in tokens."""
     batch_tokens: int = Field(1 << 17, ge=1)
-    """Tokens the local engine holds; bounds the memory of the key-value cache. Half may be histories kept for the next turn."""
+    """Tokens in one batch of the local engine; bounds the key-value cache. Histories kept for the next turn add half of it."""
 
 
 Advantage = Literal["td_lambda", "counterfactual", "group_mean", "leave_one_out", "group_max", "return"]

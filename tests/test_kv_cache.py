@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from test_learning import make_trainer
 from test_logprobs import absolute_positions
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -149,6 +151,28 @@ def test_memory_stays_within_half_of_the_batch(tiny):
     assert held[0] > held[1] > held[2] == 0
 
 
+@pytest.mark.parametrize("batch_tokens", [2500, 4000])
+def test_who_is_remembered_does_not_hang_on_memory_addresses(tiny, batch_tokens):
+    """Room for the history of one of two equal policies: swapped, the same agent's is kept and no log-prob differs by a bit."""
+    twin = copy.copy(tiny)
+    plan = Plan(build(), sampling=Sampling(max_tokens=40))
+
+    def play(*policies: Policy) -> list[list[float]]:
+        engine = LocalEngine(team(*policies), batch_tokens=batch_tokens, remember=True)
+        groups = collect(plan, engine, [0, 1, 2], [1, 2, 3], group_size=2)
+        return [completion.logprobs.tolist() for completion in completions(groups)]
+
+    assert play(tiny, twin) == play(twin, tiny)
+
+
+@pytest.mark.parametrize(("rope", "remembers"), [("default", True), ("linear", True), ("dynamic", False), ("longrope", False)])
+def test_keys_that_turn_with_the_length_of_the_text_are_not_kept(tiny, monkeypatch, rope, remembers):
+    monkeypatch.setattr(tiny.model.config.get_text_config(), "rope_parameters", {"rope_type": rope, "rope_theta": 10000.0})
+    engine = LocalEngine(Team({"a": tiny}), remember=True)
+    engine.generate([Request("a", (Message("user", "Name one colour."),), Sampling(max_tokens=4), 1)])
+    assert bool(engine._memories) == remembers
+
+
 def test_models_that_look_back_only_so_far_are_read_anew(tiny):
     sizes = {"vocab_size": 1536, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -164,3 +188,12 @@ def test_models_that_look_back_only_so_far_are_read_anew(tiny):
 def test_training_and_evaluation_remember(tiny):
     assert make_engine(team(tiny), parse_config({"env": {"name": "agree"}}).rollout).remember
     assert not LocalEngine(team(tiny)).remember
+
+
+def test_what_an_evaluation_read_is_gone_when_training_goes_on(tmp_path):
+    """A run that is resumed after it begins with nothing read, and must go on as the one that was not stopped."""
+    trainer = make_trainer(
+        tmp_path, "collm-cc", 2, 0, run={"iterations": 1}, evaluation={"every": 1, "episodes": 4}, rollout={"tasks": 4}
+    )
+    trainer.run()
+    assert not trainer.engine._memories

@@ -24,9 +24,9 @@ from collm.types import Completion, Ids, Request, Sampling
 class LocalEngine:
     """Generates with the team's own weights, in this process.
 
-    batch_tokens: prompt and answer tokens held at most; it bounds the memory of the key-value cache. remember: hold keys and
-    values of what was answered last, until `load` or `rest`, for prompts that go on from there. They take half of batch_tokens
-    at most: of a call too large for that nothing is held.
+    batch_tokens: prompt and answer tokens in one batch at most; it bounds the memory of the key-value cache. remember: hold
+    keys and values of what was answered last, until `load` or `rest`, for prompts that go on from there. They take half of
+    batch_tokens at most, copied while their batch is still there; of a call too large for that nothing is held.
     """
 
     trains = True
@@ -48,9 +48,12 @@ class LocalEngine:
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         completions: dict[int, Completion] = {}
-        policies = {agent: id(policy) for agent, policy in self.team.policies.items()}
-        order = sorted(range(len(requests)), key=lambda i: (policies[requests[i].agent], repr(requests[i].sampling), i))
-        for _, members in groupby(order, key=lambda i: (policies[requests[i].agent], requests[i].sampling)):
+        distinct = list({id(policy): None for policy in self.team.policies.values()})
+        places = {
+            agent: distinct.index(id(policy)) for agent, policy in self.team.policies.items()
+        }  # the same in every process
+        order = sorted(range(len(requests)), key=lambda i: (places[requests[i].agent], repr(requests[i].sampling), i))
+        for _, members in groupby(order, key=lambda i: (places[requests[i].agent], requests[i].sampling)):
             rows = list(members)
             policy, sampling = self.team.policies[requests[rows[0]].agent], requests[rows[0]].sampling
             prompts = {i: policy.chat.encode(requests[i].messages) for i in rows}
@@ -82,7 +85,10 @@ class LocalEngine:
 
 def _continues(policy: Policy) -> bool:
     """Whether a prompt can go on from a former one and what was read of that can be used again."""
-    return policy.chat.grows and attends_to_all(policy)
+    config = policy.model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    turns_with_length = rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope")  # keys differ in a longer text
+    return policy.chat.grows and attends_to_all(policy) and not turns_with_length
 
 
 def _too_long(request: Request, length: int, limit: int) -> Completion:

@@ -128,8 +128,7 @@ class Trainer:
         """One iteration: new episodes, one update, sometimes an evaluation and a checkpoint."""
         started = time.monotonic()
         groups = self._collect()
-        if isinstance(self.engine, Resting):
-            self.engine.rest()
+        self._rest()
         collected = time.monotonic()
         learned = self.learner.update(groups, self.iteration)
         self.engine.load(self.team)
@@ -170,9 +169,16 @@ class Trainer:
             resample(self.plan, self.engine, episodes, times, agents=self.team.agents, stop=self._check_signal)
         return groups
 
+    def _rest(self) -> None:
+        if isinstance(self.engine, Resting):
+            self.engine.rest()
+
     def _evaluate(self, log: RunLog, display: Display) -> dict[str, Any]:
         """Held-out means of this moment; the best is remembered, so that its checkpoint is kept."""
-        result = evaluate(self.config, self.engine, stop=self._check_signal)
+        try:
+            result = evaluate(self.config, self.engine, stop=self._check_signal)
+        finally:
+            self._rest()  # what it has read leaves training as it is when resumed from here
         log.episodes(self.iteration, result.episodes, suffix="-evaluation")
         record = result.summary()
         score = record["evaluation/reward"]
