@@ -286,8 +286,13 @@ def _monte_carlo(about: str, advantage: str) -> Preset:
 _TD = {"critic": "joint", "advantage": "td_lambda"}
 _EXPLAINING = {**_TD, "lam": 0.9, "critic_lam": 0.9}
 _NUMBERS = {"metrics": True}
+_DIFFERENCE = {"metrics": True, "difference": True}
 ALGORITHMS = {
-    "collm-cc": Preset("one critic reads the joint history; TD(lambda) (arXiv:2601.21972)", _EXPLAINING, _NUMBERS),
+    "collm-cc": Preset(
+        "one critic reads the joint history (arXiv:2601.21972); TD error against what the team-mates' answers let expect",
+        {**_TD, "critic_lam": 0.9},
+        _DIFFERENCE,
+    ),
     "collm-cc-paper": Preset(
         "the setting of arXiv:2601.21972 to the letter: a critic of text alone, TD error z-scored per agent",
         {**_TD, "normalize": "agent"},
@@ -299,13 +304,14 @@ ALGORITHMS = {
     "marloo": _monte_carlo("return minus the mean of the other siblings (arXiv:2402.14740)", "leave_one_out"),
     "maremax": _monte_carlo("return minus the group's best; a biased baseline", "group_max"),
     "mareinforce": _monte_carlo("return, no baseline", "return"),
-    "ac": Preset("collm-cc with one agent", _EXPLAINING, _NUMBERS),
+    "ac": Preset("one agent and its critic; TD(lambda)", _EXPLAINING, _NUMBERS),
     "grpo": _monte_carlo("magrpo with one agent (arXiv:2402.03300)", "group_mean"),
 }
 """An algorithm is a value: there is one trainer."""
 
 CRITIC_ONLY = (
-    "critic.warmup", "critic.state", "critic.metrics", "critic.normalize_targets", "algorithm.lam", "algorithm.critic_lam",
+    "critic.warmup", "critic.state", "critic.metrics", "critic.difference", "critic.normalize_targets",
+    "algorithm.lam", "algorithm.critic_lam",
 )  # fmt: skip
 """Settings that mean nothing to a method without a critic."""
 
@@ -325,6 +331,8 @@ class CriticSettings(Room):
     """Let the critic read the world's privileged state, too."""
     metrics: bool = False
     """Expect what a regression on the world's own numbers says (rewards so far, its metrics); the text critic adds the rest."""
+    difference: bool = False
+    """Compare an answer with what the world's numbers let expect had the agent been silent and its team-mates not."""
     normalize_targets: bool = False
     """Predict in units of the targets' running deviation (PopArt)."""
     value_clip: float | None = Field(None, gt=0)
@@ -391,7 +399,10 @@ class Config(Room):
         preset = ALGORITHMS.get(name) if isinstance(name, str) else None
         if preset is None or not isinstance(critic, Mapping) or algorithm.get("critic") == "none":
             return values  # what is wrong is told by the rooms
-        return {**values, "critic": {**preset.critic, **critic}}
+        room = {**preset.critic, **critic}
+        if "difference" not in critic and (not room.get("metrics") or algorithm.get("critic_kind") == "Q"):
+            room.pop("difference", None)  # the preset's, which needs the numbers and V; a contradiction of one's own is refused
+        return {**values, "critic": room}
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
@@ -419,6 +430,17 @@ class Config(Room):
                         f"{name}={value}, but {self.algorithm.name} has no critic. Set {name}="
                         f"{'false' if value is True else 0}, or algorithm.name='collm-cc'."
                     )
+        if self.critic.difference:
+            if not self.critic.metrics:
+                raise ValueError(
+                    "critic.difference=true expects by the world's own numbers, which critic.metrics=false leaves out. Set "
+                    "critic.metrics=true, or critic.difference=false."
+                )
+            if self.algorithm.critic_kind == "Q":
+                raise ValueError(
+                    "critic.difference=true and algorithm.critic_kind='Q' are two baselines for one answer. Set "
+                    "critic.difference=false, or critic_kind='V' with algorithm.advantage='td_lambda'."
+                )
         if self.critic.warmup >= self.run.iterations:
             raise ValueError(
                 f"critic.warmup={self.critic.warmup} leaves no iteration of run.iterations={self.run.iterations} to train the "

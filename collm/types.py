@@ -84,6 +84,18 @@ class Completion:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Imagined:
+    """What a turn that was not played would have led to: joint reward, the same without shift, the world's numbers after it.
+
+    Example: Imagined(reward=0.0, raw_reward=0.0, metrics={"match": 0.0})
+    """
+
+    reward: float
+    raw_reward: float
+    metrics: dict[str, float]
+
+
 @dataclass(slots=True)
 class Turn:
     """One `env.step` by all agents.
@@ -93,6 +105,7 @@ class Turn:
     metrics: the numbers by name that the world reported before the turn (none before the first).
     messages: what each agent wrote to the others before answering, under the protocol `discussion`.
     alternatives: for counterfactual baselines, other answers each agent could have given to the same history.
+    silent: for difference baselines, by agent, what the turn would have led to had it answered nothing.
     values, td_errors, advantages: by agent, what its critic expected, how it was surprised (Q methods and groups have no TD
     error), and what the answer was trained with; filled in by the learner, for people to read.
     Example: Turn({"a": "Name ..."}, {"a": Completion(...)}, reward=1.0, raw_reward=1.0, parts={"match": 1.0})
@@ -107,6 +120,7 @@ class Turn:
     metrics: dict[str, float] = field(default_factory=dict)
     messages: dict[str, Completion] = field(default_factory=dict)
     alternatives: dict[str, list[Completion]] = field(default_factory=dict)
+    silent: dict[str, Imagined] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     td_errors: dict[str, float] = field(default_factory=dict)
     advantages: dict[str, float] = field(default_factory=dict)

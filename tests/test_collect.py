@@ -21,7 +21,7 @@ from collm.envs.building.str_build import PALETTES
 from collm.envs.catalogue import EnvSpec
 from collm.errors import ConfigError, EngineError, EnvError
 from collm.models.team import Team
-from collm.rollout.collect import Plan, collect, resample
+from collm.rollout.collect import Plan, collect, imagine_silence, resample
 from collm.training.pack import Batch
 from collm.types import Completion, Episode, Sampling
 
@@ -318,6 +318,68 @@ def test_resampled_answers_belong_to_the_same_history():
     assert all(turn.alternatives == {} for turn in episodes[1].turns)
     resample(plan, engine, episodes, 3)
     assert [r.seed for r in engine.calls[1]] == seeds  # again the same
+
+
+def test_what_silence_would_have_led_to_is_the_worlds_own_word():
+    """Every imagined turn equals the one of a world played by hand with the same answers before and that one left out."""
+    plan = Plan(EnvSpec("str_build", {"world": "persistent", "turns": 3, "strings": ["CI", "LL"]}))
+    words = ["/setblock 0 0 0 stone", "/setblock 1 1 0 obsidian\n/setblock 9 2 0 white_concrete", "/setblock 2 4 0 oak_planks"]
+    engine = Counting(lambda request: words[request.seed % 3])
+    episodes = [episode for group in collect(plan, engine, [0, 1], [5, 6], group_size=2) for episode in group.episodes]
+    before, num_calls = [texts(e) for e in episodes], len(engine.calls)
+    imagine_silence(plan, episodes)
+    assert len(engine.calls) == num_calls  # nothing is generated
+    assert [texts(e) for e in episodes] == before
+    seen = set()
+    for episode in episodes:
+        for t, turn in enumerate(episode.turns):
+            assert set(turn.silent) == {"builder_0", "builder_1"}
+            for agent, imagined in turn.silent.items():
+                env = plan.env.make("train")
+                env.reset(seed=episode.seed, options={"task": episode.task})
+                for past in episode.turns[:t]:
+                    env.step({a: c.text for a, c in past.completions.items()})
+                said = {a: c.text for a, c in turn.completions.items()} | {agent: ""}
+                _, rewards, _, _, infos = env.step(said)
+                assert imagined.reward == rewards[agent]
+                assert imagined.raw_reward == infos[agent]["raw_reward"]
+                assert imagined.metrics == infos[agent]["metrics"]
+                seen.add((imagined.metrics["coverage"], t))
+    assert len(seen) > 6
+
+
+def test_nobody_is_asked_about_who_acts_alone_and_of_the_agents_named_alone():
+    plan = Plan(EnvSpec("agree", {"agents": 1}))
+    (group,) = collect(plan, Counting(), [0], [1])
+    imagine_silence(plan, group.episodes)
+    assert all(turn.silent == {} for turn in group.episodes[0].turns)
+    plan = Plan(LENGTHS)
+    (group,) = collect(plan, Counting(), [2], [1])
+    imagine_silence(plan, group.episodes, agents=["b"])
+    assert all(set(turn.silent) == {"b"} for turn in group.episodes[0].turns)
+
+
+def test_a_world_that_breaks_on_silence_fails_the_episode_with_its_reason():
+    class Loud(TextEnv):
+        def __init__(self):
+            super().__init__(["a", "b"], 1)
+
+        def begin(self, task, rng):
+            return dict.fromkeys(self.agents, "Speak.")
+
+        def play(self, answers):
+            if "" in answers.values():
+                raise EnvError("nobody may be silent")
+            return Outcome(1.0, {}, dict.fromkeys(answers, ""))
+
+    class Maker:
+        def make(self, split):
+            return Loud()
+
+    (group,) = collect(Plan(Maker()), Counting(), [0], [1])
+    assert not group.episodes[0].failure
+    imagine_silence(Plan(Maker()), group.episodes)
+    assert "had it been silent: step 0: nobody may be silent" in group.episodes[0].failure
 
 
 # --- turn trees ----------------------------------------------------------------------------------------------------------

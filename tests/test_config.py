@@ -283,16 +283,23 @@ def test_presets_stand_for_what_the_method_says():
     ]  # fmt: skip
     for name in ALGORITHMS:  # switches beyond the paper's recipe are off, but lambda where its ablation shows that it pays
         a = get(name)
-        lam = 0.9 if name in ("collm-cc", "collm-dc", "ac") else 0.0
         assert (a.gamma, a.lam, a.critic_lam, a.epochs, a.normalize, a.kl_coef, a.loss) == (
             0.9,
-            lam,
-            lam,
+            0.9 if name in ("collm-dc", "ac") else 0.0,
+            0.9 if name in ("collm-cc", "collm-dc", "ac") else 0.0,
             1,
             "agent" if name == "collm-cc-paper" else "none",
             0.0,
             "reinforce",
         )
+
+
+def test_the_presets_difference_steps_aside_for_what_it_does_not_go_with():
+    assert parse_config(rooms()).critic.difference
+    assert not parse_config(rooms(critic__metrics=False)).critic.difference
+    q = {"algorithm__critic_kind": "Q", "algorithm__advantage": "counterfactual"}
+    assert not parse_config(rooms(**q)).critic.difference
+    assert "critic.difference=true and algorithm.critic_kind='Q'" in refused(rooms(critic__difference=True, **q))
 
 
 def test_settings_of_a_recipe_beat_the_preset():

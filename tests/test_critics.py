@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,94 @@ def test_an_episode_that_was_cut_off_is_expected_to_go_on(tmp_path: Path) -> Non
     assert torch.allclose(known_ET1[cut, :2], torch.full((int(cut.sum()), 2), 7.0), atol=1e-3)  # (10 + 4) / 2
     assert torch.allclose(known_ET1[cut, 2], torch.tensor(7.0), atol=1e-3)  # as before the turn: no later one was seen
     assert not known_ET1[~cut, 2].any()  # these ended
+
+
+def echo(folder: Path, *, agents: int = 2, name: str = "collm-cc", difference: bool) -> Trainer:
+    """One turn, paid by the share of agents whose answer holds an "e"; the policy stands still, the critic learns."""
+    trainer = make_trainer(
+        folder,
+        name,
+        agents,
+        0,
+        env={"name": "worlds:Echo", "agents": agents, "turns": 1},
+        run={"iterations": 8},
+        critic={"lr": 1e-4, "metrics": True, "difference": difference},
+        learner={"lr": 1e-12},
+    )
+    trainer.run()
+    return trainer
+
+
+def test_what_a_team_mate_did_in_the_turn_counts_neither_for_nor_against_an_answer(tmp_path: Path) -> None:
+    """The reward is own half + mate's half: with the baseline an advantage is the own half less its mean, whatever the mate
+    said. Without it, the mate's half is in the advantage."""
+
+    def parts(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        episodes = trainer.learner.batch.episodes
+        said = [["e" in e.turns[0].completions[agent].text for agent in trainer.agents] for e in episodes]
+        own, mates = torch.tensor(said).double().T / 2
+        return torch.tensor([e.turns[0].advantages["agent_0"] for e in episodes]).double(), own, mates
+
+    def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+        return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
+
+    advantages, own, mates = parts(echo(tmp_path / "with", difference=True))
+    assert own.std() > 0.05
+    assert mates.std() > 0.05
+    assert correlation(advantages - (own - own.mean()), mates) ** 2 < 0.2 or (advantages - own).std() < 0.05
+    assert correlation(advantages, own) > 0.95
+    without, own, mates = parts(echo(tmp_path / "without", difference=False))
+    assert correlation(without, mates) > 0.4
+    assert without.std() > 1.2 * advantages.std()
+
+
+def test_a_baseline_that_knew_the_own_answer_would_leave_no_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrong variant: the numbers after the turn as it was played explain away the answer itself."""
+    monkeypatch.setattr(
+        "collm.training.critics.Critics.silent_features",
+        lambda self, batch, agent: (self.features(batch)[:, 1:], batch.live_ENT[:, batch.agents.index(agent)].bool()),
+    )
+    trainer = echo(tmp_path, difference=True)
+    advantages = [e.turns[0].advantages["agent_0"] for e in trainer.learner.batch.episodes]
+    assert torch.tensor(advantages).std() < 0.05
+
+
+def test_one_who_acts_alone_learns_with_the_difference_as_without(tmp_path: Path) -> None:
+    runs = [echo(tmp_path / str(on), agents=1, name="ac", difference=on) for on in (False, True)]
+    ours, theirs = (read_metrics(run.folder / "metrics.jsonl") for run in runs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in one.items() if "seconds" not in k} == pytest.approx(
+            {k: v for k, v in other.items() if "seconds" not in k}, nan_ok=True, abs=0
+        )
+
+
+def test_where_silence_has_no_finite_number_the_baseline_is_v(tmp_path: Path) -> None:
+    trainer = echo(tmp_path, difference=True)
+    critics = trainer.learner.critics
+    groups = trainer._collect()
+    turn = groups[3].episodes[0].turns[0]
+    turn.silent["agent_0"] = replace(turn.silent["agent_0"], metrics={"e": math.nan})
+    batch = Batch.of(groups, trainer.agents)
+    values_ENT = critics.values(batch, {"tokens/critic": 0.0})
+    baselines_ENT = critics.baselines(batch, values_ENT, values_ENT[..., :1])
+    assert baselines_ENT[3, 0, 0] == values_ENT[3, 0, 0]
+    assert baselines_ENT[3, 1, 0] != values_ENT[3, 1, 0]
+    assert torch.isfinite(baselines_ENT).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"critic": {"metrics": False, "difference": True}}, r"critic\.difference=true .* critic\.metrics=false"),
+        (
+            {
+                "critic": {"difference": True},
+                "algorithm": {"name": "collm-cc", "critic_kind": "Q", "advantage": "counterfactual"},
+            },
+            r"critic\.difference=true and algorithm\.critic_kind='Q'",
+        ),
+    ],
+)
+def test_contradictions_are_refused(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        make_trainer(tmp_path, "collm-cc", 2, 0, **settings)

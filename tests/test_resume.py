@@ -38,6 +38,7 @@ lam = 0.5
 lr = 1e-3
 normalize_targets = true
 metrics = true
+difference = true
 [learner]
 lr = 1e-3
 schedule = "cosine"

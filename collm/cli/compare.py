@@ -87,17 +87,19 @@ class Job:
 
     def check_unchanged(self) -> None:
         """Raises RunError where the cell was begun with other settings: numbers of two recipes never mix."""
-        if self.settings.is_file() and _digest(json.loads(self.settings.read_bytes())) != self.cell.settings:
+        if self.settings.is_file() and _digest(parse_config(json.loads(self.settings.read_bytes()))) != self.cell.settings:
             raise RunError(
                 f"{self.cell.folder} was begun with other settings than the recipe now has. Choose another --folder, or remove "
                 f"it, {self.settings.name} and {RESULTS} to run it anew."
             )
 
 
-def _digest(settings: dict[str, Any]) -> str:
-    """Of all settings but where the run lies, which makes no other numbers."""
-    placeless = {**settings, "run": {**settings["run"], "folder": None}}
-    return hashlib.sha256(json.dumps(placeless, sort_keys=True).encode()).hexdigest()[:16]
+def _digest(config: Config) -> str:
+    """Of all settings that are not at their default, so that one which collm has yet to get takes no finished run away; without
+    where the run lies, which makes no other numbers."""
+    settings = config.model_dump(mode="json", exclude_defaults=True)
+    settings.get("run", {}).pop("folder", None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -198,7 +200,7 @@ def read_plan(recipe: Path, folder: Path) -> tuple[Plan, list[Job]]:
         for rate, seed in itertools.product(rates, plan.seeds):
             cell = Cell(task, method, rate, seed, folder / task / _name(method, rate, seed))
             config = _settings(recipe, values.get("settings") or {}, tasks[task], methods, cell)
-            jobs.append(Job(replace(cell, settings=_digest(config.resolved())), config, trained))
+            jobs.append(Job(replace(cell, settings=_digest(config)), config, trained))
     return plan, jobs
 
 

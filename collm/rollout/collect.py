@@ -17,7 +17,7 @@ from collm.engines.base import Engine
 from collm.envs.base import EnvMaker
 from collm.errors import ConfigError
 from collm.rollout.protocols import PROTOCOLS, Play
-from collm.types import Completion, Episode, Group, History, Request, Sampling, Turn
+from collm.types import Completion, Episode, Group, History, Imagined, Request, Sampling, Turn
 
 DEFAULT_SAMPLING = Sampling()
 THREADS = max(4, min(32, 2 * (os.cpu_count() or 1)))
@@ -123,6 +123,40 @@ def resample(
         episode.turns[t].alternatives[agent].append(completion)
         if completion.finish_reason == "error":
             episode.failure = f"{agent}, turn {t}, another answer: {completion.error}"
+
+
+def imagine_silence(
+    plan: Plan, episodes: Sequence[Episode], *, agents: Collection[str] | None = None, stop: Stop = lambda: None
+) -> None:
+    """Ask the world what each turn would have led to had one agent answered nothing and the others what they did, into
+    `Turn.silent`: for difference baselines. Fresh worlds replay the recorded answers; nothing is generated.
+
+    agents: of these alone; default: of all. Where one agent acts alone nobody is left to act, and nothing is asked.
+    """
+    _check_decentralized(plan)
+    stop()
+    wanted = [
+        (episode, t, agent)
+        for episode in episodes
+        if not episode.failure
+        for t, turn in enumerate(episode.turns)
+        if len(turn.completions) > 1
+        for agent in turn.completions
+        if agents is None or agent in agents
+    ]
+    seats = [_seat(plan, episode.task, episode.seed, episode.sibling) for episode, _, _ in wanted]
+    _each(_replay, seats, [episode.turns[:t] for episode, t, _ in wanted])
+    answers = []
+    for seat, (episode, t, agent) in zip(seats, wanted, strict=True):
+        given = episode.turns[t].completions | {agent: Completion(agent, "")}
+        answers.append([given[request.agent] for request in seat.requests])
+    _each(_resume, seats, answers)
+    for seat, (episode, t, agent) in zip(seats, wanted, strict=True):
+        if seat.episode.failure:
+            episode.failure = f"{agent}, turn {t}, had it been silent: {seat.episode.failure}"
+        else:
+            turn = seat.episode.turns[t]
+            episode.turns[t].silent[agent] = Imagined(turn.reward, turn.raw_reward, seat.episode.metrics)
 
 
 def _check_decentralized(plan: Plan) -> None:

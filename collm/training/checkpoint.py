@@ -96,6 +96,8 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
             _restore(judge.critic or judge.head, load_file(folder / f"critic-{judge.name}.safetensors"))
         if learner.critics.regression is not None:
             _restore(learner.critics.regression, load_file(folder / "regression.safetensors"))
+        if learner.critics.without:
+            _restore(learner.critics.without, load_file(folder / "without.safetensors"))
         if learner.judges:
             _restore(learner.critics.yardstick, load_file(folder / "yardstick.safetensors"))
         for name, optimizer in learner.optimizers.items():
@@ -164,6 +166,8 @@ def _tensors(learner: Learner) -> dict[str, dict[str, Tensor]]:
     files |= {f"critic-{judge.name}": _weights(judge.critic or judge.head) for judge in learner.judges}
     if learner.critics.regression is not None:
         files["regression"] = _weights(learner.critics.regression)
+    if learner.critics.without:
+        files["without"] = _weights(learner.critics.without)
     if learner.judges:
         files["yardstick"] = _weights(learner.critics.yardstick)
     for name, optimizer in learner.optimizers.items():

@@ -31,6 +31,9 @@ def assign(
         targets_ENT = advantages.lambda_returns(rewards_ENT, following, live_ENT, gamma=gamma, lam=settings.critic_lam)
         if critics.kind == "V":
             advantages_ENT = advantages.td_lambda(rewards_ENT, values, live_ENT, gamma=gamma, lam=settings.lam)
+            if critics.without:
+                returns_ENT = advantages_ENT + values[..., :-1]
+                advantages_ENT = returns_ENT - critics.baselines(batch, values, returns_ENT)
         else:
             advantages_ENT = from_alternatives(batch, values, critics, metrics)
         advantages_ENT = advantages_ENT * batch.live_ENT

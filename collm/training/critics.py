@@ -65,6 +65,9 @@ class Critics:
         self.judges = [self._make(name, group) for name, group in views[config.algorithm.critic].items()]
         self.metric_names = tuple(metric_names)
         self.regression = TurnRegression(2 + len(metric_names), TURNS) if config.critic.metrics else None
+        self.without = nn.ModuleDict()
+        if config.critic.difference:
+            self.without.update({agent: TurnRegression(2 + len(metric_names), TURNS) for agent in agents})
         self.yardstick = Yardstick(2 + len(metric_names), TURNS)
         self.marked_ENT = torch.zeros(0)
         self.known_ENT = torch.zeros(0)
@@ -182,6 +185,44 @@ class Critics:
         returns_ET = discounted_returns(rewards_ET, gamma=gamma)
         self.regression.learn(self.features(batch)[:, :-1], returns_ET, counted_ET)
         self._expect(batch)
+
+    def baselines(self, batch: Batch, values_ENT: Tensor, targets_ENT: Tensor) -> Tensor:
+        """(E, N, T): what each agent's turn lets expect without its own answer, in units of return; V where that is unknown.
+
+            b_i(h_t, a_-i,t) = text critic's part of V(h_t) + regression on the world's numbers after a_-i,t and i's silence
+
+        The agent's own answer is not in it, so the policy gradient stays unbiased (Wu et al. 2018, arXiv:1803.07246), while
+        what team-mates did in the turn no longer counts for or against it: a difference reward (Wolpert & Tumer 2001) in value.
+
+        Args: targets_ENT: what the advantage is taken of, learned from once it has been said what was expected.
+        """
+        baselines_ENT = values_ENT[..., : batch.shape[2]].clone()
+        text_ENT = baselines_ENT - self.known_ENT[..., : batch.shape[2]]
+        for n, agent in enumerate(batch.agents):
+            features_ETM, asked_ET = self.silent_features(batch, agent)
+            regression = self.without[agent]
+            assert isinstance(regression, TurnRegression)
+            said_ET = text_ENT[:, n] + regression(features_ETM)
+            baselines_ENT[:, n] = torch.where(asked_ET, said_ET, baselines_ENT[:, n])
+            regression.learn(features_ETM, targets_ENT[:, n] - text_ENT[:, n], asked_ET)
+        return baselines_ENT
+
+    def silent_features(self, batch: Batch, agent: str) -> tuple[Tensor, Tensor]:
+        """As `features` after each turn, had the agent been silent in it: (E, T, M), and (E, T) bool where these are
+        known and finite."""
+        E, _, T = batch.shape
+        rows, asked = np.zeros((E, T, 2 + len(self.metric_names))), np.zeros((E, T), dtype=bool)
+        for e, episode in enumerate(batch.episodes):
+            so_far = 0.0
+            for t, turn in enumerate(episode.turns):
+                if agent in turn.silent and t >= episode.own_from:
+                    imagined = turn.silent[agent]
+                    numbers = [_number(imagined.metrics.get(name, 0.0)) for name in self.metric_names]
+                    numbers = [so_far + imagined.reward, imagined.raw_reward, *numbers]
+                    if all(map(math.isfinite, numbers)):
+                        rows[e, t], asked[e, t] = numbers, True
+                so_far += turn.reward
+        return torch.from_numpy(rows).float(), torch.from_numpy(asked)
 
     def alternatives(self, batch: Batch, metrics: Metrics) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each critic: slots (M,) of answers, and Q (M, K) with each of them exchanged for its K alternatives."""

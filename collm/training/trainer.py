@@ -22,7 +22,7 @@ from collm.engines.base import Engine, Resting
 from collm.engines.catalogue import make_engine
 from collm.errors import ConfigError, RunError
 from collm.models.team import Team
-from collm.rollout.collect import collect, resample
+from collm.rollout.collect import collect, imagine_silence, resample
 from collm.rollout.protocols import PROTOCOLS
 from collm.training import checkpoint
 from collm.training.evaluate import evaluate, num_tasks, plan_of
@@ -167,6 +167,9 @@ class Trainer:
             episodes = [episode for group in groups for episode in group.episodes]
             times = self.config.algorithm.resamples
             resample(self.plan, self.engine, episodes, times, agents=self.team.agents, stop=self._check_signal)
+        if self.config.critic.difference:
+            episodes = [episode for group in groups for episode in group.episodes]
+            imagine_silence(self.plan, episodes, agents=self.team.agents, stop=self._check_signal)
         return groups
 
     def _rest(self) -> None:
