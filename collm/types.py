@@ -11,7 +11,7 @@ One worked example runs through this file: two agents play one turn of `agree`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -82,6 +82,16 @@ class Completion:
     logprobs: NDArray[np.float32] | None = None
     finish_reason: Literal["stop", "length", "error"] = "stop"
     error: str = ""
+
+
+def outcome(
+    acted: Iterable[str], rewards: Mapping[str, float], infos: Mapping[str, Mapping[str, Any]]
+) -> tuple[float, float, Mapping[str, Any]]:
+    """Joint reward (the mean over those who acted), the same without shift, and the first agent's info of one `env.step`."""
+    acted = list(acted)
+    info: Mapping[str, Any] = next((infos[agent] for agent in acted if infos.get(agent)), {})
+    reward = float(sum(rewards[agent] for agent in acted)) / len(acted)
+    return reward, float(info.get("raw_reward", reward)), info
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,14 +196,13 @@ class Episode:
     ) -> None:
         """Record one turn from what the engine and `env.step` returned. The joint reward is the mean over agents."""
         acted = [completion.agent for completion in completions]
-        info: Mapping[str, Any] = next((infos[agent] for agent in acted if infos.get(agent)), {})
-        reward = float(sum(rewards[agent] for agent in acted)) / len(acted)
+        reward, raw_reward, info = outcome(acted, rewards, infos)
         self.turns.append(
             Turn(
                 observations={agent: self.observations[agent] for agent in acted},
                 completions={completion.agent: completion for completion in completions},
                 reward=reward,
-                raw_reward=float(info.get("raw_reward", reward)),
+                raw_reward=raw_reward,
                 parts=dict(info.get("reward_parts", {})),
                 state=self.state,
                 metrics=self.metrics,

@@ -379,7 +379,7 @@ def test_a_world_that_breaks_on_silence_fails_the_episode_with_its_reason():
     (group,) = collect(Plan(Maker()), Counting(), [0], [1])
     assert not group.episodes[0].failure
     imagine_silence(Plan(Maker()), group.episodes)
-    assert "had it been silent: step 0: nobody may be silent" in group.episodes[0].failure
+    assert "had it been silent: nobody may be silent" in group.episodes[0].failure
 
 
 # --- turn trees ----------------------------------------------------------------------------------------------------------

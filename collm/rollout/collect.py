@@ -15,9 +15,9 @@ from typing import Any
 from collm import seeds
 from collm.engines.base import Engine
 from collm.envs.base import EnvMaker
-from collm.errors import ConfigError
+from collm.errors import ConfigError, EnvError
 from collm.rollout.protocols import PROTOCOLS, Play
-from collm.types import Completion, Episode, Group, History, Imagined, Request, Sampling, Turn
+from collm.types import Completion, Episode, Group, History, Imagined, Request, Sampling, Turn, outcome
 
 DEFAULT_SAMPLING = Sampling()
 THREADS = max(4, min(32, 2 * (os.cpu_count() or 1)))
@@ -144,19 +144,24 @@ def imagine_silence(
         for agent in turn.completions
         if agents is None or agent in agents
     ]
-    seats = [_seat(plan, episode.task, episode.seed, episode.sibling) for episode, _, _ in wanted]
-    _each(_replay, seats, [episode.turns[:t] for episode, t, _ in wanted])
-    answers = []
-    for seat, (episode, t, agent) in zip(seats, wanted, strict=True):
-        given = episode.turns[t].completions | {agent: Completion(agent, "")}
-        answers.append([given[request.agent] for request in seat.requests])
-    _each(_resume, seats, answers)
-    for seat, (episode, t, agent) in zip(seats, wanted, strict=True):
-        if seat.episode.failure:
-            episode.failure = f"{agent}, turn {t}, had it been silent: {seat.episode.failure}"
-        else:
-            turn = seat.episode.turns[t]
-            episode.turns[t].silent[agent] = Imagined(turn.reward, turn.raw_reward, seat.episode.metrics)
+
+    def imagine(episode: Episode, t: int, agent: str) -> None:
+        env = plan.env.make(plan.split)
+        turn = episode.turns[t]
+        said = [{a: c.text for a, c in past.completions.items()} for past in episode.turns[: t + 1]]
+        said[t][agent] = ""
+        try:
+            env.reset(seed=episode.seed, options={"task": episode.task})
+            for texts in said:
+                _, rewards, _, _, infos = env.step(texts)
+        except EnvError as error:
+            episode.failure = f"{agent}, turn {t}, had it been silent: {error}"
+            return
+        reward, raw_reward, info = outcome(said[t], rewards, infos)
+        turn.silent[agent] = Imagined(reward, raw_reward, dict(info.get("metrics", {})))
+
+    if wanted:
+        _each(imagine, *zip(*wanted, strict=True), waits=_waits(plan.env.make(plan.split)))
 
 
 def _check_decentralized(plan: Plan) -> None:
@@ -171,7 +176,7 @@ def _seat(plan: Plan, task: int, seed: int, sibling: int = 0) -> _Seat:
     env = plan.env.make(plan.split)
     episode.agents = tuple(env.possible_agents)
     play = PROTOCOLS[plan.protocol](env, episode, history=plan.history, max_turns=plan.max_turns)
-    return _Seat(episode, play, [], time.monotonic(), bool(getattr(env, "waits", False)))
+    return _Seat(episode, play, [], time.monotonic(), _waits(env))
 
 
 def _begin(seat: _Seat) -> None:
@@ -188,14 +193,19 @@ def _resume(seat: _Seat, completions: list[Completion] | None) -> None:
         seat.episode.seconds = time.monotonic() - seat.started
 
 
-def _each(call: Callable[..., None], seats: Sequence[_Seat], *arguments: Sequence[Any]) -> None:
-    """`map` over seats: in turn, or in threads where worlds wait. Of several errors the first seat's is raised."""
-    if len(seats) > 1 and seats[0].waits:
-        with ThreadPoolExecutor(min(THREADS, len(seats)), thread_name_prefix="collm-world") as pool:
-            for _ in pool.map(call, seats, *arguments):
+def _waits(env: Any) -> bool:
+    return bool(getattr(env, "waits", False))
+
+
+def _each(call: Callable[..., None], items: Sequence[Any], *arguments: Sequence[Any], waits: bool | None = None) -> None:
+    """`map`: in turn, or in threads where worlds wait; by default as the first item, a seat, says. Of several errors the first
+    item's is raised."""
+    if len(items) > 1 and (items[0].waits if waits is None else waits):
+        with ThreadPoolExecutor(min(THREADS, len(items)), thread_name_prefix="collm-world") as pool:
+            for _ in pool.map(call, items, *arguments):
                 pass
         return
-    for each in zip(seats, *arguments, strict=True):
+    for each in zip(items, *arguments, strict=True):
         call(*each)
 
 
