@@ -431,3 +431,39 @@ def test_truncated_episodes_are_judged_by_what_the_critic_expects_next(tiny):
     assert abs(0.5 * final) > 1e-3  # the two differ
     for turn in (*done.turns, *cut.turns):
         assert turn.advantages == turn.td_errors  # lam = 0, no normalization
+
+
+# --- difference baselines ------------------------------------------------------------------------------------------------
+
+
+def expected_gradient(baseline):
+    """Of agent 0's logits, exactly: two agents with three answers each, a reward that mixes both, all nine joint answers
+    weighed by their probability. baseline(own, other) -> what is subtracted. Also the advantage's variance."""
+    logits = torch.tensor([0.3, -0.5, 1.1], dtype=torch.float64, requires_grad=True)
+    mine, theirs = torch.log_softmax(logits, 0), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    reward = torch.tensor([[1.0, 4.0, -2.0], [0.5, 3.0, -1.0], [2.0, 6.0, -3.0]], dtype=torch.float64)
+    total, moments = torch.zeros((), dtype=torch.float64), [0.0, 0.0]
+    for own, other in itertools.product(range(3), repeat=2):
+        live = torch.ones(1, dtype=torch.float64)
+        advantage = A.difference(reward[own, other].view(1), row(baseline(own, other)), live)[0]
+        weight = mine[own].exp().detach() * theirs[other]
+        total = total + weight * advantage * mine[own]
+        moments = [moments[0] + (weight * advantage).item(), moments[1] + (weight * advantage**2).item()]
+    (gradient,) = torch.autograd.grad(total, logits)
+    return gradient, moments[1] - moments[0] ** 2
+
+
+def test_a_baseline_that_reads_the_others_answers_leaves_the_expected_gradient_as_it_is():
+    plain, spread = expected_gradient(lambda own, other: 0.0)
+    others = (1.2, 4.6, -2.1)
+    reading, less = expected_gradient(lambda own, other: others[other])
+    assert close(plain, reading)
+    assert less < 0.2 * spread
+    knowing, _ = expected_gradient(lambda own, other: float(own))  # the wrong variant: it knows the answer it is taken from
+    assert not close(plain, knowing, 0.1)
+
+
+def test_the_difference_by_hand():
+    live = torch.tensor([[[1.0, 1.0], [1.0, 0.0]]])
+    found = A.difference(torch.tensor([[[3.0, 1.0], [3.0, 1.0]]]), torch.tensor([[[1.0, 2.0], [2.5, 7.0]]]), live)
+    assert found.tolist() == [[[2.0, -1.0], [0.5, 0.0]]]

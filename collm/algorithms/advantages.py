@@ -153,6 +153,25 @@ def counterfactual(q_taken: Tensor, q_alternatives_K: Tensor) -> Tensor:
     return q_taken - q_alternatives_K.mean(-1)
 
 
+def difference(returns_ENT: Tensor, baselines_ENT: Tensor, live_ENT: Tensor) -> Tensor:
+    """Advantage of each agent's answer over what the others' answers of the same turn let expect without it.
+
+        A_i,t = G_t - b_i(h_t, a_-i,t)
+
+    b_i reads everything of the turn but agent i's own answer. Given the histories that answer is independent of a_-i, so the
+    policy gradient of agent i stays unbiased, while what its team-mates did in the turn is in G and in b alike. With G the
+    one-step target r + gamma V this is a difference reward in units of value.
+
+    Args:
+        returns_ENT: (E, N, T) G, the one-step target or a lambda-return, in units of return; baselines_ENT: (E, N, T) b.
+        live_ENT: (E, N, T) 1 where the agent acted.
+    Returns: (E, N, T), 0 where not live.
+    Source: Wu et al. 2018, arXiv:1803.07246, section 4 (baselines that read other actions); Wolpert & Tumer 2001 (difference
+        rewards, the agent's action exchanged for none).
+    """
+    return (returns_ENT - baselines_ENT) * live_ENT
+
+
 def normalize(advantages: Tensor, live: Tensor, *, recentre: bool, eps: float = 1e-6) -> Tensor:
     """Divide one agent's advantages by their standard deviation over a whole iteration; `recentre` subtracts the mean first.
 

@@ -33,7 +33,8 @@ def assign(
             advantages_ENT = advantages.td_lambda(rewards_ENT, values, live_ENT, gamma=gamma, lam=settings.lam)
             if critics.without:
                 returns_ENT = advantages_ENT + values[..., :-1]
-                advantages_ENT = returns_ENT - critics.baselines(batch, values, returns_ENT)
+                baselines_ENT = critics.baselines(batch, values, returns_ENT)
+                advantages_ENT = advantages.difference(returns_ENT, baselines_ENT, batch.live_ENT)
         else:
             advantages_ENT = from_alternatives(batch, values, critics, metrics)
         advantages_ENT = advantages_ENT * batch.live_ENT

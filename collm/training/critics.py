@@ -191,8 +191,7 @@ class Critics:
 
             b_i(h_t, a_-i,t) = text critic's part of V(h_t) + regression on the world's numbers after a_-i,t and i's silence
 
-        The agent's own answer is not in it, so the policy gradient stays unbiased (Wu et al. 2018, arXiv:1803.07246), while
-        what team-mates did in the turn no longer counts for or against it: a difference reward (Wolpert & Tumer 2001) in value.
+        See `algorithms.advantages.difference`: the agent's own answer is not in it.
 
         Args: targets_ENT: what the advantage is taken of, learned from once it has been said what was expected.
         """
