@@ -14,7 +14,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from collm.errors import ConfigError
 
@@ -374,6 +383,8 @@ class EvaluationSettings(Room):
     """0 is greedy. Above it, top_p and top_k are those of the rollout."""
 
 
+ADDED: dict[str, Any] = {"critic.difference": False}
+"""Settings that came when there were runs and grids already, and the value that leaves everything as it was then."""
 TABLES: dict[str, type[Room]] = {"team.lora": LoraSettings, "rollout.vllm": VllmSettings}
 """Settings that are tables of settings."""
 
@@ -400,7 +411,8 @@ class Config(Room):
         if preset is None or not isinstance(critic, Mapping) or algorithm.get("critic") == "none":
             return values  # what is wrong is told by the rooms
         room = {**preset.critic, **critic}
-        if "difference" not in critic and (not room.get("metrics") or algorithm.get("critic_kind") == "Q"):
+        unfit = not _truth(room.get("metrics", False)) or algorithm.get("critic_kind") == "Q"
+        if "difference" not in critic and unfit:
             room.pop("difference", None)  # the preset's, which needs the numbers and V; a contradiction of one's own is refused
         return {**values, "critic": room}
 
@@ -517,6 +529,17 @@ def parse_config(values: Mapping[str, Any]) -> Config:
         raise ConfigError("\n".join(_explain(detail) for detail in error.errors())) from error
 
 
+def parse_resolved(values: Mapping[str, Any]) -> Config:
+    """A Config from what `resolved()` once gave: settings that came later stay as it was before there were any, whatever
+    presets have become."""
+    complete = dict(values)
+    for name, before in ADDED.items():
+        room, _, key = name.partition(".")
+        if isinstance(complete.get(room), Mapping):
+            complete[room] = {key: before, **complete[room]}
+    return parse_config(complete)
+
+
 def parse_value(text: str, name: str = "") -> Any:
     """A command-line value: TOML where it is one value (a number, true, a list, quoted text), else the bare text.
 
@@ -548,6 +571,14 @@ def describe() -> Iterator[tuple[str, str, str]]:
             if table := TABLES.get(f"{room}.{key}"):
                 for name, inner in table.model_fields.items():
                     yield f"{room}.{key}.{name}", json.dumps(inner.get_default()), " ".join((inner.description or "").split())
+
+
+def _truth(value: Any) -> bool:
+    """What a switch will take `value` for; False where it will be refused."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False
 
 
 def _where(room: type[BaseModel], info: ValidationInfo) -> str:

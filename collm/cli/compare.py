@@ -30,7 +30,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
-from collm.config import ALGORITHMS, CRITIC_ONLY, Config, apply_overrides, parse_config
+from collm.config import ADDED, ALGORITHMS, CRITIC_ONLY, Config, apply_overrides, parse_config
 from collm.errors import ConfigError, RunError
 from collm.reports.curves import draw_grid
 from collm.reports.grid import Cell, Grid, read_grid, read_result
@@ -87,19 +87,25 @@ class Job:
 
     def check_unchanged(self) -> None:
         """Raises RunError where the cell was begun with other settings: numbers of two recipes never mix."""
-        if self.settings.is_file() and _digest(parse_config(json.loads(self.settings.read_bytes()))) != self.cell.settings:
+        if self.settings.is_file() and _digest(json.loads(self.settings.read_bytes()), self.trained) != self.cell.settings:
             raise RunError(
                 f"{self.cell.folder} was begun with other settings than the recipe now has. Choose another --folder, or remove "
                 f"it, {self.settings.name} and {RESULTS} to run it anew."
             )
 
 
-def _digest(config: Config) -> str:
-    """Of all settings that are not at their default, so that one which collm has yet to get takes no finished run away; without
-    where the run lies, which makes no other numbers."""
-    settings = config.model_dump(mode="json", exclude_defaults=True)
-    settings.get("run", {}).pop("folder", None)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+def _digest(settings: Mapping[str, Any], trained: bool) -> str:
+    """Of all settings that make numbers: not where the run lies, nor how to learn where nothing learns, nor, at the value that
+    leaves all as it was, one that came later than the first grids."""
+    counted = {room: dict(values) for room, values in settings.items()}
+    counted["run"]["folder"] = None
+    for name, before in ADDED.items():
+        room, _, key = name.partition(".")
+        if counted[room].get(key) == before:
+            del counted[room][key]
+    if not trained:
+        counted = {room: values for room, values in counted.items() if room not in ("algorithm", "critic", "learner")}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -200,7 +206,7 @@ def read_plan(recipe: Path, folder: Path) -> tuple[Plan, list[Job]]:
         for rate, seed in itertools.product(rates, plan.seeds):
             cell = Cell(task, method, rate, seed, folder / task / _name(method, rate, seed))
             config = _settings(recipe, values.get("settings") or {}, tasks[task], methods, cell)
-            jobs.append(Job(replace(cell, settings=_digest(config)), config, trained))
+            jobs.append(Job(replace(cell, settings=_digest(config.resolved(), trained)), config, trained))
     return plan, jobs
 
 

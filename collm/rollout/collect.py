@@ -131,10 +131,11 @@ def imagine_silence(
     """Ask the world what each turn would have led to had one agent answered nothing and the others what they did, into
     `Turn.silent`: for difference baselines. Fresh worlds replay the recorded answers; nothing is generated.
 
-    agents: of these alone; default: of all. Where one agent acts alone nobody is left to act, and nothing is asked.
+    agents: of these alone; default: of all. Where one agent acts alone nobody is left to act, and nothing is asked. A turn that
+    the world does not replay, or not without the answer, stays unknown. An episode of T turns and N agents costs
+    N T (T + 1) / 2 turns of the world.
     """
     _check_decentralized(plan)
-    stop()
     wanted = [
         (episode, t, agent)
         for episode in episodes
@@ -146,6 +147,7 @@ def imagine_silence(
     ]
 
     def imagine(episode: Episode, t: int, agent: str) -> None:
+        stop()
         env = plan.env.make(plan.split)
         turn = episode.turns[t]
         said = [{a: c.text for a, c in past.completions.items()} for past in episode.turns[: t + 1]]
@@ -154,11 +156,10 @@ def imagine_silence(
             env.reset(seed=episode.seed, options={"task": episode.task})
             for texts in said:
                 _, rewards, _, _, infos = env.step(texts)
-        except EnvError as error:
-            episode.failure = f"{agent}, turn {t}, had it been silent: {error}"
+        except EnvError:
             return
         reward, raw_reward, info = outcome(said[t], rewards, infos)
-        turn.silent[agent] = Imagined(reward, raw_reward, dict(info.get("metrics", {})))
+        turn.silent[agent] = Imagined(reward, raw_reward, dict(info.get("metrics", turn.metrics)))
 
     if wanted:
         _each(imagine, *zip(*wanted, strict=True), waits=_waits(plan.env.make(plan.split)))

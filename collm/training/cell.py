@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from collm.config import Config, parse_config
+from collm.config import Config, parse_resolved
 from collm.engines.catalogue import make_engine
 from collm.errors import CollmError
 from collm.training import checkpoint
@@ -25,7 +25,7 @@ from collm.training.trainer import Interrupted, Trainer, check_fit, make_team, r
 def main(arguments: Sequence[str]) -> int:
     kind, settings, folder = arguments[0], Path(arguments[1]), Path(arguments[2])
     try:
-        config = parse_config(json.loads(settings.read_text(encoding="utf-8")))
+        config = parse_resolved(json.loads(settings.read_text(encoding="utf-8")))
         if kind == "train":
             train(config, folder)
         else:

@@ -4,6 +4,7 @@
         state.json                  how far the run is
         policy-AGENT.safetensors    float32 weights of each policy, or of its adapter alone
         regression.safetensors      of returns on the world's numbers, with critic.metrics
+        without.safetensors          of surprises on what team-mates changed, with critic.difference
         yardstick.safetensors       of the same, within tasks, for the report
         critic-NAME.safetensors     critic (of its adapter and head alone, if it is one) or value head, with running moments
         optimizer-NAME.safetensors  AdamW's averages and step counts

@@ -65,9 +65,9 @@ class Critics:
         self.judges = [self._make(name, group) for name, group in views[config.algorithm.critic].items()]
         self.metric_names = tuple(metric_names)
         self.regression = TurnRegression(2 + len(metric_names), TURNS) if config.critic.metrics else None
-        self.without = nn.ModuleDict()
-        if config.critic.difference:
-            self.without.update({agent: TurnRegression(2 + len(metric_names), TURNS) for agent in agents})
+        self.without = nn.ModuleList(
+            TurnRegression(2 + len(metric_names), TURNS) for _ in (agents if config.critic.difference else ())
+        )
         self.yardstick = Yardstick(2 + len(metric_names), TURNS)
         self.marked_ENT = torch.zeros(0)
         self.known_ENT = torch.zeros(0)
@@ -189,21 +189,25 @@ class Critics:
     def baselines(self, batch: Batch, values_ENT: Tensor, targets_ENT: Tensor) -> Tensor:
         """(E, N, T): what each agent's turn lets expect without its own answer, in units of return; V where that is unknown.
 
-            b_i(h_t, a_-i,t) = text critic's part of V(h_t) + regression on the world's numbers after a_-i,t and i's silence
+            b_i(h_t, a_-i,t) = V(h_t) + regression of G_t - V(h_t) on what the team-mates alone changed in the world's numbers
 
-        See `algorithms.advantages.difference`: the agent's own answer is not in it.
+        See `algorithms.advantages.difference`: the agent's own answer is not in it. What is regressed stands still as V moves.
 
-        Args: targets_ENT: what the advantage is taken of, learned from once it has been said what was expected.
+        Args: targets_ENT: G, what the advantage is taken of; it is learned from once it has been said what was expected, but
+            not where V itself knew nothing yet.
         """
-        baselines_ENT = values_ENT[..., : batch.shape[2]].clone()
-        text_ENT = baselines_ENT - self.known_ENT[..., : batch.shape[2]]
-        for n, agent in enumerate(batch.agents):
-            features_ETM, asked_ET = self.silent_features(batch, agent)
-            regression = self.without[agent]
-            assert isinstance(regression, TurnRegression)
-            said_ET = text_ENT[:, n] + regression(features_ETM)
-            baselines_ENT[:, n] = torch.where(asked_ET, said_ET, baselines_ENT[:, n])
-            regression.learn(features_ETM, targets_ENT[:, n] - text_ENT[:, n], asked_ET)
+        T = batch.shape[2]
+        baselines_ENT = values_ENT[..., :T].clone()
+        before_ETM = self.features(batch)[:, :T]
+        assert self.regression is not None
+        knew_T = torch.tensor([bool(self.regression.of(t).weight) for t in range(T)])
+        for n, (agent, without) in enumerate(zip(batch.agents, self.without, strict=True)):
+            after_ETM, asked_ET = self.silent_features(batch, agent)
+            changed_ETM = after_ETM - before_ETM
+            assert isinstance(without, TurnRegression)
+            surprise_ET = targets_ENT[:, n] - values_ENT[:, n, :T]
+            baselines_ENT[:, n] += torch.where(asked_ET, without(changed_ETM), 0.0)
+            without.learn(changed_ETM, surprise_ET, asked_ET & knew_T)
         return baselines_ENT
 
     def silent_features(self, batch: Batch, agent: str) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from collm import seeds
-from collm.config import Config, parse_config
+from collm.config import Config, parse_resolved
 from collm.engines.base import Engine, Resting
 from collm.engines.catalogue import make_engine
 from collm.errors import ConfigError, RunError
@@ -136,6 +136,9 @@ class Trainer:
         episodes = [episode for group in groups for episode in group.episodes]
         self.joint_actions += sum(len(episode.turns) - episode.own_from for episode in episodes)
         record = {"iteration": self.iteration, "joint_actions": self.joint_actions, **describe(episodes), **learned}
+        if self.config.critic.difference:
+            imagined = [len(turn.silent) / len(turn.completions) for e in episodes for turn in e.turns[e.own_from :]]
+            record["critic/imagined"] = sum(imagined) / max(1, len(imagined))
         record["seconds/collect"] = collected - started
         record["seconds/learn"] = time.monotonic() - collected
         log.episodes(self.iteration, episodes[: self.config.run.episodes_saved])
@@ -238,7 +241,7 @@ def read_config(folder: Path) -> Config:
     """The config of a run directory. Raises RunError where there is none."""
     path = folder / "config.json"
     try:
-        return parse_config(json.loads(path.read_text(encoding="utf-8")))
+        return parse_resolved(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{str(folder)!r} is not a run directory: {path.name} cannot be read ({error}).") from error
 
