@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 from test_reports import record, write_run
 
+from collm import config
 from collm.cli.compare import read_plan
 from collm.cli.main import main
 from collm.errors import ConfigError, RunError
@@ -115,6 +116,28 @@ def test_trained_methods_of_a_shipped_comparison_get_the_same(name: str, tmp_pat
         joint, own = configs["collm-cc"], configs["dc-difference"]
         assert joint.critic == own.critic
         assert own.algorithm == joint.algorithm.model_copy(update={"name": "collm-dc", "critic": "own"})
+
+
+def test_what_tells_one_run_from_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every setting that makes numbers, wherever its value comes from, a preset that changes included; neither the place, nor how a
+    team would learn that does not, nor a setting of later times at the value of before."""
+
+    def marks(text: str = RECIPE, out: str = "out") -> dict[str, str]:
+        _, jobs = read_plan(write(tmp_path, text), tmp_path / out)
+        return {job.cell.method: job.cell.settings for job in jobs if job.cell.seed == 0}
+
+    first = marks()
+    assert len(set(first.values())) == 3
+    assert marks(out="elsewhere") == first
+    warmed = marks(RECIPE.replace("[methods.magrpo]", "[settings.learner]\nwarmup = 1\n[methods.magrpo]"))
+    assert warmed["parallel"] == first["parallel"]
+    assert not {warmed["magrpo"], warmed["collm-cc"]} & set(first.values())
+    monkeypatch.setitem(config.ADDED, "critic.warmup", 0)  # as if grids had been made before there was a warm-up
+    later = marks()
+    monkeypatch.setitem(config.ALGORITHMS["collm-cc"].critic, "warmup", 1)
+    changed = marks()
+    assert later["magrpo"] == changed["magrpo"]
+    assert later["collm-cc"] != changed["collm-cc"]
 
 
 def test_every_method_plays_as_many_episodes(tmp_path: Path) -> None:

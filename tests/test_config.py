@@ -9,7 +9,7 @@ import json
 import pytest
 
 from collm.cli.main import main, split_overrides
-from collm.config import ALGORITHMS, TABLES, Config, describe, load_config, parse_config, parse_value
+from collm.config import ADDED, ALGORITHMS, TABLES, Config, describe, load_config, parse_config, parse_resolved, parse_value
 from collm.errors import ConfigError
 
 ENV = {"env": {"name": "agree"}}
@@ -296,10 +296,24 @@ def test_presets_stand_for_what_the_method_says():
 
 def test_the_presets_difference_steps_aside_for_what_it_does_not_go_with():
     assert parse_config(rooms()).critic.difference
-    assert not parse_config(rooms(critic__metrics=False)).critic.difference
+    for no in (False, 0, "off", "no", "False"):
+        assert not parse_config(rooms(critic__metrics=no)).critic.difference
+    assert "critic.metrics" in refused(rooms(critic__metrics="perhaps"))
     q = {"algorithm__critic_kind": "Q", "algorithm__advantage": "counterfactual"}
     assert not parse_config(rooms(**q)).critic.difference
     assert "critic.difference=true and algorithm.critic_kind='Q'" in refused(rooms(critic__difference=True, **q))
+
+
+@pytest.mark.parametrize("setting", list(ADDED))
+def test_a_run_of_before_a_setting_keeps_its_meaning(setting):
+    """Whatever its preset says today: otherwise a resumed run would go on as another algorithm."""
+    room, _, key = setting.partition(".")
+    kept = parse_config(rooms(run__seed=3)).resolved()
+    assert getattr(getattr(parse_resolved(kept), room), key) == kept[room][key]
+    del kept[room][key]
+    found = parse_resolved(kept)
+    assert getattr(getattr(found, room), key) == ADDED[setting]
+    assert found.run.seed == 3
 
 
 def test_settings_of_a_recipe_beat_the_preset():

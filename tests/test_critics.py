@@ -182,6 +182,14 @@ def test_a_baseline_that_knew_the_own_answer_would_leave_no_signal(tmp_path: Pat
     assert torch.tensor(advantages).std() < 0.05
 
 
+def test_agents_may_have_any_name_under_the_difference(tmp_path: Path) -> None:
+    names = ["a.1", "train"]
+    trainer = make_trainer(tmp_path, "collm-cc", 2, 0, env={"agents": names}, run={"iterations": 1}, rollout={"tasks": 4})
+    trainer.run()
+    assert trainer.config.critic.difference
+    assert trainer.agents == ("a.1", "train")
+
+
 def test_the_baseline_is_level_with_v_from_the_second_iteration_on(tmp_path: Path) -> None:
     """Rewards far from 0 that never change: V knows them after one iteration, and the difference adds nothing to that. Were
     it to learn while V knew nothing, or to follow returns by itself, every early answer would be punished for the shift."""
