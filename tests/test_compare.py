@@ -119,8 +119,8 @@ def test_trained_methods_of_a_shipped_comparison_get_the_same(name: str, tmp_pat
 
 
 def test_what_tells_one_run_from_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every setting that makes numbers, also from a preset that changes; neither the place, nor how a team would learn that does
-    not, nor a setting of later times at the value of before."""
+    """Every setting that makes numbers, also from a preset that changes; neither the place, nor how a team would learn that
+    does not, nor a setting of later times at the value of before."""
 
     def marks(text: str = RECIPE, out: str = "out") -> dict[str, str]:
         _, jobs = read_plan(write(tmp_path, text), tmp_path / out)
