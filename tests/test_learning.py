@@ -87,9 +87,16 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "algorithm": {"name": "collm-dc", "critic_kind": "Q", "advantage": "counterfactual"},
         "learner": {"lr": 1e-4},
     },
-    "TD(lambda), three turns": {"env": {"turns": 3}, "rollout": {"tasks": 24}},
+    "TD(lambda), three turns": {
+        "algorithm": {"lam": 0.9},
+        "critic": {"difference": False},
+        "env": {"turns": 3},
+        "rollout": {"tasks": 24},
+    },
+    "difference baseline, three turns": {"env": {"turns": 3}, "rollout": {"tasks": 24}, "learner": {"lr": 2e-4}},
     "TD error, three turns": {
         "algorithm": {"lam": 0.0, "critic_lam": 0.0},
+        "critic": {"difference": False},
         "env": {"turns": 3},
         "rollout": {"tasks": 24},
         "learner": {"lr": 2e-4},
