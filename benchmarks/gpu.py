@@ -211,6 +211,7 @@ def measure_collm(cell: Cell, model: Path) -> Row:
             "max_tokens": cell.answer_tokens,
         },
         "algorithm": {"name": "collm-cc"},
+        "critic": {"difference": False},  # the reference asks the world nothing
         "learner": {"micro_batch_tokens": cell.micro_batch_tokens},
         "evaluation": {"every": 0},
     }

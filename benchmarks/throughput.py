@@ -165,6 +165,7 @@ def measure_collm(model: Path, method: str, turns: int, *, quick: bool) -> list[
             "history": HISTORY,
         },
         "algorithm": {"name": {"maac": "collm-cc", "iac": "collm-dc", "magrpo": "magrpo"}[method]},
+        "critic": {"difference": False},  # the reference asks the world nothing
         "evaluation": {"every": 0},
     }
     with tempfile.TemporaryDirectory() as folder:
