@@ -295,7 +295,7 @@ def _monte_carlo(about: str, advantage: str) -> Preset:
 _TD = {"critic": "joint", "advantage": "td_lambda"}
 _EXPLAINING = {**_TD, "lam": 0.9, "critic_lam": 0.9}
 _NUMBERS = {"metrics": True}
-_DIFFERENCE = {"metrics": True, "difference": True}
+_DIFFERENCE = {**_NUMBERS, "difference": True}
 ALGORITHMS = {
     "collm-cc": Preset(
         "one critic reads the joint history (arXiv:2601.21972); TD error against what the team-mates' answers let expect",
@@ -383,8 +383,8 @@ class EvaluationSettings(Room):
     """0 is greedy. Above it, top_p and top_k are those of the rollout."""
 
 
-ADDED: dict[str, Any] = {"critic.difference": False}
-"""Settings that came when there were runs and grids already, and the value that leaves everything as it was then."""
+ADDED: dict[tuple[str, str], Any] = {("critic", "difference"): False}
+"""Settings (room, key) that came when there were runs and grids already, and the value that leaves all as it was then."""
 TABLES: dict[str, type[Room]] = {"team.lora": LoraSettings, "rollout.vllm": VllmSettings}
 """Settings that are tables of settings."""
 
@@ -533,8 +533,7 @@ def parse_resolved(values: Mapping[str, Any]) -> Config:
     """A Config from what `resolved()` once gave: settings that came later stay as it was before there were any, whatever
     presets have become."""
     complete = dict(values)
-    for name, before in ADDED.items():
-        room, _, key = name.partition(".")
+    for (room, key), before in ADDED.items():
         if isinstance(complete.get(room), Mapping):
             complete[room] = {key: before, **complete[room]}
     return parse_config(complete)

@@ -132,7 +132,7 @@ def test_what_tells_one_run_from_another(tmp_path: Path, monkeypatch: pytest.Mon
     warmed = marks(RECIPE.replace("[methods.magrpo]", "[settings.learner]\nwarmup = 1\n[methods.magrpo]"))
     assert warmed["parallel"] == first["parallel"]
     assert not {warmed["magrpo"], warmed["collm-cc"]} & set(first.values())
-    monkeypatch.setitem(config.ADDED, "critic.warmup", 0)  # as if grids had been made before there was a warm-up
+    monkeypatch.setitem(config.ADDED, ("critic", "warmup"), 0)  # as if grids had been made before there was a warm-up
     later = marks()
     monkeypatch.setitem(config.ALGORITHMS["collm-cc"].critic, "warmup", 1)
     changed = marks()

@@ -99,8 +99,7 @@ def _digest(settings: Mapping[str, Any], trained: bool) -> str:
     leaves all as it was, one that came later than the first grids."""
     counted = {room: dict(values) for room, values in settings.items()}
     counted["run"]["folder"] = None
-    for name, before in ADDED.items():
-        room, _, key = name.partition(".")
+    for (room, key), before in ADDED.items():
         if counted[room].get(key) == before:
             del counted[room][key]
     if not trained:

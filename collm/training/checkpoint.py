@@ -4,7 +4,7 @@
         state.json                  how far the run is
         policy-AGENT.safetensors    float32 weights of each policy, or of its adapter alone
         regression.safetensors      of returns on the world's numbers, with critic.metrics
-        without.safetensors          of surprises on what team-mates changed, with critic.difference
+        without.safetensors         of surprises on what team-mates changed, with critic.difference
         yardstick.safetensors       of the same, within tasks, for the report
         critic-NAME.safetensors     critic (of its adapter and head alone, if it is one) or value head, with running moments
         optimizer-NAME.safetensors  AdamW's averages and step counts
@@ -95,12 +95,8 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
             _restore(policy.trained, load_file(folder / f"policy-{name}.safetensors"))
         for judge in learner.judges:
             _restore(judge.critic or judge.head, load_file(folder / f"critic-{judge.name}.safetensors"))
-        if learner.critics.regression is not None:
-            _restore(learner.critics.regression, load_file(folder / "regression.safetensors"))
-        if learner.critics.without:
-            _restore(learner.critics.without, load_file(folder / "without.safetensors"))
-        if learner.judges:
-            _restore(learner.critics.yardstick, load_file(folder / "yardstick.safetensors"))
+        for name, regression in learner.critics.regressions.items():
+            _restore(regression, load_file(folder / f"{name}.safetensors"))
         for name, optimizer in learner.optimizers.items():
             _restore_optimizer(optimizer, load_file(folder / f"optimizer-{name}.safetensors"))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
@@ -165,12 +161,7 @@ def _flush(path: Path) -> None:
 def _tensors(learner: Learner) -> dict[str, dict[str, Tensor]]:
     files = {f"policy-{name}": _weights(policy.trained) for name, policy in learner.members.items()}
     files |= {f"critic-{judge.name}": _weights(judge.critic or judge.head) for judge in learner.judges}
-    if learner.critics.regression is not None:
-        files["regression"] = _weights(learner.critics.regression)
-    if learner.critics.without:
-        files["without"] = _weights(learner.critics.without)
-    if learner.judges:
-        files["yardstick"] = _weights(learner.critics.yardstick)
+    files |= {name: _weights(regression) for name, regression in learner.critics.regressions.items()}
     for name, optimizer in learner.optimizers.items():
         files[f"optimizer-{name}"] = {
             f"{index}.{key}": torch.as_tensor(value).contiguous()

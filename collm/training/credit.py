@@ -32,7 +32,7 @@ def assign(
         if critics.kind == "V":
             advantages_ENT = advantages.td_lambda(rewards_ENT, values, live_ENT, gamma=gamma, lam=settings.lam)
             if critics.without:
-                returns_ENT = advantages_ENT + values[..., :-1]
+                returns_ENT = advantages.lambda_returns(rewards_ENT, values, live_ENT, gamma=gamma, lam=settings.lam)
                 baselines_ENT = critics.baselines(batch, values, returns_ENT)
                 advantages_ENT = advantages.difference(returns_ENT, baselines_ENT, batch.live_ENT)
         else:

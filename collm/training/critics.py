@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,18 @@ class Critics:
         self.yardstick = Yardstick(2 + len(metric_names), TURNS)
         self.marked_ENT = torch.zeros(0)
         self.known_ENT = torch.zeros(0)
+
+    @property
+    def regressions(self) -> dict[str, nn.Module]:
+        """What is remembered beside the judges, by name: all that a checkpoint must keep of it."""
+        found: dict[str, nn.Module] = {}
+        if self.regression is not None:
+            found["regression"] = self.regression
+        if self.without:
+            found["without"] = self.without
+        if self.judges:
+            found["yardstick"] = self.yardstick
+        return found
 
     def _make(self, name: str, agents: tuple[str, ...]) -> Judge:
         settings, policy = self.config.critic, self.team.policies[agents[0]]
@@ -158,7 +170,7 @@ class Critics:
                 so_far += episode.turns[t - 1].reward if t else 0.0
                 ended = t == len(episode.turns)
                 reported = episode.metrics if ended else episode.turns[t].metrics
-                rows[e, t] = [so_far, last, *(_number(reported.get(name, 0.0)) for name in self.metric_names)]
+                rows[e, t] = self._numbers(so_far, last, reported)
                 bad = [name for name, x in zip(self.metric_names, rows[e, t, 2:], strict=True) if not math.isfinite(x)]
                 if bad and (not ended or episode.truncated):
                     raise TrainingError(
@@ -191,7 +203,9 @@ class Critics:
 
             b_i(h_t, a_-i,t) = V(h_t) + regression of G_t - V(h_t) on what the team-mates alone changed in the world's numbers
 
-        See `algorithms.advantages.difference`: the agent's own answer is not in it. What is regressed stands still as V moves.
+        See `algorithms.advantages.difference`: the agent's own answer is not in it. A flaw: the regression has a constant,
+        which follows the same rise of returns that V is about to follow, so that b overshoots where returns rise at once, and
+        right answers are punished until both have settled (docs/log.md).
 
         Args: targets_ENT: G, what the advantage is taken of; it is learned from once it has been said what was expected, but
             not where V itself knew nothing yet.
@@ -220,12 +234,15 @@ class Critics:
             for t, turn in enumerate(episode.turns):
                 if agent in turn.silent and t >= episode.own_from:
                     imagined = turn.silent[agent]
-                    numbers = [_number(imagined.metrics.get(name, 0.0)) for name in self.metric_names]
-                    numbers = [so_far + imagined.reward, imagined.raw_reward, *numbers]
+                    numbers = self._numbers(so_far + imagined.reward, imagined.raw_reward, imagined.metrics)
                     if all(map(math.isfinite, numbers)):
                         rows[e, t], asked[e, t] = numbers, True
                 so_far += turn.reward
         return torch.from_numpy(rows).float(), torch.from_numpy(asked)
+
+    def _numbers(self, so_far: float, last: float, reported: Mapping[str, Any]) -> list[float]:
+        """(M,): rewards so far, the last raw reward, and what the world reported."""
+        return [so_far, last, *(_number(reported.get(name, 0.0)) for name in self.metric_names)]
 
     def alternatives(self, batch: Batch, metrics: Metrics) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each critic: slots (M,) of answers, and Q (M, K) with each of them exchanged for its K alternatives."""

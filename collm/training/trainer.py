@@ -166,12 +166,11 @@ class Trainer:
         keys = [seeds.derive(self.config.run.seed, "episode", self.iteration, i) for i in range(len(tasks))]
         size = self.config.algorithm.group_size
         groups = collect(self.plan, self.engine, tasks, keys, group_size=size, stop=self._check_signal)
+        episodes = [episode for group in groups for episode in group.episodes]
         if self.config.algorithm.advantage == "counterfactual":
-            episodes = [episode for group in groups for episode in group.episodes]
             times = self.config.algorithm.resamples
             resample(self.plan, self.engine, episodes, times, agents=self.team.agents, stop=self._check_signal)
         if self.config.critic.difference:
-            episodes = [episode for group in groups for episode in group.episodes]
             imagine_silence(self.plan, episodes, agents=self.team.agents, stop=self._check_signal)
         return groups
 
