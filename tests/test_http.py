@@ -327,14 +327,14 @@ def test_json_on_the_wire_survives_any_text():
 def mixed_recipe(tmp_path, url: str, **algorithm):
     return parse_config(
         {
-            "run": {"name": "mixed", "folder": str(tmp_path), "iterations": 20, "threads": 1, "tensorboard": False},
+            "run": {"name": "mixed", "folder": str(tmp_path), "iterations": 12, "threads": 1, "tensorboard": False},
             "env": {"name": "agree"},
             "team": {"models": {"agent_0": url}},
             "rollout": {"tasks": 32, "max_tokens": 4},
             "algorithm": algorithm,
-            "learner": {"lr": 5e-4},
-            "critic": {"lr": 5e-4},
-            "evaluation": {"every": 20, "temperature": 1.0, "episodes": 1},
+            "learner": {"lr": 2e-3},
+            "critic": {"lr": 1e-3},
+            "evaluation": {"every": 12, "temperature": 1.0, "episodes": 1},
         }
     )
 

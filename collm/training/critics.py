@@ -201,27 +201,24 @@ class Critics:
     def baselines(self, batch: Batch, values_ENT: Tensor, targets_ENT: Tensor) -> Tensor:
         """(E, N, T): what each agent's turn lets expect without its own answer, in units of return; V where that is unknown.
 
-            b_i(h_t, a_-i,t) = V(h_t) + regression of G_t - V(h_t) on what the team-mates alone changed in the world's numbers
+            b_i(h_t, a_-i,t) = V(h_t) + beta . (Delta - mean Delta),   beta: ridge regression of G_t - V(h_t) on Delta
 
-        See `algorithms.advantages.difference`: the agent's own answer is not in it. A flaw: the regression has a constant,
-        which follows the same rise of returns that V is about to follow, so that b overshoots where returns rise at once, and
-        right answers are punished until both have settled (docs/log.md).
+        Delta is what the team-mates alone changed in the world's numbers, so the agent's own answer is not in it: see
+        `algorithms.advantages.difference`. All is taken around this iteration's means, so that on average b is V: a constant
+        would follow the very rise of returns that V follows, and right answers would be punished until both have settled.
 
-        Args: targets_ENT: G, what the advantage is taken of; it is learned from once it has been said what was expected, but
-            not where V itself knew nothing yet.
+        Args: targets_ENT: G, what the advantage is taken of; it is learned from once it has been said what was expected.
         """
         T = batch.shape[2]
         baselines_ENT = values_ENT[..., :T].clone()
         before_ETM = self.features(batch)[:, :T]
-        assert self.regression is not None
-        knew_T = torch.tensor([bool(self.regression.of(t).weight) for t in range(T)])
         for n, (agent, without) in enumerate(zip(batch.agents, self.without, strict=True)):
             after_ETM, asked_ET = self.silent_features(batch, agent)
-            changed_ETM = after_ETM - before_ETM
+            changed_ETM = _centred(after_ETM - before_ETM, asked_ET)
+            surprise_ET = _centred(targets_ENT[:, n] - values_ENT[:, n, :T], asked_ET)
             assert isinstance(without, TurnRegression)
-            surprise_ET = targets_ENT[:, n] - values_ENT[:, n, :T]
             baselines_ENT[:, n] += torch.where(asked_ET, without(changed_ETM), 0.0)
-            without.learn(changed_ETM, surprise_ET, asked_ET & knew_T)
+            without.learn(changed_ETM, surprise_ET, asked_ET)
         return baselines_ENT
 
     def silent_features(self, batch: Batch, agent: str) -> tuple[Tensor, Tensor]:
@@ -364,6 +361,13 @@ class Critics:
 def _complete(batch: Batch) -> Tensor:
     """(E, T) bool: turns that were played, of episodes whose return is known to the end."""
     return batch.played_ET & ~batch.truncated_E[:, None]
+
+
+def _centred(numbers_ETX: Tensor, chosen_ET: Tensor) -> Tensor:
+    """Numbers (E, T, ...) less, at each turn, their mean over the chosen episodes; 0 elsewhere."""
+    chosen_ETX = chosen_ET.reshape(*chosen_ET.shape, *[1] * (numbers_ETX.dim() - 2))
+    kept_ETX = torch.where(chosen_ETX, numbers_ETX, 0.0)
+    return torch.where(chosen_ETX, kept_ETX - kept_ETX.sum(0) / chosen_ETX.sum(0).clamp_min(1), 0.0)
 
 
 def _number(value: Any) -> float:
