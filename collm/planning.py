@@ -316,6 +316,13 @@ class Plan:
         """In one iteration, at most."""
         return self.work.joint_actions * len(self.work.agents) * self.work.answer
 
+    @property
+    def imagined_turns(self) -> int:
+        """Turns that the world plays for difference baselines in one iteration, at most: `rollout.collect.imagine_silence`."""
+        agents, turns = len(self.work.agents), self.work.turns
+        asked = self.config.critic.difference and agents > 1
+        return asked * self.work.episodes * agents * turns * (turns + 1) // 2
+
     def hours(self, generated_per_second: float, updated_per_second: float) -> float:
         """Of the whole run, without evaluations."""
         seconds = self.generated_tokens / generated_per_second + self.update_tokens / updated_per_second
@@ -330,6 +337,7 @@ class Plan:
             "phases": {phase.name: {name: round(size) for name, size in phase.parts.items()} for phase in self.phases},
             "iterations": iterations,
             "joint_actions": iterations * self.work.joint_actions,
+            "imagined_turns_at_most": iterations * self.imagined_turns,
             "generated_tokens_at_most": iterations * self.generated_tokens,
             "update_tokens_at_most": round(iterations * self.update_tokens),
             "prompt_tokens": {agent: list(counts) for agent, counts in self.work.prompts.items()},

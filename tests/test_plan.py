@@ -153,6 +153,27 @@ def test_work_follows_the_task() -> None:
     assert count_tokens("Qwen/Qwen3-4B", "x" * 400) == 100
 
 
+def test_the_turns_that_a_difference_baseline_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as `imagine_silence` plays; none where nobody is left to act, or nothing is asked."""
+    from collm.engines.scripted import ScriptedEngine
+    from collm.envs.building.str_build import StrBuild
+    from collm.envs.catalogue import EnvSpec
+    from collm.rollout import collect
+
+    config = parse_config({"env": {"name": "str_build", "turns": 3}, "rollout": {"tasks": 2}})
+    rollout = collect.Plan(EnvSpec("str_build", {"turns": 3}))
+    groups = collect.collect(rollout, ScriptedEngine(lambda request: "/setblock 0 0 0 stone"), [0, 1], [0, 1])
+    steps: list[Any] = []
+    step = StrBuild.step
+    monkeypatch.setattr(StrBuild, "step", lambda self, actions: steps.append(actions) or step(self, actions))
+    collect.imagine_silence(rollout, [group.episodes[0] for group in groups])
+    assert len(steps) == 2 * 2 * (1 + 2 + 3)
+    assert plan(config).imagined_turns == 2 * 2 * (1 + 2 + 3)
+    assert planned(work(), critic__difference=False).imagined_turns == 0
+    alone = work(agents=("a",), prompts={"a": (50, 20)})
+    assert planned(alone, env__agents=1, algorithm__name="ac").imagined_turns == 0
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: "/".join(path.parts[-2:]))
 def test_every_recipe_can_be_planned(path: Path) -> None:
     found = plan(load_config(path))
