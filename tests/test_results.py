@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from collm.reports.intervals import Interval, interval, student
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 GRIDS = sorted(path.parent.name for path in RESULTS.glob("*/results.json"))
@@ -35,6 +38,38 @@ def row(grid: str) -> str:
 @pytest.mark.parametrize("grid", [name for name in GRIDS if name != "critic"])
 def test_the_page_says_what_the_grid_says(grid: str) -> None:
     assert row(grid) in (RESULTS / "README.md").read_text()
+
+
+LONG = ("str_build_sparse", "str_build_sparse_again")
+TEN = {"magrpo": "MAGRPO", "collm-dc": "DC", "dc-difference": "DC with CC's baseline (`dc-difference`)"}
+
+
+def ten_seeds() -> dict[tuple[str, int], dict]:
+    runs = [run for grid in LONG for run in json.loads((RESULTS / grid / "results.json").read_text())["runs"]]
+    return {(run["method"], run["seed"]): run for run in runs}
+
+
+def area(curve: list[tuple[int, float]]) -> float:
+    """The mean height over the points that both grids evaluate: every twelfth iteration of 64 joint actions."""
+    x, y = np.array([point for point in curve if point[0] % (12 * 64) == 0]).T
+    assert x.tolist() == [0, 768, 1536, 2304, 3072, 3840]
+    return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / x[-1])
+
+
+@pytest.mark.parametrize("other", list(TEN))
+def test_ten_seeds_of_the_long_horizon_say_what_the_page_says(other: str) -> None:
+    runs = ten_seeds()
+    differences = [area(runs["collm-cc", seed]["curve"]) - area(runs[other, seed]["curve"]) for seed in range(10)]
+    found: list[Interval] = [interval(differences), student(differences)]
+    cells = [f"[{each.low:+.3f}, {each.high:+.3f}]" for each in found]
+    line = f"| CC minus {TEN[other]} | {found[0].mean:+.3f} | {cells[0]} | {cells[1]} |"
+    assert line in (RESULTS / "README.md").read_text()
+
+
+def test_ten_seeds_of_the_critic_say_what_the_page_says() -> None:
+    runs = ten_seeds()
+    found = interval([runs["collm-cc", seed]["explained_variance"]["7"] for seed in range(10)])
+    assert f"Over ten seeds it is {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]" in (RESULTS / "README.md").read_text()
 
 
 def test_every_grid_is_whole_and_told_of() -> None:
