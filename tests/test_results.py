@@ -40,6 +40,22 @@ def test_the_page_says_what_the_grid_says(grid: str) -> None:
     assert row(grid) in (RESULTS / "README.md").read_text()
 
 
+def ablation(method: str) -> str:
+    """A switch's line: area, what collm-cc has more, and the variance within tasks explained before the last turn."""
+    found = json.loads((RESULTS / "critic" / "results.json").read_text())["tasks"]["sparse"]
+    numbers = found["methods"][method]
+    more = found["collm-cc minus"].get(method, {})
+    cells = [method, str(len(numbers["seeds"])), f"{numbers['area']['mean']:.3f}"]
+    cells += [shown(more[kind]) if more else "" for kind in ("area", "area, Student's t")]
+    return f"| {' | '.join(cells)} | {numbers['explained_variance']['7']['mean']:.2f} |"
+
+
+def test_the_page_says_what_each_switch_is_worth() -> None:
+    page = (RESULTS / "README.md").read_text()
+    for method in json.loads((RESULTS / "critic" / "results.json").read_text())["tasks"]["sparse"]["methods"]:
+        assert ablation(method) in page
+
+
 LONG = ("str_build_sparse", "str_build_sparse_again")
 TEN = {"magrpo": "MAGRPO", "collm-dc": "DC", "dc-difference": "DC with CC's baseline (`dc-difference`)"}
 
