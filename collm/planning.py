@@ -320,8 +320,9 @@ class Plan:
     def imagined_turns(self) -> int:
         """Turns that the world plays for difference baselines in one iteration, at most: `rollout.collect.imagine_silence`."""
         agents, turns = len(self.work.agents), self.work.turns
-        asked = self.config.critic.difference and agents > 1
-        return asked * self.work.episodes * agents * turns * (turns + 1) // 2
+        if not self.config.critic.difference or agents == 1:
+            return 0
+        return self.work.episodes * agents * turns * (turns + 1) // 2
 
     def hours(self, generated_per_second: float, updated_per_second: float) -> float:
         """Of the whole run, without evaluations."""

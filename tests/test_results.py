@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from collm.reports.grid import area_under
 from collm.reports.intervals import Interval, interval, student
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -16,7 +16,7 @@ METHODS = ("grpo", "magrpo", "collm-dc", "td-lambda", "collm-cc")
 
 
 def shown(found: dict[str, float]) -> str:
-    return f"{found['mean']:+.3f}" + (f" [{found['low']:+.3f}, {found['high']:+.3f}]" if found["low"] is not None else "")
+    return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
 
 
 def row(grid: str) -> str:
@@ -67,9 +67,9 @@ def ten_seeds() -> dict[tuple[str, int], dict]:
 
 def area(curve: list[tuple[int, float]]) -> float:
     """The mean height over the points that both grids evaluate: every twelfth iteration of 64 joint actions."""
-    x, y = np.array([point for point in curve if point[0] % (12 * 64) == 0]).T
-    assert x.tolist() == [0, 768, 1536, 2304, 3072, 3840]
-    return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / x[-1])
+    joint_actions, rewards = zip(*(point for point in curve if point[0] % (12 * 64) == 0), strict=True)
+    assert joint_actions == (0, 768, 1536, 2304, 3072, 3840)
+    return area_under(joint_actions, rewards)
 
 
 @pytest.mark.parametrize("other", list(TEN))

@@ -215,7 +215,7 @@ class Critics:
         for n, (agent, without) in enumerate(zip(batch.agents, self.without, strict=True)):
             after_ETM, asked_ET = self.silent_features(batch, agent)
             changed_ETM = _centred(after_ETM - before_ETM, asked_ET)
-            surprise_ET = _centred(targets_ENT[:, n] - values_ENT[:, n, :T], asked_ET)
+            surprise_ET = _centred((targets_ENT[:, n] - values_ENT[:, n, :T])[..., None], asked_ET)[..., 0]
             assert isinstance(without, TurnRegression)
             baselines_ENT[:, n] += torch.where(asked_ET, without(changed_ETM), 0.0)
             without.learn(changed_ETM, surprise_ET, asked_ET)
@@ -363,11 +363,11 @@ def _complete(batch: Batch) -> Tensor:
     return batch.played_ET & ~batch.truncated_E[:, None]
 
 
-def _centred(numbers_ETX: Tensor, chosen_ET: Tensor) -> Tensor:
-    """Numbers (E, T, ...) less, at each turn, their mean over the chosen episodes; 0 elsewhere."""
-    chosen_ETX = chosen_ET.reshape(*chosen_ET.shape, *[1] * (numbers_ETX.dim() - 2))
-    kept_ETX = torch.where(chosen_ETX, numbers_ETX, 0.0)
-    return torch.where(chosen_ETX, kept_ETX - kept_ETX.sum(0) / chosen_ETX.sum(0).clamp_min(1), 0.0)
+def _centred(numbers_ETM: Tensor, chosen_ET: Tensor) -> Tensor:
+    """Numbers (E, T, M) less, at each turn, their mean over the chosen episodes; 0 elsewhere."""
+    chosen_ET1 = chosen_ET[..., None]
+    kept_ETM = torch.where(chosen_ET1, numbers_ETM, 0.0)  # what is left out may be NaN
+    return kept_ETM - chosen_ET1 * kept_ETM.sum(0) / chosen_ET1.sum(0).clamp_min(1)
 
 
 def _number(value: Any) -> float:
