@@ -224,9 +224,9 @@ def measure_collm(cell: Cell, model: Path) -> Row:
         settings["run"]["folder"] = folder
         trainer = Trainer(parse_config(settings), quiet=True)
         phases, joint_actions = Phases(cell.device), 0
-        phases.method(trainer.learner.critics, "values", "values")
-        phases.method(trainer.learner.critics, "train", "critic")
-        phases.method(trainer.learner, "_train_policy", "agents")
+        for part in trainer.learner.hands.parts:
+            phases.method(part, "values", "values")
+            phases.method(part, "learn", "critic" if part.name.startswith("critic-") else "agents")
         for trainer.iteration in range(cell.iterations + 1):
             with phases("all"):
                 with phases("collect"):

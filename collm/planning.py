@@ -406,7 +406,7 @@ def _members(config: Config, agents: Sequence[str]) -> tuple[dict[str, Model], d
 
 
 def _critics(config: Config, members: Mapping[str, Model]) -> dict[str, Model]:
-    """The critics that are models of their own, by the agent (or the team) they judge. As training/critics.py does it."""
+    """The critics that are models of their own, by the agent (or the team) they judge. As training/assemble.py does it."""
     settings, found = config.algorithm, {}
     if settings.critic == "none" or settings.critic_body == "policy":
         return {}

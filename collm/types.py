@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int32]
+Metrics = dict[str, float]
 History = Literal["full", "last", "newest"]
 
 
@@ -116,8 +117,6 @@ class Turn:
     messages: what each agent wrote to the others before answering, under the protocol `discussion`.
     alternatives: for counterfactual baselines, other answers each agent could have given to the same history.
     silent: for difference baselines, by agent, what the turn would have led to had it answered nothing.
-    values, td_errors, advantages: by agent, what its critic expected, how it was surprised (Q methods and groups have no TD
-    error), and what the answer was trained with; filled in by the learner, for people to read.
     Example: Turn({"a": "Name ..."}, {"a": Completion(...)}, reward=1.0, raw_reward=1.0, parts={"match": 1.0})
     """
 
@@ -131,9 +130,19 @@ class Turn:
     messages: dict[str, Completion] = field(default_factory=dict)
     alternatives: dict[str, list[Completion]] = field(default_factory=dict)
     silent: dict[str, Imagined] = field(default_factory=dict)
-    values: dict[str, float] = field(default_factory=dict)
-    td_errors: dict[str, float] = field(default_factory=dict)
-    advantages: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """What the learner says about one answer, for a person to read.
+
+    value: what the agent's critic predicted before the update, in units of return; td_error: r + gamma V' - V, with V alone;
+    advantage: what the answer was trained with. None where the algorithm has none. Example: Annotation(0.4, 0.6, 0.6)
+    """
+
+    value: float | None = None
+    td_error: float | None = None
+    advantage: float | None = None
 
 
 @dataclass(slots=True)

@@ -8,14 +8,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from learners import critic_parts
 
 from collm.algorithms import advantages as A
 from collm.algorithms.catalogue import GROUP_ESTIMATORS
 from collm.config import parse_config
 from collm.models.policy import Policy
 from collm.models.team import Team
-from collm.training.learner import Learner
-from collm.types import Completion, Episode, Group, Sampling, Turn
+from collm.training.assemble import make_learner
+from collm.types import Annotation, Completion, Episode, Group, Sampling, Turn
 
 
 def close(left, right, tolerance=1e-12):
@@ -327,14 +328,20 @@ def played(rewards, *, agents=("agent_0", "agent_1"), path=(), own_from=0, failu
 
 
 def trained_with(tiny, episodes, **algorithm):
-    """[episode][turn] -> advantage that both agents' answers were trained with, as the learner wrote it into the episodes."""
+    """[episode][turn] -> advantage that both agents' answers were trained with, as the learner annotates the episodes."""
     config = parse_config({"env": {"name": "agree"}, "algorithm": algorithm})
     policies = [Policy(copy.deepcopy(tiny.model), tiny.tokenizer) for _ in range(2)]
-    Learner(Team(dict(zip(("agent_0", "agent_1"), policies))), config, Sampling()).update([Group(0, episodes)], 0)
-    for episode in episodes:
-        for turn in episode.turns:  # the reward is joint and nobody reads more than another here
-            assert turn.advantages.get("agent_0") == turn.advantages.get("agent_1")
-    return [[turn.advantages.get("agent_0") for turn in episode.turns] for episode in episodes]
+    learner = make_learner(Team(dict(zip(("agent_0", "agent_1"), policies))), config, Sampling())
+    said = learner.update([Group(0, episodes)], 0).annotations
+    rows = [
+        [
+            [said.get(e, {}).get((t, agent), Annotation()).advantage for t in range(len(episode.turns))]
+            for agent in episode.agents
+        ]
+        for e, episode in enumerate(episodes)
+    ]
+    assert all(ours == theirs for ours, theirs in rows)  # the reward is joint and nobody reads more than another here
+    return [row[0] for row in rows]
 
 
 def near(rows):
@@ -415,22 +422,22 @@ def test_truncated_episodes_are_judged_by_what_the_critic_expects_next(tiny):
             "critic": {"lr": 1e-9},
         }
     )
-    learner = Learner(
+    learner = make_learner(
         Team({a: Policy(copy.deepcopy(tiny.model), tiny.tokenizer) for a in ("agent_0", "agent_1")}), config, Sampling()
     )
-    critic = learner.judges[0].critic
+    critic = critic_parts(learner)[0].critic
     torch.nn.init.normal_(critic.value.weight, std=0.02)
-    learner.update([Group(0, [done]), Group(0, [cut])], 0)
+    said = learner.update([Group(0, [done]), Group(0, [cut])], 0).annotations
     with torch.no_grad():
         reading = critic.read(cut, 2, ("agent_0", "agent_1"))
         final = critic.value(critic.hidden(torch.from_numpy(reading.ids[None].astype(np.int64))))[0, -1].item()
-    last = done.turns[1]
-    assert last.values["agent_0"] == pytest.approx(cut.turns[1].values["agent_0"], abs=1e-5)
-    assert last.td_errors["agent_0"] == pytest.approx(1.0 - last.values["agent_0"], abs=1e-5)
-    assert cut.turns[1].td_errors["agent_0"] == pytest.approx(1.0 + 0.5 * final - last.values["agent_0"], abs=1e-4)
+    ended, cut_off = said[0][1, "agent_0"], said[1][1, "agent_0"]
+    assert ended.value == pytest.approx(cut_off.value, abs=1e-5)
+    assert ended.td_error == pytest.approx(1.0 - ended.value, abs=1e-5)
+    assert cut_off.td_error == pytest.approx(1.0 + 0.5 * final - ended.value, abs=1e-4)
     assert abs(0.5 * final) > 1e-3  # the two differ
-    for turn in (*done.turns, *cut.turns):
-        assert turn.advantages == turn.td_errors  # lam = 0, no normalization
+    for annotation in (*said[0].values(), *said[1].values()):
+        assert annotation.advantage == annotation.td_error  # lam = 0, no normalization
 
 
 # --- difference baselines ------------------------------------------------------------------------------------------------

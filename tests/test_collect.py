@@ -20,9 +20,9 @@ from collm.envs.building import font
 from collm.envs.building.str_build import PALETTES
 from collm.envs.catalogue import EnvSpec
 from collm.errors import ConfigError, EngineError, EnvError
+from collm.learning.batch import Batch
 from collm.models.team import Team
 from collm.rollout.collect import Plan, collect, imagine_silence, resample
-from collm.training.pack import Batch
 from collm.types import Completion, Episode, Sampling
 
 

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from learners import advantages_of, one_more
 from test_learning import make_trainer
 
 from collm.algorithms.advantages import discounted_returns
 from collm.algorithms.regression import TurnRegression
 from collm.errors import ConfigError, TrainingError
-from collm.training.critics import Critics
+from collm.learning import learner as learner_module
+from collm.learning import residual
+from collm.learning.batch import Batch
+from collm.learning.residual import Regressions
 from collm.training.loggers import read_metrics
-from collm.training.pack import Batch
 from collm.training.trainer import Trainer
 
 
@@ -40,9 +43,9 @@ def luck(folder: Path, name: str = "collm-cc", **critic: Any) -> tuple[Trainer, 
 def test_with_the_worlds_numbers_a_critic_explains_what_no_text_tells(tmp_path: Path, name: str, label: str) -> None:
     trainer, blind = luck(tmp_path / "blind", name, metrics=False)
     assert blind[f"{label}/explained_within_tasks_turn_1"] < 0.2
-    assert trainer.learner.critics.regression is None
+    assert trainer.learner.regressions.metrics is None
     trainer, seeing = luck(tmp_path / "seeing", name, metrics=True)
-    assert trainer.learner.critics.metric_names == ("luck",)
+    assert trainer.learner.regressions.metric_names == ("luck",)
     assert seeing[f"{label}/explained_within_tasks_turn_1"] > 0.9
     assert abs(seeing[f"{label}/explained_within_tasks_turn_0"]) < 0.2  # nobody knows yet
     assert seeing["yardstick_turn_1"] > 0.999
@@ -53,36 +56,42 @@ def test_with_the_worlds_numbers_a_critic_explains_what_no_text_tells(tmp_path: 
 
 def test_values_are_the_regression_plus_what_the_text_says(tmp_path: Path) -> None:
     trainer, _ = luck(tmp_path, metrics=True)
-    critics, batch = trainer.learner.critics, trainer.learner.batch
-    metrics: dict[str, float] = {"tokens/critic": 0.0}
-    values_ENT = critics.values(batch, metrics)
-    regression, critics.regression = critics.regression, None
-    alone_ENT = critics.values(batch, metrics)
+    batch = Batch.of(trainer._collect(), trainer.agents)
+    text = next(values for values in trainer.learner.hands.all("values", batch) if values is not None)
+    features_ETM = residual.features(batch, ("luck",))
+    regression = trainer.learner.regressions.metrics
     assert regression is not None
-    expected_ET = regression(critics.features(batch))
-    assert torch.allclose(values_ENT[..., :2] - alone_ENT[..., :2], expected_ET[:, None, :2], atol=1e-5)
-    assert not values_ENT[..., 2].any()  # after the end nothing is expected
+    predicted_ENT = residual.predict_returns(regression, features_ETM, text.read_ENT)
+    assert torch.allclose(predicted_ENT[..., :2], regression(features_ETM)[:, None, :2].expand(-1, 2, -1), atol=1e-5)
+    assert not (text.values_ENT + predicted_ENT)[..., 2].any()  # after the end nothing is expected
+    said = trainer.learner.update(batch.groups, trainer.iteration).annotations
+    values = [said[number][1, "agent_0"].value for number in batch.numbers]
+    assert values == pytest.approx((text.values_ENT + predicted_ENT)[:, 0, 1].tolist(), abs=1e-5)
 
 
 def test_the_text_learns_what_the_regression_leaves_after_its_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were both to learn the old difference, their sum would move twice as far as the returns did."""
     trainer, _ = luck(tmp_path, metrics=True)
-    learner, critics = trainer.learner, trainer.learner.critics
     taught: list[torch.Tensor] = []
-    monkeypatch.setattr(critics, "train", lambda batch, targets_ENT, *_: taught.append(targets_ENT))
-    learner.update(trainer._collect(), trainer.iteration + 1)
-    assert critics.regression is not None
-    left_ET = discounted_returns(learner.batch.rewards_ET, gamma=1.0) - critics.regression(
-        critics.features(learner.batch)[:, :2]
-    )
+    assign = learner_module.assign_values
+
+    def watched(*arguments: Any) -> Any:
+        assigned = assign(*arguments)
+        taught.append(assigned.credit.targets_ENT)
+        return assigned
+
+    monkeypatch.setattr(learner_module, "assign_values", watched)
+    batch, _ = one_more(trainer)
+    regression = trainer.learner.regressions.metrics
+    assert regression is not None
+    left_ET = discounted_returns(batch.rewards_ET, gamma=1.0) - regression(residual.features(batch, ("luck",))[:, :2])
     assert torch.allclose(taught[0], left_ET[:, None].expand_as(taught[0]), atol=1e-5)
 
 
 def test_what_the_world_counted_before_a_turn_is_recorded_with_it(tmp_path: Path) -> None:
     trainer, _ = luck(tmp_path, metrics=True)
-    for episode, row in zip(
-        trainer.learner.batch.episodes, trainer.learner.critics.features(trainer.learner.batch), strict=True
-    ):
+    batch = Batch.of(trainer._collect(), trainer.agents)
+    for episode, row in zip(batch.episodes, residual.features(batch, ("luck",)), strict=True):
         assert [turn.metrics for turn in episode.turns] == [{}, {"luck": episode.metrics["luck"]}]
         assert row[:, 2].tolist() == pytest.approx([0.0, episode.metrics["luck"], episode.metrics["luck"]])
         assert row[:, 0].tolist() == pytest.approx([0.0, 0.0, episode.turns[1].reward])
@@ -99,7 +108,7 @@ def test_a_metric_that_is_no_number_stops_the_run_and_is_named(tmp_path: Path) -
         groups = trainer._collect()
         groups[2].episodes[0].turns[1].metrics = {"luck": wrong}
         with pytest.raises(
-            TrainingError, match=rf"metric 'luck' is {wrong!r} before turn 1 of episode 2 \(task .*\), not a finite"
+            TrainingError, match=rf"environment metric 'luck' is {wrong!r} before turn 1 of episode 2 \(task .*\), not a finite"
         ):
             trainer.learner.update(groups, 0)
     groups = trainer._collect()
@@ -110,8 +119,7 @@ def test_a_metric_that_is_no_number_stops_the_run_and_is_named(tmp_path: Path) -
 def test_an_episode_that_was_cut_off_is_expected_to_go_on(tmp_path: Path) -> None:
     """Half the episodes earn 10 at their second turn and end, half are cut off there: V of their end is no 0."""
     trainer, _ = luck(tmp_path, metrics=True)
-    critics = trainer.learner.critics
-    critics.regression = TurnRegression(3, 4, strength=0.0)
+    regression = TurnRegression(3, 4, strength=0.0)
     groups = trainer._collect()
     episodes = [episode for group in groups for episode in group.episodes]
     for number, episode in enumerate(episodes):
@@ -122,10 +130,10 @@ def test_an_episode_that_was_cut_off_is_expected_to_go_on(tmp_path: Path) -> Non
         episode.turns[0].reward = episode.turns[0].raw_reward = 0.0
         episode.terminated, episode.truncated = bool(paid), not paid
     batch = Batch.of(groups, trainer.agents)
-    metrics: dict[str, float] = {"tokens/critic": 0.0}
-    critics.values(batch, metrics)
-    critics.remember(batch, torch.full((*batch.live_ENT.shape[:2], 3), 4.0))  # 4 is expected after the end, where it goes on
-    known_ET1 = critics.known_ENT[:, 0]
+    read_ENT = next(values for values in trainer.learner.hands.all("values", batch) if values is not None).read_ENT
+    features_ETM, expected_ENT = residual.features(batch, ("luck",)), torch.full((*batch.live_ENT.shape[:2], 3), 4.0)
+    residual.learn_returns(regression, features_ETM, batch, expected_ENT, read_ENT, gamma=1.0, kind="V")  # 4 follows a cut
+    known_ET1 = residual.predict_returns(regression, features_ETM, read_ENT)[:, 0]
     cut = batch.truncated_E
     assert torch.allclose(known_ET1[cut, :2], torch.full((int(cut.sum()), 2), 7.0), atol=1e-3)  # (10 + 4) / 2
     assert torch.allclose(known_ET1[cut, 2], torch.tensor(7.0), atol=1e-3)  # as before the turn: no later one was seen
@@ -153,10 +161,10 @@ def test_what_a_team_mate_did_in_the_turn_counts_neither_for_nor_against_an_answ
     said. Without it, the mate's half is in the advantage."""
 
     def parts(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        episodes = trainer.learner.batch.episodes
-        said = [["e" in e.turns[0].completions[agent].text for agent in trainer.agents] for e in episodes]
+        batch, update = one_more(trainer)
+        said = [["e" in e.turns[0].completions[agent].text for agent in trainer.agents] for e in batch.episodes]
         own, mates = torch.tensor(said).double().T / 2
-        return torch.tensor([e.turns[0].advantages["agent_0"] for e in episodes]).double(), own, mates
+        return advantages_of(batch, update, 0, "agent_0"), own, mates
 
     def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
         return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
@@ -174,12 +182,15 @@ def test_what_a_team_mate_did_in_the_turn_counts_neither_for_nor_against_an_answ
 def test_a_baseline_that_knew_the_own_answer_would_leave_no_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wrong variant: the numbers after the turn as it was played explain away the answer itself."""
     monkeypatch.setattr(
-        "collm.training.critics.Critics.silent_features",
-        lambda self, batch, agent: (self.features(batch)[:, 1:], batch.live_ENT[:, batch.agents.index(agent)].bool()),
+        residual,
+        "counterfactual_features",
+        lambda batch, agent, names: (
+            residual.features(batch, names)[:, 1:],
+            batch.live_ENT[:, batch.agents.index(agent)].bool(),
+        ),
     )
     trainer = echo(tmp_path, difference=True)
-    advantages = [e.turns[0].advantages["agent_0"] for e in trainer.learner.batch.episodes]
-    assert torch.tensor(advantages).std() < 0.05
+    assert advantages_of(*one_more(trainer), 0, "agent_0").std() < 0.05
 
 
 def test_agents_may_have_any_name_under_the_difference(tmp_path: Path) -> None:
@@ -193,17 +204,21 @@ def test_agents_may_have_any_name_under_the_difference(tmp_path: Path) -> None:
 def test_the_baseline_is_level_with_v_however_returns_rise(tmp_path: Path) -> None:
     """V follows rising returns by itself. Were the baseline to follow too, right answers would be punished for it."""
     trainer = echo(tmp_path, difference=True)
-    trainer.learner.critics = Critics(trainer.team, trainer.config, ("e",))
+    regressions = Regressions(("e",), 2, metrics=True, teammates=True)
     for iteration in range(4):
         groups = trainer._collect()
         for group in groups:
             turn = group.episodes[0].turns[0]
             turn.reward = turn.raw_reward = -4.0 + iteration + turn.reward
         batch = Batch.of(groups, trainer.agents)
-        values_ENT = trainer.learner.critics.values(batch, {"tokens/critic": 0.0})
+        features_ETM = residual.features(batch, ("e",))
+        text = next(values for values in trainer.learner.hands.all("values", batch) if values is not None)
+        values_ENT = text.values_ENT + residual.predict_returns(regressions.metrics, features_ETM, text.read_ENT)
         G_ENT = batch.rewards_ET[:, None].expand_as(batch.live_ENT)
-        baselines_ENT = trainer.learner.critics.baselines(batch, values_ENT, G_ENT)
-        trainer.learner.critics.remember(batch, values_ENT)
+        changes, known = residual.teammates_changes(batch, features_ETM, ("e",))
+        baselines_ENT = residual.predict_teammates(regressions.teammates, changes, known, values_ENT)
+        residual.learn_teammates(regressions.teammates, changes, known, values_ENT, G_ENT)
+        residual.learn_returns(regressions.metrics, features_ETM, batch, values_ENT, text.read_ENT, gamma=0.9, kind="V")
         moved_EN = (baselines_ENT - values_ENT[..., :1])[..., 0]
         assert moved_EN.mean(0).tolist() == pytest.approx([0.0, 0.0], abs=1e-5)
         if iteration:
@@ -222,13 +237,14 @@ def test_one_who_acts_alone_learns_with_the_difference_as_without(tmp_path: Path
 
 def test_where_silence_has_no_finite_number_the_baseline_is_v(tmp_path: Path) -> None:
     trainer = echo(tmp_path, difference=True)
-    critics = trainer.learner.critics
+    regressions = trainer.learner.regressions
     groups = trainer._collect()
     turn = groups[3].episodes[0].turns[0]
     turn.silent["agent_0"] = replace(turn.silent["agent_0"], metrics={"e": math.nan})
     batch = Batch.of(groups, trainer.agents)
-    values_ENT = critics.values(batch, {"tokens/critic": 0.0})
-    baselines_ENT = critics.baselines(batch, values_ENT, values_ENT[..., :1])
+    values_ENT = next(values for values in trainer.learner.hands.all("values", batch) if values is not None).values_ENT
+    changes, known = residual.teammates_changes(batch, residual.features(batch, ("e",)), ("e",))
+    baselines_ENT = residual.predict_teammates(regressions.teammates, changes, known, values_ENT)
     assert baselines_ENT[3, 0, 0] == values_ENT[3, 0, 0]
     assert baselines_ENT[2, 0, 0] != values_ENT[2, 0, 0]
     assert baselines_ENT[3, 1, 0] != values_ENT[3, 1, 0]

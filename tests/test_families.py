@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, model, speaking, tokenizer
+from learners import critic_parts
 from safetensors.numpy import load_file
 from test_learning import make_trainer, solves
 from test_pack import apart
@@ -22,12 +23,13 @@ from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM
 from collm.cli.evaluate import load_team
 from collm.engines.local import LocalEngine
 from collm.errors import ConfigError
+from collm.learning.batch import Batch
+from collm.learning.pack import micro_batches, pack_answers, pack_readings
 from collm.models.chat import Chat
 from collm.models.critic import Critic
 from collm.models.policy import Policy, logit_rule
 from collm.models.team import Team
 from collm.training.loggers import read_metrics
-from collm.training.pack import Batch, micro_batches, pack_answers, pack_readings
 from collm.training.trainer import Trainer, read_config
 from collm.types import Completion, Episode, Group, Message, Request, Sampling, Turn
 
@@ -293,7 +295,7 @@ def test_a_team_of_two_families_under_a_critic_of_a_third_learns_to_agree(tmp_pa
     trainer = of_three_families(tmp_path, speakers)
     kinds = [type(policy.model).__name__ for policy in trainer.team.policies.values()]
     assert kinds == ["Qwen3ForCausalLM", "LlamaForCausalLM"]
-    assert type(trainer.learner.judges[0].critic.body).__name__ == "Gemma3TextModel"
+    assert type(critic_parts(trainer.learner)[0].critic.body).__name__ == "Gemma3TextModel"
     assert len({len(policy.tokenizer) for policy in trainer.team.policies.values()} | {len(tokenizer("gemma3"))}) == 3
     solves(trainer)
     for agent in trainer.agents:  # what is left behind is each family's own folder

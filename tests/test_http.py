@@ -11,6 +11,7 @@ from email.utils import formatdate
 
 import numpy as np
 import pytest
+from learners import critic_parts
 from servers import completion, free_port, http, serve
 
 from collm.cli.main import main
@@ -20,6 +21,7 @@ from collm.engines.mixed import MixedEngine
 from collm.engines.scripted import ScriptedEngine
 from collm.envs.catalogue import EnvSpec
 from collm.errors import ConfigError, EngineError, TrainingError
+from collm.learning.batch import Batch
 from collm.rollout.collect import Plan, collect
 from collm.training.evaluate import evaluate
 from collm.training.loggers import read_metrics
@@ -356,7 +358,11 @@ def test_a_learner_agrees_with_a_frozen_team_mate_on_a_server(tmp_path):
     assert trained >= 0.9
     before, *_ = read_metrics(folder / "metrics.jsonl")
     assert before["evaluation/failed"] == 0
-    text = trainer.team.policies["agent_1"].tokenizer.decode(trainer.learner.judges[0].packed[0].ids)
+    [part] = critic_parts(trainer.learner)
+    with serve(lambda *_: http(completion("green"))) as served:
+        batch = Batch.of(Trainer(mixed_recipe(tmp_path / "again", served.url), quiet=True)._collect(), ("agent_1",))
+    reading = part.critic.read(batch.episodes[0], 0, part.view(batch))
+    text = trainer.team.policies["agent_1"].tokenizer.decode(reading.ids)
     assert "agent_0" in text
     assert "agent_1" in text
     assert [path.name for path in (folder / "final").iterdir()] == ["agent_1"]

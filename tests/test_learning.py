@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from learners import optimizers
 
 from collm import seeds
 from collm.config import parse_config
+from collm.learning import learner
+from collm.learning.credit import Assignment
 from collm.rollout.collect import collect
-from collm.training import credit
 from collm.training.loggers import read_metrics
 from collm.training.trainer import Trainer
 
@@ -147,8 +148,8 @@ def test_tokens_grow_with_agents_and_critic_steps_do_not(tmp_path: Path, agents:
 
 
 def count_steps(trainer: Trainer) -> dict[str, int]:
-    steps = dict.fromkeys(trainer.learner.optimizers, 0)
-    for name, optimizer in trainer.learner.optimizers.items():
+    steps = dict.fromkeys(optimizers(trainer.learner), 0)
+    for name, optimizer in optimizers(trainer.learner).items():
 
         def count(*_: Any, name: str = name) -> None:
             steps[name] += 1
@@ -160,12 +161,12 @@ def count_steps(trainer: Trainer) -> dict[str, int]:
 def test_the_wrong_variant_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With advantages of the wrong sign the same recipe unlearns: the test above can fail."""
     trainer = make_trainer(tmp_path, "collm-cc", 2, 0, run={"iterations": 20})
-    assign = credit.assign
+    assign = learner.assign_values
 
-    def wrong(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        advantages, targets = assign(*arguments)
-        return -advantages, targets
+    def wrong(*arguments: Any) -> Assignment:
+        assigned = assign(*arguments)
+        return replace(assigned, credit=replace(assigned.credit, advantages_ENT=-assigned.credit.advantages_ENT))
 
-    monkeypatch.setattr(credit, "assign", wrong)
+    monkeypatch.setattr(learner, "assign_values", wrong)
     trainer.run()
     assert score(trainer) < 0.4

@@ -11,9 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from collm.algorithms.logprobs import restrict, sample, support, token_logprobs
 from collm.engines.local import LocalEngine
+from collm.learning.batch import Batch
+from collm.learning.pack import micro_batches, pack_answers
 from collm.models.policy import Policy
 from collm.models.team import Team
-from collm.training.pack import Batch, micro_batches, pack_answers
 from collm.types import Message, Request, Sampling
 
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}

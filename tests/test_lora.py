@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from families import model, tokenizer
+from learners import critic_parts, optimizers, policy_parts
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_families import PLAIN, close, critic_pass, episodes, policy_pass, precision, resumes_exactly
@@ -26,14 +27,15 @@ from collm.cli.evaluate import load_team
 from collm.config import LoraSettings, parse_config
 from collm.engines.local import LocalEngine
 from collm.errors import ConfigError, RunError
+from collm.learning.learner import Learner
+from collm.learning.pack import micro_batches, pack_answers, pack_readings
 from collm.models.adapters import Base
 from collm.models.critic import Critic
 from collm.models.loading import resolve
 from collm.models.policy import Policy
 from collm.models.recompute import recompute_layers
 from collm.models.team import Team
-from collm.training.learner import Learner
-from collm.training.pack import micro_batches, pack_answers, pack_readings
+from collm.training.assemble import make_learner
 from collm.training.trainer import make_team, read_config
 from collm.types import Message, Request, Sampling
 
@@ -55,7 +57,7 @@ def learner_of(agents: int = 2, algorithm: dict[str, Any] | None = None, **rooms
         }
     )
     team = make_team(config, tuple(f"agent_{n}" for n in range(agents)))
-    return Learner(team, config, Sampling(max_tokens=4))
+    return make_learner(team, config, Sampling(max_tokens=4))
 
 
 def stirred(policy: Policy, seed: int) -> Policy:
@@ -97,17 +99,18 @@ def test_a_team_and_its_critic_hold_one_copy_of_the_base(agents: int) -> None:
     before = storages()
     learner = learner_of(agents, {"name": "collm-cc", "kl_coef": 0.1})
     new = {place: size for place, size in storages().items() if place not in before}
-    policies, judge = list(learner.members.values()), learner.judges[0]
+    policies, critic = [part.policy for part in policy_parts(learner).values()], critic_parts(learner)[0].critic
     assert len(policies) == agents
     assert len({id(policy.model) for policy in policies}) == 1
 
     held = [p for policy in policies for m in (policy.model, policy.trained) for p in m.parameters()]
-    held += [p for p in judge.critic.parameters()]
-    held += [p for reference in learner.references.values() for m in (reference.model, reference.body) for p in m.parameters()]
+    held += [p for p in critic.parameters()]
+    references = [part.reference for part in policy_parts(learner).values()]
+    held += [p for reference in references for m in (reference.model, reference.body) for p in m.parameters()]
     distinct = {p.data_ptr(): p.numel() for p in held}
     adapter = sum(p.numel() for p in policies[0].trained.parameters())
     base = sum(p.numel() for p in Policy.from_pretrained("tiny").model.parameters())
-    head = sum(p.numel() for p in judge.critic.value.parameters())
+    head = sum(p.numel() for p in critic.value.parameters())
     assert sum(distinct.values()) == base + (agents + 1) * adapter + head
     assert len([p for p in {p.data_ptr(): p for p in held}.values() if tuple(p.shape) == EMBEDDING]) == 2
 
@@ -119,30 +122,30 @@ def test_a_team_and_its_critic_hold_one_copy_of_the_base(agents: int) -> None:
 def test_whole_models_would_be_counted_as_several() -> None:
     """The wrong variant: the count above can fail."""
     learner = learner_of(2, team={"lora": "none"})
-    held = [p for policy in learner.members.values() for p in policy.model.parameters()]
+    held = [p for part in policy_parts(learner).values() for p in part.policy.model.parameters()]
     assert len({p.data_ptr() for p in held if tuple(p.shape) == EMBEDDING}) == 4
 
 
 def test_a_mixture_holds_each_whole_model_and_one_base() -> None:
     learner = learner_of(4, team=lora(agents=["agent_1", "agent_3"]))
-    kinds = [policy.adapter is not None for policy in learner.team.policies.values()]
+    kinds = [part.policy.adapter is not None for part in policy_parts(learner).values()]
     assert kinds == [False, True, False, True]
-    held = [p for policy in learner.members.values() for p in policy.model.parameters()]
-    held += list(learner.judges[0].critic.parameters())
+    held = [p for part in policy_parts(learner).values() for p in part.policy.model.parameters()]
+    held += list(critic_parts(learner)[0].critic.parameters())
     assert len({p.data_ptr() for p in held if tuple(p.shape) == EMBEDDING}) == 2 * 3
-    assert learner.judges[0].critic.body.base is learner.team.policies["agent_1"].adapter.base
+    assert critic_parts(learner)[0].critic.body.base is policy_parts(learner)["agent_1"].policy.adapter.base
 
 
 def test_a_critic_of_another_model_is_a_whole_model() -> None:
     learner = learner_of(2, team=lora(critics=False))
-    critic = learner.judges[0].critic
+    critic = critic_parts(learner)[0].critic
     assert sum(p.numel() for p in critic.parameters()) > 500_000
     assert all(p.requires_grad for p in critic.parameters())
 
 
 def test_shared_agents_share_an_adapter() -> None:
     learner = learner_of(3, team={**lora(), "shared": True})
-    assert list(learner.members) == ["agent_0"]
+    assert list(policy_parts(learner)) == ["agent_0"]
 
 
 # --- what an adapter does ------------------------------------------------------------------------------------------------
@@ -235,15 +238,16 @@ def test_only_adapters_learn_and_stay_float32_on_a_bfloat16_base(tmp_path: Path)
         assert {p.dtype for p in own.values()} == {torch.float32}
         moved = [(p != before[agent][name]).float().mean().item() for name, p in own.items()]
         assert min(moved) > 0.9
-        listed = [p for group in trainer.learner.optimizers[agent].param_groups for p in group["params"]]
+        listed = [p for group in optimizers(trainer.learner)[agent].param_groups for p in group["params"]]
         assert {id(p) for p in listed} == {id(p) for p in own.values()}
-    for optimizer in trainer.learner.optimizers.values():
+    for optimizer in optimizers(trainer.learner).values():
         assert all(entry["exp_avg"].dtype == torch.float32 for entry in optimizer.state.values())
 
 
 def test_the_reference_of_kl_penalties_is_the_base_without_adapter() -> None:
     learner = learner_of(2, {"name": "magrpo", "kl_coef": 0.1})
-    reference, policy = learner.references["agent_0"], learner.team.policies["agent_0"]
+    part = policy_parts(learner)["agent_0"]
+    reference, policy = part.reference, part.policy
     assert reference.model is policy.model
     before = logits(reference)
     assert torch.equal(logits(stirred(policy, 3)), logits(policy))

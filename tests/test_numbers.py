@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import learners
 import pytest
 import torch
 from test_learning import make_trainer
@@ -45,10 +46,7 @@ def one_iteration(folder: Path, **changes: dict[str, Any]) -> Trainer:
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    found = {f"{a}.{n}": p.detach() for a, m in trainer.learner.members.items() for n, p in m.model.named_parameters()}
-    for judge in trainer.learner.judges:
-        found |= {f"{judge.label}.{n}": p.detach() for n, p in judge.module.named_parameters()}
-    return found
+    return learners.weights(trainer.learner)
 
 
 def test_masters_are_float32_and_move_under_bfloat16_compute(tmp_path: Path) -> None:
@@ -64,7 +62,7 @@ def test_masters_are_float32_and_move_under_bfloat16_compute(tmp_path: Path) -> 
         (weights(trainer)[n] != before[n]).float().mean().item() for n in before if n.startswith("agent_0.") and "proj" in n
     ]
     assert min(moved) > 0.9
-    for optimizer in trainer.learner.optimizers.values():
+    for optimizer in learners.optimizers(trainer.learner).values():
         for entry in optimizer.state.values():
             assert entry["exp_avg"].dtype == entry["exp_avg_sq"].dtype == torch.float32
 
@@ -103,7 +101,7 @@ def test_a_reward_that_is_not_finite_names_iteration_agents_and_task(tmp_path: P
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, "collm-cc", 2, 0, run={"iterations": 2})
-    head = trainer.learner.judges[0].head
+    head = learners.value_heads(trainer.learner)["team"]
     with torch.no_grad():
         head.bias.fill_(float("nan"))
     before = {name: tensor.clone() for name, tensor in weights(trainer).items()}
@@ -117,7 +115,7 @@ def test_warm_up_of_a_value_head_leaves_its_policy_as_it_is(tmp_path: Path) -> N
     algorithm = {"name": "collm-dc", "critic_body": "policy"}
     trainer = make_trainer(tmp_path, "collm-dc", 2, 0, algorithm=algorithm, critic={"warmup": 1, "epochs": 3})
     before = {name: tensor.clone() for name, tensor in weights(trainer).items()}
-    metrics = trainer.learner.update(trainer._collect(), iteration=0)
+    metrics = trainer.learner.update(trainer._collect(), iteration=0).metrics
     moved = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
     assert {name.rpartition(".")[2] for name in moved} == {"weight", "bias"}
     assert len(moved) == 4  # two heads of two tensors
@@ -155,6 +153,6 @@ def test_warm_up_trains_the_critic_alone(tmp_path: Path) -> None:
     trainer.learner.update(trainer._collect(), iteration=0)
     moved = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
     assert moved
-    assert all(name.startswith("critic.") for name in moved)
+    assert all(name.startswith("critic-team.") for name in moved)
     trainer.learner.update(trainer._collect(), iteration=1)
     assert any(not torch.equal(t, before[name]) for name, t in weights(trainer).items() if name.startswith("agent_1."))

@@ -16,12 +16,13 @@ from collm.config import parse_config
 from collm.engines.local import LocalEngine
 from collm.envs.catalogue import EnvSpec
 from collm.errors import EngineError
+from collm.learning.batch import Batch
+from collm.learning.pack import Packed, micro_batches, pack_alternatives, pack_answers, pack_readings
 from collm.models.critic import Critic
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.rollout.collect import Plan, collect
-from collm.training.learner import Learner
-from collm.training.pack import Batch, Packed, micro_batches, pack_alternatives, pack_answers, pack_readings
+from collm.training.assemble import make_learner
 from collm.training.pretrain import make_tokenizer
 from collm.types import Completion, Episode, Group, Sampling, Turn
 
@@ -187,8 +188,8 @@ def test_the_size_of_micro_batches_changes_no_update(tiny, sampled, algorithm):
         config = parse_config(
             {"env": {"name": "str_build"}, "algorithm": algorithm, "learner": {"micro_batch_tokens": size, "lr": 1e-4}}
         )
-        learner = Learner(Team({agent: policy_of(tiny) for agent in BUILDERS}), config, HOT)
-        metrics = learner.update(copy.deepcopy(sampled(HOT)[:1]), 0)
+        learner = make_learner(Team({agent: policy_of(tiny) for agent in BUILDERS}), config, HOT)
+        metrics = learner.update(copy.deepcopy(sampled(HOT)[:1]), 0).metrics
         results.append({k: v for k, v in metrics.items() if "loss" in k or "norm" in k or "deviation" in k or "value" in k})
     assert len(results[0]) >= 6
     assert sum(v != 0 for v in results[0].values()) >= 4
@@ -308,7 +309,7 @@ def test_training_on_end_of_text_makes_it_likelier(tiny):
     config = parse_config(
         {"env": {"name": "agree"}, "algorithm": {"name": "mareinforce", "group_size": 1}, "learner": {"lr": 1e-3}}
     )
-    learner = Learner(Team({"a": policy}), config, Sampling())
+    learner = make_learner(Team({"a": policy}), config, Sampling())
     batch = Batch.of([Group(0, [episode])], ("a",))
     before = logprobs_by_slot(policy, pack_answers(batch, "a", policy), Sampling())[0].item()
     learner.update([Group(0, [episode])], 0)
@@ -494,10 +495,10 @@ def test_the_metric_counts_cut_readings(tiny):
         episode.turns[0].observations = dict.fromkeys(BUILDERS, "one two three four five six seven eight")
     config = {"env": {"name": "str_build"}, "algorithm": {"name": "collm-cc"}}
     for max_tokens, expected in ((8192, 0), (16, 2)):
-        learner = Learner(
+        learner = make_learner(
             Team({a: policy_of(tiny) for a in BUILDERS}), parse_config(config | {"critic": {"max_tokens": max_tokens}}), HOT
         )
-        assert learner.update([Group(0, copy.deepcopy(episodes))], 0)["critic/cut"] == expected
+        assert learner.update([Group(0, copy.deepcopy(episodes))], 0).metrics["critic/cut"] == expected
 
 
 LONG_NAMES = ("research_assistant_one", "research_assistant_two", "research_assistant_three")  # about 20 tokens each

@@ -163,6 +163,6 @@ def test_records_that_travel_cannot_be_changed():
 def test_defaults_are_not_shared_between_records():
     one, other = Turn({}, {}, 0.0, 0.0), Turn({}, {}, 0.0, 0.0)
     one.parts["x"] = 1.0
-    one.values["a"] = 1.0
-    assert other.parts == other.values == {}
+    one.metrics["a"] = 1.0
+    assert other.parts == other.metrics == {}
     assert Episode(0, 0, ()).turns is not Episode(0, 0, ()).turns

@@ -9,12 +9,14 @@ from typing import Any
 
 import harbour
 import pytest
+from learners import one_more
 
 from collm import check_env, seeds
 from collm.cli.main import main
 from collm.config import parse_config
+from collm.learning.batch import Batch
+from collm.learning.critics import targeted
 from collm.rollout.collect import collect
-from collm.training.pack import Batch
 from collm.training.trainer import Trainer
 from collm.types import Episode
 
@@ -86,9 +88,10 @@ def test_a_critic_has_targets_where_its_agent_has_left(tmp_path, name, body, gon
     trainer = make_trainer(tmp_path, name, rounds=3, critic_body=body)
     batch = Batch.of(trainer._collect()[:4], trainer.agents)
     keeper = batch.agents.index("keeper")
-    wanted_ENT = trainer.learner.critics.targeted(batch)
+    wanted_ENT = targeted(batch, kind="V", own_turns=body == "policy")
     assert batch.live_ENT[:, keeper].tolist() == [[1, 0, 0]] * 4
     assert wanted_ENT[:, keeper].tolist() == [[1, gone, gone]] * 4
     assert wanted_ENT[:, 1 - keeper].tolist() == [[1, 1, 1]] * 4
-    trainer.learner.update(trainer._collect(), 0)
-    assert all(set(turn.advantages) == set(turn.completions) for e in trainer.learner.batch.episodes for turn in e.turns)
+    batch, update = one_more(trainer)
+    for number, episode in zip(batch.numbers, batch.episodes, strict=True):
+        assert set(update.annotations[number]) == {(t, a) for t, turn in enumerate(episode.turns) for a in turn.completions}

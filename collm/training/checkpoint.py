@@ -22,14 +22,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from collm.errors import RunError, SaveError
+from collm.learning.learner import Learner
+from collm.learning.tensors import restore
 from collm.models.team import Team
-from collm.training.learner import Learner
 
 FORMAT = 1
 
@@ -60,7 +59,7 @@ def save(folder: Path, learner: Learner, state: Mapping[str, Any]) -> None:
         with explained(folder):
             _remove(aside)
             aside.mkdir(parents=True)
-            for name, tensors in _tensors(learner).items():
+            for name, tensors in learner.tensors().items():
                 save_file(tensors, aside / f"{name}.safetensors")
             (aside / "state.json").write_text(account, encoding="utf-8")
             for path in aside.iterdir():
@@ -91,14 +90,7 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
     """Restore weights, critics and optimizers, and return the state. Raises RunError where they do not fit."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        for name, policy in learner.members.items():
-            _restore(policy.trained, load_file(folder / f"policy-{name}.safetensors"))
-        for judge in learner.judges:
-            _restore(judge.critic or judge.head, load_file(folder / f"critic-{judge.name}.safetensors"))
-        for name, regression in learner.critics.regressions.items():
-            _restore(regression, load_file(folder / f"{name}.safetensors"))
-        for name, optimizer in learner.optimizers.items():
-            _restore_optimizer(optimizer, load_file(folder / f"optimizer-{name}.safetensors"))
+        learner.restore(lambda name: load_file(folder / f"{name}.safetensors"))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(
             f"checkpoint {folder} cannot be read: {error}. Remove that folder to continue from the one before it."
@@ -110,7 +102,7 @@ def load_policies(folder: Path, policies: Mapping[str, Any]) -> None:
     """Restore policies alone, as evaluation and serving need. `policies`: name -> Policy."""
     try:
         for name, policy in policies.items():
-            _restore(policy.trained, load_file(folder / f"policy-{name}.safetensors"))
+            restore(policy.trained, load_file(folder / f"policy-{name}.safetensors"))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(f"checkpoint {folder} cannot be read: {error}.") from error
 
@@ -156,41 +148,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _tensors(learner: Learner) -> dict[str, dict[str, Tensor]]:
-    files = {f"policy-{name}": _weights(policy.trained) for name, policy in learner.members.items()}
-    files |= {f"critic-{judge.name}": _weights(judge.critic or judge.head) for judge in learner.judges}
-    files |= {name: _weights(regression) for name, regression in learner.critics.regressions.items()}
-    for name, optimizer in learner.optimizers.items():
-        files[f"optimizer-{name}"] = {
-            f"{index}.{key}": torch.as_tensor(value).contiguous()
-            for index, entry in optimizer.state_dict()["state"].items()
-            for key, value in entry.items()
-        }
-    return files
-
-
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of a module once: tied weights under their first name."""
-    seen: dict[tuple[int, torch.Size], str] = {}
-    weights = {}
-    for name, tensor in module.state_dict().items():
-        if seen.setdefault((tensor.data_ptr(), tensor.shape), name) == name or tensor.numel() < 2:
-            weights[name] = tensor.detach().contiguous()
-    return weights
-
-
-def _restore(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    expected = set(_weights(module))
-    if expected != set(weights):
-        raise ValueError(f"it holds other tensors than this team: {sorted(expected ^ set(weights))[:3]}")
-    module.load_state_dict(weights, strict=False)
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -15,12 +15,19 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from collm.learning.learner import Annotations
 from collm.training.checkpoint import explained, write_text
-from collm.types import Completion, Episode
+from collm.types import Annotation, Completion, Episode
+
+EMPTY: Mapping[Any, Any] = {}
 
 
-def episode_record(episode: Episode) -> dict[str, Any]:
-    """An episode as plain values: every text, the reward by part, values, TD errors, tokens and seconds."""
+def episode_record(episode: Episode, annotations: Mapping[tuple[int, str], Annotation] = EMPTY) -> dict[str, Any]:
+    """An episode as plain values: every text, the reward by part, values, TD errors, tokens and seconds.
+
+    Args: annotations: (turn, agent) -> what the learner says about that answer.
+    """
+    nothing = Annotation()
     return {
         "task": episode.task,
         "label": episode.label,
@@ -46,14 +53,14 @@ def episode_record(episode: Episode) -> dict[str, Any]:
                         "read": turn.observations[agent],
                         **({"message": _written(turn.messages[agent])} if agent in turn.messages else {}),
                         **_written(answer),
-                        "value": turn.values.get(agent),
-                        "td_error": turn.td_errors.get(agent),
-                        "advantage": turn.advantages.get(agent),
+                        "value": annotations.get((t, agent), nothing).value,
+                        "td_error": annotations.get((t, agent), nothing).td_error,
+                        "advantage": annotations.get((t, agent), nothing).advantage,
                     }
                     for agent, answer in turn.completions.items()
                 },
             }
-            for turn in episode.turns
+            for t, turn in enumerate(episode.turns)
         ],
     }
 
@@ -145,10 +152,12 @@ class RunLog:
                 if isinstance(value, (int, float)) and name != "iteration" and math.isfinite(value):
                     self.writer.add_scalar(name, value, record["iteration"])
 
-    def episodes(self, iteration: int, episodes: Iterable[Episode], *, suffix: str = "") -> None:
-        """Write full episodes of one iteration to their own file."""
+    def episodes(
+        self, iteration: int, episodes: Iterable[Episode], annotations: Annotations = EMPTY, *, suffix: str = ""
+    ) -> None:
+        """Write full episodes of one iteration to their own file, with what the learner says about their answers."""
         path = self.folder / "episodes" / f"{iteration:06d}{suffix}.jsonl"
-        lines = "".join(_line(episode_record(episode)) for episode in episodes)
+        lines = "".join(_line(episode_record(e, annotations.get(number, EMPTY))) for number, e in enumerate(episodes))
         if lines:
             write_text(path, lines)
 

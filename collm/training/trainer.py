@@ -25,8 +25,8 @@ from collm.models.team import Team
 from collm.rollout.collect import collect, imagine_silence, resample
 from collm.rollout.protocols import PROTOCOLS
 from collm.training import checkpoint
+from collm.training.assemble import make_learner
 from collm.training.evaluate import evaluate, num_tasks, plan_of
-from collm.training.learner import Learner
 from collm.training.loggers import Display, RunLog, describe
 from collm.types import Episode, Group
 
@@ -88,7 +88,7 @@ class Trainer:
                 "team-mates, but not train. Use the local engine."
             )
         names = () if config.algorithm.critic == "none" else metric_names(self.config)
-        self.learner = Learner(self.team, self.config, self.plan.sampling, names)
+        self.learner = make_learner(self.team, self.config, self.plan.sampling, names)
         self.iteration = 0
         self.joint_actions = 0
         self.best: tuple[float, int] | None = None
@@ -130,18 +130,18 @@ class Trainer:
         groups = self._collect()
         self._rest()
         collected = time.monotonic()
-        learned = self.learner.update(groups, self.iteration)
+        update = self.learner.update(groups, self.iteration)
         self.engine.load(self.team)
         self.iteration += 1
         episodes = [episode for group in groups for episode in group.episodes]
         self.joint_actions += sum(len(episode.turns) - episode.own_from for episode in episodes)
-        record = {"iteration": self.iteration, "joint_actions": self.joint_actions, **describe(episodes), **learned}
+        record = {"iteration": self.iteration, "joint_actions": self.joint_actions, **describe(episodes), **update.metrics}
         if self.config.critic.difference:
             imagined = [len(turn.silent) / len(turn.completions) for e in episodes for turn in e.turns[e.own_from :]]
             record["critic/imagined"] = sum(imagined) / max(1, len(imagined))
         record["seconds/collect"] = collected - started
         record["seconds/learn"] = time.monotonic() - collected
-        log.episodes(self.iteration, episodes[: self.config.run.episodes_saved])
+        log.episodes(self.iteration, episodes[: self.config.run.episodes_saved], update.annotations)
         self._complete(record, log, display)
 
     def _complete(self, record: dict[str, Any], log: RunLog, display: Display) -> None:

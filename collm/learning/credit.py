@@ -1,0 +1,164 @@
+"""Credit: what an iteration's rewards and values say about each answer, as small tensors.
+
+An algorithm is a return, a baseline, a critic and a loss; the first two meet here: advantage = return - baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from collm.algorithms import advantages
+from collm.algorithms.catalogue import GROUP_ESTIMATORS
+from collm.config import AlgorithmSettings
+from collm.learning import diagnostics, residual
+from collm.learning.batch import Batch
+from collm.learning.critics import Values
+from collm.learning.residual import Regressions
+from collm.types import Annotation, Metrics
+
+
+@dataclass(slots=True)
+class Credit:
+    """What every part learns from, (E, N, T) unless stated.
+
+    advantages_ENT: of each answer, 0 where an agent did not act. targets_ENT: what is left for a critic's text to predict after
+    the metric regression, in units of return. wanted_ENT: 1 where a critic has a target. old_values_ENT1: the text's values
+    before this update, (E, N, T + 1) for V; None without a critic.
+    """
+
+    advantages_ENT: Tensor
+    targets_ENT: Tensor
+    wanted_ENT: Tensor
+    old_values_ENT1: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Assignment:
+    """Credit, what is to be written beside the episodes for a person to read, and metrics."""
+
+    credit: Credit
+    annotations: list[dict[tuple[int, str], Annotation]]
+    metrics: Metrics
+
+
+def assign_returns(batch: Batch, settings: AlgorithmSettings) -> Assignment:
+    """Credit without a critic: returns of whole episodes or turn trees, compared with those of siblings."""
+    advantages_ET = from_tree(batch, settings) if settings.tree else from_siblings(batch, settings)
+    advantages_ENT = _normalized(advantages_ET[:, None] * batch.live_ENT, batch, settings)
+    credit = Credit(advantages_ENT, torch.zeros(batch.shape), torch.zeros(batch.shape))
+    return Assignment(credit, _annotations(batch, advantages_ENT), diagnostics.deviations(batch, advantages_ENT))
+
+
+def assign_values(
+    batch: Batch,
+    text: Values,
+    wanted_ENT: Tensor,
+    regressions: Regressions,
+    critics: Mapping[str, str],
+    settings: AlgorithmSettings,
+) -> Assignment:
+    """Credit with critics: values are what the metric regression predicts plus what critics read from the text.
+
+    The regressions predict first and learn afterwards. The text then learns what the regression leaves after its own step: if
+    both learned the same difference, their sum would overshoot.
+
+    Args:
+        text: what critics read before this update. wanted_ENT: (E, N, T) 1 where critics have targets.
+        critics: what metrics call a critic -> an agent that it reads for.
+    """
+    kind, gamma, names = settings.critic_kind, settings.gamma, regressions.metric_names
+    features_ETM = residual.features(batch, names)
+    predicted_ENT = residual.predict_returns(regressions.metrics, features_ETM, text.read_ENT)
+    values_ENT = text.values_ENT + predicted_ENT
+    rewards_ENT = batch.rewards_ET[:, None].expand(batch.shape)
+    following_ENT = values_ENT if kind == "V" else nn.functional.pad(values_ENT, (0, 1))
+    targets_ENT = advantages.lambda_returns(rewards_ENT, following_ENT, wanted_ENT, gamma=gamma, lam=settings.critic_lam)
+    if kind == "Q":
+        advantages_ENT = from_alternatives(values_ENT, predicted_ENT, text)
+    else:
+        advantages_ENT = advantages.td_lambda(rewards_ENT, values_ENT, wanted_ENT, gamma=gamma, lam=settings.lam)
+        if regressions.teammates:
+            returns_ENT = advantages.lambda_returns(rewards_ENT, values_ENT, wanted_ENT, gamma=gamma, lam=settings.lam)
+            changes_ENTM, known_ENT = residual.teammates_changes(batch, features_ETM, names)
+            baselines_ENT = residual.predict_teammates(regressions.teammates, changes_ENTM, known_ENT, values_ENT)
+            residual.learn_teammates(regressions.teammates, changes_ENTM, known_ENT, values_ENT, returns_ENT)
+            advantages_ENT = advantages.difference(returns_ENT, baselines_ENT, batch.live_ENT)
+    advantages_ENT = _normalized(advantages_ENT * batch.live_ENT, batch, settings)
+    metrics = diagnostics.deviations(batch, advantages_ENT)
+    metrics |= diagnostics.measure_ceiling(regressions.ceiling, batch, features_ETM, gamma=gamma)
+    metrics |= diagnostics.explain(batch, values_ENT, wanted_ENT, critics, gamma=gamma)
+    residual.learn_returns(regressions.metrics, features_ETM, batch, values_ENT, text.read_ENT, gamma=gamma, kind=kind)
+    learned_ENT = residual.predict_returns(regressions.metrics, features_ETM, text.read_ENT)
+    credit = Credit(
+        advantages_ENT, targets_ENT - learned_ENT[..., : targets_ENT.shape[-1]], wanted_ENT, values_ENT - predicted_ENT
+    )
+    errors_ENT = rewards_ENT + gamma * values_ENT[..., 1:] - values_ENT[..., :-1] if kind == "V" else None
+    return Assignment(credit, _annotations(batch, advantages_ENT, values_ENT, errors_ENT), metrics)
+
+
+def from_siblings(batch: Batch, settings: AlgorithmSettings) -> Tensor:
+    """(E, T) of whole episodes: return-to-go at turn t against the siblings' at t, an ended sibling counting 0.
+
+    An episode whose siblings all failed has nothing to be compared with and teaches nothing.
+    """
+    estimator = GROUP_ESTIMATORS[settings.advantage]
+    returns_ET = advantages.discounted_returns(batch.rewards_ET, gamma=settings.gamma)
+    parts = []
+    for returns_GT in returns_ET.split([len(group.episodes) for group in batch.groups]):
+        compared_GT = estimator(returns_GT)
+        parts.append(advantages.group_std(compared_GT, returns_GT) if settings.normalize == "group" else compared_GT)
+    return torch.cat(parts)
+
+
+def from_tree(batch: Batch, settings: AlgorithmSettings) -> Tensor:
+    """(E, T) of turn trees: each joint action against its siblings at the node."""
+    estimator = GROUP_ESTIMATORS[settings.advantage]
+    advantages_ET, e = torch.zeros_like(batch.rewards_ET), 0
+    for group in batch.groups:
+        rewards = [[turn.reward for turn in episode.turns] for episode in group.episodes]
+        returns = advantages.tree_returns(rewards, [e.path for e in group.episodes], gamma=settings.gamma)
+        by_node = advantages.tree_advantages(returns, estimator, by_deviation=settings.normalize == "group")
+        for episode in group.episodes:
+            for t in range(episode.own_from, len(episode.turns)):
+                advantages_ET[e, t] = by_node[episode.path[: t + 1]]
+            e += 1
+    return advantages_ET
+
+
+def from_alternatives(values_ENT: Tensor, predicted_ENT: Tensor, text: Values) -> Tensor:
+    """(E, N, T): Q of what was taken minus the mean Q of each agent's alternatives, team-mates' answers fixed."""
+    advantages_S = torch.zeros(values_ENT.numel())
+    for slot_M, text_MK in text.alternatives:
+        q_MK = text_MK + predicted_ENT.flatten()[slot_M, None]
+        advantages_S[slot_M] = advantages.counterfactual(values_ENT.flatten()[slot_M], q_MK)
+    return advantages_S.view(values_ENT.shape)
+
+
+def _normalized(advantages_ENT: Tensor, batch: Batch, settings: AlgorithmSettings) -> Tensor:
+    """Each agent's advantages in units of their deviation, where the settings ask for it; z-scored under a critic."""
+    if settings.normalize != "agent":
+        return advantages_ENT
+    recentre = settings.critic != "none"
+    parts = [
+        advantages.normalize(advantages_ENT[:, n], batch.live_ENT[:, n], recentre=recentre) for n in range(len(batch.agents))
+    ]
+    return torch.stack(parts, 1)
+
+
+def _annotations(
+    batch: Batch, advantages_ENT: Tensor, values_ENT: Tensor | None = None, errors_ENT: Tensor | None = None
+) -> list[dict[tuple[int, str], Annotation]]:
+    """By episode of the batch: (turn, agent) -> value, TD error and advantage of the answer, so that a person can see who
+    failed when."""
+
+    def at(numbers_ENT: Tensor | None, e: int, n: int, t: int) -> float | None:
+        return None if numbers_ENT is None else numbers_ENT[e, n, t].item()
+
+    found: list[dict[tuple[int, str], Annotation]] = [{} for _ in batch.episodes]
+    for e, t, agent, n in batch.answers():
+        found[e][t, agent] = Annotation(at(values_ENT, e, n, t), at(errors_ENT, e, n, t), at(advantages_ENT, e, n, t))
+    return found

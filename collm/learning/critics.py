@@ -1,0 +1,133 @@
+"""Critics read text: values before an update, and a regression of what they read on its targets.
+
+A critic is a model of its own or a value head on an agent's model. Both give a value at each marker of a packed sequence. What
+the environment metrics explain beside the text is in `residual`; how well critics explain returns is in `diagnostics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from collm.algorithms import losses
+from collm.learning.batch import Batch
+from collm.learning.pack import MicroBatch, Packed, micro_batches
+from collm.models.critic import ValueHead
+
+
+class Body(Protocol):
+    """Whatever turns token ids into hidden states: a critic, or a policy."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def hidden(self, ids_BL: Tensor) -> Tensor: ...
+
+
+@dataclass(slots=True)
+class Values:
+    """What critics read from the text of one iteration's episodes, in units of return.
+
+    values_ENT: V (E, N, T + 1), 0 after an end; or Q of the answers given (E, N, T). read_ENT: 1 where a value was read.
+    alternatives: for Q, by critic, the slots (M,) of answers and Q (M, K) with each of them exchanged for K resampled ones.
+    num_cut: readings that lost their oldest turns. num_tokens: tokens read.
+    """
+
+    values_ENT: Tensor
+    read_ENT: Tensor
+    alternatives: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    num_cut: int = 0
+    num_tokens: int = 0
+
+
+def merge(parts: Iterable[Values]) -> Values:
+    """The values of several critics, each of which reads for other agents."""
+    first, *others = parts
+    for other in others:
+        first = Values(
+            first.values_ENT + other.values_ENT,
+            first.read_ENT + other.read_ENT,
+            [*first.alternatives, *other.alternatives],
+            first.num_cut + other.num_cut,
+            first.num_tokens + other.num_tokens,
+        )
+    return first
+
+
+def read(
+    body: Body, head: ValueHead, packed: Sequence[Packed], batch: Batch, agents: Sequence[str], limit: int, kind: str
+) -> Values:
+    """Values at the markers of sequences. Their slots are those of the first of `agents`; all of these get the same values.
+
+    Args: limit: tokens in one forward pass. kind: "V" (T + 1 slots per agent) or "Q" (T slots).
+    """
+    E, N, T = batch.shape
+    width = T + (kind == "V")
+    read_X, num_tokens = values_at(body, head, packed, E * N * width, limit)
+    marked_X = torch.zeros(E * N * width)
+    marked_X[[slot for sequence in packed for slot, _ in sequence.markers]] = 1.0
+    first, chosen = batch.agents.index(agents[0]), [batch.agents.index(agent) for agent in agents]
+    values_ENT, read_ENT = torch.zeros(E, N, width), torch.zeros(E, N, width)
+    values_ENT[:, chosen] = read_X.view(E, N, width)[:, first, None]
+    read_ENT[:, chosen] = marked_X.view(E, N, width)[:, first, None]
+    return Values(values_ENT, read_ENT, num_tokens=num_tokens)
+
+
+@torch.no_grad()
+def values_at(body: Body, head: ValueHead, packed: Sequence[Packed], num: int, limit: int) -> tuple[Tensor, int]:
+    """Values (num,) at the markers' slots, 0 where there is no marker; and the number of tokens read."""
+    values_X, num_tokens = torch.zeros(num), 0
+    for micro in micro_batches(packed, limit, body.device):
+        hidden_MD = body.hidden(micro.ids_BL)[micro.row_M, micro.column_M]
+        values_X[micro.slot_M.cpu()] = head(hidden_MD).cpu()
+        num_tokens += micro.num_tokens
+    return values_X, num_tokens
+
+
+def targeted(batch: Batch, *, kind: str, own_turns: bool) -> Tensor:
+    """(E, N, T): 1 where a critic has a target: at every turn played, also where its agent has left and only team-mates act.
+
+    own_turns: a value head on a policy reads its agent's own answers alone, and its returns end with them. Q has no target
+    where an episode was cut off, since the next answers are unknown.
+    """
+    wanted_ENT = batch.live_ENT if own_turns else batch.played_ET[:, None].to(batch.live_ENT).expand_as(batch.live_ENT)
+    if kind == "Q":
+        wanted_ENT = wanted_ENT * ~(batch.last_ET & batch.truncated_E[:, None])[:, None]
+    return wanted_ENT
+
+
+def value_loss(
+    head: ValueHead,
+    micro: MicroBatch,
+    hidden_BLD: Tensor,
+    targets_ENT: Tensor,
+    wanted_ENT: Tensor,
+    old_values_ENT1: Tensor | None,
+    *,
+    num: int,
+    kind: str,
+    clip: float | None,
+) -> Tensor | None:
+    """A micro-batch's share of the mean squared error over `num` targets, in units of the targets' deviation where targets are
+    normalized; None where it holds no target. Clipped around the old values if both these and `clip` are given.
+
+    Args: targets_ENT, wanted_ENT: (E, N, T) targets in units of return, and 1 where there is one.
+    """
+    wanted_ENT = wanted_ENT.bool()
+    if kind == "V":  # V has one slot more per agent than there are turns
+        targets_ENT, wanted_ENT = nn.functional.pad(targets_ENT, (0, 1)), nn.functional.pad(wanted_ENT, (0, 1))
+    chosen = wanted_ENT.flatten()[micro.slot_M.cpu()]
+    if not chosen.any():
+        return None
+    slots = micro.slot_M.cpu()[chosen]
+    values = head(hidden_BLD[micro.row_M, micro.column_M][chosen.to(hidden_BLD.device)])
+    targets = targets_ENT.flatten()[slots].to(values)
+    unit = head.deviation.to(values) ** 2
+    if clip is None or old_values_ENT1 is None:
+        return losses.value_error(values, targets, num_values=num)[0] / unit
+    old = old_values_ENT1.flatten()[slots].to(values)
+    return losses.clipped_value_error(values, old, targets, clip=clip, num_values=num)[0] / unit

@@ -1,0 +1,57 @@
+"""How well critics explain returns, measured before the update on episodes that no critic has been trained on yet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from collm.algorithms.advantages import discounted_returns
+from collm.algorithms.regression import Yardstick
+from collm.algorithms.stats import explained_variance, without_task_means
+from collm.learning.batch import Batch
+from collm.types import Metrics
+
+
+def measure_ceiling(ceiling: Yardstick, batch: Batch, features_ETM: Tensor, *, gamma: float) -> Metrics:
+    """Per turn, the variance within tasks that least squares on the environment metrics explains in recent iterations, and the
+    sum of squared deviations of returns from their task's mean: what there is to explain."""
+    metrics: Metrics = {}
+    returns_ET = discounted_returns(batch.rewards_ET, gamma=gamma)
+    for t in range(returns_ET.shape[1]):
+        chosen = batch.complete_ET[:, t]
+        returns, tasks = returns_ET[chosen, t], batch.tasks_E[chosen]
+        metrics[f"yardstick_turn_{t}"] = ceiling.measure(t, features_ETM[chosen, t], returns, tasks)
+        metrics[f"spread_turn_{t}"] = without_task_means(returns, tasks).square().sum().item()
+    return metrics
+
+
+def explain(batch: Batch, values_ENT: Tensor, wanted_ENT: Tensor, critics: Mapping[str, str], *, gamma: float) -> Metrics:
+    """Mean value and explained variance per turn of each critic: over all episodes, and within tasks (task means removed).
+
+    Args: critics: what metrics call a critic -> an agent that it reads for. wanted_ENT: (E, N, T) 1 where critics have targets.
+    """
+    metrics: Metrics = {}
+    returns_ET = discounted_returns(batch.rewards_ET, gamma=gamma)
+    for label, agent in critics.items():
+        n = batch.agents.index(agent)
+        live_ET = wanted_ENT[:, n].bool() & ~batch.truncated_E[:, None]
+        values_ET = values_ENT[:, n, : live_ET.shape[1]]
+        metrics[f"{label}/value"] = values_ET[live_ET].mean().item() if live_ET.any() else math.nan
+        for t in range(live_ET.shape[1]):
+            chosen = live_ET[:, t]
+            values, returns, tasks = values_ET[chosen, t], returns_ET[chosen, t], batch.tasks_E[chosen]
+            metrics[f"{label}/explained_variance_turn_{t}"] = explained_variance(values, returns)
+            within = explained_variance(without_task_means(values, tasks), without_task_means(returns, tasks))
+            metrics[f"{label}/explained_within_tasks_turn_{t}"] = within
+    return metrics
+
+
+def deviations(batch: Batch, advantages_ENT: Tensor) -> Metrics:
+    """The standard deviation of each agent's advantages."""
+    metrics: Metrics = {}
+    for n, agent in enumerate(batch.agents):
+        chosen = advantages_ENT[:, n][batch.live_ENT[:, n].bool()]
+        metrics[f"{agent}/advantage_deviation"] = chosen.std(correction=0).item() if len(chosen) else 0.0
+    return metrics

@@ -1,0 +1,268 @@
+"""Parts: one model with its optimizer and its update. Once credit is assigned no part depends on another.
+
+A policy part holds one set of weights, for one agent or for several that share it, and the value heads on it; a critic part
+holds a critic that is a model of its own. `LocalHands` calls parts one after the other; other hands may call them elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from collm import seeds
+from collm.algorithms import losses
+from collm.algorithms.catalogue import CLIPPED_LOSSES
+from collm.config import Config
+from collm.learning.batch import Batch
+from collm.learning.credit import Credit
+from collm.learning.critics import Values, merge, read, value_loss, values_at
+from collm.learning.pack import MicroBatch, micro_batches, pack_alternatives, pack_answers, pack_readings
+from collm.learning.steps import check_loss, make_optimizer, rescale, set_rates, step
+from collm.learning.tensors import Read, Tensors, restore, restore_optimizer, state_of, weights_of
+from collm.models.adapters import dropout
+from collm.models.critic import Critic, ValueHead
+from collm.models.policy import Policy
+from collm.models.recompute import recompute_layers
+from collm.types import Metrics, Sampling
+
+
+class Part(Protocol):
+    """One model, its optimizer and its update."""
+
+    def values(self, batch: Batch) -> Values | None:
+        """What it reads from the text as a critic, before the update; None if it is none."""
+        ...
+
+    def learn(self, batch: Batch, iteration: int, credit: Credit) -> Metrics:
+        """One optimizer step per pass. Raises TrainingError where a number is not finite, before the step."""
+        ...
+
+    def tensors(self) -> dict[str, Tensors]:
+        """By file name, all that a checkpoint keeps of it."""
+        ...
+
+    def restore(self, read: Read) -> None:
+        """Take what `tensors` once gave. Raises ValueError where it does not fit."""
+        ...
+
+
+class Hands(Protocol):
+    """Whoever calls parts."""
+
+    def all(self, method: str, *arguments: Any) -> list[Any]:
+        """What `method` of every part returns for these arguments, in the order of the parts."""
+        ...
+
+
+class LocalHands:
+    """Calls parts of this process, one after the other."""
+
+    def __init__(self, parts: Sequence[Part]):
+        self.parts = parts
+
+    def all(self, method: str, *arguments: Any) -> list[Any]:
+        return [getattr(part, method)(*arguments) for part in self.parts]
+
+
+class PolicyPart:
+    """A policy, the agents that it answers for, and the value heads on it (agent -> head)."""
+
+    def __init__(
+        self, name: str, policy: Policy, agents: Sequence[str], heads: dict[str, ValueHead], config: Config, sampling: Sampling
+    ):
+        self.name, self.policy, self.agents, self.heads = name, policy, tuple(agents), heads
+        self.config, self.sampling = config, sampling
+        self.reference = policy.frozen_copy() if config.algorithm.kl_coef > 0 else None
+        groups = [(policy.trained.parameters(), config.learner.lr)]
+        groups += [(head.parameters(), config.critic.lr) for head in heads.values()]
+        self.optimizer = make_optimizer(groups, config.learner)
+        if config.learner.gradient_checkpointing:
+            recompute_layers(policy.body)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """By file name, what is trained."""
+        heads: dict[str, nn.Module] = {f"critic-{agent}": head for agent, head in self.heads.items()}
+        return {f"policy-{self.name}": self.policy.trained, **heads}
+
+    def tensors(self) -> dict[str, Tensors]:
+        files = {name: weights_of(module) for name, module in self.modules.items()}
+        return {**files, f"optimizer-{self.name}": state_of(self.optimizer)}
+
+    def restore(self, read: Read) -> None:
+        for name, module in self.modules.items():
+            restore(module, read(name))
+        restore_optimizer(self.optimizer, read(f"optimizer-{self.name}"))
+
+    def values(self, batch: Batch) -> Values | None:
+        found = []
+        for agent, head in self.heads.items():
+            packed = pack_answers(batch, agent, self.policy, values=True, history=self.config.rollout.history)
+            found.append(read(self.policy, head, packed, batch, [agent], self.config.learner.micro_batch_tokens, "V"))
+        return merge(found) if found else None
+
+    def learn(self, batch: Batch, iteration: int, credit: Credit) -> Metrics:
+        """`algorithm.epochs` steps, each over all answers of the agents it speaks for.
+
+        During critic warm-up only value heads are trained, and the policy's body stays as it is.
+        """
+        warming_up = iteration < self.config.critic.warmup
+        for agent, head in self.heads.items():
+            rescale(head, agent, batch, credit, self.config)
+        if warming_up and not self.heads:
+            return {}
+        set_rates(self.optimizer, self.config, iteration)
+        with dropout(self.policy.trained, seeds.derive(self.config.run.seed, "dropout", iteration, self.name)):
+            return self._learn(batch, iteration, credit, warming_up)
+
+    def _learn(self, batch: Batch, iteration: int, credit: Credit, warming_up: bool) -> Metrics:
+        settings, history = self.config.algorithm, self.config.rollout.history
+        packed = {a: pack_answers(batch, a, self.policy, values=a in self.heads, history=history) for a in self.agents}
+        num = sum(len(sequence.answers) for rows in packed.values() for sequence in rows)
+        metrics: Metrics = defaultdict(float)
+        for _ in range(self.config.critic.epochs if warming_up else settings.epochs):
+            totals: Metrics = defaultdict(float)
+            for agent in self.agents:
+                for micro in micro_batches(packed[agent], self.config.learner.micro_batch_tokens, self.policy.device):
+                    with torch.set_grad_enabled(not warming_up):
+                        hidden_BLD = self.policy.hidden(micro.ids_BL)
+                    shares = []
+                    if not warming_up and len(micro.token_K):
+                        shares.append(self._policy_loss(micro, hidden_BLD, credit.advantages_ENT, num, totals))
+                    if agent in self.heads:
+                        error = self._value_loss(agent, micro, hidden_BLD, batch, credit)
+                        if error is not None:
+                            totals[f"{agent}/critic"] += error.item()
+                            shares.append(self.config.critic.coef * error)
+                    if shares:
+                        loss = torch.stack(shares).sum()
+                        check_loss(loss, agent, iteration, batch, batch.episodes_of(micro.slot_S))
+                        loss.backward()
+                        metrics["tokens/policy"] += micro.num_tokens
+            metrics[f"{self.name}/gradient_norm"] = step(self.optimizer, self.name, iteration, self.config.learner)
+            for agent in self.heads:
+                metrics[f"{agent}/critic/loss"] = totals[f"{agent}/critic"]
+            if not warming_up:
+                metrics |= self._summary(totals)
+        return dict(metrics)
+
+    def _summary(self, totals: Metrics) -> Metrics:
+        """Metrics of one pass."""
+        name, scored = self.name, max(totals["scored"], 1)
+        metrics = {f"{name}/loss": totals["policy"], f"{name}/entropy_estimate": -totals["logp"] / scored}
+        if self.config.algorithm.loss != "reinforce":
+            metrics[f"{name}/clipped"] = totals["clipped"] / scored
+        if self.reference is not None:
+            metrics[f"{name}/kl"] = totals["kl"] / scored
+        return metrics
+
+    def _policy_loss(self, micro: MicroBatch, hidden_BLD: Tensor, advantages_ENT: Tensor, num: int, totals: Metrics) -> Tensor:
+        """A micro-batch's share of the policy loss; its statistics are added to `totals`."""
+        settings, policy = self.config.algorithm, self.policy
+        logp_K = policy.score(hidden_BLD[micro.row_K, micro.column_K], micro.token_K, self.sampling)
+        advantages_S = advantages_ENT.flatten()[micro.slot_S.cpu()].to(logp_K)
+        if settings.loss == "reinforce":
+            loss, stats = losses.reinforce(logp_K, micro.answer_K, advantages_S, num_answers=num)
+        else:
+            loss, stats = CLIPPED_LOSSES[settings.loss](
+                logp_K, micro.old_logp_K, micro.answer_K, advantages_S, clip=settings.clip, num_answers=num
+            )
+        totals["policy"] += loss.item()
+        if self.reference is not None:
+            whole = replace(self.sampling, top_p=1.0, top_k=0)  # supports may differ
+            with torch.no_grad():
+                before_KD = self.reference.hidden(micro.ids_BL)[micro.row_K, micro.column_K]
+                before_K = self.reference.score(before_KD, micro.token_K, whole)
+            now_K = policy.score(hidden_BLD[micro.row_K, micro.column_K], micro.token_K, whole)
+            kl, kl_stats = losses.kl_to_reference(now_K, before_K, num_answers=num)
+            loss, stats = loss + settings.kl_coef * kl, stats | kl_stats
+        stats |= {"logp": logp_K.detach().sum().item(), "scored": float(len(logp_K))}
+        for key, value in stats.items():
+            totals[key] += value
+        return loss
+
+    def _value_loss(self, agent: str, micro: MicroBatch, hidden_BLD: Tensor, batch: Batch, credit: Credit) -> Tensor | None:
+        return value_loss(
+            self.heads[agent],
+            micro,
+            hidden_BLD,
+            credit.targets_ENT,
+            credit.wanted_ENT,
+            credit.old_values_ENT1,
+            num=int(credit.wanted_ENT[:, batch.agents.index(agent)].sum()),
+            kind="V",
+            clip=self.config.critic.value_clip,
+        )
+
+
+class CriticPart:
+    """A critic that is a model of its own, and the agents that it reads for: all of them, or one."""
+
+    def __init__(self, name: str, critic: Critic, agents: Sequence[str], config: Config):
+        self.critic, self.agents, self.config = critic, tuple(agents), config
+        self.joint = config.algorithm.critic == "joint"
+        self.name = f"critic-{name}"
+        self.label = "critic" if self.joint else f"{name}/critic"
+        self.optimizer = make_optimizer([(critic.parameters(), config.critic.lr)], config.learner)
+        if config.learner.gradient_checkpointing:
+            recompute_layers(critic.body)
+
+    def tensors(self) -> dict[str, Tensors]:
+        return {self.name: weights_of(self.critic), f"optimizer-{self.name}": state_of(self.optimizer)}
+
+    def restore(self, read: Read) -> None:
+        restore(self.critic, read(self.name))
+        restore_optimizer(self.optimizer, read(f"optimizer-{self.name}"))
+
+    def view(self, batch: Batch) -> tuple[str, ...]:
+        """Whose texts it reads: a joint critic those of all who play, frozen team-mates included."""
+        return batch.episodes[0].agents if self.joint and batch.episodes else self.agents
+
+    def values(self, batch: Batch) -> Values:
+        kind, limit = self.config.algorithm.critic_kind, self.config.learner.micro_batch_tokens
+        reads = {"state": self.config.critic.state, "newest_only": self.config.rollout.history == "newest"}
+        packed, num_cut = pack_readings(batch, self.critic, self.view(batch), kind=kind, **reads)
+        values = read(self.critic, self.critic.value, packed, batch, self.agents, limit, kind)
+        values.num_cut = num_cut
+        if kind == "Q":
+            packed, slots = pack_alternatives(batch, self.critic, self.view(batch), **reads)
+            if slots:
+                q_M, num_tokens = values_at(self.critic, self.critic.value, packed, len(slots), limit)
+                q_MK = q_M.view(-1, self.config.algorithm.resamples)
+                values.alternatives.append((torch.tensor(slots).view(q_MK.shape)[:, 0], q_MK))
+                values.num_tokens += num_tokens
+        return values
+
+    def learn(self, batch: Batch, iteration: int, credit: Credit) -> Metrics:
+        """`critic.epochs` steps of squared error, each over all joint samples."""
+        kind = self.config.algorithm.critic_kind
+        rescale(self.critic.value, self.agents[0], batch, credit, self.config)
+        set_rates(self.optimizer, self.config, iteration)
+        reads = {"state": self.config.critic.state, "newest_only": self.config.rollout.history == "newest"}
+        packed, _ = pack_readings(batch, self.critic, self.view(batch), kind=kind, **reads)
+        num = int(credit.wanted_ENT[:, batch.agents.index(self.agents[0])].sum())
+        metrics: Metrics = defaultdict(float)
+        seed = seeds.derive(self.config.run.seed, "critic's dropout", iteration, self.name.removeprefix("critic-"))
+        with dropout(self.critic.body, seed):
+            for _ in range(self.config.critic.epochs):
+                total = 0.0
+                for micro in micro_batches(packed, self.config.learner.micro_batch_tokens, self.critic.device):
+                    hidden_BLD = self.critic.hidden(micro.ids_BL)
+                    loss = value_loss(
+                        self.critic.value, micro, hidden_BLD, credit.targets_ENT, credit.wanted_ENT, None,
+                        num=num, kind=kind, clip=None,
+                    )  # fmt: skip
+                    if loss is None:
+                        continue
+                    check_loss(loss, self.label, iteration, batch, batch.episodes_of(micro.slot_M, kind == "V"))
+                    (self.config.critic.coef * loss).backward()
+                    total += loss.item()
+                    metrics["tokens/critic"] += micro.num_tokens
+                metrics[f"{self.label}/gradient_norm"] = step(self.optimizer, self.label, iteration, self.config.learner)
+                metrics[f"{self.label}/loss"] = total
+        return dict(metrics)

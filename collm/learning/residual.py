@@ -1,0 +1,182 @@
+"""Small regressions beside the text: what environment metrics predict of the return, and the difference baseline.
+
+`predict` returns a value and changes nothing; `learn` counts an iteration's samples and returns nothing. A sample is predicted
+before it is learned from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from collm.algorithms.advantages import discounted_returns
+from collm.algorithms.regression import TurnRegression, Yardstick
+from collm.errors import TrainingError
+from collm.learning.batch import Batch
+
+TURNS = 32
+"""Turns that have a regression of their own; later ones share the last."""
+
+
+class Regressions:
+    """The regressions of a run and the environment metrics that they read.
+
+    metrics: from environment metrics to the return, or None. teammates: one per agent, from what its team-mates' answers alone
+    changed in these metrics to what is left of the return; none without the difference baseline. ceiling: what least squares
+    on the metrics explains, for the report.
+    """
+
+    def __init__(self, metric_names: Sequence[str], num_agents: int, *, metrics: bool, teammates: bool):
+        self.metric_names = tuple(metric_names)
+        width = 2 + len(self.metric_names)
+        self.metrics = TurnRegression(width, TURNS) if metrics else None
+        self.teammates = nn.ModuleList(TurnRegression(width, TURNS) for _ in range(num_agents if teammates else 0))
+        self.ceiling = Yardstick(width, TURNS)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """By file name, all that a checkpoint keeps."""
+        found: dict[str, nn.Module] = {"yardstick": self.ceiling}
+        if self.metrics is not None:
+            found["regression"] = self.metrics
+        if self.teammates:
+            found["without"] = self.teammates
+        return found
+
+
+def features(batch: Batch, metric_names: Sequence[str]) -> Tensor:
+    """(E, T + 1, M): rewards so far, the last raw reward and the environment metrics before each turn and after the last.
+
+    Raises TrainingError for a metric that is not finite.
+    """
+    E, _, T = batch.shape
+    rows = np.zeros((E, T + 1, 2 + len(metric_names)))
+    for e, episode in enumerate(batch.episodes):
+        so_far = 0.0
+        for t in range(len(episode.turns) + 1):
+            last = episode.turns[t - 1].raw_reward if t else 0.0
+            so_far += episode.turns[t - 1].reward if t else 0.0
+            ended = t == len(episode.turns)
+            reported = episode.metrics if ended else episode.turns[t].metrics
+            rows[e, t] = [so_far, last, *_numbers(reported, metric_names)]
+            bad = [name for name, x in zip(metric_names, rows[e, t, 2:], strict=True) if not math.isfinite(x)]
+            if bad and (not ended or episode.truncated):
+                raise TrainingError(
+                    f"the environment metric {bad[0]!r} is {reported[bad[0]]!r} before turn {t} of episode {e} (task "
+                    f"{episode.label}), not a finite number. Nothing was learned from this iteration. `collm check` names "
+                    "what an environment may report."
+                )
+    return torch.from_numpy(rows).float()
+
+
+def counterfactual_features(batch: Batch, agent: str, metric_names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """As `features` after each turn, had the agent's answer been empty: (E, T, M), and (E, T) bool where these are known and
+    finite."""
+    E, _, T = batch.shape
+    rows, known = np.zeros((E, T, 2 + len(metric_names))), np.zeros((E, T), dtype=bool)
+    for e, episode in enumerate(batch.episodes):
+        so_far = 0.0
+        for t, turn in enumerate(episode.turns):
+            if agent in turn.silent and t >= episode.own_from:
+                replayed = turn.silent[agent]
+                numbers = [so_far + replayed.reward, replayed.raw_reward, *_numbers(replayed.metrics, metric_names)]
+                if all(map(math.isfinite, numbers)):
+                    rows[e, t], known[e, t] = numbers, True
+            so_far += turn.reward
+    return torch.from_numpy(rows).float(), torch.from_numpy(known)
+
+
+def predict_returns(regression: TurnRegression | None, features_ETM: Tensor, read_ENT: Tensor) -> Tensor:
+    """(E, N, T or T + 1) of the metric regression wherever a critic reads a value, 0 elsewhere and without a regression."""
+    predicted_ENT = torch.zeros_like(read_ENT)
+    if regression is None:
+        return predicted_ENT
+    predicted_ET = regression(features_ETM[:, : read_ENT.shape[-1]])
+    return torch.where(read_ENT.bool(), predicted_ET[:, None], predicted_ENT)
+
+
+def learn_returns(
+    regression: TurnRegression | None,
+    features_ETM: Tensor,
+    batch: Batch,
+    values_ENT: Tensor,
+    read_ENT: Tensor,
+    *,
+    gamma: float,
+    kind: str,
+) -> None:
+    """Count this iteration's returns in the metric regression.
+
+    The return of an episode that was cut off goes on with V of its final history; for Q such an episode is not counted.
+    """
+    if regression is None:
+        return
+    rewards_ET, counted_ET = batch.rewards_ET, batch.complete_ET
+    if kind == "V":
+        speaking_ENT = read_ENT[..., 1:]
+        following_ET = (values_ENT[..., 1:] * speaking_ENT).sum(1) / speaking_ENT.sum(1).clamp_min(1)
+        rewards_ET = rewards_ET + gamma * following_ET * (batch.last_ET & batch.truncated_E[:, None])
+        counted_ET = batch.played_ET
+    returns_ET = discounted_returns(rewards_ET, gamma=gamma)
+    regression.learn(features_ETM[:, :-1], returns_ET, counted_ET)
+
+
+def teammates_changes(batch: Batch, features_ETM: Tensor, metric_names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """What each agent's team-mates alone changed in the metrics of a turn, less its mean over the iteration: (E, N, T, M); and
+    (E, N, T) bool where the no-op counterfactual is known."""
+    changes, known = [], []
+    for agent in batch.agents:
+        after_ETM, known_ET = counterfactual_features(batch, agent, metric_names)
+        changes.append(centred(after_ETM - features_ETM[:, :-1], known_ET))
+        known.append(known_ET)
+    return torch.stack(changes, 1), torch.stack(known, 1)
+
+
+def predict_teammates(regressions: nn.ModuleList, changes_ENTM: Tensor, known_ENT: Tensor, values_ENT: Tensor) -> Tensor:
+    """The difference baseline of each answer (E, N, T), in units of return; V where the counterfactual is unknown.
+
+        b_i(h_t, a_-i,t) = V(h_t) + beta . (Delta - mean Delta),   beta: ridge regression of G_t - V(h_t) on Delta
+
+    Delta is what the team-mates' answers alone changed in the environment metrics, so agent i's own answer is not in it: see
+    `algorithms.advantages.difference`. Everything is centred within the iteration, so that b is V on average: a constant term
+    would follow the same rise of returns that V follows, and right answers would be punished until both have settled.
+    """
+    T = changes_ENTM.shape[2]
+    baselines_ENT = values_ENT[..., :T].clone()
+    for n, regression in enumerate(regressions):
+        baselines_ENT[:, n] += torch.where(known_ENT[:, n], regression(changes_ENTM[:, n]), 0.0)
+    return baselines_ENT
+
+
+def learn_teammates(
+    regressions: nn.ModuleList, changes_ENTM: Tensor, known_ENT: Tensor, values_ENT: Tensor, returns_ENT: Tensor
+) -> None:
+    """Count this iteration's samples: G - V, centred, against what team-mates changed. returns_ENT: G (E, N, T)."""
+    T = changes_ENTM.shape[2]
+    for n, regression in enumerate(regressions):
+        left_ET = centred((returns_ENT[:, n] - values_ENT[:, n, :T])[..., None], known_ENT[:, n])[..., 0]
+        assert isinstance(regression, TurnRegression)
+        regression.learn(changes_ENTM[:, n], left_ET, known_ENT[:, n])
+
+
+def centred(numbers_ETM: Tensor, chosen_ET: Tensor) -> Tensor:
+    """Numbers (E, T, M) less, at each turn, their mean over the chosen episodes; 0 elsewhere."""
+    chosen_ET1 = chosen_ET[..., None]
+    kept_ETM = torch.where(chosen_ET1, numbers_ETM, 0.0)  # what is left out may be NaN
+    return kept_ETM - chosen_ET1 * kept_ETM.sum(0) / chosen_ET1.sum(0).clamp_min(1)
+
+
+def _numbers(reported: Mapping[str, Any], names: Sequence[str]) -> list[float]:
+    """The named metrics as floats, 0 where one is not reported, NaN where it is not a number."""
+    return [_number(reported.get(name, 0.0)) for name in names]
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

@@ -1,0 +1,76 @@
+"""What every part does around its optimizer: rates, steps, and checks that stop before a step is spoilt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from collm.config import Config, LearnerSettings
+from collm.errors import TrainingError
+from collm.learning.batch import Batch
+from collm.learning.credit import Credit
+from collm.models.critic import ValueHead
+
+
+def make_optimizer(groups: Iterable[tuple[Iterable[nn.Parameter], float]], settings: LearnerSettings) -> torch.optim.AdamW:
+    """AdamW over parameters with a learning rate for each group."""
+    parts = [{"params": list(parameters), "lr": lr, "full_lr": lr} for parameters, lr in groups]
+    return torch.optim.AdamW(parts, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, config: Config, iteration: int) -> None:
+    """Set the learning rates of this iteration: a function of its number alone, so there is no state to save."""
+    settings, total = config.learner, config.run.iterations
+    factor = min(1.0, (iteration + 1) / (settings.warmup + 1))
+    done = max(0, iteration - settings.warmup) / max(1, total - settings.warmup)
+    if settings.schedule == "linear":
+        factor *= 1 - done
+    elif settings.schedule == "cosine":
+        factor *= 0.5 * (1 + math.cos(math.pi * done))
+    for group in optimizer.param_groups:
+        group["lr"] = group["full_lr"] * factor
+
+
+def step(optimizer: torch.optim.Optimizer, label: str, iteration: int, settings: LearnerSettings) -> float:
+    """Clip, check, step; returns the gradient's norm before clipping. Raises TrainingError where that is not finite."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf).item()
+    if not math.isfinite(norm):
+        raise TrainingError(
+            f"iteration {iteration}: the gradient of {label} is {norm}; no step was taken. The last checkpoint is intact: "
+            "start a new run with a lower learning rate."
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def rescale(head: ValueHead, agent: str, batch: Batch, credit: Credit, config: Config) -> None:
+    """Target normalization, where it is on: follow mean and deviation of the targets of a critic that reads for `agent`."""
+    if config.critic.normalize_targets:
+        n = batch.agents.index(agent)
+        head.rescale(credit.targets_ENT[:, n][credit.wanted_ENT[:, n].bool()])
+
+
+def check_loss(loss: Tensor, label: str, iteration: int, batch: Batch, episodes: Iterable[int]) -> None:
+    """Raises TrainingError for a loss that is not finite, naming the first episodes of its micro-batch."""
+    if not torch.isfinite(loss):
+        named = ", ".join(f"{e} (task {batch.episodes[e].label})" for e in list(episodes)[:8])
+        raise TrainingError(
+            f"iteration {iteration}: the loss of {label} is {loss.item()} in a micro-batch of episodes {named}; no "
+            "step was taken. The last checkpoint is intact: start a new run with a lower learning rate."
+        )
+
+
+def require_finite(numbers_EX: Tensor, what: str, iteration: int, batch: Batch) -> None:
+    """Raises TrainingError for a number that is not finite, naming its episode."""
+    bad = (~torch.isfinite(numbers_EX)).any(1).nonzero()[:, 0].tolist()
+    if bad:
+        episode = batch.episodes[bad[0]]
+        raise TrainingError(
+            f"iteration {iteration}: a {what} of episode {bad[0]} (task {episode.label}, agents "
+            f"{', '.join(episode.agents)}) is not a finite number. Nothing was learned from this iteration."
+        )
