@@ -23,6 +23,15 @@ Metrics = dict[str, float]
 History = Literal["full", "last", "newest"]
 
 
+def encodable(text: str) -> str:
+    """Text that can be written as UTF-8: half a surrogate pair, which JSON allows, becomes U+FFFD; all else stays as it is."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One text of a chat. `token_ids` holds what was sampled, so that an answer is never re-tokenized.
@@ -218,7 +227,7 @@ class Episode:
                 messages=dict(messages or {}),
             )
         )
-        self.observations = {agent: str(text) for agent, text in observations.items()}
+        self.observations = {agent: encodable(str(text)) for agent, text in observations.items()}
         self.state = state
         self.metrics = dict(info.get("metrics", self.metrics))
         self.terminated = all(terminations.get(agent, True) for agent in acted)

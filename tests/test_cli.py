@@ -124,7 +124,7 @@ def test_a_group_estimator_with_one_episode_per_task(capsys, recipe, name):
 
 def test_a_run_that_does_not_exist(capsys, tmp_path):
     message = fails(capsys, "train", "--resume", str(tmp_path / "none"))
-    assert "none' is not a run directory" in message
+    assert "there is no run" in message
 
 
 def test_a_missing_checkpoint(capsys, tmp_path, recipe):
@@ -157,15 +157,21 @@ def test_an_existing_run_name(capsys, tmp_path, recipe):
     (tmp_path / "runs" / "taken").mkdir(parents=True)
     (tmp_path / "runs" / "taken" / "precious").write_text("keep me")
     message = fails(capsys, "train", recipe, "--run.name", "taken")
+    assert "is not a run directory: it holds 'precious'" in message
+    assert "--run.name" in message
+    (tmp_path / "runs" / "begun").mkdir()
+    (tmp_path / "runs" / "begun" / "config.json").write_text("{}")
+    message = fails(capsys, "train", recipe, "--run.name", "begun")
     assert "exists already" in message
     assert "--resume" in message
-    assert "--run.name" in message
     assert (tmp_path / "runs" / "taken" / "precious").read_text() == "keep me"
     assert len(list((tmp_path / "runs" / "taken").iterdir())) == 1
 
 
 def test_resuming_with_other_settings(capsys, tmp_path, recipe):
-    assert "leave out" in fails(capsys, "train", "--resume", str(tmp_path), "--run.seed", "3")
+    message = fails(capsys, "train", "--resume", str(tmp_path), "--run.seed", "3")
+    assert "'run.seed' cannot change when a run is resumed" in message
+    assert "run.iterations, run.device, run.threads" in message
     assert "leave out" in fails(capsys, "train", recipe, "--resume", str(tmp_path))
 
 

@@ -19,7 +19,7 @@ from collm.learning import learner as learner_module
 from collm.learning import residual
 from collm.learning.batch import Batch
 from collm.learning.residual import Regressions
-from collm.training.loggers import read_metrics
+from collm.runs.log import read_metrics
 from collm.training.trainer import Trainer
 
 

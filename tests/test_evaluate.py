@@ -16,7 +16,7 @@ from collm.cli.main import main
 from collm.config import parse_config
 from collm.envs.base import Outcome, TextEnv, agent_names
 from collm.errors import EnvError
-from collm.training.loggers import read_metrics
+from collm.runs.log import read_metrics
 from collm.training.trainer import Trainer
 
 WORDS = ["AN", "AT", "BE", "DO", "GO", "IN", "IT", "ON", "UP"]

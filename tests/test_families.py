@@ -29,7 +29,7 @@ from collm.models.chat import Chat
 from collm.models.critic import Critic
 from collm.models.policy import Policy, logit_rule
 from collm.models.team import Team
-from collm.training.loggers import read_metrics
+from collm.runs.log import read_metrics
 from collm.training.trainer import Trainer, read_config
 from collm.types import Completion, Episode, Group, Message, Request, Sampling, Turn
 

@@ -23,8 +23,8 @@ from collm.envs.catalogue import EnvSpec
 from collm.errors import ConfigError, EngineError, TrainingError
 from collm.learning.batch import Batch
 from collm.rollout.collect import Plan, collect
+from collm.runs.log import read_metrics
 from collm.training.evaluate import evaluate
-from collm.training.loggers import read_metrics
 from collm.training.trainer import Trainer
 from collm.types import Message, Request, Sampling
 

@@ -25,8 +25,9 @@ MAY = {
     "engines": {"types", "errors", "config", "algorithms", "models"},
     "rollout": {"types", "errors", "seeds", "envs.base", "engines.base"},
     "learning": RECORDS | {"algorithms", "models"},
-    "training": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "learning"},
-    "reports": {"types", "errors"},
+    "training": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "learning", "runs"},
+    "runs": RECORDS | {"learning", "models"},
+    "reports": {"types", "errors", "runs"},
     "serving": {"types", "errors", "config", "algorithms", "models", "engines"},
     "cluster": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "training"},
     "planning": {"config", "errors", "envs"},
@@ -36,6 +37,7 @@ MAY = {
         "envs",
         "reports",
         "planning",
+        "runs",
     },  # at module level (none of them imports torch); inside functions everything
     "": set(),  # collm/__init__.py
 }
@@ -45,7 +47,7 @@ DOORS = {
     "datasets": "envs/data.py",
     "ray": "cluster/",
     "vllm": "engines/vllm.py",
-    "wandb": "training/loggers.py",
+    "wandb": "runs/log.py",
     "fastapi": "serving/",
     "httpx": "engines/http.py",
     "starlette": "serving/",

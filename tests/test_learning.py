@@ -14,7 +14,7 @@ from collm.config import parse_config
 from collm.learning import learner
 from collm.learning.credit import Assignment
 from collm.rollout.collect import collect
-from collm.training.loggers import read_metrics
+from collm.runs.log import read_metrics
 from collm.training.trainer import Trainer
 
 MONTE_CARLO = ("magrpo", "marloo", "maremax", "mareinforce", "grpo")

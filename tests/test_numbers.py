@@ -15,7 +15,7 @@ from test_learning import make_trainer
 from collm.config import parse_config
 from collm.envs.base import Outcome, TextEnv
 from collm.errors import TrainingError
-from collm.training.loggers import read_metrics
+from collm.runs.log import read_metrics
 from collm.training.trainer import Trainer
 
 

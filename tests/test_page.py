@@ -20,7 +20,7 @@ from test_reports import record, write_run
 
 from collm.config import parse_config
 from collm.reports.page import EPISODES, flat, page_data, pick, write_page
-from collm.reports.runs import Run, read_run
+from collm.runs.read import Run, read_run
 from collm.training.trainer import Trainer
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028<!-- é 😀"

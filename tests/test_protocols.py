@@ -18,7 +18,7 @@ from collm.errors import ConfigError, EngineError
 from collm.models.team import Team
 from collm.rollout.collect import Plan, collect, resample
 from collm.rollout.protocols import PROTOCOLS
-from collm.training.loggers import episode_record
+from collm.runs.log import episode_record
 from collm.training.trainer import Trainer
 from collm.types import Episode, Request, Sampling
 

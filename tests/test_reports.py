@@ -25,10 +25,10 @@ from collm.errors import RunError
 from collm.reports.builds import BLOCKS, Build, Gallery, choose, picture, read_build
 from collm.reports.curves import draw_curves, explained_by_turn, held_out_curve, run_names, yardstick_by_turn
 from collm.reports.intervals import by_task, interval
-from collm.reports.runs import read_run
 from collm.reports.tables import compare
 from collm.rollout.collect import Plan, collect
-from collm.training.loggers import episode_record
+from collm.runs.log import episode_record
+from collm.runs.read import read_run
 from collm.types import Request
 
 WORDS = ("AN", "AT", "BE", "DO", "GO", "IN", "IT", "ON", "UP")
@@ -186,7 +186,7 @@ def test_a_metric_that_some_tasks_lack_is_nan_with_a_note(tmp_path, capsys):
         (lambda run: (run / "config.json").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
         (lambda run: (run / "config.json").write_text("[]"), "cannot be read"),
         (lambda run: (run / "metrics.jsonl").unlink(), "No such file"),
-        (lambda run: (run / "metrics.jsonl").write_text('{"iteration": 0}\n'), "line 1, is damaged: it lacks joint_actions"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"iteration": 0}\n'), "line 1, is damaged: it lacks 'joint_actions'"),
         (lambda run: (run / "metrics.jsonl").write_text("\n3\n"), "line 1, is damaged"),
         (lambda run: (run / "episodes" / "000004-evaluation.jsonl").write_text("{}x\n{}\n"), "line 1, is damaged"),
         (lambda run: (run / "episodes" / "000004-evaluation.jsonl").write_text(""), "no held-out episode"),

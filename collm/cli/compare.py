@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
-import fcntl
 import hashlib
+import io
 import itertools
 import json
 import shutil
@@ -34,8 +34,9 @@ from collm.config import ADDED, ALGORITHMS, CRITIC_ONLY, Config, apply_overrides
 from collm.errors import ConfigError, RunError
 from collm.reports.curves import draw_grid
 from collm.reports.grid import Cell, Grid, read_grid, read_result
-from collm.reports.runs import saved
 from collm.reports.tables import REWARD, grid_tables
+from collm.runs.directory import hold, ignored
+from collm.runs.files import explained, replacing, write_text
 
 UNTRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "raw": ("one untrained agent alone", {"env.agents": 1, "rollout.protocol": "single"}),
@@ -126,9 +127,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     failed: list[Job] = []
     if not arguments.dry_run:
-        with saved(folder / RESULTS):
-            if not (folder / "recipe.toml").is_file() or not recipe.samefile(folder / "recipe.toml"):
-                shutil.copyfile(recipe, folder / "recipe.toml")
+        copy_of_recipe = folder / "recipe.toml"
+        if not copy_of_recipe.is_file() or not recipe.samefile(copy_of_recipe):
+            with replacing(copy_of_recipe) as aside:
+                shutil.copyfile(recipe, aside)
         failed = work(waiting, plan.processes, console, lambda: _write(grid, folder))
     found = read_grid(grid, folder / RESULTS)
     if failed and not found.results:
@@ -140,8 +142,9 @@ def run(arguments: argparse.Namespace) -> int:
     plain = _write(grid, folder)
     files = [draw_grid(found, task, folder / f"curves-{task}.png") for task in found.tasks]
     tables = grid_tables(found)
-    with saved(folder / "table.txt"), (folder / "table.txt").open("w", encoding="utf-8") as file:
-        Console(file=file, width=200, highlight=False).print(*tables, sep="\n\n")
+    text = io.StringIO()
+    Console(file=text, width=200, highlight=False).print(*tables, sep="\n\n")
+    write_text(folder / "table.txt", text.getvalue())
     if arguments.json:
         print(json.dumps(plain, allow_nan=False))
     else:
@@ -155,12 +158,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _write(grid: Grid, folder: Path) -> dict[str, Any]:
     """All that has finished into results.json, whole or not at all; two commands may work on one folder."""
-    with saved(folder / RESULTS), (folder / f"{RESULTS}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with explained(folder / RESULTS):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / f"{RESULTS}.lock").open("a")
+    with lock:
+        hold(lock.fileno(), str(folder), wait=True)
         plain = read_grid(grid, folder / RESULTS).plain()
-        aside = folder / f"{RESULTS}.new"
-        aside.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        aside.replace(folder / RESULTS)
+        write_text(folder / RESULTS, json.dumps(plain, indent=1, allow_nan=False) + "\n")
     return plain
 
 
@@ -239,10 +243,7 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
     """Begin or continue one cell in a process that dies with this one."""
     folder = job.cell.folder
     log = Path(f"{folder}.log")
-    with saved(job.settings):
-        aside = Path(f"{job.settings}.new")
-        aside.write_text(json.dumps(job.config.resolved(), indent=1), encoding="utf-8")
-        aside.replace(job.settings)
+    write_text(job.settings, json.dumps(job.config.resolved(), indent=1))
     kind = "train" if job.trained else "evaluate"
     command = [sys.executable, "-m", "collm.training.cell", kind, str(job.settings), str(folder)]
     with log.open("ab") as output:
@@ -259,7 +260,7 @@ def _die_with_parent() -> None:
 
 @contextmanager
 def _stoppable(running: Mapping[subprocess.Popen[bytes], Job]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM reach the runs, which save; then this process leaves, too."""
+    """Ctrl-C, SIGTERM and SIGHUP reach the runs, which save; then this process leaves, too."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         for process in running:
@@ -268,7 +269,7 @@ def _stoppable(running: Mapping[subprocess.Popen[bytes], Job]) -> Iterator[None]
             process.wait()
         raise RunError(f"stopped by {signal.Signals(signum).name}; the runs under way are saved. Start again to go on.")
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if not ignored(s)}
     try:
         yield
     finally:

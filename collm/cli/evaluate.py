@@ -14,8 +14,8 @@ from collm.config import Config, apply_overrides, load_config, parse_config
 from collm.envs.catalogue import make
 from collm.errors import ConfigError, EnvError, RunError
 from collm.reports.intervals import Interval, by_task, interval
-from collm.reports.runs import read_config
 from collm.reports.tables import REWARD, evaluation_table, explain, held_out
+from collm.runs.directory import checkpoints, command, read_settings, usable_cores
 
 if TYPE_CHECKING:
     from collm.models.team import Team
@@ -43,15 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise RunError(f"there is neither a run directory nor a recipe {str(source)!r}.")
     max_reward = getattr(make(config.env.name, split="eval", **config.env.options), "max_reward", None)
 
-    import os
-
     import torch
 
     from collm.engines.catalogue import make_engine
     from collm.training.evaluate import evaluate
     from collm.training.trainer import with_remote
 
-    torch.set_num_threads(config.run.threads or os.cpu_count() or 1)
+    torch.set_num_threads(config.run.threads or usable_cores())
     with Console(stderr=True).status("playing the held-out tasks"):
         engine = with_remote(make_engine(load_team(config, weights), config.rollout), config)
         result = evaluate(config, engine, episodes=arguments.episodes)
@@ -109,7 +107,7 @@ def show_table(who: str, result: Evaluation, config: Config, max_reward: float |
 
 def run_config(folder: Path, overrides: Mapping[str, Any]) -> Config:
     """A run's settings with `{"room.key": value}` on top. Raises RunError or ConfigError."""
-    values = read_config(folder)
+    values = read_settings(folder)
     for key in overrides:
         if not key.startswith(CHANGEABLE):
             raise ConfigError(
@@ -130,11 +128,11 @@ def find_weights(run: Path, which: str) -> tuple[Path | None, str]:
     if which == "final":
         if not (run / "final").is_dir():
             raise RunError(
-                f"run {str(run)!r} has no final weights yet: finish it with `collm train --resume {run}`, "
+                f"run {str(run)!r} has no final weights yet: finish it with `{command('collm', 'train', '--resume', run)}`, "
                 "or use --checkpoint best."
             )
         return run / "final", "final weights"
-    saved = sorted(path for path in (run / "checkpoints").glob("[0-9]*") if path.name.isdigit())
+    saved = checkpoints(run)
     kept = ", ".join(str(int(path.name)) for path in saved) or "none"
     if which == "best":
         number = best_iteration(run, saved)
@@ -155,7 +153,9 @@ def find_weights(run: Path, which: str) -> tuple[Path | None, str]:
 def best_iteration(run: Path, saved: list[Path]) -> int:
     """When the held-out reward was best, by the newest checkpoint's account. Raises RunError where it does not say."""
     if not saved:
-        raise RunError(f"run {str(run)!r} has no checkpoint yet: let it go on with `collm train --resume {run}`.")
+        raise RunError(
+            f"run {str(run)!r} has no checkpoint yet: let it go on with `{command('collm', 'train', '--resume', run)}`."
+        )
     path = saved[-1] / "state.json"
     try:
         best = json.loads(path.read_bytes())["best"]
@@ -175,7 +175,7 @@ def load_team(config: Config, weights: Path | None, *, only: str | None = None) 
     from safetensors import SafetensorError
 
     from collm.models.loading import is_adapter
-    from collm.training.checkpoint import load_policies
+    from collm.runs.checkpoint import load_policies
     from collm.training.trainer import check_fit, make_team, resolve_device, trained_agents
 
     run = config.run.model_copy(update={"device": resolve_device(config.run.device)})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from collm.cli.evaluate import find_weights, load_team, run_config
 from collm.errors import ConfigError, RunError
+from collm.runs.files import replacing
 
 if TYPE_CHECKING:
     from collm.models.policy import Policy
@@ -35,20 +36,14 @@ def write(policy: Policy, target: Path, *, merged: bool = False) -> None:
 
     merged: a whole model in any case, an adapter being added into its base. Raises SaveError.
     """
-    from collm.training.checkpoint import explained
+    from collm.runs.checkpoint import failing_as_os_errors
 
-    aside = target.with_name(f".saving-{target.name}-{os.getpid()}")
-    try:
-        with explained(target):
-            aside.mkdir(parents=True)
-            if merged and policy.adapter is not None:
-                merge(policy, aside)
-            else:
-                policy.save(aside)
-            os.rename(aside, target)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with replacing(target) as aside, failing_as_os_errors():
+        aside.mkdir()
+        if merged and policy.adapter is not None:
+            merge(policy, aside)
+        else:
+            policy.save(aside)
 
 
 def merge(policy: Policy, folder: Path) -> None:

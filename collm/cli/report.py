@@ -11,8 +11,9 @@ from rich.console import Console
 from collm.reports.builds import choose, draw_builds, picture
 from collm.reports.curves import draw_curves
 from collm.reports.page import write_page
-from collm.reports.runs import read_run
 from collm.reports.tables import compare, comparison_table, runs_table
+from collm.runs.files import refuse_links
+from collm.runs.read import read_run
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -26,6 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     reports = []
     for comparison in comparisons:
         run, folder = comparison.run, comparison.run.folder / "report"
+        refuse_links(run.folder)
         console.print(comparison_table(comparison, digits))
         console.print()
         files = [draw_curves([run], folder / "curves.png")]

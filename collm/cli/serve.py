@@ -9,6 +9,7 @@ import sys
 
 from collm.cli.export import load_agent
 from collm.errors import ConfigError
+from collm.runs.directory import usable_cores
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     with server.listen(host, port) as held:  # before a model is loaded: a taken port is known at once
         import torch
 
-        torch.set_num_threads(arguments.threads or os.cpu_count() or 1)
+        torch.set_num_threads(arguments.threads or usable_cores())
         policy, what = load_agent(arguments.run, agent, arguments.checkpoint, device=arguments.device)
         app = server.make_app(policy, agent, key=key, max_tokens=arguments.max_tokens, record=arguments.record)
         shown, port = held.getsockname()[:2]

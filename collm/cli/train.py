@@ -11,6 +11,7 @@ from pathlib import Path
 from collm.cli.main import settings_text
 from collm.config import load_config
 from collm.errors import ConfigError
+from collm.runs.directory import command
 
 
 def demo_recipe() -> Path:
@@ -23,14 +24,14 @@ def run(arguments: argparse.Namespace) -> int:
         print(settings_text())
         return 0
     if arguments.resume is not None:
-        if arguments.recipe is not None or arguments.overrides:
+        if arguments.recipe is not None:
             raise ConfigError(
-                "--resume continues a run with the settings it began with; leave out the recipe and the overrides, or start a "
-                "new run with another --run.name."
+                "--resume continues a run with the settings it began with; leave out the recipe, or start a new run with "
+                "another --run.name."
             )
         from collm.training.trainer import Trainer
 
-        trainer = Trainer.resume(arguments.resume)
+        trainer = Trainer.resume(arguments.resume, overrides=arguments.overrides)
     else:
         if arguments.recipe is None and arguments.overrides.get("env.name", "str_build") != "str_build":
             raise ConfigError(
@@ -49,14 +50,14 @@ def run(arguments: argparse.Namespace) -> int:
     except Interrupted as interrupted:
         print(
             f"collm: {interrupted}; saved after {trainer.iteration} iterations. "
-            f"Continue with: collm train --resume {trainer.folder}",
+            f"Continue with: {command('collm', 'train', '--resume', trainer.folder)}",
             file=sys.stderr,
         )
         return 128 + interrupted.signum
     if arguments.json:
-        from collm.training.loggers import read_metrics
+        from collm.runs.log import read_metrics
 
         print(json.dumps({"run": str(folder), **read_metrics(folder / "metrics.jsonl")[-1]}))
     else:
-        print(f"The trained team lies in {folder}/final. Next: collm report {folder}")
+        print(f"The trained team lies in {folder}/final. Next: {command('collm', 'report', folder)}")
     return 0

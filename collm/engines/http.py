@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from collm.errors import ConfigError, EngineError
-from collm.types import Completion, Ids, Request
+from collm.types import Completion, Ids, Request, encodable
 
 try:
     import httpx
@@ -232,6 +232,7 @@ def read_answer(agent: str, body: bytes) -> Completion:
         text = choice["message"]["content"]
         if not isinstance(text, str | None):
             raise ValueError(f"the answer's content is {type(text).__name__}, not text")
+        text = text if text is None else encodable(text)
         logprobs = choice.get("token_logprobs")
         if logprobs is None and (choice.get("logprobs") or {}).get("content") is not None:
             logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]

@@ -17,7 +17,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from collm.reports.runs import Record, saved
+from collm.runs.files import replacing
+from collm.runs.read import Record
 
 BLOCKS = {
     "oak_planks": "#c8964e",
@@ -182,8 +183,8 @@ def draw_builds(gallery: Gallery, title: str, path: Path) -> Path:
         fontsize=8,
         title_fontsize=8,
     )
-    with saved(path):
-        figure.savefig(path)
+    with replacing(path) as aside:
+        figure.savefig(aside, format=path.suffix.removeprefix("."))
     return path
 
 

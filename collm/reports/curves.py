@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from collm.reports.intervals import Interval, interval
-from collm.reports.runs import Run, read_evaluation, saved
 from collm.reports.tables import REWARD, scores
+from collm.runs.files import replacing
+from collm.runs.read import Run, read_evaluation
 
 if TYPE_CHECKING:
     from collm.reports.grid import Comparison
@@ -69,8 +70,8 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
         below.set_ylim(max(FLOOR, lowest), 1)
         below.axhline(0, color="#9aa0a6", linewidth=0.8)
         _dress(below, "critic" if len(runs) == 1 else f"critic of {name}", "explained variance")
-    with saved(path):
-        figure.savefig(path)
+    with replacing(path) as aside:
+        figure.savefig(aside, format=path.suffix.removeprefix("."))
     return path
 
 
@@ -181,6 +182,6 @@ def draw_grid(comparison: Comparison, task: str, path: Path) -> Path:
     named = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     named.sort(key=lambda line: -float(np.asarray(line.get_ydata())[-1]))
     axes.legend(handles=named, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    with saved(path):
-        figure.savefig(path)
+    with replacing(path) as aside:
+        figure.savefig(aside, format=path.suffix.removeprefix("."))
     return path

@@ -22,8 +22,8 @@ from collm.reports.curves import (
     yardstick_by_turn,
 )
 from collm.reports.intervals import Interval, interval, student
-from collm.reports.runs import Run, read_episodes, read_evaluation, read_run
 from collm.reports.tables import REWARD, scores
+from collm.runs.read import Run, read_episodes, read_evaluation, read_run
 
 SEEDS = 3
 """With fewer seeds there is no interval over seeds."""

@@ -14,8 +14,9 @@ from collm.errors import RunError
 from collm.reports.builds import BLOCKS
 from collm.reports.curves import COLOURS, explained_by_turn, held_out_curve, run_names, yardstick_by_turn
 from collm.reports.intervals import Interval
-from collm.reports.runs import Record, Run, read_episodes, saved
 from collm.reports.tables import compare
+from collm.runs.files import write_text
+from collm.runs.read import Record, Run, read_episodes
 
 EPISODES = 24
 """Episodes of one evaluation that a page holds: the worst, the best, and evenly spaced ones between."""
@@ -28,8 +29,7 @@ def write_page(runs: Sequence[Run], path: Path) -> Path:
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     title = html.escape(", ".join(run_names(runs)))
     text = template.replace("<!--title-->", title, 1).replace("/*data*/", data, 1)
-    with saved(path):
-        path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from collm.errors import RunError
 from collm.reports.intervals import Interval, by_task, interval
-from collm.reports.runs import Record, Run, read_evaluation
+from collm.runs.read import Record, Run, read_evaluation
 
 if TYPE_CHECKING:
     from collm.reports import grid

@@ -20,7 +20,7 @@ from collm.rollout.protocols import PROTOCOLS, Play
 from collm.types import Completion, Episode, Group, History, Imagined, Request, Sampling, Turn, outcome
 
 DEFAULT_SAMPLING = Sampling()
-THREADS = max(4, min(32, 2 * (os.cpu_count() or 1)))
+THREADS = max(4, min(32, 2 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2 * (os.cpu_count() or 1)))
 """How many worlds that wait are stepped at a time."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from pettingzoo import ParallelEnv
 
 from collm.errors import ConfigError, EnvError
-from collm.types import Completion, Episode, History, Message, Request
+from collm.types import Completion, Episode, History, Message, Request, encodable
 
 Play = Generator[list[Request], list[Completion], Episode]
 Protocol = Callable[..., Play]
@@ -71,7 +71,7 @@ def _play(env: ParallelEnv, episode: Episode, speak: Callable[..., Round], histo
     except EnvError as error:
         episode.failure = f"reset: {error}"
         return episode
-    episode.observations = dict(observations)
+    episode.observations = {agent: encodable(str(text)) for agent, text in observations.items()}
     episode.state = _state(env)
     names = [info["task_name"] for info in infos.values() if "task_name" in info]
     episode.label = str(names[0] if names else episode.task)

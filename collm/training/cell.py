@@ -6,7 +6,6 @@ Both kinds leave a run directory; its folder `final` says that it is finished.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +15,9 @@ import torch
 from collm.config import Config, parse_resolved
 from collm.engines.catalogue import make_engine
 from collm.errors import CollmError
-from collm.training import checkpoint
+from collm.runs.directory import begin
+from collm.runs.log import RunLog
 from collm.training.evaluate import evaluate
-from collm.training.loggers import RunLog
 from collm.training.trainer import Interrupted, Trainer, check_fit, make_team, resolve_device, with_remote
 
 
@@ -43,8 +42,6 @@ def train(config: Config, folder: Path) -> None:
     if (folder / "config.json").is_file():
         Trainer.resume(folder, quiet=True).run()
         return
-    if folder.exists():
-        shutil.rmtree(folder)  # cut off before it had settings
     Trainer(config, quiet=True).run()
 
 
@@ -54,8 +51,8 @@ def play(config: Config, folder: Path) -> None:
     torch.set_num_threads(config.run.threads or 1)
     team = make_team(config, check_fit(config))
     result = evaluate(config, with_remote(make_engine(team, config.rollout), config))
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(folder / "config.json", json.dumps(config.resolved(), indent=1))
+    if not (folder / "config.json").is_file():
+        begin(folder, config)
     log = RunLog(folder, tensorboard=False)
     log.episodes(0, result.episodes, suffix="-evaluation")
     log.metrics({"iteration": 0, "joint_actions": 0, "tokens/evaluation": result.tokens, **result.summary()})

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
-import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -17,18 +14,32 @@ from typing import Any
 import torch
 
 from collm import seeds
-from collm.config import Config, parse_resolved
+from collm.config import Config, EnvSettings, apply_overrides, parse_resolved
 from collm.engines.base import Engine, Resting
 from collm.engines.catalogue import make_engine
-from collm.errors import ConfigError, RunError
+from collm.errors import ConfigError
 from collm.models.team import Team
 from collm.rollout.collect import collect, imagine_silence, resample
 from collm.rollout.protocols import PROTOCOLS
-from collm.training import checkpoint
+from collm.runs import checkpoint
+from collm.runs.directory import (
+    begin,
+    checkpoints,
+    ignored,
+    lock,
+    read_settings,
+    usable_cores,
+    with_absolute_data,
+    write_config,
+)
+from collm.runs.log import RunLog, describe
 from collm.training.assemble import make_learner
+from collm.training.display import Display
 from collm.training.evaluate import evaluate, num_tasks, plan_of
-from collm.training.loggers import Display, RunLog, describe
 from collm.types import Episode, Group
+
+RESUMABLE = ("run.iterations", "run.device", "run.threads")
+"""Settings that a run may be resumed with."""
 
 
 class Interrupted(Exception):
@@ -49,30 +60,46 @@ class Trainer:
     def __init__(self, config: Config, *, team: Team | None = None, engine: Engine | None = None, quiet: bool = False):
         self._setup(config, team, engine, quiet)
         self.folder = Path(config.run.folder) / config.run_name
-        if self.folder.exists():
-            raise RunError(
-                f"run {str(self.folder)!r} exists already. Continue it with `collm train --resume {self.folder}`, or give "
-                "this one another name: --run.name NAME."
-            )
-        with checkpoint.explained(self.folder):
-            (self.folder / "checkpoints").mkdir(parents=True)
-        checkpoint.write_text(self.folder / "config.json", json.dumps(self.config.resolved(), indent=1))
+        begin(self.folder, self.config)
 
     @classmethod
-    def resume(cls, folder: Path, *, team: Team | None = None, engine: Engine | None = None, quiet: bool = False) -> Trainer:
-        """Continue a run from its last checkpoint (from its start, if it has none yet)."""
-        config = read_config(folder)
+    def resume(
+        cls,
+        folder: Path,
+        *,
+        overrides: Mapping[str, Any] | None = None,
+        team: Team | None = None,
+        engine: Engine | None = None,
+        quiet: bool = False,
+    ) -> Trainer:
+        """Continue a run from its last checkpoint (from its start, if it has none yet).
+
+        overrides: new values of `RESUMABLE` settings; the run directory keeps them. Raises ConfigError for any other.
+        """
+        for name in overrides or {}:
+            if name not in RESUMABLE:
+                raise ConfigError(
+                    f"{name!r} cannot change when a run is resumed: these can: {', '.join(RESUMABLE)}. Start a new run for "
+                    "other settings: collm train RECIPE --run.name NAME."
+                )
+        values = read_settings(folder)
+        apply_overrides(values, overrides or {})
+        config = parse_resolved(values)
         trainer = cls.__new__(cls)
         trainer._setup(config, team, engine, quiet)
         trainer.folder = folder
+        if overrides:
+            write_config(folder, trainer.config)
         return trainer
 
     def _setup(self, config: Config, team: Team | None, engine: Engine | None, quiet: bool) -> None:
         config.check_trains()
-        threads = config.run.threads or os.cpu_count() or 1
+        threads = config.run.threads or usable_cores()
         device = resolve_device(config.run.device)
         run = config.run.model_copy(update={"threads": threads, "device": device})
-        self.config = config.model_copy(update={"run": run})
+        options = with_absolute_data(config.env.options, Path.cwd())
+        env = EnvSettings.model_validate({"name": config.env.name, **options})
+        self.config = config.model_copy(update={"run": run, "env": env})
         self.quiet = quiet
         torch.set_num_threads(threads)
         self.plan = plan_of(self.config, "train")
@@ -200,13 +227,17 @@ class Trainer:
         state = {"iteration": self.iteration, "joint_actions": self.joint_actions, "best": best, "pending": self.pending}
         folder = self.folder / "checkpoints"
         checkpoint.save(folder / f"{self.iteration:06d}", self.learner, state)
-        checkpoint.prune(folder, self.config.run.keep, self.best and self.best[1])
+        checkpoint.prune(self.folder, self.config.run.keep, self.best and self.best[1])
 
     def _restore(self) -> None:
-        checkpoint.sweep(self.folder / "checkpoints")
-        newest = checkpoint.latest(self.folder / "checkpoints")
-        if newest is not None:
-            state = checkpoint.load(newest, self.learner)
+        found = checkpoints(self.folder)
+        if found:
+            state = checkpoint.load(found[-1], self.learner)
+            if state["iteration"] > self.config.run.iterations:
+                raise ConfigError(
+                    f"run.iterations={self.config.run.iterations}, but {state['iteration']} iterations are done. Give as many "
+                    "or more."
+                )
             self.iteration, self.joint_actions = state["iteration"], state["joint_actions"]
             self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
             self.pending = state["pending"]
@@ -214,7 +245,7 @@ class Trainer:
 
     @contextmanager
     def _listen(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM: leave at the next safe point; a second Ctrl-C leaves at once."""
+        """Ctrl-C, SIGTERM and SIGHUP: leave at the next safe point; a second signal leaves at once."""
 
         def note(signum: int, frame: FrameType | None) -> None:
             if self.signal is not None:
@@ -222,7 +253,7 @@ class Trainer:
             self.signal = signum
 
         try:
-            before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+            before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if not ignored(s)}
         except ValueError:  # not in the main thread: whoever runs us handles signals
             before = {}
         try:
@@ -234,15 +265,6 @@ class Trainer:
     def _check_signal(self) -> None:
         if self.signal is not None:
             raise Interrupted(self.signal)
-
-
-def read_config(folder: Path) -> Config:
-    """The config of a run directory. Raises RunError where there is none."""
-    path = folder / "config.json"
-    try:
-        return parse_resolved(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{str(folder)!r} is not a run directory: {path.name} cannot be read ({error}).") from error
 
 
 def resolve_device(device: str) -> str:
@@ -337,14 +359,3 @@ def draw_tasks(seed: int, iteration: int, count: int, total: int) -> list[int]:
         drawn += order[position % total :][: end - position]
         position = iteration * count + len(drawn)
     return drawn
-
-
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """One process per run directory; the lock dies with the process."""
-    with (folder / "lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"run {str(folder)!r} is being trained by another process; wait for it or stop it.") from error
-        yield

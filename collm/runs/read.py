@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collm.errors import RunError, SaveError
+from collm.errors import RunError
+from collm.runs.directory import episode_files, read_settings
 
 Record = dict[str, Any]
+KINDS: dict[str, Any] = {
+    "iteration": int, "joint_actions": int, "task": int, "label": str, "score": (int, float, type(None)), "metrics": dict,
+    "failure": str, "state": str, "turns": list,
+}  # fmt: skip
+"""What a record's value must be for a reader to use it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +39,11 @@ class Run:
 
     def evaluations(self) -> dict[int, Path]:
         """Iterations after which the held-out tasks were played, in order, with their episodes' file."""
-        suffix = "-evaluation.jsonl"
-        found = sorted((self.folder / "episodes").glob(f"*{suffix}"))
-        return {int(path.name[: -len(suffix)]): path for path in found if path.name[: -len(suffix)].isdigit()}
+        return episode_files(self.folder, evaluation=True)
 
     def training_episodes(self) -> dict[int, Path]:
         """Iterations of which training episodes were kept, in order, with their file."""
-        found = sorted((self.folder / "episodes").glob("*.jsonl"))
-        return {int(path.stem): path for path in found if path.stem.isdigit()}
+        return episode_files(self.folder, evaluation=False)
 
     def cost(self) -> dict[str, Any]:
         """What training took so far: joint actions, seconds without evaluations, tokens that the agents sampled."""
@@ -55,28 +57,13 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Raises RunError where `folder` is no run directory, or a file of it is damaged."""
-    config = read_config(folder)
-    return Run(folder, config, _read_lines(folder / "metrics.jsonl", ("iteration", "joint_actions")))
-
-
-def read_config(folder: Path) -> Record:
-    """The settings a run began with, as plain values. Raises RunError."""
-    if not folder.is_dir():
-        raise RunError(f"there is no run {str(folder)!r}: the folder does not exist.")
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-        _ = int(config["run"]["iterations"]), config["env"]["name"], config["algorithm"]["name"]
-    except FileNotFoundError as error:
-        raise RunError(f"{str(folder)!r} is not a run directory: it holds no config.json.") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{str(path)!r} cannot be read: {error!r}. Restore it, or train the run anew.") from error
-    return config
+    config = read_settings(folder)
+    return Run(folder, config, read_lines(folder / "metrics.jsonl", ("iteration", "joint_actions")))
 
 
 def read_episodes(path: Path) -> list[Record]:
     """Episodes as they were kept, failed ones too. Raises RunError where the file is damaged."""
-    return _read_lines(path, ("task", "label", "score", "metrics", "failure", "state", "turns"))
+    return read_lines(path, ("task", "label", "score", "metrics", "failure", "state", "turns"))
 
 
 def read_evaluation(path: Path) -> list[Record]:
@@ -88,8 +75,8 @@ def read_evaluation(path: Path) -> list[Record]:
     return played
 
 
-def _read_lines(path: Path, required: Iterable[str]) -> list[Record]:
-    """JSON objects, one a line; a last line that is still being written is left out."""
+def read_lines(path: Path, required: Iterable[str]) -> list[Record]:
+    """JSON objects, one a line; a last line that is still being written is left out. Raises RunError where one is damaged."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -98,24 +85,16 @@ def _read_lines(path: Path, required: Iterable[str]) -> list[Record]:
     for number, line in enumerate(lines[:-1], start=1):
         try:
             record = json.loads(line)
-            missing = [key for key in required if key not in record]
-            if missing or not isinstance(record, dict):
-                raise ValueError(f"it lacks {', '.join(missing)}")
-        except (ValueError, TypeError) as error:
+            if not isinstance(record, dict):
+                raise ValueError("it is not a JSON object")
+            for key in required:
+                if key not in record:
+                    raise ValueError(f"it lacks {key!r}")
+                if not isinstance(record[key], KINDS.get(key, object)) or isinstance(record[key], bool):
+                    raise ValueError(f"{key!r} is {record[key]!r:.40}")
+        except (ValueError, RecursionError) as error:
             raise RunError(
                 f"{str(path)!r}, line {number}, is damaged: {error}. Restore the file, or train the run anew."
             ) from error
         records.append(record)
     return records
-
-
-@contextmanager
-def saved(path: Path) -> Iterator[None]:
-    """Make the folder of a file about to be written. Raises SaveError where that, or the writing, fails."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise SaveError(
-            f"cannot write {path}: {error.strerror or error}. Make room, or mend the folder's permissions."
-        ) from error

@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics as JSON lines, TensorBoard events, full episodes, and a progress display."""
+"""What a run leaves for people: metrics as JSON lines, TensorBoard events and full episodes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import contextlib
 import json
 import math
 import os
-import sys
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from collm.runs.directory import episode_files
+from collm.runs.files import explained, remove, write_text
+from collm.runs.read import read_lines
+from collm.types import Annotation, Completion, Episode, encodable
 
-from collm.learning.learner import Annotations
-from collm.training.checkpoint import explained, write_text
-from collm.types import Annotation, Completion, Episode
+if TYPE_CHECKING:  # figures are drawn without torch
+    from collm.learning.learner import Annotations
 
 EMPTY: Mapping[Any, Any] = {}
 
@@ -98,15 +97,10 @@ def describe(episodes: list[Episode]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; a last line that was cut off by a crash is left out."""
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return records
+    """Lines of a metrics file; a last line that was cut off by a crash is left out. Raises RunError for any other damage."""
+    if not path.exists():
+        return []
+    return read_lines(path, ("iteration",))
 
 
 class RunLog:
@@ -119,11 +113,13 @@ class RunLog:
         completed = resumed_at - pending
         kept = [record for record in read_metrics(self.path) if record["iteration"] <= completed]
         write_text(self.path, "".join(_line(record) for record in kept))
-        (folder / "episodes").mkdir(exist_ok=True)
-        for path in (folder / "episodes").glob("*.jsonl"):
-            if int(path.name[:6]) > (completed if path.stem.endswith("-evaluation") else resumed_at):
-                path.unlink()
-        self.file = self.path.open("a", encoding="utf-8")
+        with explained(folder / "episodes"):
+            (folder / "episodes").mkdir(exist_ok=True)
+            for evaluation, last in ((True, completed), (False, resumed_at)):
+                for iteration, path in episode_files(folder, evaluation=evaluation).items():
+                    if iteration > last:
+                        path.unlink()
+            self.file = self.path.open("a", encoding="utf-8")
         self.writer = self._tensorboard(kept) if tensorboard else None
 
     def _tensorboard(self, kept: list[dict[str, Any]]) -> Any:
@@ -131,9 +127,10 @@ class RunLog:
         from tensorboard.summary import Writer
 
         events = self.folder / "tensorboard"
-        for old in events.glob("*") if events.exists() else ():
-            old.unlink()
-        writer = Writer(str(events))
+        with explained(events):
+            for old in events.glob("*") if events.exists() else ():
+                remove(old)
+            writer = Writer(str(events))
         self.writer = writer
         for record in kept:
             self._scalars(record)
@@ -142,7 +139,7 @@ class RunLog:
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Append one iteration's line."""
         with explained(self.path):
-            self.file.write(_line(record))
+            self.file.write(encodable(_line(record)))
             self.file.flush()
         self._scalars(record)
 
@@ -182,49 +179,3 @@ def _line(record: Mapping[str, Any]) -> str:
     """One JSON line; a number that does not exist (no variance to explain, say) is null."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(plain, ensure_ascii=False) + "\n"
-
-
-class Display:
-    """Progress, the last numbers and the time left: a bar in a terminal, a line every few seconds elsewhere."""
-
-    def __init__(self, total: int, *, done: int = 0, quiet: bool = False, every: float = 5.0):
-        self.total, self.first, self.every = total, done, every
-        self.started = self.printed = time.monotonic()
-        self.quiet = quiet
-        self.console = Console(file=sys.stderr, highlight=False)
-        self.bar: Progress | None = None
-        if not quiet and self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                console=self.console,
-            )
-            self.task = self.bar.add_task("training", total=total, completed=done, numbers="")
-            self.bar.start()
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        if not self.quiet:
-            (self.bar.console if self.bar else self.console).print(text, markup=False)
-
-    def update(self, done: int, record: Mapping[str, Any]) -> None:
-        """Show the numbers of the iteration just done and the time left."""
-        spent = time.monotonic() - self.started
-        left = spent / max(1, done - self.first) * (self.total - done)
-        shown = [f"{name} {record[key]:.3f}" for name, key in SHOWN if isinstance(record.get(key), float)]
-        numbers = "  ".join([*shown, f"{left / 60:.1f} min left"])
-        if self.bar:
-            self.bar.update(self.task, completed=done, numbers=numbers)
-        elif not self.quiet and (time.monotonic() - self.printed > self.every or done == self.total):
-            self.printed = time.monotonic()
-            self.say(f"iteration {done}/{self.total}  {numbers}")
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
-
-
-SHOWN = (("reward", "reward/raw"), ("return", "reward/return"), ("held-out", "evaluation/reward"))

@@ -1,0 +1,121 @@
+"""Checkpoints: written aside, flushed to the disk, renamed. A folder with a plain number is whole or does not exist.
+
+    checkpoints/000040/
+        state.json                  how far the run is
+        policy-AGENT.safetensors    float32 weights of each policy, or of its adapter alone
+        regression.safetensors      of returns on environment metrics, with critic.metrics
+        without.safetensors         the difference baseline's regressions, with critic.difference
+        yardstick.safetensors       what environment metrics explain within tasks, for the report
+        critic-NAME.safetensors     critic (of its adapter and head alone, if it is one) or value head, with running moments
+        optimizer-NAME.safetensors  AdamW's averages and step counts
+
+There is no pickle and no random state: every random number is a function of the seed and of what it is for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from collm.errors import RunError
+from collm.learning.learner import Learner
+from collm.learning.tensors import restore
+from collm.models.team import Team
+from collm.runs.directory import checkpoints
+from collm.runs.files import REMOVING, explained, remove, replacing, write_text
+
+FORMAT = 1
+STATE = "state.json"
+_DAMAGE = (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, RecursionError, SafetensorError)
+
+
+def save(folder: Path, learner: Learner, state: Mapping[str, Any]) -> None:
+    """Write checkpoint `folder` atomically; of one that exists already only the state is replaced. Raises SaveError, leaving
+    no trace."""
+    account = json.dumps({"format": FORMAT, **state}, indent=1)
+    if folder.exists():
+        if (folder / STATE).read_text(encoding="utf-8") != account:
+            write_text(folder / STATE, account)
+        return
+    with replacing(folder) as aside:
+        aside.mkdir()
+        for name, tensors in learner.tensors().items():
+            with failing_as_os_errors():
+                save_file(tensors, aside / f"{name}.safetensors")
+        (aside / STATE).write_text(account, encoding="utf-8")
+
+
+def save_team(folder: Path, team: Team) -> None:
+    """Write the team's ordinary Hugging Face folders, all or nothing; what lay there before is replaced."""
+    with replacing(folder) as aside, failing_as_os_errors():
+        aside.mkdir()
+        team.save(aside)
+
+
+@contextmanager
+def failing_as_os_errors() -> Iterator[None]:
+    """Gives the failures of the safetensors library as the OSError that lies behind them."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error)) from error
+
+
+def load(folder: Path, learner: Learner) -> dict[str, Any]:
+    """Restore weights, critics and optimizers, and return the state. Raises RunError where they do not fit."""
+    state = read_state(folder)
+    try:
+        learner.restore(lambda name: load_file(folder / f"{name}.safetensors"))
+    except _DAMAGE as error:
+        raise RunError(
+            f"checkpoint {folder} cannot be read: {error}. Remove that folder to continue from the one before it."
+        ) from error
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """How far the run was: iteration, joint_actions, best, pending. Raises RunError where it is damaged or of another format."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        found = state["format"]
+        _ = state["iteration"] + 0, state["joint_actions"] + 0, state["pending"]
+        _ = None if state["best"] is None else (state["best"][0] + 0.0, state["best"][1] + 0)
+    except _DAMAGE as error:
+        raise RunError(
+            f"checkpoint {folder} cannot be read: {STATE} is damaged ({error!r}). Remove that folder to continue from the one "
+            "before it."
+        ) from error
+    if found != FORMAT:
+        raise RunError(
+            f"checkpoint {folder} has format {found!r}, and this version of collm reads format {FORMAT}. Continue with the "
+            "version that wrote it, or train the run anew."
+        )
+    return state
+
+
+def load_policies(folder: Path, policies: Mapping[str, Any]) -> None:
+    """Restore policies alone, as evaluation and serving need. `policies`: name -> Policy."""
+    try:
+        for name, policy in policies.items():
+            restore(policy.trained, load_file(folder / f"policy-{name}.safetensors"))
+    except _DAMAGE as error:
+        raise RunError(f"checkpoint {folder} cannot be read: {error}.") from error
+
+
+def prune(run: Path, keep: int, best: int | None) -> None:
+    """Delete all but the last `keep` checkpoints and the best one. A folder is renamed before it is emptied."""
+    for old in checkpoints(run)[:-keep]:
+        if best is None or int(old.name) != best:
+            doomed = old.with_name(f"{REMOVING}{old.name}")
+            with explained(doomed):
+                os.rename(old, doomed)
+            remove(doomed)
