@@ -17,7 +17,7 @@ import statistics
 import time
 from pathlib import Path
 
-from collm.envs.coding.sandbox import Job, Sandbox
+from collm.sandbox import Job, Sandbox
 
 
 def main() -> None:

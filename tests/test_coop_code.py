@@ -17,9 +17,9 @@ from collm.envs.coding import demonstrations, problems
 from collm.envs.coding.coop_code import CoopCode
 from collm.envs.coding.problems import SHARED, Problem, from_row, generated
 from collm.envs.coding.programs import code_of, function, parse, returns_something, split_checks, taken, use_of
-from collm.envs.coding.sandbox import Job, judge
 from collm.envs.data import read_rows
 from collm.errors import ConfigError, EnvError
+from collm.sandbox import Job, judge
 
 needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -238,7 +238,7 @@ def test_a_check_is_split_into_its_asserts_with_the_set_up_before_them():
 def test_reference_solutions_earn_the_full_test_part_and_with_a_working_aux_everything(source, count):
     found = [from_row(row, source) for row in read_rows(str(DATA / source))]
     assert len(found) == count
-    jobs = [Job("\n\n".join([problem.header, problem.solution]), problem.checks) for problem in found]
+    jobs = [Job("\n\n".join([p.header, p.solution]), p.checks, entries=(p.entry_point,), setup=p.header) for p in found]
     assert all(verdict.passed for verdicts in judge(jobs) for verdict in verdicts)
     for problem in found[:: len(found) // 12]:  # the whole way through the world, the solution moved into aux
         name = problem.entry_point

@@ -20,7 +20,8 @@ MAY = {
     "seeds": {"types", "errors", "config"},
     "config": {"errors"},
     "algorithms": {"errors"},
-    "envs": {"types", "errors", "seeds"},
+    "sandbox": {"errors"},
+    "envs": {"types", "errors", "seeds", "sandbox"},
     "models": {"types", "errors", "config", "algorithms"},
     "engines": {"types", "errors", "config", "algorithms", "models"},
     "rollout": {"types", "errors", "seeds", "envs.base", "engines.base"},
@@ -41,7 +42,7 @@ MAY = {
     },  # at module level (none of them imports torch); inside functions everything
     "": set(),  # collm/__init__.py
 }
-NO_TORCH = ("types", "errors", "seeds", "config", "envs", "reports", "planning", "")
+NO_TORCH = ("types", "errors", "seeds", "config", "sandbox", "envs", "reports", "planning", "")
 HEAVY = {"torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "vllm"}
 DOORS = {
     "datasets": "envs/data.py",

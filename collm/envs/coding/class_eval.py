@@ -10,9 +10,9 @@ from typing import Literal
 from collm.envs.base import Outcome, TextEnv, agent_names
 from collm.envs.coding.class_samples import sample_tasks
 from collm.envs.coding.classes import ClassTask, is_written, merged, read_answer, read_task, shares
-from collm.envs.coding.sandbox import Job, judge
 from collm.envs.data import split_rows
 from collm.errors import EnvError
+from collm.sandbox import Job, judge
 
 TEST_SECONDS, MAX_TIMEOUTS = 40.0, 3
 SHOWN_FAILURES = 5
@@ -152,7 +152,8 @@ class ClassEval(TextEnv):
         return [good or dict(zip(failed, again)).get(place, False) for place, good in enumerate(alone)]
 
     def _judge(self, program: str, checks: Sequence[str]) -> list[bool]:
-        (verdicts,) = judge([Job(program, tuple(checks), seconds=TEST_SECONDS, max_timeouts=MAX_TIMEOUTS)])
+        entries, setup = (self.problem.class_name,), "\n".join(self.problem.imports)
+        (verdicts,) = judge([Job(program, tuple(checks), TEST_SECONDS, MAX_TIMEOUTS, entries=entries, setup=setup)])
         return [verdict.passed for verdict in verdicts]
 
     def _instruction(self, agent: str) -> str:

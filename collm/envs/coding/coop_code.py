@@ -11,8 +11,8 @@ from typing import Literal
 from collm.envs.base import Outcome, TextEnv
 from collm.envs.coding.problems import NUM_GENERATED, Problem, generated, public
 from collm.envs.coding.programs import code_of, function, parse, returns_something, source_of, taken, use_of
-from collm.envs.coding.sandbox import Job, Verdict, judge
 from collm.errors import EnvError
+from collm.sandbox import Job, Verdict, judge
 
 
 class CoopCode(TextEnv):
@@ -110,7 +110,8 @@ class CoopCode(TextEnv):
             parts["entry"] = 0.6
             if program is not None:
                 parts["parse"] = 0.5
-                [verdicts] = judge([Job(program, self.problem.checks, self.seconds)])
+                entries, setup = (entry_point,), self.problem.header
+                [verdicts] = judge([Job(program, self.problem.checks, self.seconds, entries=entries, setup=setup)])
         passed = sum(verdict.passed for verdict in verdicts) / len(self.problem.checks)
         if verdicts:
             parts["tests"] = passed

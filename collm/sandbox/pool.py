@@ -9,8 +9,10 @@ had there is no fallback: `SandboxError` says why and what to do. docs/sandbox.m
 
 from __future__ import annotations
 
+import ast
 import atexit
 import base64
+import builtins
 import hashlib
 import json
 import os
@@ -29,16 +31,17 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from collm.envs.coding.seccomp import seccomp_filter
 from collm.errors import EnvError, SandboxError
+from collm.sandbox.seccomp import seccomp_filter
 
-_INSIDE = Path(__file__).with_name("inside.py")
+_INSIDE = Path(__file__).with_name("inside")
 _START_SECONDS = 30.0
 _CLOSED = "this sandbox is closed. Make another one."
 _GRACE_SECONDS = 5.0  # beyond a check's own limit, before its whole box is given up
@@ -54,13 +57,18 @@ class Job:
     """
 
     program: str
-    """Source, executed first, in a fresh process for every check, as a module named "solution"."""
+    """Source, executed in a fresh process for every check, as a module named "solution"."""
     checks: tuple[str, ...]
-    """Each a source text that runs in the program's namespace; it passes if it raises nothing."""
+    """Each a source text that runs in another process; it passes if neither it nor the program raises. Names that it reads and
+    that nothing else defines are the program's: functions, classes and plain values."""
     seconds: float = 10.0
     """Wall-clock limit of one check in seconds, the program included."""
     max_timeouts: int = 3
     """After so many checks that timed out, the rest is not run and counts as failed."""
+    entries: tuple[str, ...] = ()
+    """More names that are the program's, for example one that Python defines, too."""
+    setup: str = ""
+    """Trusted source that runs before each check: imports and functions that the problem itself gives."""
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds <= 3600:
@@ -227,7 +235,7 @@ class Sandbox:
                 self._drop(box)
                 box = None
             box = box or self._new_box()
-            answer = box.check(job.program, check, job.seconds)
+            answer = box.check(job, check)
             if self._closed and answer is None:
                 raise SandboxError(_CLOSED)
             answer = answer or {"passed": False, "error": "killed (the box died)", "timeout": False, "clean": False}
@@ -271,7 +279,7 @@ class _Box:
                 raise SandboxError(f"bubblewrap could not be started: {error}. {_WAY_OUT}") from error
             filter_ = base64.b64encode(seccomp_filter("program")).decode()
             try:
-                ready = self._ask({**settings, "filter": filter_}, _START_SECONDS)
+                ready = self._ask(_START_SECONDS, {**settings, "filter": filter_})
                 if ready is None:
                     complaints.seek(0)
                     words = _line(complaints.read(2000).decode(errors="replace").strip()) or "it ended without a word"
@@ -280,22 +288,25 @@ class _Box:
                 self.close()
                 raise
 
-    def check(self, program: str, check: str, seconds: float) -> dict[str, Any] | None:
+    def check(self, job: Job, check: str) -> dict[str, Any] | None:
         """The zygote's answer; None if the box died. A box that does not answer in time counts as a time-out."""
-        end = time.monotonic() + seconds + _GRACE_SECONDS
-        answer = self._ask({"program": program, "check": check, "seconds": seconds}, seconds + _GRACE_SECONDS)
+        end = time.monotonic() + job.seconds + _GRACE_SECONDS
+        entries = sorted({*job.entries, *free_names(job.setup, check)})
+        played, checked = {"program": job.program, "entries": entries}, {"setup": job.setup, "check": check}
+        header = {"seconds": job.seconds, "heavy": any("numpy" in text for text in (job.program, job.setup, check))}
+        answer = self._ask(job.seconds + _GRACE_SECONDS, header, played, checked)
         self._lost = answer is None
         if answer is None and time.monotonic() >= end:
             return {"passed": False, "error": "", "timeout": True, "clean": False}
         return answer
 
-    def _ask(self, message: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+    def _ask(self, seconds: float, *messages: dict[str, Any]) -> dict[str, Any] | None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         end = time.monotonic() + seconds
-        body = json.dumps(message).encode()
+        bodies = [json.dumps(message).encode() for message in messages]
         try:
-            rest = memoryview(struct.pack(">I", len(body)) + body)
+            rest = memoryview(b"".join(struct.pack(">I", len(body)) + body for body in bodies))
             while rest:
                 rest = rest[self._process.stdin.write(rest) or 0 :]
         except OSError:
@@ -382,10 +393,34 @@ def _command(disk_mb: int) -> list[str]:
     for package in _numpy_folders():
         command += ["--ro-bind", str(package), f"/packages/{package.name}"]
     command += ["--dev", "/dev", "--remount-ro", "/dev"]
-    command += ["--ro-bind", str(_INSIDE), "/inside.py", "--size", str(disk_mb << 20), "--tmpfs", "/box"]
+    command += ["--ro-bind", str(_INSIDE), "/inside", "--size", str(disk_mb << 20), "--tmpfs", "/box"]
     command += ["--remount-ro", "/", "--chdir", "/box", "--setenv", "PYTHONHASHSEED", "0"]
     command += ["--setenv", "OPENBLAS_NUM_THREADS", "1"]
-    return [*command, str(python), "-S", "-s", "-B", "-P", "/inside.py"]
+    return [*command, str(python), "-S", "-s", "-B", "-P", "/inside/zygote.py"]
+
+
+@lru_cache(maxsize=4096)
+def free_names(setup: str, check: str) -> tuple[str, ...]:
+    """Names that a check reads and that neither it, its set-up nor Python defines: they are the program's."""
+    read: set[str] = set()
+    bound: set[str] = set()
+    for source in (setup, check):
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return ()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name):
+                (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                bound.add(node.name)
+            elif isinstance(node, ast.arg):
+                bound.add(node.arg)
+            elif isinstance(node, ast.alias):
+                bound.add((node.asname or node.name).split(".")[0])
+            elif isinstance(node, ast.ExceptHandler) and node.name:
+                bound.add(node.name)
+    return tuple(sorted(name for name in read - bound if not hasattr(builtins, name)))
 
 
 def _numpy_folders() -> list[Path]:
@@ -394,37 +429,47 @@ def _numpy_folders() -> list[Path]:
     return [folder for folder in (package, package.with_name("numpy.libs")) if folder.is_dir()]
 
 
-# Tried once when a sandbox starts: (what must hold, program, check). A check passes if the forbidden thing fails.
+# Tried once when a sandbox starts: (what must hold, program, check). All is well if the check passes.
 _REFUSED = "try:\n    {}\nexcept {}:\n    pass\nelse:\n    raise SystemExit"
+_FORGED = "try:\n    f()\nexcept RuntimeError:\n    pass\nexcept TypeError:\n    pass\nelse:\n    raise SystemExit"
 _PROBES = (
     ("a right program passes", "x = 1", "assert x == 1"),
-    ("there is no socket", "import socket", _REFUSED.format("socket.socket()", "PermissionError")),
-    ("there is no second process", "import os", _REFUSED.format("os.fork()", "PermissionError")),
-    ("no other program starts", "import os, sys", _REFUSED.format("os.execv(sys.executable, ['python'])", "PermissionError")),
-    ("no signal is sent", "import os", _REFUSED.format("os.kill(os.getppid(), 0)", "PermissionError")),
-    ("the user's files are not there", "", _REFUSED.format(f"open({str(Path(__file__).resolve())!r})", "FileNotFoundError")),
-    ("processes are not listed", "import os", "assert not os.path.exists('/proc/self')"),
-    ("nothing is written outside the work folder", "", _REFUSED.format("open('/dev/shm/x', 'w')", "OSError")),
-    ("the environment is empty", "import os", "assert not os.environ"),
-    ("memory is limited", "", _REFUSED.format("bytearray(1 << 44)", "MemoryError")),
+    ("there is no socket", "import socket\n" + _REFUSED.format("socket.socket()", "PermissionError"), "pass"),
+    ("there is no second process", "import os\n" + _REFUSED.format("os.fork()", "PermissionError"), "pass"),
+    (
+        "no other program starts",
+        "import os, sys\n" + _REFUSED.format("os.execv(sys.executable, ['python'])", "PermissionError"),
+        "pass",
+    ),
+    ("no signal is sent", "import os\n" + _REFUSED.format("os.kill(os.getppid(), 0)", "PermissionError"), "pass"),
+    (
+        "the user's files are not there",
+        _REFUSED.format(f"open({str(Path(__file__).resolve())!r})", "FileNotFoundError"),
+        "pass",
+    ),
+    ("processes are not listed", "import os\nassert not os.path.exists('/proc/self')", "pass"),
+    ("nothing is written outside the work folder", _REFUSED.format("open('/dev/shm/x', 'w')", "OSError"), "pass"),
+    ("the environment is empty", "import os\nassert not os.environ", "pass"),
+    ("memory is limited", _REFUSED.format("bytearray(1 << 44)", "MemoryError"), "pass"),
+    ("a check sees plain values alone", "class E:\n    def __eq__(self, other): return True\ndef f(): return E()", _FORGED),
 )
 
 
 def _self_test(box: _Box) -> None:
     for promise, program, check in _PROBES:
-        answer = box.check(program, check, 10.0)
+        answer = box.check(Job(program, (check,)), check)
         if answer is None or not answer["passed"]:
             why = _line(answer["error"]) if answer else "the box died"
             raise SandboxError(
                 f"the sandbox's self-test failed: it must hold that {promise}, but {why or 'it does not'}. {_WAY_OUT}"
             )
-    wrong = box.check("", "assert False", 10.0)
+    wrong = box.check(Job("", ("assert False",)), "assert False")
     if wrong is None or wrong["passed"]:
         raise SandboxError(f"the sandbox's self-test failed: a wrong program must fail. {_WAY_OUT}")
 
 
 def _key(job: Job) -> bytes:
-    text = json.dumps([job.program, job.checks, job.seconds, job.max_timeouts])
+    text = json.dumps([job.program, job.checks, job.entries, job.setup, job.seconds, job.max_timeouts])
     return hashlib.sha256(text.encode()).digest()
 
 
