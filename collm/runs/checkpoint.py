@@ -83,7 +83,7 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """How far the run was: iteration, joint_actions, best, pending. Raises RunError where it is damaged or of another format."""
+    """How far the run was: iteration, joint_actions, best, pending. Raises RunError where it is damaged or unknown."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         found = state["format"]

@@ -42,12 +42,16 @@ def test_files_and_folders_have_the_permissions_that_the_umask_gives(tmp_path: P
 def test_a_failure_leaves_the_old_file_and_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     files.write_text(path, "old")
-    with pytest.raises(SaveError, match=r"cannot write .*a\.json: No space left .*make room"), files.replacing(path) as aside:
-        aside.write_text("half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(ZeroDivisionError), files.replacing(path) as aside:
-        aside.write_text("half")
-        _ = 1 / 0
+
+    def fail(error: Exception) -> None:
+        with files.replacing(path) as aside:
+            aside.write_text("half")
+            raise error
+
+    with pytest.raises(SaveError, match=r"cannot write .*a\.json: No space left .*make room"):
+        fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(ZeroDivisionError):
+        fail(ZeroDivisionError())
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
 
@@ -94,7 +98,7 @@ def test_a_folder_without_settings_has_not_begun(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / ".saving-config.json").write_text("{")
-    with pytest.raises(RunError, match="holds no config.json, so no run has begun there"):
+    with pytest.raises(RunError, match=r"holds no config\.json, so no run has begun there"):
         directory.read_config(run)
     directory.begin(run, config(tmp_path))
     assert directory.read_config(run).env.name == "agree"
@@ -157,7 +161,9 @@ def test_data_paths_are_kept_absolute(tmp_path: Path) -> None:
     assert kept == {**options, "data": f"{tmp_path}/rows.jsonl[:5]"}
 
 
-@pytest.mark.parametrize(("text", "kept"), [("\ud83d half", "\ufffd half"), ("\ud83d\ude00", "\U0001f600"), ("plain é", "plain é")])
+@pytest.mark.parametrize(
+    ("text", "kept"), [("\ud83d half", "\ufffd half"), ("\ud83d\ude00", "\U0001f600"), ("plain é", "plain é")]
+)
 def test_half_a_surrogate_pair_becomes_writable(tmp_path: Path, text: str, kept: str) -> None:
     assert encodable(text) == kept
     files.write_text(tmp_path / "a", json.dumps({"x": text}, ensure_ascii=False))
