@@ -57,7 +57,11 @@ def replacing(path: Path) -> Iterator[Path]:
                 doomed = path.with_name(f"{REMOVING}{path.name}")
                 remove(doomed)
                 os.rename(path, doomed)
-                os.rename(aside, path)
+                try:
+                    os.rename(aside, path)
+                except OSError:
+                    os.rename(doomed, path)
+                    raise
                 remove(doomed)
             else:
                 os.replace(aside, path)

@@ -16,6 +16,7 @@ from collm.cli.main import main
 from collm.config import parse_config
 from collm.errors import CollmError, RunError, SaveError
 from collm.runs import directory, files
+from collm.runs.checkpoint import failing_as_os_errors
 from collm.runs.read import read_run
 from collm.types import encodable
 
@@ -63,6 +64,16 @@ def test_a_failure_leaves_the_old_file_and_no_trace(tmp_path: Path) -> None:
 def test_the_reason_decides_the_way_out(tmp_path: Path, number: int, way_out: str) -> None:
     with pytest.raises(SaveError, match=way_out), files.explained(tmp_path):
         raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_tokenizer_on_a_full_disk_fails_as_an_os_error(tiny: Any) -> None:
+    """The tokenizers library raises a bare Exception."""
+    with pytest.raises(OSError, match="No space left") as caught, failing_as_os_errors():
+        tiny.tokenizer.backend_tokenizer.save("/dev/full")
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(ZeroDivisionError), failing_as_os_errors():
+        _ = 1 / 0
 
 
 def test_leftovers_are_swept_in_every_folder(tmp_path: Path) -> None:
@@ -231,6 +242,7 @@ def test_odd_file_names_in_a_run_are_ignored(begun: Path) -> None:
         ({"format": 2, "iteration": 0, "joint_actions": 0, "best": None, "pending": None}, "has format 2, and this version"),
         ({"iteration": 0, "joint_actions": 0, "best": None, "pending": None}, r"state\.json is damaged"),
         ({"format": 1, "iteration": "3", "joint_actions": 0, "best": None, "pending": None}, r"state\.json is damaged"),
+        ({"format": 1, "iteration": 3, "joint_actions": 0, "best": None, "pending": [1]}, r"state\.json is damaged"),
         ([], r"state\.json is damaged"),
     ],
 )
