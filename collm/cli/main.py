@@ -7,6 +7,9 @@ full disk or numbers that are no longer numbers); anything with a traceback is a
 from __future__ import annotations
 
 import argparse
+import errno
+import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +22,9 @@ from collm.errors import CollmError, ConfigError
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path or a text that the terminal's encoding lacks is shown escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         words, overrides = split_overrides(arguments)
         known = parser.parse_args(words)
@@ -28,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if overrides and not known.takes_settings:
             raise ConfigError(f"`collm {known.command}` takes no settings, but was given --{next(iter(overrides))}.")
         known.overrides = overrides
-        return int(known.call(known) or 0)
+        code = int(known.call(known) or 0)
+        sys.stdout.flush()
+        return code
     except CollmError as error:
         print(f"collm: {error}", file=sys.stderr)
         return error.exit_code
@@ -38,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 141
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"collm: the output could not be written: {error.strerror}; files that were saved are whole.", file=sys.stderr)
+        return 1
 
 
 def make_parser() -> argparse.ArgumentParser:

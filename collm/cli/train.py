@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return 128 + interrupted.signum
     if arguments.json:
-        from collm.runs.log import read_metrics
+        from collm.runs.read import read_metrics
 
         print(json.dumps({"run": str(folder), **read_metrics(folder / "metrics.jsonl")[-1]}))
     else:

@@ -15,7 +15,8 @@ import torch
 from collm.config import Config, parse_resolved
 from collm.engines.catalogue import make_engine
 from collm.errors import CollmError
-from collm.runs.directory import begin
+from collm.runs.directory import begin, lock
+from collm.runs.files import explained
 from collm.runs.log import RunLog
 from collm.training.evaluate import evaluate
 from collm.training.trainer import Interrupted, Trainer, check_fit, make_team, resolve_device, with_remote
@@ -53,12 +54,13 @@ def play(config: Config, folder: Path) -> None:
     result = evaluate(config, with_remote(make_engine(team, config.rollout), config))
     if not (folder / "config.json").is_file():
         begin(folder, config)
-    log = RunLog(folder, tensorboard=False)
-    log.episodes(0, result.episodes, suffix="-evaluation")
-    log.metrics({"iteration": 0, "joint_actions": 0, "tokens/evaluation": result.tokens, **result.summary()})
-    log.flush()
-    log.close()
-    (folder / "final").mkdir()
+    with lock(folder), explained(folder / "final"):
+        log = RunLog(folder, tensorboard=False)
+        log.episodes(0, result.episodes, suffix="-evaluation")
+        log.metrics({"iteration": 0, "joint_actions": 0, "tokens/evaluation": result.tokens, **result.summary()})
+        log.flush()
+        log.close()
+        (folder / "final").mkdir(exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +197,32 @@ DAMAGES: dict[str, tuple[str, bytes | None, str]] = {
         b'{"task": 1, "label": "a", "score": "x", "metrics": {}, "failure": "", "state": "", "turns": []}\n',
         "line 1, is damaged: 'score'",
     ),
+    "an iteration that is true": (
+        "metrics.jsonl",
+        b'{"iteration": true, "joint_actions": 0}\n',
+        "is damaged: 'iteration': input",
+    ),
+    "half an iteration": ("metrics.jsonl", b'{"iteration": 0.5, "joint_actions": 0}\n', "is damaged: 'iteration' is 0.5"),
+    "a list for a number": (
+        "metrics.jsonl",
+        b'{"iteration": 0, "joint_actions": 0, "yardstick_turn_0": []}\n',
+        "is damaged: 'yardstick_turn_0': input should be a valid number",
+    ),
+    "an endless number": (
+        "metrics.jsonl",
+        b'{"iteration": ' + b"9" * 5000 + b"}\n",
+        "the number 99999999999999999999... is too",
+    ),
+    "a turn that is a number": (
+        "episodes/000003-evaluation.jsonl",
+        b'{"task": 1, "label": "a", "score": 1, "metrics": {}, "failure": "", "state": "", "turns": [3]}\n',
+        "line 1, is damaged: 'turns.0'",
+    ),
+    "a group size in words": (
+        "config.json",
+        b'{"run": {"iterations": 3}, "env": {"name": "agree"}, "algorithm": {"name": "ac", "group_size": "x"}}',
+        "config.json' cannot be read: 'algorithm.group_size': input should be a valid integer",
+    ),
     "no metrics": ("metrics.jsonl", None, "metrics.jsonl' cannot be read: No such file"),
 }
 
@@ -226,6 +254,37 @@ def test_a_damaged_file_is_one_sentence(begun: Path, capsys: pytest.CaptureFixtu
         said = capsys.readouterr().err
         assert message in said, words
         assert said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "episodes/000003-evaluation.jsonl"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(
+    begun: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (begun / name).unlink()
+    os.mkfifo(begun / name)
+    assert main(["report", str(begun)]) == 2
+    assert "cannot be read: it is not a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a$x_$", "b\udcff", "[red]c"])
+def test_any_name_of_a_folder_can_be_reported(begun: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    folder = begun.with_name(name)
+    begun.rename(folder)
+    for iteration in (1, 2, 3):
+        with (folder / "metrics.jsonl").open("a") as lines:
+            lines.write(json.dumps({"iteration": iteration, "joint_actions": iteration, "critic/loss": None}) + "\n")
+    assert main(["report", str(folder), "--json"]) == 0
+    assert (folder / "report" / "curves.png").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_sentence() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "collm.cli.main", "algorithms"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr == "collm: the output could not be written: No space left on device; files that were saved are whole.\n"
 
 
 def test_odd_file_names_in_a_run_are_ignored(begun: Path) -> None:
