@@ -16,11 +16,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from collm.training.checkpoint import explained, write_text
-from collm.types import Completion, Episode
+from collm.types import Completion, Episode, Turn
 
 
 def episode_record(episode: Episode) -> dict[str, Any]:
-    """An episode as plain values: every text, the reward by part, values, TD errors, tokens and seconds."""
+    """An episode as plain values: every text, the reward by part, values, TD errors, tokens and seconds.
+
+    Every key has one type in every file, so that readers which infer types (pyarrow, `datasets`) take the files of several
+    runs of a task at once: nothing is null. `learned` names which of `value`, `td_error` and `advantage` exist, with spaces
+    between; the others are 0. An agent that sent no message has an empty one, whose `finish` is empty, too. The score of an
+    episode without a turn is 0; its `failure` says why.
+    """
     return {
         "task": episode.task,
         "label": episode.label,
@@ -30,25 +36,23 @@ def episode_record(episode: Episode) -> dict[str, Any]:
         "terminated": episode.terminated,
         "truncated": episode.truncated,
         "failure": episode.failure,
-        "score": episode.score if episode.turns else None,
-        "metrics": episode.metrics,
+        "score": float(episode.score) if episode.turns else 0.0,
+        "metrics": _floats(episode.metrics),
         "tokens": episode.num_tokens(),
         "seconds": round(episode.seconds, 4),
         "state": episode.state,
         "turns": [
             {
-                "reward": turn.reward,
-                "raw_reward": turn.raw_reward,
-                "parts": turn.parts,
+                "reward": float(turn.reward),
+                "raw_reward": float(turn.raw_reward),
+                "parts": _floats(turn.parts),
                 "state": turn.state,
                 "agents": {
                     agent: {
                         "read": turn.observations[agent],
-                        **({"message": _written(turn.messages[agent])} if agent in turn.messages else {}),
+                        "message": _written(turn.messages[agent]) if agent in turn.messages else NO_MESSAGE,
                         **_written(answer),
-                        "value": turn.values.get(agent),
-                        "td_error": turn.td_errors.get(agent),
-                        "advantage": turn.advantages.get(agent),
+                        **_learned(turn, agent),
                     }
                     for agent, answer in turn.completions.items()
                 },
@@ -62,6 +66,21 @@ def _written(completion: Completion) -> dict[str, Any]:
     """A text as plain values, with its tokens."""
     num_tokens = 0 if completion.token_ids is None else len(completion.token_ids)
     return {"wrote": completion.text, "finish": completion.finish_reason, "tokens": num_tokens}
+
+
+NO_MESSAGE = {"wrote": "", "finish": "", "tokens": 0}
+
+
+def _learned(turn: Turn, agent: str) -> dict[str, Any]:
+    """What the learner found about an answer, and by `learned` which of these numbers exist."""
+    found = {"value": turn.values, "td_error": turn.td_errors, "advantage": turn.advantages}
+    numbers = {name: float(by_agent.get(agent, 0.0)) for name, by_agent in found.items()}
+    return numbers | {"learned": " ".join(name for name, by_agent in found.items() if agent in by_agent)}
+
+
+def _floats(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole numbers as floats; what is no number stays, for `check` to name."""
+    return {name: float(value) if isinstance(value, int) else value for name, value in numbers.items()}
 
 
 def describe(episodes: list[Episode]) -> dict[str, Any]:
@@ -121,12 +140,12 @@ class RunLog:
 
     def _tensorboard(self, kept: list[dict[str, Any]]) -> Any:
         """Events are made anew from the metrics, so that a resumed run has each step once."""
-        from tensorboard.summary import Writer
+        from torch.utils.tensorboard import SummaryWriter  # its scalars are plain ones, which every reader of events finds
 
         events = self.folder / "tensorboard"
         for old in events.glob("*") if events.exists() else ():
             old.unlink()
-        writer = Writer(str(events))
+        writer = SummaryWriter(str(events))
         self.writer = writer
         for record in kept:
             self._scalars(record)
