@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import errno
 import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from collm.config import describe, parse_value
 from collm.errors import CollmError, ConfigError
+from collm.runs.output import complain, forgo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,19 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except CollmError as error:
-        print(f"collm: {error}", file=sys.stderr)
+        complain(f"collm: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("collm: stopped at once; the last checkpoint is intact.", file=sys.stderr)
+        complain("collm: stopped at once; the last checkpoint is intact.")
         return 130
     except BrokenPipeError:
-        sys.stderr.close()
+        forgo(sys.stdout)
         return 141
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"collm: the output could not be written: {error.strerror}; files that were saved are whole.", file=sys.stderr)
+        forgo(sys.stdout)
+        complain(f"collm: the output could not be written: {error.strerror}; files that were saved are whole.")
         return 1
 
 

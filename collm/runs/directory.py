@@ -10,7 +10,6 @@ import re
 import shlex
 import signal
 import stat
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing_extensions import TypedDict
 from collm.config import Config, parse_resolved
 from collm.errors import RunError
 from collm.runs.files import explained, is_leftover, refuse_links, sweep, write_text
+from collm.runs.output import complain
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -182,9 +182,8 @@ def hold(handle: int, what: str, *, wait: bool = False) -> None:
             raise RunError(f"run {what!r} is being trained by another process; wait for it or stop it.") from error
         if error.errno not in NO_LOCKS:
             raise RunError(f"run {what!r} cannot be locked: {error.strerror}.") from error
-        print(
-            f"collm: the file system of {what!r} has no locks ({error.strerror}); make sure that no other process works there.",
-            file=sys.stderr,
+        complain(
+            f"collm: the file system of {what!r} has no locks ({error.strerror}); make sure that no other process works there."
         )
 
 

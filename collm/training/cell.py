@@ -18,6 +18,7 @@ from collm.errors import CollmError
 from collm.runs.directory import begin, lock
 from collm.runs.files import explained
 from collm.runs.log import RunLog
+from collm.runs.output import complain
 from collm.training.evaluate import evaluate
 from collm.training.trainer import Interrupted, Trainer, check_fit, make_team, resolve_device, with_remote
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             play(config, folder)
     except CollmError as error:
-        print(f"collm: {error}", file=sys.stderr)
+        complain(f"collm: {error}")
         return error.exit_code
     except Interrupted as interrupted:
         return 128 + interrupted.signum
