@@ -101,6 +101,11 @@ def forked(words: list[str], hook: Callable[[], None] = lambda: None, kill_after
         time.sleep(0.005)
 
 
+def leftovers(run: Path) -> list[Path]:
+    """What a writer that was killed, or failed, left in a run directory."""
+    return [path for path in run.rglob("*") if path.name.startswith((".saving-", ".removing-"))]
+
+
 def kind_of(path: str, run: Path) -> str:
     """The folder of the run in which something happened."""
     inside = Path(path).relative_to(run).parts
@@ -151,8 +156,7 @@ def test_a_run_killed_at_any_event_goes_on(tmp_path: Path, variant: str) -> None
         words = ["train", "--resume", str(run)] if begun else [*start, run.name]
         assert forked(words) == 0, f"kill {number} at event {chosen[number] if number < len(chosen) else late}"
         assert outcome(run) == expected
-        left = [p for p in run.rglob("*") if p.name.startswith((".saving-", ".removing-"))]
-        assert not left
+        assert not leftovers(run)
         with suppress(OSError):
             for path in sorted(run.rglob("*"), reverse=True):
                 path.unlink() if path.is_file() else path.rmdir()

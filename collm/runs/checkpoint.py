@@ -62,12 +62,17 @@ def save_team(folder: Path, team: Team) -> None:
 
 @contextmanager
 def failing_as_os_errors() -> Iterator[None]:
-    """Gives the failures of the safetensors library as the OSError that lies behind them."""
+    """Gives the failures of the Rust libraries safetensors and tokenizers (which raises a bare Exception) as the OSError that
+    lies behind them."""
     try:
         yield
-    except SafetensorError as error:
+    except Exception as error:
         number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error)) from error
+        if number and not isinstance(error, OSError):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        if isinstance(error, SafetensorError):
+            raise OSError(str(error)) from error
+        raise
 
 
 def load(folder: Path, learner: Learner) -> dict[str, Any]:
@@ -83,11 +88,11 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """How far the run was: iteration, joint_actions, best, pending. Raises RunError where it is damaged or of another format."""
+    """How far the run was: iteration, joint_actions, best, pending. Raises RunError where it is damaged or unknown."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         found = state["format"]
-        _ = state["iteration"] + 0, state["joint_actions"] + 0, state["pending"]
+        _ = state["iteration"] + 0, state["joint_actions"] + 0, {} | (state["pending"] or {})
         _ = None if state["best"] is None else (state["best"][0] + 0.0, state["best"][1] + 0)
     except _DAMAGE as error:
         raise RunError(
@@ -116,6 +121,7 @@ def prune(run: Path, keep: int, best: int | None) -> None:
     for old in checkpoints(run)[:-keep]:
         if best is None or int(old.name) != best:
             doomed = old.with_name(f"{REMOVING}{old.name}")
+            remove(doomed)
             with explained(doomed):
                 os.rename(old, doomed)
             remove(doomed)

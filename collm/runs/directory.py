@@ -1,0 +1,154 @@
+"""A run directory: begun once, held by one process at a time, never written through a link."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from collm.config import Config, parse_resolved
+from collm.errors import RunError
+from collm.runs.files import explained, is_leftover, refuse_links, sweep, write_text
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+EMPTY = frozenset({"lock", CHECKPOINTS})
+"""What may lie in a folder in which no run has begun yet: a start that was killed leaves these."""
+_EPISODES = re.compile("([0-9]{6,})(-evaluation)?[.]jsonl")
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def command(*words: object) -> str:
+    """A command line that can be pasted into a shell."""
+    return shlex.join(str(word) for word in words)
+
+
+def begin(folder: Path, config: Config) -> None:
+    """Make a run directory: its settings first, since a folder without them has not begun.
+
+    Raises RunError where a run, or anything else, lies there already, SaveError where it cannot be written.
+    """
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {path.name for path in folder.iterdir() if not is_leftover(path.name)}
+    if CONFIG in found or checkpoints(folder):
+        raise RunError(
+            f"run {str(folder)!r} exists already. Continue it with `{command('collm', 'train', '--resume', folder)}`, or give "
+            "this one another name: --run.name NAME."
+        )
+    if found - EMPTY:
+        raise RunError(
+            f"{str(folder)!r} is not empty and is not a run directory: it holds {min(found - EMPTY)!r}. Give the run another "
+            "name: --run.name NAME."
+        )
+    refuse_links(folder)
+    sweep(folder)
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: Config) -> None:
+    write_text(folder / CONFIG, json.dumps(config.resolved(), indent=1))
+
+
+def read_config(folder: Path) -> Config:
+    """The settings of a run. Raises RunError where there is none."""
+    return parse_resolved(read_settings(folder))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a run as plain values. Raises RunError where there are none, or they are damaged."""
+    if not folder.exists():
+        raise RunError(f"there is no run {str(folder)!r}: the folder does not exist.")
+    if not folder.is_dir():
+        raise RunError(f"{str(folder)!r} is not a run directory: it is not a folder.")
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_bytes())
+        _ = int(values["run"]["iterations"]), values["env"]["name"] + "", values["algorithm"]["name"] + ""
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{str(folder)!r} is not a run directory: it holds no {CONFIG}, so no run has begun there. Start one with "
+            "`collm train RECIPE`."
+        ) from error
+    except OSError as error:
+        raise RunError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RunError(f"{str(path)!r} cannot be read: {error!r}. Restore it, or train the run anew.") from error
+    return values
+
+
+def episode_files(folder: Path, *, evaluation: bool) -> dict[int, Path]:
+    """Iteration -> its file of episodes, in order; whatever else lies there is ignored."""
+    places = (folder / "episodes").iterdir() if (folder / "episodes").is_dir() else ()
+    named = [(_EPISODES.fullmatch(path.name), path) for path in places]
+    return dict(sorted((int(name[1]), path) for name, path in named if name and bool(name[2]) == evaluation))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    places = (folder / CHECKPOINTS).iterdir() if (folder / CHECKPOINTS).is_dir() else ()
+    return sorted(path for path in places if re.fullmatch("[0-9]{6,}", path.name) and path.is_dir())
+
+
+def with_absolute_data(options: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Environment options with the paths of data files made absolute, so that a run continues from any folder."""
+    found = dict(options)
+    for name, value in options.items():
+        if name in ("data", "eval_data") and isinstance(value, str):
+            parts = re.fullmatch(r"(.+?)((?:\[-?\d*:-?\d*\])?)", value, re.DOTALL)
+            if parts and not value.startswith("hf:") and (root / parts[1]).is_file():
+                found[name] = f"{(root / parts[1]).absolute()}{parts[2]}"
+    return found
+
+
+def ignored(signum: int) -> bool:
+    """Whether whoever started this process asked to ignore a signal, as nohup does with SIGHUP."""
+    return signum == signal.SIGHUP and signal.getsignal(signum) is signal.SIG_IGN
+
+
+def hold(handle: int, what: str, *, wait: bool = False) -> None:
+    """Lock an open file until it is closed; a file system without locks is warned of and used without one.
+
+    Raises RunError where another process holds it.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            raise RunError(f"run {what!r} is being trained by another process; wait for it or stop it.") from error
+        if error.errno not in NO_LOCKS:
+            raise RunError(f"run {what!r} cannot be locked: {error.strerror}.") from error
+        print(
+            f"collm: the file system of {what!r} has no locks ({error.strerror}); make sure that no other process works there.",
+            file=sys.stderr,
+        )
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One process per run directory; the lock ends with it. A file system without locks is warned of and used anyway."""
+    refuse_links(folder)
+    with explained(folder / "lock"):
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        hold(handle, str(folder))
+        sweep(folder)
+        yield
+    finally:
+        os.close(handle)
