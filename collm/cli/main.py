@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         known.overrides = overrides
         return int(known.call(known) or 0)
     except CollmError as error:
-        print(f"collm: {error}", file=sys.stderr)
+        from collm.types import printable
+
+        print(f"collm: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("collm: stopped at once; the last checkpoint is intact.", file=sys.stderr)

@@ -14,11 +14,12 @@ import torch
 
 from collm.config import Config, parse_resolved
 from collm.engines.catalogue import make_engine
-from collm.errors import CollmError
-from collm.runs.directory import begin
+from collm.errors import CollmError, RunError
+from collm.runs.directory import begin, read_config
 from collm.runs.log import RunLog
 from collm.training.evaluate import evaluate
 from collm.training.trainer import Interrupted, Trainer, check_fit, make_team, resolve_device, with_remote
+from collm.types import printable
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             play(config, folder)
     except CollmError as error:
-        print(f"collm: {error}", file=sys.stderr)
+        print(f"collm: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except Interrupted as interrupted:
         return 128 + interrupted.signum
@@ -40,6 +41,12 @@ def main(arguments: Sequence[str]) -> int:
 def train(config: Config, folder: Path) -> None:
     """Begin a run, or continue it where it stopped."""
     if (folder / "config.json").is_file():
+        found = read_config(folder)
+        if (found.env.name, found.team.api_key_env) != (config.env.name, config.team.api_key_env):
+            raise RunError(
+                f"run {str(folder)!r} is of the environment {found.env.name!r} (or of other servers), not of the recipe's "
+                f"{config.env.name!r}. Give the comparison another --folder."
+            )
         Trainer.resume(folder, quiet=True).run()
         return
     Trainer(config, quiet=True).run()
