@@ -4,8 +4,8 @@
     python benchmarks/real.py tiny --data POSTS.jsonl --device cpu --iterations 1 --limit 4    # the same code anywhere
 
 MODEL is a Hugging Face folder or hub name of a small chat model. Two writers each see the first 20 words of a post and are
-asked to repeat part of it, in 14 tokens each, without seeing each other; the reward is the share of the post's words, stop words apart,
-that somebody wrote. Each measurement is written to --out as JSON as soon as it is there, the most important first:
+asked to repeat part of it, in 14 tokens each, without seeing each other; the reward is the share of the post's words, stop
+words apart, that somebody wrote. Each measurement is written to --out as JSON as soon as it is there, the most important first:
 
     gap-*.json      |log-prob of the engine - log-prob of the learner| of fresh samples, before and after an update, for whole
                     models and adapters, in float32 and bfloat16

@@ -298,8 +298,8 @@ def test_answers_that_try_to_pass_every_test():
 def test_first_observations():
     env = ClassEval()
     env.rows, env.num_tasks = (ROW,), 1
-    observations, infos = env.reset(seed=0, options={"task": 0})
-    assert infos["agent_0"]["task_name"] == "Pile"
+    observations, _ = env.reset(seed=0, options={"task": 0})
+    assert env.task_name(env.task) == "Pile"
     for agent, own in (("agent_0", "add, below"), ("agent_1", "total, put")):
         text = observations[agent]
         assert text.startswith(f"You are {agent}, one of 2 programmers of this Python class.")

@@ -199,3 +199,22 @@ def test_clipped_value_error_by_hand(value, target, expected, slope):
     assert targets.grad is None
     wide, _ = losses.clipped_value_error(values, old, targets, clip=100.0, num_values=1)
     assert wide.item() == pytest.approx(losses.value_error(values, targets, num_values=1)[0].item())
+
+
+def test_the_gradient_of_the_kl_estimate_is_that_of_the_exact_divergence():
+    logits = torch.tensor([0.3, -1.2, 0.8, 2.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([1.0, 0.2, -0.7, 0.1], dtype=torch.float64).log_softmax(0)
+    logp = logits.log_softmax(0)
+    p = logp.detach().exp()
+    gradient = {}
+    forward = (logp.exp() * (logp - reference)).sum()
+    reverse = (reference.exp() * (reference - logp)).sum()
+    # over all of the support, each token as often as pi samples it
+    estimate = sum(p[k] * losses.kl_to_reference(logp[k : k + 1], reference[k : k + 1], num_answers=1)[0] for k in range(4))
+    value_alone = (p * (torch.exp(reference - logp) - (reference - logp) - 1)).sum()
+    for name, loss in (("exact", forward), ("reverse", reverse), ("ours", estimate), ("k3", value_alone)):
+        (gradient[name],) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert estimate.item() == pytest.approx(forward.item(), abs=1e-12)
+    assert torch.allclose(gradient["ours"], gradient["exact"], rtol=0, atol=1e-12)
+    assert torch.allclose(gradient["k3"], gradient["reverse"], rtol=0, atol=1e-12)  # the wrong variant
+    assert (gradient["k3"] - gradient["exact"]).abs().max() > 0.1

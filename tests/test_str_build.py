@@ -330,8 +330,8 @@ def test_three_hundred_commands_are_split_evenly(number, limit):
 
 def test_the_instruction_names_the_limit_palette_box_and_target():
     env = StrBuild(strings=["LI"])
-    observations, infos = env.reset(seed=0, options={"task": 0})
-    assert infos["builder_0"]["task_name"] == "LI"
+    observations, _ = env.reset(seed=0, options={"task": 0})
+    assert env.task_name(env.task) == "LI"
     for agent, (own, other) in (("builder_0", (PALETTES[0], PALETTES[1])), ("builder_1", (PALETTES[1], PALETTES[0]))):
         text = observations[agent]
         assert "150" in text

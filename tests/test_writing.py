@@ -16,11 +16,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from collm import check_env, make
+from collm.config import parse_config
 from collm.envs.writing import demonstrations
 from collm.envs.writing.lexicon import STOP_WORDS, TRANSITIONS, jaccard, transition_categories, words
 from collm.envs.writing.samples import NUM_TASKS, sample_texts
-from collm.envs.writing.writing import ARXIV, MARKER, TLDR, Arxiv, Band, Tldr, cut, judge
+from collm.envs.writing.writing import ARXIV, MARKER, TLDR, Arxiv, Band, Tldr, cut, diagnose, judge
 from collm.errors import ConfigError, EnvError
+from collm.training.trainer import metric_names
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 POSTS = DATA / "tldr" / "reddit_tifu.jsonl"
@@ -641,3 +643,77 @@ def test_judging_is_a_pure_function_of_two_texts():
     first, second = text(14, 14), f"{text(32, 32)} however"
     assert judge(TLDR, first, second) == judge(TLDR, first, second)
     assert judge(TLDR, first, second)[0] == play(Tldr(), first, second, task=5)[1]["reward_parts"]
+
+
+# --- what the reward does not ask ----------------------------------------------------------------------------------------
+
+
+CONSTANT = (
+    "my plan went wrong at home and people laughed loudly",
+    f"my plan went wrong at home and people laughed loudly {' '.join(ONE_EACH)} nobody expected trouble that evening",
+)
+PARK = (
+    "Yesterday I took the dog to the park near our house. He saw a squirrel, pulled the leash out of my hand and jumped into "
+    "the pond. I ran after him, slipped on the wet grass and fell into the water in front of a whole wedding party."
+)
+HONEST = (
+    "The dog chased a squirrel and I ended up in the pond.",
+    "At the park my dog tore the leash away because of a squirrel and also leapt into the pond. However, when I followed, the "
+    "wet grass made me slip, so a whole wedding watched me fall into the water.",
+)
+
+
+def written(first, second, tmp_path, **options):
+    data = tmp_path / "posts.jsonl"
+    data.write_text("".join(json.dumps({"post": PARK}) + "\n" for _ in range(2)))
+    raw, info, _ = play(Tldr(data=str(data), eval_data=str(data), **options), first, second)
+    return raw, info["metrics"]
+
+
+def test_diagnoses_by_hand():
+    assert diagnose("a b c d e f", ["a b c d x"]) == {
+        "source_overlap": 0.5,
+        "repetition": 0,
+        "source_words": 3 / 4,
+    }  # a: stop word
+    assert diagnose("", ["x y z w x y z w"])["repetition"] == pytest.approx(1 - 4 / 5)
+    assert diagnose("x", ["one two", ""]) == {"source_overlap": 0, "repetition": 0, "source_words": 0}
+    assert diagnose("p q r s t", ["p q r s t", "k l m n o"]) == {
+        "source_overlap": 1,
+        "repetition": 0,
+        "source_words": 0,
+    }  # the worst
+
+
+def test_guarded_charges_degenerate_texts_alone(tmp_path):
+    copied = (" ".join(PARK.split()[:12]), f"{PARK} {' '.join(ONE_EACH)}")
+    looped = ("the dog ran. " * 5, "the dog saw the pond and so it jumped. " * 5)
+    raw, metrics = written(*HONEST, tmp_path)
+    assert (raw, metrics) == written(*HONEST, tmp_path, reward="guarded")
+    assert raw > 2
+    assert metrics["repetition"] == 0
+    for pair, name, shows in (
+        (CONSTANT, "source_words", lambda x: x < 0.15),
+        (copied, "source_overlap", lambda x: x > 0.9),
+        (looped, "repetition", lambda x: x > 0.5),
+    ):
+        _, metrics = written(*pair, tmp_path)
+        assert shows(metrics[name]), (name, metrics)
+        guarded, _ = written(*pair, tmp_path, reward="guarded")
+        assert guarded < raw / 2, name
+    assert written(*CONSTANT, tmp_path)[0] == pytest.approx(2.98)  # what the paper's rule pays for it
+
+
+@pytest.mark.parametrize(("name", "options"), [("tldr", {}), ("arxiv", {}), ("tldr", {"agents": 1, "reward": "guarded"})])
+def test_diagnostics_reach_no_critic(name, options):
+    config = parse_config({"env": {"name": name, **options}})
+    env = make(name, **options)
+    _, info, _ = play(env, *[CONSTANT[0]] * len(env.possible_agents))
+    assert env.diagnostics <= info["metrics"].keys()
+    assert metric_names(config) == tuple(sorted(info["metrics"].keys() - env.diagnostics))
+    assert not [word for word in env.diagnostics if word in env.state()]
+
+
+def test_an_unknown_reward_is_refused():
+    with pytest.raises(EnvError, match="reward='strict' is not one of paper, guarded"):
+        Tldr(reward="strict")

@@ -193,6 +193,8 @@ def normalize(advantages: Tensor, live: Tensor, *, recentre: bool, eps: float = 
 def group_std(advantages_G: Tensor, returns_G: Tensor, eps: float = 1e-6) -> Tensor:
     """Divide a group's advantages by the group's own standard deviation of returns (GRPO 2402.03300); meaningful for G >= 4.
 
+    This is the population's deviation: the squares are divided by G. TRL and verl take the sample's (by G - 1), so that their
+    advantages are smaller by the factor sqrt((G - 1) / G): 0.87 at G = 4.
     A group whose returns are the same, to rounding, keeps its advantages undivided.
     """
     deviation = returns_G.double().std(0, keepdim=True, correction=0)

@@ -71,15 +71,25 @@ def sequence_clip(
 
 
 def kl_to_reference(logp_K: Tensor, reference_logp_K: Tensor, *, num_answers: int) -> tuple[Tensor, Stats]:
-    """KL(pi || reference) from samples of pi, by the estimator that is never negative.
+    """KL(pi || reference) of each token's distribution, from samples of pi; value and gradient each have the right mean.
 
-        kl_k = exp(d_k) - d_k - 1,   d_k = reference_logp_k - logp_k;   loss = sum_k kl_k / num_answers
+        d_k    = logp_k - reference_logp_k
+        value    sum_k exp(-d_k) + d_k - 1  / num_answers      (k3, never negative)
+        gradient sum_k d_k grad logp_k      / num_answers      (that of k2 = d_k^2 / 2)
 
-    Source: Schulman 2020, "Approximating KL divergence" (k3); GRPO 2402.03300, eq. 4.
+    grad KL(pi || reference) = E_pi[d grad logp], since E_pi[grad logp] = 0. The gradient of k3 itself has the mean
+    grad KL(reference || pi), hence the two estimators. The loss's value is that of k3.
+    The sum runs over tokens: each token's divergence given the tokens before it, not the effect of a token on later ones.
+    Both means are exact for tokens sampled from pi itself: on-policy, with all of its support. In later passes over the same
+    samples they are those of the policy that sampled, as there is no importance weight.
+
+    Source: Schulman 2020, "Approximating KL divergence" (k2, k3); GRPO 2402.03300, eq. 4, for the value.
     """
-    difference_K = reference_logp_K - logp_K
-    kl_K = torch.exp(difference_K) - difference_K - 1
-    return kl_K.sum() / num_answers, {"kl": kl_K.detach().sum().item()}
+    difference_K = logp_K - reference_logp_K
+    kl_K = (torch.exp(-difference_K) + difference_K - 1).detach()
+    square_K = difference_K**2 / 2
+    loss_K = kl_K + (square_K - square_K.detach())
+    return loss_K.sum() / num_answers, {"kl": kl_K.sum().item()}
 
 
 def value_error(values_S: Tensor, targets_S: Tensor, *, num_values: int) -> tuple[Tensor, Stats]:

@@ -51,12 +51,15 @@ def merge(policy: Policy, folder: Path) -> None:
     import torch
     from peft import AutoPeftModelForCausalLM
 
+    from collm.models.policy import spell_as_before
+
     apart = folder / ".adapter"
     policy.save(apart)
     model = AutoPeftModelForCausalLM.from_pretrained(apart, dtype=torch.float32, trust_remote_code=False).merge_and_unload()
     shutil.rmtree(apart)
     model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
+    spell_as_before(folder)
 
 
 def load_agent(source: Path, agent: str, checkpoint: str, *, device: str = "") -> tuple[Policy, str]:

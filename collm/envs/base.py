@@ -7,6 +7,7 @@ answers of one turn lead to). Turn counting, the reward shift, early stop and Pe
 from __future__ import annotations
 
 import random
+import sys
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,11 +28,44 @@ class EnvMaker(Protocol):
     def make(self, split: str) -> ParallelEnv: ...
 
 
+class _AnyScript(Sequence[str]):
+    """Every character of Unicode, in order; made when it is looked up."""
+
+    def __len__(self) -> int:
+        return sys.maxunicode + 1
+
+    def __getitem__(self, index: Any) -> Any:
+        return [chr(i) for i in range(len(self))[index]] if isinstance(index, slice) else chr(range(len(self))[index])
+
+    def __contains__(self, x: object) -> bool:
+        return isinstance(x, str) and len(x) == 1
+
+
+_ANY_SCRIPT = _AnyScript()
+
+
 class TextSpace(spaces.Text):
-    """Any string of at most `max_length` characters, in any script. Samples are short and hostile: use them to test a world."""
+    """Any string of at most `max_length` characters, in any script. Samples are short and hostile: use them to test a world.
+
+    Gymnasium's `flatten` makes an array (max_length,) of code points, filled up with the number behind the last one.
+    """
 
     def __init__(self, max_length: int = MAX_CHARACTERS):
         super().__init__(max_length=max_length, min_length=0)
+
+    @property
+    def character_set(self) -> Any:
+        return _ANY_SCRIPT
+
+    @property
+    def character_list(self) -> Any:
+        return _ANY_SCRIPT
+
+    def character_index(self, char: str) -> Any:
+        return ord(char)
+
+    def __repr__(self) -> str:
+        return f"TextSpace(max_length={self.max_length})"
 
     def contains(self, x: Any) -> bool:
         return isinstance(x, str) and len(x) <= self.max_length
@@ -68,6 +102,7 @@ class TextEnv(ParallelEnv[str, str, str]):
     ends the episode once a raw reward exceeds it, `max_reward` is the greatest raw reward of a turn, which scores are given in
     percent of (None: there is none), `has_messages` says that agents may send each other text on purpose, `waits` that a turn
     spends its time waiting (for a sandbox, a server) rather than computing: such worlds are stepped side by side in threads.
+    `diagnostics` names metrics that are reported and shown, and never reach a critic (its regression on metrics).
     """
 
     shift: float = 0.0
@@ -75,6 +110,7 @@ class TextEnv(ParallelEnv[str, str, str]):
     max_reward: float | None = 1.0
     has_messages: bool = False
     waits: bool = False
+    diagnostics: frozenset[str] = frozenset()
     num_tasks: int = 1
 
     def __init__(self, agents: Sequence[str], turns: int):
@@ -118,7 +154,10 @@ class TextEnv(ParallelEnv[str, str, str]):
     def reset(
         self, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-        """Start task `options["task"]` (a number below `num_tasks`; drawn from the seed if absent)."""
+        """Start task `options["task"]` (a number below `num_tasks`; drawn from the seed if absent).
+
+        The infos are empty: wrappers that turn infos into tensors (torchrl's) take no text. `task_name` names the task.
+        """
         rng = random.Random() if seed is None else seeds.stream(seed, "env")
         task = (options or {}).get("task")
         self.task = rng.randrange(self.num_tasks) if task is None else int(task)
@@ -127,7 +166,7 @@ class TextEnv(ParallelEnv[str, str, str]):
         self.agents = list(self.possible_agents)
         self.turn = 0
         observations = self.begin(self.task, rng)
-        return observations, {agent: {"task_name": self.task_name(self.task)} for agent in self.agents}
+        return observations, {agent: {} for agent in self.agents}
 
     def step(
         self, actions: Mapping[str, str]

@@ -68,7 +68,7 @@ def _parameters(folder: Path) -> int:
 
 
 def tensors(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each tensor in a folder's safetensors files. Raises ValueError where there are none, or one is damaged."""
+    """Name -> shape of each tensor in a folder's safetensors files. Raises ValueError for none, or a damaged one."""
     files = [SINGLE]
     if not os.path.lexists(folder / SINGLE):
         if not os.path.lexists(folder / INDEX):

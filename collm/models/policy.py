@@ -58,8 +58,8 @@ class Policy:
         if beyond or not all(i is None or (type(i) is int and 0 <= i < size) for i in stops):
             what = f"token {min(beyond, key=beyond.__getitem__)!r}" if beyond else f"the end mark {stops!r}"
             raise ConfigError(
-                f"model {str(model.name_or_path)!r} does not fit its tokenizer: {what} lies beyond its {size} embeddings. Take both "
-                "from one place."
+                f"model {str(model.name_or_path)!r} does not fit its tokenizer: {what} lies beyond its {size} embeddings. "
+                "Take both from one place."
             )
         self.stop_ids = sorted({int(i) for i in [*stops, tokenizer.eos_token_id] if i is not None})
         self.chat = Chat(tokenizer, self.stop_ids)
@@ -152,6 +152,26 @@ class Policy:
         else:
             self.adapter.save(folder)
         self.tokenizer.save_pretrained(folder)
+        spell_as_before(folder)
+
+
+def spell_as_before(folder: Path) -> None:
+    """Name what transformers 5 renamed as transformers 4 reads it, too: `rope_theta` at top level, and the tokenizer's class.
+
+    Without it version 4 takes the family's default for `rope_theta` in silence. Scaled rotary positions keep version 5's
+    spelling alone.
+    """
+    path = folder / "config.json"
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        rope = config.get("rope_parameters") or {}
+        if "rope_theta" in rope and config.get("rope_theta") is None:
+            path.write_text(json.dumps(config | {"rope_theta": rope["rope_theta"]}, indent=2) + "\n", encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def shaped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -74,6 +74,8 @@ def _play(env: ParallelEnv, episode: Episode, speak: Callable[..., Round], histo
     episode.observations = {agent: encodable(str(text)) for agent, text in observations.items()}
     episode.state = _state(env)
     names = [info["task_name"] for info in infos.values() if "task_name" in info]
+    task_name = getattr(env, "task_name", None)
+    names += [task_name(episode.task)] if not names and callable(task_name) else []
     episode.label = str(names[0] if names else episode.task)
     while env.agents:
         if max_turns is not None and len(episode.turns) == max_turns:

@@ -160,7 +160,7 @@ def hold(handle: int, what: str, *, wait: bool = False) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """One process per run directory; the lock ends with it. A file system without locks is warned of and used anyway."""
+    """One process per run directory; the lock ends with the process. A file system without locks is warned of and used anyway."""
     refuse_links(folder)
     with explained(folder / "lock"):
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

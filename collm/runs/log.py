@@ -19,14 +19,19 @@ if TYPE_CHECKING:  # figures are drawn without torch
     from collm.learning.learner import Annotations
 
 EMPTY: Mapping[Any, Any] = {}
+NOTHING = Annotation()
 
 
 def episode_record(episode: Episode, annotations: Mapping[tuple[int, str], Annotation] = EMPTY) -> dict[str, Any]:
     """An episode as plain values: every text, the reward by part, values, TD errors, tokens and seconds.
 
+    Every key has one type in every file, so that readers which infer types (pyarrow, `datasets`) take the files of several
+    runs of a task at once: nothing is null. `learned` names which of `value`, `td_error` and `advantage` exist, with spaces
+    between; the others are 0. An agent that sent no message has an empty one, whose `finish` is empty, too. The score of an
+    episode without a turn is 0; its `failure` says why.
+
     Args: annotations: (turn, agent) -> what the learner says about that answer.
     """
-    nothing = Annotation()
     return {
         "task": episode.task,
         "label": episode.label,
@@ -36,25 +41,23 @@ def episode_record(episode: Episode, annotations: Mapping[tuple[int, str], Annot
         "terminated": episode.terminated,
         "truncated": episode.truncated,
         "failure": episode.failure,
-        "score": episode.score if episode.turns else None,
-        "metrics": episode.metrics,
+        "score": float(episode.score) if episode.turns else 0.0,
+        "metrics": _floats(episode.metrics),
         "tokens": episode.num_tokens(),
         "seconds": round(episode.seconds, 4),
         "state": episode.state,
         "turns": [
             {
-                "reward": turn.reward,
-                "raw_reward": turn.raw_reward,
-                "parts": turn.parts,
+                "reward": float(turn.reward),
+                "raw_reward": float(turn.raw_reward),
+                "parts": _floats(turn.parts),
                 "state": turn.state,
                 "agents": {
                     agent: {
                         "read": turn.observations[agent],
-                        **({"message": _written(turn.messages[agent])} if agent in turn.messages else {}),
+                        "message": _written(turn.messages[agent]) if agent in turn.messages else NO_MESSAGE,
                         **_written(answer),
-                        "value": annotations.get((t, agent), nothing).value,
-                        "td_error": annotations.get((t, agent), nothing).td_error,
-                        "advantage": annotations.get((t, agent), nothing).advantage,
+                        **_learned(annotations.get((t, agent), NOTHING)),
                     }
                     for agent, answer in turn.completions.items()
                 },
@@ -68,6 +71,21 @@ def _written(completion: Completion) -> dict[str, Any]:
     """A text as plain values, with its tokens."""
     num_tokens = 0 if completion.token_ids is None else len(completion.token_ids)
     return {"wrote": completion.text, "finish": completion.finish_reason, "tokens": num_tokens}
+
+
+NO_MESSAGE = {"wrote": "", "finish": "", "tokens": 0}
+
+
+def _learned(said: Annotation) -> dict[str, Any]:
+    """What the learner found about an answer, and by `learned` which of these numbers exist."""
+    found = {"value": said.value, "td_error": said.td_error, "advantage": said.advantage}
+    numbers = {name: float(number or 0.0) for name, number in found.items()}
+    return numbers | {"learned": " ".join(name for name, number in found.items() if number is not None)}
+
+
+def _floats(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole numbers as floats; what is no number stays, for `check` to name."""
+    return {name: float(value) if isinstance(value, int) else value for name, value in numbers.items()}
 
 
 def describe(episodes: list[Episode]) -> dict[str, Any]:
@@ -124,13 +142,13 @@ class RunLog:
 
     def _tensorboard(self, kept: list[dict[str, Any]]) -> Any:
         """Events are made anew from the metrics, so that a resumed run has each step once."""
-        from tensorboard.summary import Writer
+        from torch.utils.tensorboard import SummaryWriter  # its scalars are plain ones, which every reader of events finds
 
         events = self.folder / "tensorboard"
         with explained(events):
             for old in events.glob("*") if events.exists() else ():
                 remove(old)
-            writer = Writer(str(events))
+            writer = SummaryWriter(str(events))
         self.writer = writer
         for record in kept:
             self._scalars(record)

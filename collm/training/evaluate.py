@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,27 @@ class Evaluation:
     @property
     def tokens(self) -> int:
         return sum(episode.num_tokens() for episode in self.episodes)
+
+
+def alarms(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Warnings about what degenerate answers look like, by the metric that shows it; a task without the metric has none."""
+    found = {}
+    for name, below, limit, meaning in ALARMS:
+        mean = summary.get(f"evaluation/{name}")
+        if isinstance(mean, float) and (mean < limit if below else mean > limit):
+            found[name] = (
+                f"warning: held-out {name} is {mean:.2f}, {'below' if below else 'above'} {limit}: {meaning}, "
+                "whatever the reward is. Read some answers (collm report)."
+            )
+    return found
+
+
+ALARMS = (
+    ("repetition", False, 0.5, "answers repeat themselves"),
+    ("source_overlap", False, 0.9, "answers copy their source"),
+    ("source_words", True, 0.1, "answers have nothing to do with their source"),
+)
+"""(metric, whether low values are the bad ones, limit, what it means)."""
 
 
 def plan_of(config: Config, split: str) -> Plan:

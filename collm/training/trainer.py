@@ -35,7 +35,7 @@ from collm.runs.directory import (
 from collm.runs.log import RunLog, describe
 from collm.training.assemble import make_learner
 from collm.training.display import Display
-from collm.training.evaluate import evaluate, num_tasks, plan_of
+from collm.training.evaluate import alarms, evaluate, num_tasks, plan_of
 from collm.types import Episode, Group
 
 RESUMABLE = ("run.iterations", "run.device", "run.threads")
@@ -121,6 +121,7 @@ class Trainer:
         self.best: tuple[float, int] | None = None
         self.pending: dict[str, Any] | None = {"iteration": 0, "joint_actions": 0}
         self.signal: int | None = None
+        self.warned: set[str] = set()
 
     def run(self) -> Path:
         """Train to the last iteration and return the run directory.
@@ -217,6 +218,10 @@ class Trainer:
         if math.isfinite(score) and (self.best is None or score > self.best[0]):
             self.best = (score, self.iteration)
         display.say(f"held-out after {self.iteration} iterations: reward {score:.3f} over {len(result.played)} tasks")
+        for name, warning in alarms(record).items():
+            if self.iteration and name not in self.warned:  # before training, odd answers are no news
+                self.warned.add(name)
+                display.say(warning)
         return record
 
     # --- saving and leaving ------------------------------------------------------------------------------------------
@@ -303,11 +308,12 @@ def check_fit(config: Config) -> tuple[str, ...]:
 
 
 def metric_names(config: Config) -> tuple[str, ...]:
-    """Names of the numbers that the task reports after a turn: those after one of empty answers."""
+    """Names of the numbers after a turn that critics may know: those after one of empty answers, less the diagnostics."""
     env = plan_of(config, "train").env.make("train")
     env.reset(seed=0, options={"task": 0})
     *_, infos = env.step(dict.fromkeys(env.agents, ""))
-    return tuple(sorted({name for info in infos.values() for name in info.get("metrics", {})}))
+    diagnostics = frozenset(getattr(env, "diagnostics", ()))
+    return tuple(sorted({name for info in infos.values() for name in info.get("metrics", {})} - diagnostics))
 
 
 def make_team(config: Config, agents: tuple[str, ...]) -> Team:

@@ -16,7 +16,6 @@ from collm.cli.main import main
 from collm.config import parse_config
 from collm.errors import CollmError, RunError, SaveError
 from collm.runs import directory, files
-from collm.runs.checkpoint import failing_as_os_errors
 from collm.runs.read import read_run
 from collm.types import encodable
 
@@ -43,16 +42,12 @@ def test_files_and_folders_have_the_permissions_that_the_umask_gives(tmp_path: P
 def test_a_failure_leaves_the_old_file_and_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     files.write_text(path, "old")
-
-    def fail(error: Exception) -> None:
-        with files.replacing(path) as aside:
-            aside.write_text("half")
-            raise error
-
-    with pytest.raises(SaveError, match=r"cannot write .*a\.json: No space left .*make room"):
-        fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    with pytest.raises(ZeroDivisionError):
-        fail(ZeroDivisionError())
+    with pytest.raises(SaveError, match=r"cannot write .*a\.json: No space left .*make room"), files.replacing(path) as aside:
+        aside.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as aside:
+        aside.write_text("half")
+        _ = 1 / 0
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
 
@@ -64,16 +59,6 @@ def test_a_failure_leaves_the_old_file_and_no_trace(tmp_path: Path) -> None:
 def test_the_reason_decides_the_way_out(tmp_path: Path, number: int, way_out: str) -> None:
     with pytest.raises(SaveError, match=way_out), files.explained(tmp_path):
         raise OSError(number, os.strerror(number))
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_tokenizer_on_a_full_disk_fails_as_an_os_error(tiny: Any) -> None:
-    """The tokenizers library raises a bare Exception."""
-    with pytest.raises(OSError, match="No space left") as caught, failing_as_os_errors():
-        tiny.tokenizer.backend_tokenizer.save("/dev/full")
-    assert caught.value.errno == errno.ENOSPC
-    with pytest.raises(ZeroDivisionError), failing_as_os_errors():
-        _ = 1 / 0
 
 
 def test_leftovers_are_swept_in_every_folder(tmp_path: Path) -> None:
@@ -109,7 +94,7 @@ def test_a_folder_without_settings_has_not_begun(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / ".saving-config.json").write_text("{")
-    with pytest.raises(RunError, match=r"holds no config\.json, so no run has begun there"):
+    with pytest.raises(RunError, match="holds no config.json, so no run has begun there"):
         directory.read_config(run)
     directory.begin(run, config(tmp_path))
     assert directory.read_config(run).env.name == "agree"
@@ -242,7 +227,6 @@ def test_odd_file_names_in_a_run_are_ignored(begun: Path) -> None:
         ({"format": 2, "iteration": 0, "joint_actions": 0, "best": None, "pending": None}, "has format 2, and this version"),
         ({"iteration": 0, "joint_actions": 0, "best": None, "pending": None}, r"state\.json is damaged"),
         ({"format": 1, "iteration": "3", "joint_actions": 0, "best": None, "pending": None}, r"state\.json is damaged"),
-        ({"format": 1, "iteration": 3, "joint_actions": 0, "best": None, "pending": [1]}, r"state\.json is damaged"),
         ([], r"state\.json is damaged"),
     ],
 )

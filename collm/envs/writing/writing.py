@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal
 
 from collm.envs.base import Outcome, TextEnv, agent_names
 from collm.envs.data import Row, field, split_rows
-from collm.envs.writing.lexicon import Matching, jaccard, transition_categories, words
+from collm.envs.writing.lexicon import STOP_WORDS, Matching, jaccard, transition_categories, words
 from collm.envs.writing.samples import Kind, sample_texts
 from collm.errors import EnvError
 
@@ -137,6 +137,46 @@ def judge(rules: Rules, first: str, second: str, matching: Matching = "word") ->
     return parts, measures
 
 
+DIAGNOSTICS = ("source_overlap", "repetition", "source_words")
+GRAM = 4
+
+
+def diagnose(source: str, texts: Sequence[str]) -> dict[str, float]:
+    """What the reward does not ask: of each measure the worst text's, 0 to 1.
+
+    source_overlap: share of a text's runs of four words that stand in the source, too; a copy has 1.
+    repetition: 1 - different / all of a text's runs of four words; the same sentence over and over comes near 1.
+    source_words: share of a text's different words, stop words apart, that the source has; a text that has nothing to do with
+    the source, such as a constant one, comes near 0. A text too short to have any has 0, 0 and 1.
+    """
+    source_words = words(source)
+    source_grams, source_set = set(_grams(source_words)), set(source_words)
+    found: dict[str, list[float]] = {name: [] for name in DIAGNOSTICS}
+    for text in texts:
+        written = words(text)
+        grams, content = _grams(written), set(written) - STOP_WORDS
+        found["source_overlap"].append(sum(gram in source_grams for gram in grams) / max(1, len(grams)))
+        found["repetition"].append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+        found["source_words"].append(len(content & source_set) / len(content) if content else 1.0)
+    worst = {"source_overlap": max, "repetition": max, "source_words": min}
+    return {name: float(worst[name](values)) for name, values in found.items()}
+
+
+def charge(measures: Mapping[str, float]) -> float:
+    """Share of the reward that "guarded" takes away: the greatest of three, each linear from 0 to 1.
+
+    source_overlap from 0.5 to 1, repetition from 0.2 to 0.6, source_words from 0.2 down to 0.
+    """
+    overlap = (measures["source_overlap"] - 0.5) / 0.5
+    repetition = (measures["repetition"] - 0.2) / 0.4
+    foreign = (0.2 - measures["source_words"]) / 0.2
+    return min(1.0, max(0.0, overlap, repetition, foreign))
+
+
+def _grams(written: Sequence[str]) -> list[tuple[str, ...]]:
+    return [tuple(written[i : i + GRAM]) for i in range(len(written) - GRAM + 1)]
+
+
 def cut(answer: str, missing_marker: Literal["first", "third"] = "first") -> tuple[str, str]:
     """The two texts in one answer: before and behind the first marker.
 
@@ -153,6 +193,7 @@ class Writing(TextEnv):
 
     rules: ClassVar[Rules]
     max_reward = 3.0
+    diagnostics = frozenset(DIAGNOSTICS)
 
     def __init__(
         self,
@@ -161,6 +202,7 @@ class Writing(TextEnv):
         eval_data: str | None = None,
         transitions: Matching = "word",
         missing_marker: Literal["first", "third"] = "first",
+        reward: Literal["paper", "guarded"] = "paper",
         split: str = "train",
     ):
         names = [name for name, _ in self.rules.roles]
@@ -172,6 +214,7 @@ class Writing(TextEnv):
         for name, value, allowed in (
             ("transitions", transitions, ("word", "substring")),
             ("missing_marker", missing_marker, ("first", "third")),
+            ("reward", reward, ("paper", "guarded")),
             ("split", split, ("train", "eval")),
         ):
             if value not in allowed:
@@ -184,7 +227,7 @@ class Writing(TextEnv):
         self.num_tasks = len(self.texts)
         self.alone = len(self.possible_agents) == 1
         self.roles = names[:2] if self.alone else list(self.possible_agents)
-        self.transitions, self.missing_marker = transitions, missing_marker
+        self.transitions, self.missing_marker, self.reward = transitions, missing_marker, reward
 
     def begin(self, task: int, rng: random.Random) -> dict[str, str]:
         self.text = self.texts[task]
@@ -202,7 +245,10 @@ class Writing(TextEnv):
         metrics |= measures | {"rejected": float(sum(not low <= count <= high for count in counts))}
         if self.alone:
             metrics["delimiter_adherence"] = float(written[0].count(MARKER) == 1)
-        self.measures = metrics
+        self.measures = dict(metrics)  # without the diagnostics, which no critic reads
+        metrics |= diagnose(self.text, texts)
+        if self.reward == "guarded":
+            parts["guard"] = -charge(metrics) * sum(parts.values())
         total = sum(parts.values())
         return Outcome(total, parts, {agent: f"Reward: {total:.2f} of 3." for agent in answers}, metrics=metrics)
 
@@ -259,7 +305,10 @@ class Tldr(Writing):
     compare neighbours in order: each text is the `detailed` of the one before; reward and measures are the mean over
     these pairs. One agent writes both texts with [PARAGRAPH_SPLIT] between them. Metrics: tokens_ROLE of each text,
     length_ratio, distinct_ratio, jaccard, transitions (categories), gates passed (0 to 3), rejected (texts outside 8 to 256
-    tokens), and with one agent delimiter_adherence (1 if the marker stands exactly once).
+    tokens), and with one agent delimiter_adherence (1 if the marker stands exactly once). For people alone, as no critic
+    reads them, of the worst text: source_overlap (share of its runs of four words that the source has), repetition (share
+    of its runs of four words that are repeats) and source_words (share of its different words, stop words apart, that the
+    source has).
 
     Args:
         agents: how many writers (1 to 4), or their names in the order of the roles.
@@ -269,6 +318,8 @@ class Tldr(Writing):
         transitions: "word" matches whole words; "substring" anywhere, "so" in "some" too, as the reference does.
         missing_marker: one agent's answer without a marker is the "first" text alone; "third" cuts it at one third of the
             characters, as the reference does, which meets the length gate for free.
+        reward: "paper" as above; "guarded" takes away a share of it, as part `guard`, from texts that copy the source, repeat
+            themselves or have nothing to do with the source: see `charge`.
         split: "train" or "eval".
     """
 
@@ -300,6 +351,8 @@ class Arxiv(Writing):
         transitions: "word" matches whole words; "substring" anywhere, "so" in "some" too, as the reference does.
         missing_marker: one agent's answer without a marker is the "first" text alone; "third" cuts it at one third of the
             characters, as the reference does, which meets the length gate for free.
+        reward: "paper" as above; "guarded" takes away a share of it, as part `guard`, from texts that copy the source, repeat
+            themselves or have nothing to do with the source: see `charge`.
         split: "train" or "eval".
     """
 
