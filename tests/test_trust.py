@@ -5,18 +5,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import struct
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from collm.cli.main import main
+from collm.config import parse_config
 from collm.errors import CollmError
 from collm.models import tiny
 from collm.models.policy import Policy
+from collm.reports.screen import Screen
+from collm.serving import server as serving
+from collm.training.trainer import Trainer
 from collm.types import Message
 
 # --- model folders ---------------------------------------------------------------------------------------------------------
@@ -173,3 +183,156 @@ def load(folder: Path) -> Any:
 
 def test_a_sound_copy_loads(folder):
     assert len(load(folder)) > 5
+
+
+# --- run folders, recipes and names ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A finished run of two agents, one iteration."""
+    config = parse_config(
+        {
+            "run": {"name": "run", "folder": str(tmp_path_factory.mktemp("runs")), "iterations": 1, "threads": 1,
+                    "tensorboard": False},
+            "env": {"name": "agree", "turns": 1},
+            "rollout": {"tasks": 1, "max_tokens": 2},
+            "evaluation": {"every": 0, "episodes": 1},
+        }
+    )  # fmt: skip
+    return Trainer(config, quiet=True).run()
+
+
+PLAYS: dict[str, Callable[[Path], list[str]]] = {
+    "evaluate": lambda run: ["evaluate", str(run)],
+    "play": lambda run: ["play", str(run), "--agent", "agent_0=http://127.0.0.1:9/v1"],
+    "resume": lambda run: ["train", "--resume", str(run)],
+}
+TAKES: dict[str, Callable[[Path], list[str]]] = {
+    "serve": lambda run: ["serve", str(run), "--port", "0", "--agent", "nobody"],
+    "export": lambda run: ["export", str(run), str(run.parent / "exported"), "--agent", "nobody"],
+}
+OTHERS: dict[str, Callable[[Path], list[str]]] = {
+    "report": lambda run: ["report", str(run)],
+    "plan": lambda run: ["plan", str(run)],
+    "train": lambda run: ["train", str(run / "config.json")],
+    "compare": lambda run: ["compare", str(run / "config.json")],
+}
+CODE = ["os:system", "evil:Env", "subprocess:Popen", "builtins:exec", "importlib:import_module"]
+CONFIGS: list[tuple[str, str]] = [
+    ("", "cannot be read"), ("{", "cannot be read"), ("[]", "cannot be read"), ("null", "cannot be read"),
+    ("[" * 100_000, "cannot be read"), ('{"env": "os:system"}', "cannot be read"), ("\x00\x1b[2J", "cannot be read"),
+]  # fmt: skip
+HOSTILE: list[tuple[str, str, str, str]] = [
+    *((command, "env", name, "name it again") for command in PLAYS for name in CODE),
+    *((command, "key", "COLLM_SECRET", "name the variable again") for command in PLAYS),
+    *((command, "env", name, "there is no agent 'nobody'") for command in TAKES for name in CODE[:2]),
+    *((command, "text", text, reason) for command in ("evaluate", "serve") for text, reason in CONFIGS),
+    *((command, "env", "os:system", "") for command in ("plan", "train", "compare")),
+    ("serve", "agent", "../../x", "there is no agent"), ("export", "agent", "\x1b]0;x\x07", "there is no agent"),
+]  # fmt: skip
+
+
+def test_there_are_forty():
+    assert len(HOSTILE) >= 40
+    assert len(BAD_MODELS) >= 23
+
+
+@pytest.mark.parametrize(("command", "kind", "value", "reason"), HOSTILE, ids=[f"{r[0]}-{n}" for n, r in enumerate(HOSTILE)])
+def test_a_hostile_run_folder_is_one_sentence(trained, tmp_path, monkeypatch, capsys, command, kind, value, reason):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    sentinel = tmp_path / SENTINEL
+    (tmp_path / "evil.py").write_text(f"open({str(sentinel)!r}, 'w')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("COLLM_SECRET", "hunter2")
+    values = json.loads((run / "config.json").read_text())
+    if kind == "env":
+        values["env"] = {"name": value, "command": f"touch {sentinel}", "args": f"touch {sentinel}"}
+    if kind == "key":
+        values["team"] |= {"models": {"agent_1": "http://127.0.0.1:9/v1"}, "api_key_env": value}
+    (run / "config.json").write_text(value if kind == "text" else json.dumps(values))
+    words = {**PLAYS, **TAKES, **OTHERS}[command](run)
+    if kind == "agent":
+        words[words.index("--agent") + 1] = value
+    before = everything(tmp_path)
+    code = main(words)
+    out, err = capsys.readouterr()
+    assert code in (1, 2)
+    assert reason in err
+    assert err.startswith("collm: ")
+    assert "Traceback" not in err + out
+    assert "\x1b" not in err + out
+    assert [place for place in everything(tmp_path) if "__pycache__" not in place] == before
+    assert "evil" not in sys.modules
+
+
+def test_an_environment_that_is_named_again_is_played(trained, tmp_path, capsys):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    values = json.loads((run / "config.json").read_text())
+    values["env"]["name"] = "collm.envs.agree:Agree"
+    (run / "config.json").write_text(json.dumps(values))
+    assert main(["evaluate", str(run)]) == 2
+    assert main(["evaluate", str(run), "--env.name", "collm.envs.agree:Agree", "--episodes", "1", "--json"]) == 0
+    assert main(["train", "--resume", str(run), "--env.name", "collm.envs.agree:Agree", "--json"]) == 0
+    capsys.readouterr()
+    target = tmp_path / "exported"
+    assert main(["export", str(run), str(target), "--agent", "agent_1"]) == 0  # needs no environment
+    assert (target / WEIGHTS).is_file()
+
+
+def test_tables_show_what_others_wrote(capsys):
+    Screen(width=80).print("[red]\x1b[2J\x9bx[/red] :smile: \u202e")
+    assert capsys.readouterr().out == "[red]?[2J?x[/red] :smile: ?\n"
+
+
+# --- connections and hosts ---------------------------------------------------------------------------------------------------
+
+
+HOSTS = [
+    ("127.0.0.1:8000", 200), ("localhost", 200), ("LOCALHOST:1", 200), ("[::1]:8000", 200), ("127.9.9.9", 200),
+    ("evil.example", 403), ("127.0.0.1.evil.example", 403), ("localhost.evil.example:8000", 403), ("", 403),
+    ("localhost@evil.example", 403), ("10.0.0.1:8000", 403),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tiny) -> int:
+    """A server in a thread of this process; its port."""
+    held = serving.listen("127.0.0.1", 0)
+    ready = threading.Event()
+    app = serving.make_app(tiny, "agent_0", local=True)
+    threading.Thread(target=serving.run, args=(app, held, ready.set), daemon=True).start()
+    assert ready.wait(10)
+    return held.getsockname()[1]
+
+
+@pytest.mark.parametrize(("host", "status"), HOSTS)
+def test_without_a_key_only_names_of_this_machine_are_answered(server, host, status):
+    response = httpx.get(f"http://127.0.0.1:{server}/health", headers={"host": host})
+    assert response.status_code == status
+    assert status == 200 or "127.0.0.1, localhost and [::1]" in response.json()["error"]["message"]
+
+
+def test_two_thousand_half_open_connections_block_nobody(server, monkeypatch):
+    """Each sent part of a head; health and an honest request are answered at once, and all are closed in the end."""
+    monkeypatch.setattr(serving, "HEAD_SECONDS", 3.0)
+    sockets = []
+    for number in range(2000):
+        sockets.append(socket.create_connection(("127.0.0.1", server), timeout=10))
+        if number % 2:
+            sockets[-1].sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nx-y: ")
+    url, waits = f"http://127.0.0.1:{server}", []
+    for _ in range(5):
+        started = time.monotonic()
+        assert httpx.get(f"{url}/health", timeout=10).status_code == 200
+        waits.append(time.monotonic() - started)
+    body = {"model": "agent_0", "messages": [{"role": "user", "content": "Name one colour."}], "max_tokens": 4}
+    assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=20).status_code == 200
+    print("health beside 2,000 half-open connections, seconds:", [round(wait, 3) for wait in waits])
+    assert max(waits) < 2
+    until = time.monotonic() + 20
+    while serving.Guarded.waiting and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not serving.Guarded.waiting
+    for one in sockets:
+        one.close()
