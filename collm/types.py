@@ -11,6 +11,7 @@ One worked example runs through this file: two agents play one turn of `agree`.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -30,6 +31,12 @@ def encodable(text: str) -> str:
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere as a terminal may get it: control characters (escape sequences begin with one), marks that turn the
+    direction of writing and the like become "?"; line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else "?" for c in text)
 
 
 @dataclass(frozen=True, slots=True)

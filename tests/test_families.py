@@ -29,8 +29,9 @@ from collm.models.chat import Chat
 from collm.models.critic import Critic
 from collm.models.policy import Policy, logit_rule
 from collm.models.team import Team
+from collm.runs.directory import read_config
 from collm.runs.log import read_metrics
-from collm.training.trainer import Trainer, read_config
+from collm.training.trainer import Trainer
 from collm.types import Completion, Episode, Group, Message, Request, Sampling, Turn
 
 ALL = pytest.mark.parametrize("family", list(FAMILIES))

@@ -215,10 +215,20 @@ def test_a_silent_and_a_dripping_server_are_cut_off():
         assert len(served) == 1
 
 
-def test_a_flood_is_cut_off(monkeypatch):
-    monkeypatch.setattr("collm.engines.http.LARGEST_ANSWER", 1 << 20)
-    with serve(lambda *_: http(b" " * (1 << 22))) as served:
-        assert "more than 1 MiB" in ask(served.url).error
+def test_a_flood_is_cut_off():
+    """40 MiB for four tokens are not read to their end; what an honest answer may need is."""
+    with serve(lambda *_: http(b" " * (40 << 20))) as served:
+        assert "no answer of rollout.max_tokens tokens needs" in ask(served.url).error
+    with serve(lambda *_: http(b" " * (1 << 20) + completion("red"))) as served:
+        assert ask(served.url).text == "red"
+
+
+def test_what_a_server_writes_cannot_steer_a_terminal():
+    hostile = json.dumps({"error": {"message": "\x1b]0;title\x07\x1b[2J\u202egood\x9b31m"}}).encode()
+    with serve(lambda *_: http(hostile, "400 Bad Request")) as served:
+        error = ask(served.url).error
+    assert "?]0;title??[2J?good?31m" in error
+    assert error.isprintable()
 
 
 def test_the_budget_counts_every_request():

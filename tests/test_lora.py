@@ -35,8 +35,9 @@ from collm.models.loading import resolve
 from collm.models.policy import Policy
 from collm.models.recompute import recompute_layers
 from collm.models.team import Team
+from collm.runs.directory import read_config
 from collm.training.assemble import make_learner
-from collm.training.trainer import make_team, read_config
+from collm.training.trainer import make_team
 from collm.types import Message, Request, Sampling
 
 IDS = torch.tensor([[1, 40, 50, 60, 3, 2]])

@@ -30,12 +30,12 @@ from types import FrameType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from rich.console import Console
 
 from collm.config import ADDED, ALGORITHMS, CRITIC_ONLY, Config, apply_overrides, parse_config
 from collm.errors import ConfigError, RunError
 from collm.reports.curves import draw_grid
 from collm.reports.grid import Cell, Grid, read_grid, read_result
+from collm.reports.screen import Screen
 from collm.reports.tables import REWARD, grid_tables
 from collm.runs.directory import hold, ignored, read_file
 from collm.runs.files import explained, refuse_links, replacing, write_text
@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.folder or Path("runs") / f"compare-{recipe.stem}"
     plan, jobs = read_plan(recipe, folder)
     grid = Grid([job.cell for job in jobs], plan.against or plan.methods[-1], plan.thresholds)
-    console = Console(stderr=True, highlight=False)
+    console = Screen(stderr=True)
     if not arguments.dry_run and folder.is_dir():
         refuse_links(folder)
     for job in jobs:
@@ -155,12 +155,12 @@ def run(arguments: argparse.Namespace) -> int:
     files = [draw_grid(found, task, folder / f"curves-{task}.png") for task in found.tasks]
     tables = grid_tables(found)
     text = io.StringIO()
-    Console(file=text, width=200, highlight=False).print(*tables, sep="\n\n")
+    Screen(file=text, width=200).print(*tables, sep="\n\n")
     write_text(folder / "table.txt", text.getvalue())
     if arguments.json:
         print(json.dumps(plain, allow_nan=False))
     else:
-        Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(*tables, sep="\n\n")
+        Screen(width=None if sys.stdout.isatty() else 200).print(*tables, sep="\n\n")
         for path in (folder / RESULTS, *files):
             console.print(f"wrote {path}", soft_wrap=True)
     if failed:
@@ -228,7 +228,7 @@ def read_plan(recipe: Path, folder: Path) -> tuple[Plan, list[Job]]:
     return plan, jobs
 
 
-def work(waiting: list[Job], processes: int, console: Console, after_each: Callable[[], Any]) -> list[Job]:
+def work(waiting: list[Job], processes: int, console: Screen, after_each: Callable[[], Any]) -> list[Job]:
     """Run the jobs, `processes` at a time, and return those that failed."""
     started, done = time.monotonic(), 0
     failed: list[Job] = []

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
 
 from collm.config import Config, apply_overrides, load_config, parse_config
 from collm.envs.catalogue import make
 from collm.errors import ConfigError, EnvError, RunError
 from collm.reports.intervals import Interval, by_task, interval
+from collm.reports.screen import Screen
 from collm.reports.tables import REWARD, evaluation_table, explain, held_out
-from collm.runs.directory import checkpoints, command, read_settings, usable_cores
+from collm.runs.directory import check_named, checkpoints, command, read_settings, usable_cores
+from collm.runs.files import is_leftover
 
 if TYPE_CHECKING:
     from collm.models.team import Team
     from collm.training.evaluate import Evaluation
 
-CHANGEABLE = ("env.", "evaluation.", "rollout.", "run.threads", "run.device", "run.seed", "team.compute")
+CHANGEABLE = ("env.", "evaluation.", "rollout.", "run.threads", "run.device", "run.seed", "team.compute", "team.api_key_env")
 """Settings (or their beginnings) of a trained run that its evaluation may change."""
 
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     from collm.training.trainer import with_remote
 
     torch.set_num_threads(config.run.threads or usable_cores())
-    with Console(stderr=True).status("playing the held-out tasks"):
+    with Screen(stderr=True).status("playing the held-out tasks"):
         engine = with_remote(make_engine(load_team(config, weights), config.rollout), config)
         result = evaluate(config, engine, episodes=arguments.episodes)
     failed = [episode for episode in result.episodes if episode.failure]
@@ -102,17 +102,22 @@ def show_table(who: str, result: Evaluation, config: Config, max_reward: float |
     failed = [episode for episode in result.episodes if episode.failure]
     if failed:
         notes.append(f"failed and counted in no mean: {len(failed)} episodes; the first: {failed[0].failure}")
-    Console(highlight=False).print(evaluation_table(f"{who}: {tasks}, {sampling}", intervals, notes, max_reward))
+    Screen().print(evaluation_table(f"{who}: {tasks}, {sampling}", intervals, notes, max_reward))
 
 
-def run_config(folder: Path, overrides: Mapping[str, Any]) -> Config:
-    """A run's settings with `{"room.key": value}` on top. Raises RunError or ConfigError."""
+def run_config(folder: Path, overrides: Mapping[str, Any], *, playing: bool = True) -> Config:
+    """A run's settings with `{"room.key": value}` on top. Raises RunError or ConfigError.
+
+    playing: the run's environment and servers are to be used, so those that it brings itself must be named in `overrides`.
+    """
     values = read_settings(folder)
+    if playing:
+        check_named(folder, values, overrides)
     for key in overrides:
         if not key.startswith(CHANGEABLE):
             raise ConfigError(
                 f"{key!r} is no setting that the evaluation of a trained run can change: these are env.*, evaluation.*, "
-                "rollout.*, run.threads, run.device, run.seed and team.compute."
+                "rollout.*, run.threads, run.device, run.seed, team.compute and team.api_key_env."
             )
     apply_overrides(values, overrides)
     return parse_config(values)
@@ -170,7 +175,7 @@ def best_iteration(run: Path, saved: list[Path]) -> int:
 def load_team(config: Config, weights: Path | None, *, only: str | None = None) -> Team:
     """The team of a config, untrained or with weights of a run's `final` or checkpoint folder. Raises RunError.
 
-    only: load this one agent, for a process of its own.
+    only: load this one agent, for a process of its own; neither environment nor data are needed then.
     """
     from safetensors import SafetensorError
 
@@ -180,12 +185,13 @@ def load_team(config: Config, weights: Path | None, *, only: str | None = None) 
 
     run = config.run.model_copy(update={"device": resolve_device(config.run.device)})
     config = config.model_copy(update={"run": run})
-    agents = everyone = trained_agents(config, check_fit(config))
-    if only is not None:
-        if only not in everyone:
+    if only is None:
+        agents = trained_agents(config, check_fit(config))
+    else:
+        agents, everyone = (only,), (only,) if weights is None else saved_agents(weights, shared=config.team.shared)
+        if only in config.team.remote or (everyone and only not in everyone):
             elsewhere = f" (on a server: {', '.join(config.team.remote)})" if config.team.remote else ""
             raise ConfigError(f"there is no agent {only!r} in this run; its agents are {', '.join(everyone)}{elsewhere}.")
-        agents = (only,)
     if weights is None:
         return make_team(config, agents)
     try:
@@ -202,19 +208,34 @@ def load_team(config: Config, weights: Path | None, *, only: str | None = None) 
                     policy.adapter.load(weights / agent)
             return team
         team = make_team(config, agents)
-        load_policies(weights, {_saved_as(config, name, everyone): policy for name, policy in team.members().items()})
+        load_policies(weights, {_saved_as(config, name, weights): policy for name, policy in team.members().items()})
         return team
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(f"{str(weights)!r} cannot be read: {error}. Choose other weights with --checkpoint.") from error
 
 
-def _saved_as(config: Config, agent: str, agents: Sequence[str]) -> str:
+def saved_agents(weights: Path, *, shared: bool = False) -> tuple[str, ...]:
+    """Agents whose weights a run's `final` or checkpoint folder holds. Of agents that share weights a checkpoint names only the
+    first: then the names are those in `final`, and none (they are not known) before there is one."""
+    final = weights if weights.name == "final" else weights.parents[1] / "final"
+    if weights.name == "final" or shared:
+        places = sorted(final.iterdir()) if final.is_dir() else []
+        return tuple(place.name for place in places if place.is_dir() and not is_leftover(place.name))
+    return _policies(weights)
+
+
+def _policies(checkpoint: Path) -> tuple[str, ...]:
+    names = sorted(path.name for path in checkpoint.glob("policy-*.safetensors"))
+    return tuple(name.removeprefix("policy-").removesuffix(".safetensors") for name in names)
+
+
+def _saved_as(config: Config, agent: str, weights: Path) -> str:
     """Under whose name a checkpoint holds an agent's weights: its own, or that of the first who shares them."""
-    if not config.team.shared:
+    team, saved = config.team, _policies(weights)
+    if not team.shared or agent in saved:
         return agent
-    team, lora = config.team, config.team.lora
-    starts = {
-        name: (team.models.get(name, team.model), lora is not None and (lora.agents is None or name in lora.agents))
-        for name in agents
-    }
-    return next(name for name in agents if starts[name] == starts[agent])
+
+    def start(name: str) -> tuple[str, bool]:
+        return team.models.get(name, team.model), team.lora is not None and name in (team.lora.agents or [name])
+
+    return next((name for name in saved if start(name) == start(agent)), agent)

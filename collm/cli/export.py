@@ -78,6 +78,6 @@ def load_agent(source: Path, agent: str, checkpoint: str, *, device: str = "") -
                 f"--checkpoint {checkpoint} is for run directories; {str(source)!r} holds one model. Leave it out."
             )
         return Policy.from_pretrained(str(source), device=resolve_device(device or "auto")), "exported weights"
-    config = run_config(source, {"run.device": device} if device else {})
+    config = run_config(source, {"run.device": device} if device else {}, playing=False)
     weights, what = find_weights(source, checkpoint)
     return load_team(config, weights, only=agent).policies[agent], what

@@ -8,13 +8,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from collm.cli.train import demo_recipe
 from collm.config import load_config
 from collm.errors import ConfigError
 from collm.planning import GIB, Plan, advise, device_memory, plan
+from collm.reports.screen import Screen
 
 UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 1 << 20, "mib": 1 << 20, "mb": 10**6}
 
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         plain |= {"would_fit": None if way_out is None else {"settings": way_out[0], "peak_bytes": round(way_out[1].peak)}}
         print(json.dumps(plain))
         return 0 if fits else 1
-    console = Console(highlight=False)
+    console = Screen()
     console.print(memory_table(found), work_table(found, hours), sep="\n")
     if found.work.note:
         console.print(found.work.note)

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from collm.cli.evaluate import as_record, run_config, show_table
 from collm.config import Config, load_config
 from collm.envs.catalogue import make
 from collm.errors import ConfigError
+from collm.reports.screen import Screen
 
 if TYPE_CHECKING:
     from collm.engines.http import Endpoint
@@ -40,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     engine = HttpEngine(places, read=arguments.timeout, retries=arguments.retries, max_requests=arguments.max_requests)
     try:
-        with Console(stderr=True).status("playing"):
+        with Screen(stderr=True).status("playing"):
             result = evaluate(config, engine, episodes=arguments.episodes, split=arguments.split)
     finally:
         engine.close()
@@ -52,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             record["played"] = [plain(episode) for episode in result.episodes]
         print(json.dumps(record, allow_nan=False))
         return 1 if failed else 0
-    console = Console(highlight=False, markup=False)
+    console = Screen()
     if arguments.show:
         for episode in result.episodes:
             console.print(told(episode))
@@ -73,9 +72,10 @@ def settings(task: str, overrides: Mapping[str, Any]) -> Config:
             raise ConfigError(
                 f"{key!r} means nothing to `collm play`, which takes env.*, rollout.*, evaluation.* and run.seed."
             )
-    if "env.name" in overrides:
+    is_run = (Path(task) / "config.json").is_file()
+    if "env.name" in overrides and not is_run:
         raise ConfigError(f"`collm play` names the task itself: collm play {overrides['env.name']} --agent NAME=URL ...")
-    if (Path(task) / "config.json").is_file():
+    if is_run:
         return run_config(Path(task), overrides)
     if task.endswith(".toml"):
         return load_config(Path(task), overrides)
@@ -130,6 +130,8 @@ def plain(episode: Episode) -> dict[str, Any]:
 
 def told(episode: Episode) -> str:
     """An episode for people; what agents wrote stands behind a mark."""
+    from collm.types import printable
+
     lines = [f"--- {name_of(episode)}"]
     for number, turn in enumerate(episode.turns):
         for agent, answer in turn.completions.items():
@@ -139,4 +141,4 @@ def told(episode: Episode) -> str:
         lines.append(f"turn {number}: reward {turn.raw_reward:g}")
     if episode.failure:
         lines.append(f"failed: {episode.failure}")
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in "\n".join(lines))
+    return printable("\n".join(lines))

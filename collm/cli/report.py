@@ -6,11 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
-
 from collm.reports.builds import choose, draw_builds, picture
 from collm.reports.curves import draw_curves
 from collm.reports.page import write_page
+from collm.reports.screen import Screen
 from collm.reports.tables import compare, comparison_table, runs_table
 from collm.runs.files import refuse_links
 from collm.runs.read import read_run
@@ -19,7 +18,7 @@ from collm.runs.read import read_run
 def run(arguments: argparse.Namespace) -> int:
     folders = {folder.resolve(): folder for folder in arguments.runs}
     comparisons = [compare(read_run(folder)) for folder in folders.values()]
-    console = Console(highlight=False, quiet=arguments.json)
+    console = Screen(quiet=arguments.json)
     if not console.is_terminal:
         console.width = 160
     wide = console.width >= 120
@@ -52,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _name(console: Console, files: list[Path]) -> None:
+def _name(console: Screen, files: list[Path]) -> None:
     """Say where pictures lie, a path a line and never broken."""
     for path in files:
         console.print(f"wrote {path}", soft_wrap=True, markup=False)

@@ -32,10 +32,12 @@ def run(arguments: argparse.Namespace) -> int:
 
         torch.set_num_threads(arguments.threads or usable_cores())
         policy, what = load_agent(arguments.run, agent, arguments.checkpoint, device=arguments.device)
-        app = server.make_app(policy, agent, key=key, max_tokens=arguments.max_tokens, record=arguments.record)
+        loopback = ipaddress.ip_address(held.getsockname()[0]).is_loopback
+        options = {"key": key, "max_tokens": arguments.max_tokens, "record": arguments.record, "local": loopback and not key}
+        app = server.make_app(policy, agent, **options)
         shown, port = held.getsockname()[:2]
         shown = f"[{shown}]" if ":" in shown else shown
-        if not key and not ipaddress.ip_address(held.getsockname()[0]).is_loopback:
+        if not key and not loopback:
             print(
                 f"collm: {shown} can be reached from other machines and asks for no API key: --api-key-env NAME",
                 file=sys.stderr,

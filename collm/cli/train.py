@@ -10,7 +10,7 @@ from pathlib import Path
 from collm.cli.main import settings_text
 from collm.config import load_config
 from collm.errors import ConfigError
-from collm.runs.directory import command
+from collm.runs.directory import check_named, command, read_settings
 from collm.runs.output import complain
 
 
@@ -31,7 +31,12 @@ def run(arguments: argparse.Namespace) -> int:
             )
         from collm.training.trainer import Trainer
 
-        trainer = Trainer.resume(arguments.resume, overrides=arguments.overrides)
+        values, overrides = read_settings(arguments.resume), dict(arguments.overrides)
+        check_named(arguments.resume, values, overrides)
+        for room, key in (("env", "name"), ("team", "api_key_env")):  # naming again what the run has is no change
+            if values.get(room, {}).get(key) == overrides.get(f"{room}.{key}"):
+                overrides.pop(f"{room}.{key}", None)
+        trainer = Trainer.resume(arguments.resume, overrides=overrides)
     else:
         if arguments.recipe is None and arguments.overrides.get("env.name", "str_build") != "str_build":
             raise ConfigError(

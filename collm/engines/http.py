@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from collm.errors import ConfigError, EngineError
-from collm.types import Completion, Ids, Request, encodable
+from collm.types import Completion, Ids, Request, encodable, printable
 
 try:
     import httpx
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 """HTTP answers that may be different the next time."""
-LARGEST_ANSWER = 1 << 26
-"""Bytes of one HTTP answer at most."""
+LEAST_ROOM, TOKEN_ROOM, SENT_ROOM = 1 << 20, 1 << 10, 16
+"""Bytes that one HTTP answer may have: in any case, for each token that it may hold (with its log-prob), and for each byte of
+the request (whose token ids come back)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +152,12 @@ class HttpEngine:
                 f"no server is known for {request.agent}; there is one for {', '.join(self.endpoints) or 'nobody'}"
             )
         body = json.dumps(payload(request, place)).encode()
+        room = LEAST_ROOM + TOKEN_ROOM * request.sampling.max_tokens + SENT_ROOM * len(body)
         jitter = random.Random(request.seed)
         for attempt in range(self.retries + 1):
             wait = self.backoff * 2**attempt * (1 - 0.5 * jitter.random())
             try:
-                status, headers, text = self._post(place, body)
+                status, headers, text = self._post(place, body, room)
             except (httpx.ConnectError, httpx.ConnectTimeout, httpx.NetworkError, httpx.RemoteProtocolError) as error:
                 reason = f"cannot be reached: {_first_line(error)}"
             except httpx.TimeoutException as error:
@@ -179,8 +181,9 @@ class HttpEngine:
         attempts = f" ({self.retries + 1} attempts)" if self.retries else ""
         raise EngineError(f"{place.url} {reason}{attempts}")
 
-    def _post(self, place: Endpoint, body: bytes) -> tuple[int, httpx.Headers, bytes]:
-        """One HTTP request: status, headers, body. A server that only drips is cut off at `read` seconds."""
+    def _post(self, place: Endpoint, body: bytes, room: int) -> tuple[int, httpx.Headers, bytes]:
+        """One HTTP request: status, headers, body of at most `room` bytes. A server that only drips is cut off at `read`
+        seconds."""
         with self._count:
             if self.max_requests is not None and self.sent >= self.max_requests:
                 raise EngineError(f"the budget of {self.max_requests} requests is spent")
@@ -193,8 +196,10 @@ class HttpEngine:
             text = bytearray()
             for chunk in response.iter_bytes():
                 text += chunk
-                if len(text) > LARGEST_ANSWER:
-                    raise EngineError(f"{place.url} answered with more than {LARGEST_ANSWER >> 20} MiB")
+                if len(text) > room:
+                    raise EngineError(
+                        f"{place.url} answered with more than {room} bytes, which no answer of rollout.max_tokens tokens needs"
+                    )
                 if time.monotonic() > late:
                     raise httpx.ReadTimeout("it drips")
             return response.status_code, response.headers, bytes(text)
@@ -277,8 +282,8 @@ def _reason(body: bytes) -> str:
         said = error.get("message", error) if isinstance(error, dict) else error
     except (ValueError, AttributeError, RecursionError):
         said = body[:1000].decode("utf-8", "replace")
-    return " ".join(str(said).split())[:300] or "nothing more"
+    return printable(" ".join(str(said)[:10_000].split())[:300]) or "nothing more"
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()[:300]}".split("\n")[0].rstrip(": ")
+    return printable(f"{type(error).__name__}: {str(error).strip()[:300]}".split("\n")[0].rstrip(": "))

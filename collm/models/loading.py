@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from collm.errors import ConfigError
-from collm.models import tiny
+from collm.models import folders, tiny
 
 transformers_logging.disable_progress_bar()
 
@@ -31,12 +31,29 @@ def is_adapter(source: str | Path) -> bool:
 def load_pretrained(auto_class: Any, source: str, **options: Any) -> Any:
     """`auto_class.from_pretrained(source)`, with an error that names the setting's value and the way out.
 
-    Code that lies beside the weights is never run.
+    Code that lies beside the weights is never run, and weights are safetensors: nothing pickled is loaded. A local folder is
+    checked before anything is built from it; whatever a folder makes the libraries raise is a ConfigError.
     """
+    place, is_model = resolve(source), not issubclass(auto_class, AutoTokenizer)
     try:
-        loaded = auto_class.from_pretrained(resolve(source), trust_remote_code=False, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+        if Path(place).is_dir() and source != "tiny" and not (is_model and is_adapter(place)):
+            (folders.check_weights if is_model else folders.check_tokenizer)(Path(place))
+        if is_model:
+            options |= {"use_safetensors": True, "output_loading_info": True}
+        loaded = auto_class.from_pretrained(place, trust_remote_code=False, **options)
+        if is_model:
+            loaded, about = loaded
+            if not getattr(loaded, "_hf_peft_config_loaded", False):
+                _check_loaded(loaded, about)
+    except BaseException as error:  # the tokenizers library panics with a BaseException of its own
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if len(reason) < 400 else f"{reason[:400]} ..."
+        if isinstance(error, KeyError):
+            reason = f"it lacks {reason}."
         raise ConfigError(
             f"model {source!r} cannot be loaded: {reason} Give a local Hugging Face folder, a hub name that this machine "
             "can reach, or 'tiny'."
@@ -47,3 +64,13 @@ def load_pretrained(auto_class: Any, source: str, **options: Any) -> Any:
             "critic needs a whole model."
         )
     return loaded
+
+
+def _check_loaded(model: Any, about: dict[str, Any]) -> None:
+    """Raises ValueError where weights were missing, and made up instead, or are not finite numbers."""
+    missing = sorted(map(str, about.get("missing_keys") or ()))
+    if missing:
+        raise ValueError(f"its files lack {len(missing)} of its tensors, such as {missing[0]!r}.")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"its tensor {name!r} holds numbers that are not finite.")

@@ -53,6 +53,14 @@ class Policy:
         self.scale, self.softcap = logit_rule(model)
         stops = model.generation_config.eos_token_id if model.generation_config is not None else None
         stops = stops if isinstance(stops, list) else [stops]
+        size = model.get_input_embeddings().num_embeddings
+        beyond = {t: i for t, i in tokenizer.get_vocab().items() if i >= size and i != tokenizer.pad_token_id}
+        if beyond or not all(i is None or (type(i) is int and 0 <= i < size) for i in stops):
+            what = f"token {min(beyond, key=beyond.__getitem__)!r}" if beyond else f"the end mark {stops!r}"
+            raise ConfigError(
+                f"model {str(model.name_or_path)!r} does not fit its tokenizer: {what} lies beyond its {size} embeddings. "
+                "Take both from one place."
+            )
         self.stop_ids = sorted({int(i) for i in [*stops, tokenizer.eos_token_id] if i is not None})
         self.chat = Chat(tokenizer, self.stop_ids)
 

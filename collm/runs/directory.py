@@ -141,6 +141,24 @@ def damage(error: Exception) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
+def check_named(folder: Path, values: Mapping[str, Any], named: Mapping[str, Any]) -> None:
+    """Raises RunError where a run's settings name code or a secret of this machine that the command line (`named`, "room.key"
+    -> value) does not name again: a run folder may come from a stranger."""
+    name = str(values["env"]["name"])
+    if ":" in name and "env.name" not in named:
+        raise RunError(
+            f"run {str(folder)!r} plays the environment {name!r}, which is not built in: it is Python code, and a run folder "
+            f"may come from elsewhere. If you trust it, name it again: --env.name {name}"
+        )
+    team = values.get("team")
+    key = team.get("api_key_env") if isinstance(team, dict) else None
+    if key and named.get("team.api_key_env") != key:
+        raise RunError(
+            f"run {str(folder)!r} sends the API key in the environment variable {key!r} to servers that it names itself. If "
+            f"you trust them, name the variable again: --team.api_key_env {key}"
+        )
+
+
 def episode_files(folder: Path, *, evaluation: bool) -> dict[int, Path]:
     """Iteration -> its file of episodes, in order; whatever else lies there is ignored."""
     places = (folder / "episodes").iterdir() if (folder / "episodes").is_dir() else ()

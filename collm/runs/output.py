@@ -7,6 +7,8 @@ import sys
 from contextlib import suppress
 from typing import Any, TextIO
 
+from collm.types import printable
+
 
 def forgo(stream: TextIO) -> None:
     """Writes nothing more to where a standard stream led: neither now nor when the process ends."""
@@ -43,5 +45,5 @@ class Lasting:
 
 
 def complain(text: str) -> None:
-    """A message on standard error, if that is still there."""
-    print(text, file=Lasting(sys.stderr), flush=True)
+    """A message on standard error, if that is still there; text from elsewhere in it cannot steer the terminal."""
+    print(printable(text), file=Lasting(sys.stderr), flush=True)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import re
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 from collm.engines.local import LocalEngine
 from collm.errors import ConfigError
@@ -26,10 +27,13 @@ from collm.serving.batcher import Batcher
 from collm.serving.wire import Refused
 
 try:
+    import h11
     import uvicorn
     from fastapi import FastAPI, Request, Response
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
+    from starlette.types import ASGIApp, Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as _error:
     raise ConfigError("`collm serve` needs fastapi and uvicorn: pip install 'collm[serve]'.") from _error
 
@@ -37,16 +41,25 @@ LARGEST_BODY = 1 << 22
 """Bytes of a request's body at most."""
 BODY_SECONDS = 30.0
 """How long a client may take to send it."""
-CONNECTIONS = 1024
-"""Connections and requests at a time, beyond which callers are told to come back later."""
+BACKLOG = 1024
+"""Connections that wait to be accepted."""
+LOCAL = re.compile(r"(127(\.\d{1,3}){3}|localhost|\[::1\])(:\d{1,5})?", re.ASCII | re.IGNORECASE)
+"""Host headers that name this machine."""
+HEAD_SECONDS = 10.0
+"""How long a client may take to send a request's head; a connection whose head has not come is closed then."""
+HALF_OPEN = 512
+"""Connections at a time whose request's head has not come; beyond that the oldest is closed."""
 GRACE = 60
 """Seconds in which answers under way are finished after a signal to stop."""
 
 
-def make_app(policy: Policy, agent: str, *, key: str = "", max_tokens: int = 256, record: Path | None = None) -> FastAPI:
+def make_app(
+    policy: Policy, agent: str, *, key: str = "", max_tokens: int = 256, record: Path | None = None, local: bool = False
+) -> FastAPI:
     """The application that serves one agent. key: the API key that is asked for, none if empty. max_tokens: of an answer, where
     the caller names none. record: append one JSON line per completion request: when it began and ended (seconds since 1970),
-    HTTP status, messages read, tokens written."""
+    HTTP status, messages read, tokens written. local: refuse a Host header that does not name this machine, as that of a web
+    page does whose own name was made to point here (DNS rebinding)."""
     engine = LocalEngine(Team({agent: policy}))
     batcher = Batcher(engine, policy)
     vocabulary = policy.model.get_input_embeddings().num_embeddings
@@ -81,6 +94,9 @@ def make_app(policy: Policy, agent: str, *, key: str = "", max_tokens: int = 256
         if asked.stream:
             return Response(wire.events(whole), media_type="text/event-stream")
         return reply(wire.dumps(whole))
+
+    if local:
+        app.add_middleware(LocalHosts)
 
     @app.get("/health")
     async def health() -> Response:
@@ -132,6 +148,21 @@ def refusal(error: Refused) -> Response:
     return reply(error.body(), error.status, headers)
 
 
+class LocalHosts:
+    """Answers only requests whose Host header is a name of this machine, with any port."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        hosts = [value.decode("latin-1") for name, value in scope.get("headers", ()) if name == b"host"]
+        if scope["type"] == "http" and not (len(hosts) == 1 and LOCAL.fullmatch(hosts[0])):
+            reason = "this server answers only to the names 127.0.0.1, localhost and [::1]; for others start it with an API key"
+            await refusal(Refused(403, reason, code="forbidden_host"))(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
 async def read_body(request: Request) -> bytes:
     """The body, up to a size and within a time. Raises Refused."""
     body = bytearray()
@@ -158,12 +189,51 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(address)
-        held.listen(CONNECTIONS)
+        held.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         held.close()
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"--port {port} on {host} cannot be had: {reason}. Choose another, or 0 for any free one.") from error
     return held
+
+
+class Guarded(H11Protocol):
+    """Uvicorn's protocol, with a limit on what it has none for: connections that never send a whole request head.
+
+    Such a connection is closed after HEAD_SECONDS, or when HALF_OPEN younger ones wait as well, so that a caller who only
+    opens connections takes no place from others. How many requests wait is the batcher's to limit.
+    """
+
+    waiting: ClassVar[dict[Guarded, asyncio.TimerHandle]] = {}
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """Called whenever something came: a request's head is awaited while its sender's state is IDLE."""
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            self._unwatch()
+        elif self not in self.waiting:
+            if len(self.waiting) >= HALF_OPEN:
+                next(iter(self.waiting))._close()
+            self.waiting[self] = self.loop.call_later(HEAD_SECONDS, self._close)
+
+    def _unwatch(self) -> None:
+        if timer := self.waiting.pop(self, None):
+            timer.cancel()
+
+    def _close(self) -> None:
+        self._unwatch()
+        self.transport.abort()
 
 
 class _Server(uvicorn.Server):
@@ -202,12 +272,11 @@ def run(app: FastAPI, held: socket.socket, ready: Callable[[], None]) -> None:
         app,
         log_level="warning",
         access_log=False,
-        limit_concurrency=CONNECTIONS,
-        backlog=CONNECTIONS,
+        backlog=BACKLOG,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=GRACE,
         server_header=False,
-        http="h11",
+        http=Guarded,
         ws="none",
         loop="asyncio",
     )

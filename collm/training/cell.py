@@ -14,8 +14,8 @@ import torch
 
 from collm.config import Config, parse_resolved
 from collm.engines.catalogue import make_engine
-from collm.errors import CollmError
-from collm.runs.directory import begin, lock
+from collm.errors import CollmError, RunError
+from collm.runs.directory import begin, lock, read_config
 from collm.runs.files import explained
 from collm.runs.log import RunLog
 from collm.runs.output import complain
@@ -42,6 +42,12 @@ def main(arguments: Sequence[str]) -> int:
 def train(config: Config, folder: Path) -> None:
     """Begin a run, or continue it where it stopped."""
     if (folder / "config.json").is_file():
+        found = read_config(folder)
+        if (found.env.name, found.team.api_key_env) != (config.env.name, config.team.api_key_env):
+            raise RunError(
+                f"run {str(folder)!r} is of the environment {found.env.name!r} (or of other servers), not of the recipe's "
+                f"{config.env.name!r}. Give the comparison another --folder."
+            )
         Trainer.resume(folder, quiet=True).run()
         return
     Trainer(config, quiet=True).run()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from collm.runs.output import Lasting
+from collm.types import printable
 
 SHOWN = (("reward", "reward/raw"), ("return", "reward/return"), ("held-out", "evaluation/reward"))
 
@@ -39,7 +40,7 @@ class Display:
     def say(self, text: str) -> None:
         """A line that stays."""
         if not self.quiet:
-            (self.bar.console if self.bar else self.console).print(text, markup=False)
+            (self.bar.console if self.bar else self.console).print(printable(text), markup=False)
 
     def update(self, done: int, record: Mapping[str, Any]) -> None:
         """Show the numbers of the iteration just done and the time left."""
