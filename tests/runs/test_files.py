@@ -27,6 +27,21 @@ def config(folder: Path) -> Any:
     return parse_config({"env": {"name": "agree"}, "run": {"folder": str(folder), "name": "run"}})
 
 
+def test_lines_are_added_never_through_a_link_and_without_waiting(tmp_path: Path) -> None:
+    files.append(tmp_path / "a", "one\n")
+    files.append(tmp_path / "a", "two \ud83d\n")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "one\ntwo \ufffd\n"
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    with pytest.raises(SaveError, match="it is a symbolic link; name the file itself"):
+        files.append(tmp_path / "link", "three\n")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SaveError, match="cannot write"):
+        files.append(tmp_path / "pipe", "x")
+    for place in (tmp_path / "a" / "below", tmp_path / ("x" * 300), tmp_path):
+        with pytest.raises(SaveError, match="choose another name or folder"):
+            files.append(place, "x")
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
 def test_files_and_folders_have_the_permissions_that_the_umask_gives(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
