@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import stat
@@ -317,6 +318,11 @@ def test_odd_file_names_in_a_run_are_ignored(begun: Path) -> None:
         ({"iteration": 0, "joint_actions": 0, "best": None, "pending": None}, r"state\.json is damaged"),
         ({"format": 1, "iteration": "3", "joint_actions": 0, "best": None, "pending": None}, r"state\.json is damaged"),
         ({"format": 1, "iteration": 3, "joint_actions": 0, "best": None, "pending": [1]}, r"state\.json is damaged"),
+        (
+            {"format": 1, "iteration": math.nan, "joint_actions": 0, "best": None, "pending": None},
+            r"state\.json is damaged",
+        ),
+        ({"format": 1, "iteration": -1, "joint_actions": 0, "best": None, "pending": None}, r"state\.json is damaged"),
         ([], r"state\.json is damaged"),
     ],
 )
