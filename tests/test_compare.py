@@ -177,6 +177,57 @@ def test_a_bad_recipe_is_refused_before_anything_starts(
     assert "Traceback" not in capsys.readouterr().err
 
 
+DAMAGES = {
+    "a row of words": (
+        '"curve": [[0, "x"]]',
+        "as a comparison's results: 'curve.0.1': input should be a valid number",
+    ),
+    "an empty curve": ('"curve": []', "'curve': list should have at least 1 item"),
+    "NaN": ('"curve": [[0, NaN]]', "it holds NaN, which is not a number"),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_damaged_results_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    found, message = DAMAGES[damage]
+    recipe, folder = write(tmp_path), tmp_path / "out"
+    cell = read_plan(recipe, folder)[1][0].cell
+    folder.mkdir()
+    row = json.dumps({"task": cell.task, "method": cell.method, "learning_rate": None, "seed": 0, "settings": cell.settings})
+    (folder / "results.json").write_text(
+        f'{{"runs": [{row[:-1]}, {found}, "final": {{"reward": 1.0}}, "tokens_per_episode": 1.0, "joint_actions": 0,'
+        ' "seconds": 0.0, "failed_episodes": 0, "judged": "", "explained_variance": {}, "yardstick": {}}]}'
+    )
+    assert main(["compare", str(recipe), "--folder", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_damaged_settings_of_a_run_and_links_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, folder = write(tmp_path), tmp_path / "out"
+    settings = folder / "two" / "parallel-seed0.json"
+    settings.parent.mkdir(parents=True)
+    for content in ("{", "[]", '{"run": 3}', "[" * 100_000):
+        settings.write_text(content)
+        assert main(["compare", str(recipe), "--folder", str(folder)]) == 2
+        assert "parallel-seed0.json' cannot be read" in capsys.readouterr().err
+    settings.unlink()
+    precious = tmp_path / "precious"
+    precious.write_text("keep me")
+    (folder / "two" / "parallel-seed0.log").symlink_to(precious)
+    assert main(["compare", str(recipe), "--folder", str(folder)]) == 2
+    assert "is a symbolic link" in capsys.readouterr().err
+    assert precious.read_text() == "keep me"
+
+
+@pytest.mark.parametrize("name", ["../two", "a/b", "", "two three"])
+def test_a_task_that_cannot_name_a_folder_is_refused(tmp_path: Path, name: str) -> None:
+    recipe = write(tmp_path, RECIPE.replace("[tasks.two]", f'[tasks."{name}"]').replace("two = 0.9", ""))
+    with pytest.raises(ConfigError, match="cannot name a folder"):
+        read_plan(recipe, tmp_path / "out")
+
+
 def test_some_runs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", str(write(tmp_path)), "--folder", str(tmp_path / "out"), "--dry-run", "--only"]
     assert main([*words, "two/magrpo-*"]) == 0

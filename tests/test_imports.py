@@ -29,7 +29,7 @@ MAY = {
     "training": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "learning", "runs"},
     "runs": RECORDS | {"learning", "models"},
     "reports": {"types", "errors", "runs"},
-    "serving": {"types", "errors", "config", "algorithms", "models", "engines"},
+    "serving": {"types", "errors", "config", "algorithms", "models", "engines", "runs"},
     "cluster": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "training"},
     "planning": {"config", "errors", "envs"},
     "cli": {

@@ -10,6 +10,7 @@ import sys
 from collm.cli.export import load_agent
 from collm.errors import ConfigError
 from collm.runs.directory import usable_cores
+from collm.runs.files import append
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -25,6 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
         key = os.environ.get(arguments.api_key_env, "")
         if not key:
             raise ConfigError(f"the environment variable {arguments.api_key_env!r}, which should hold the API key, is not set.")
+    if arguments.record is not None:
+        append(arguments.record, "")  # what cannot be written is known at once
     from collm.serving import server
 
     with server.listen(host, port) as held:  # before a model is loaded: a taken port is known at once

@@ -92,7 +92,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         found = state["format"]
-        _ = state["iteration"] + 0, state["joint_actions"] + 0, {} | (state["pending"] or {})
+        if any(type(state[name]) is not int or state[name] < 0 for name in ("iteration", "joint_actions")):
+            raise ValueError("iteration or joint_actions is not a count")
+        _ = {} | (state["pending"] or {})
         _ = None if state["best"] is None else (state["best"][0] + 0.0, state["best"][1] + 0)
     except _DAMAGE as error:
         raise RunError(

@@ -35,6 +35,8 @@ def _way_out(error: OSError) -> str:
         return "make room and start again; a run continues with `collm train --resume RUN`."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "mend the folder's permissions, or choose a folder that can be written, and start again."
+    if error.errno == errno.ELOOP:
+        return "it is a symbolic link; name the file itself."
     if error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
         return "choose another name or folder."
     return "mend this and start again; a run continues with `collm train --resume RUN`."
@@ -75,6 +77,17 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a small file. Raises SaveError."""
     with replacing(path) as aside:
         aside.write_text(encodable(text), encoding="utf-8", newline="\n")
+
+
+def append(path: Path, text: str) -> None:
+    """Adds text to the end of a file at once; never through a link, and without waiting for the reader of a pipe. Raises
+    SaveError."""
+    with explained(path):
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        try:
+            os.write(handle, encodable(text).encode())
+        finally:
+            os.close(handle)
 
 
 def sweep(folder: Path) -> None:

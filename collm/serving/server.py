@@ -19,9 +19,11 @@ from types import FrameType
 from typing import Any, ClassVar
 
 from collm.engines.local import LocalEngine
-from collm.errors import ConfigError
+from collm.errors import ConfigError, SaveError
 from collm.models.policy import Policy
 from collm.models.team import Team
+from collm.runs.files import append
+from collm.runs.output import complain
 from collm.serving import wire
 from collm.serving.batcher import Batcher
 from collm.serving.wire import Refused
@@ -121,8 +123,10 @@ def make_app(
         finally:
             if record is not None:
                 status = 500 if response is None else response.status_code
-                with record.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps({**noted, "ended": time.time(), "status": status}) + "\n")
+                try:
+                    append(record, json.dumps({**noted, "ended": time.time(), "status": status}) + "\n")
+                except SaveError as error:  # the answer is sent all the same
+                    complain(f"collm: {error}")
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:

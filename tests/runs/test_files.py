@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import stat
@@ -25,6 +26,21 @@ from collm.types import encodable
 
 def config(folder: Path) -> Any:
     return parse_config({"env": {"name": "agree"}, "run": {"folder": str(folder), "name": "run"}})
+
+
+def test_lines_are_added_never_through_a_link_and_without_waiting(tmp_path: Path) -> None:
+    files.append(tmp_path / "a", "one\n")
+    files.append(tmp_path / "a", "two \ud83d\n")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "one\ntwo \ufffd\n"
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    with pytest.raises(SaveError, match="it is a symbolic link; name the file itself"):
+        files.append(tmp_path / "link", "three\n")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SaveError, match="cannot write"):
+        files.append(tmp_path / "pipe", "x")
+    for place in (tmp_path / "a" / "below", tmp_path / ("x" * 300), tmp_path):
+        with pytest.raises(SaveError, match="choose another name or folder"):
+            files.append(place, "x")
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
@@ -302,6 +318,11 @@ def test_odd_file_names_in_a_run_are_ignored(begun: Path) -> None:
         ({"iteration": 0, "joint_actions": 0, "best": None, "pending": None}, r"state\.json is damaged"),
         ({"format": 1, "iteration": "3", "joint_actions": 0, "best": None, "pending": None}, r"state\.json is damaged"),
         ({"format": 1, "iteration": 3, "joint_actions": 0, "best": None, "pending": [1]}, r"state\.json is damaged"),
+        (
+            {"format": 1, "iteration": math.nan, "joint_actions": 0, "best": None, "pending": None},
+            r"state\.json is damaged",
+        ),
+        ({"format": 1, "iteration": -1, "joint_actions": 0, "best": None, "pending": None}, r"state\.json is damaged"),
         ([], r"state\.json is damaged"),
     ],
 )
