@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import random
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
-from collm.config import load_config
+from collm.config import load_config, parse_config
+from collm.errors import ConfigError, RunError
+from collm.runs import directory
 from collm.training import trainer as trainer_module
 from collm.training.trainer import Interrupted, Trainer
 
@@ -126,6 +132,69 @@ def test_stopped_in_an_evaluation_it_is_evaluated_once_more(tmp_path: Path, monk
     monkeypatch.undo()
     Trainer.resume(part.folder, quiet=True).run()
     assert outcome(part.folder) == outcome(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hangs_up", [True, False])
+def test_a_run_outlives_its_terminal(tmp_path: Path, hangs_up: bool) -> None:
+    """A closed terminal sends SIGHUP, which saves; a run that it was not sent to trains on, whether or not anybody reads."""
+    ours, theirs = pty.openpty()
+
+    def own_session() -> None:
+        os.setsid()
+        if hangs_up:
+            fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "collm.cli.main", *start(tmp_path, "run", 12)],
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        preexec_fn=own_session,
+        pass_fds=(theirs,),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    os.close(theirs)
+    os.set_blocking(ours, False)
+    run = tmp_path / "run"
+    while num_lines(run) < 3:
+        assert process.poll() is None
+        with suppress(BlockingIOError):
+            os.read(ours, 1 << 16)
+        time.sleep(0.01)
+    os.close(ours)
+    assert process.wait(timeout=300) == (128 + signal.SIGHUP if hangs_up else 0)
+    assert (run / "final").is_dir() != hangs_up
+    if hangs_up:
+        finish(run)
+    assert num_lines(run) == 13
+
+
+def test_settings_that_a_run_is_resumed_with_are_kept_only_where_they_fit(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(iterations=2))
+    folder = Trainer(load_config(recipe, overrides={"run.folder": str(tmp_path), "run.name": "run"}), quiet=True).run()
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"run\.iterations=1, but 2 iterations are done"):
+        Trainer.resume(folder, overrides={"run.iterations": 1}, quiet=True).run()
+    with directory.lock(folder), pytest.raises(RunError, match="being trained by another process"):
+        Trainer.resume(folder, overrides={"run.iterations": 3}, quiet=True).run()
+    with pytest.raises(ConfigError, match=r"'learner\.lr' cannot change when a run is resumed: these can: run\.iterations"):
+        Trainer.resume(folder, overrides={"learner.lr": 1.0}, quiet=True)
+    assert (folder / "config.json").read_bytes() == before
+    Trainer.resume(folder, overrides={"run.iterations": 3}, quiet=True).run()
+    assert num_lines(folder) == 4
+    assert directory.read_config(folder).run.iterations == 3
+
+
+def test_what_is_wrong_with_the_held_out_tasks_is_said_before_the_run_begins(tmp_path: Path) -> None:
+    values = {
+        "env": {"name": "str_build", "strings": ["IT"]},
+        "evaluation": {"every": 1},
+        "run": {"folder": str(tmp_path), "name": "run"},
+    }
+    with pytest.raises(ConfigError, match="no word is held out"):
+        Trainer(parse_config(values), quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

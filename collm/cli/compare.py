@@ -13,6 +13,8 @@ import hashlib
 import io
 import itertools
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,8 +37,8 @@ from collm.reports.curves import draw_grid
 from collm.reports.grid import Cell, Grid, read_grid, read_result
 from collm.reports.screen import Screen
 from collm.reports.tables import REWARD, grid_tables
-from collm.runs.directory import hold, ignored
-from collm.runs.files import explained, replacing, write_text
+from collm.runs.directory import hold, ignored, read_file
+from collm.runs.files import explained, refuse_links, replacing, write_text
 
 UNTRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "raw": ("one untrained agent alone", {"env.agents": 1, "rollout.protocol": "single"}),
@@ -88,7 +90,15 @@ class Job:
 
     def check_unchanged(self) -> None:
         """Raises RunError where the cell was begun with other settings: numbers of two recipes never mix."""
-        if self.settings.is_file() and _digest(json.loads(self.settings.read_bytes()), self.trained) != self.cell.settings:
+        if not os.path.lexists(self.settings):
+            return
+        try:
+            digest = _digest(json.loads(read_file(self.settings)), self.trained)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RunError(
+                f"{str(self.settings)!r} cannot be read: {error!r}. Remove it and {str(self.cell.folder)!r} to run it anew."
+            ) from error
+        if digest != self.cell.settings:
             raise RunError(
                 f"{self.cell.folder} was begun with other settings than the recipe now has. Choose another --folder, or remove "
                 f"it, {self.settings.name} and {RESULTS} to run it anew."
@@ -114,6 +124,8 @@ def run(arguments: argparse.Namespace) -> int:
     plan, jobs = read_plan(recipe, folder)
     grid = Grid([job.cell for job in jobs], plan.against or plan.methods[-1], plan.thresholds)
     console = Screen(stderr=True)
+    if not arguments.dry_run and folder.is_dir():
+        refuse_links(folder)
     for job in jobs:
         job.check_unchanged()
     by_seed = sorted(jobs, key=lambda job: plan.seeds.index(job.cell.seed))  # stopped early, all have the same seeds
@@ -169,7 +181,7 @@ def _write(grid: Grid, folder: Path) -> dict[str, Any]:
 
 
 def _failure(failed: list[Job], waiting: list[Job]) -> RunError:
-    last = Path(f"{failed[0].cell.folder}.log").read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
+    last = read_file(Path(f"{failed[0].cell.folder}.log")).decode(errors="replace").strip().split("\n")[-1]
     return RunError(
         f"{len(failed)} of {len(waiting)} runs failed and are missing from the results, the first with: {last} Start again to "
         "try them once more: finished runs are kept."
@@ -195,6 +207,9 @@ def read_plan(recipe: Path, folder: Path) -> tuple[Plan, list[Job]]:
     tasks, methods = values.get("tasks") or {}, values.get("methods") or {}
     if not tasks:
         raise ConfigError(f"{recipe} names no task: write [tasks.NAME] with recipe = '...' or env = {{name = '...'}}.")
+    for name in tasks:
+        if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ConfigError(f"{recipe}: [tasks.{name!r}] cannot name a folder. Use letters, digits, '.', '_' and '-'.")
     for kind, named, known in (
         ("against", [plan.against or plan.methods[-1]], plan.methods),
         ("thresholds", plan.thresholds, tasks),

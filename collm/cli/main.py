@@ -7,6 +7,8 @@ full disk or numbers that are no longer numbers); anything with a traceback is a
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +16,15 @@ from typing import Any
 
 from collm.config import describe, parse_value
 from collm.errors import CollmError, ConfigError
+from collm.runs.output import complain, forgo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path or a text that the terminal's encoding lacks is shown escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         words, overrides = split_overrides(arguments)
         known = parser.parse_args(words)
@@ -28,18 +34,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if overrides and not known.takes_settings:
             raise ConfigError(f"`collm {known.command}` takes no settings, but was given --{next(iter(overrides))}.")
         known.overrides = overrides
-        return int(known.call(known) or 0)
+        code = int(known.call(known) or 0)
+        sys.stdout.flush()
+        return code
     except CollmError as error:
-        from collm.types import printable
-
-        print(f"collm: {printable(str(error))}", file=sys.stderr)
+        complain(f"collm: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("collm: stopped at once; the last checkpoint is intact.", file=sys.stderr)
+        complain("collm: stopped at once; the last checkpoint is intact.")
         return 130
     except BrokenPipeError:
-        sys.stderr.close()
+        forgo(sys.stdout)
         return 141
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EBADF):
+            raise
+        forgo(sys.stdout)
+        complain(f"collm: the output could not be written: {error.strerror}; files that were saved are whole.")
+        return 1
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from importlib import resources
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from collm.cli.main import settings_text
 from collm.config import load_config
 from collm.errors import ConfigError
 from collm.runs.directory import check_named, command, read_settings
+from collm.runs.output import complain
 
 
 def demo_recipe() -> Path:
@@ -53,14 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         folder = trainer.run()
     except Interrupted as interrupted:
-        print(
+        complain(
             f"collm: {interrupted}; saved after {trainer.iteration} iterations. "
-            f"Continue with: {command('collm', 'train', '--resume', trainer.folder)}",
-            file=sys.stderr,
+            f"Continue with: {command('collm', 'train', '--resume', trainer.folder)}"
         )
         return 128 + interrupted.signum
     if arguments.json:
-        from collm.runs.log import read_metrics
+        from collm.runs.read import read_metrics
 
         print(json.dumps({"run": str(folder), **read_metrics(folder / "metrics.jsonl")[-1]}))
     else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -90,7 +91,7 @@ class Gallery:
 def read_build(episode: Record) -> Build | None:
     """The build that an episode's record ends with; None where its world is not a wall of pixels."""
     found = _STATE.fullmatch(episode["state"])
-    if found is None:
+    if found is None or not episode["turns"] or episode["score"] is None:
         return None
     target, blocks = (tuple(text.split("\n")) for text in found.groups()[1:])
     if [len(row) for row in target] != [len(row) for row in blocks]:
@@ -161,6 +162,7 @@ def _legend(build: Build) -> Text:
     return legend
 
 
+@rc_context({"text.parse_math": False})  # a name may hold $
 def draw_builds(gallery: Gallery, title: str, path: Path) -> Path:
     """The gallery as a PNG: a column a word, before above after. Raises SaveError."""
     columns = [len(build.target[0]) for build in gallery.after]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ Curves = dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
 """Turn -> joint actions and a share of variance at each."""
 
 
+@rc_context({"text.parse_math": False})  # a name may hold $
 def draw_curves(runs: Sequence[Run], path: Path) -> Path:
     """Raw reward in training and on held-out tasks against joint actions; below, explained variance by turn, per run, dotted
     what a regression on the world's own numbers explains.
@@ -157,6 +158,7 @@ def _dress(axes: Axes, title: str, quantity: str) -> None:
     axes.legend(frameon=False, fontsize=8, ncols=2 if len(axes.get_lines()) > 6 else 1)
 
 
+@rc_context({"text.parse_math": False})  # a name may hold $
 def draw_grid(comparison: Comparison, task: str, path: Path) -> Path:
     """Held-out reward of every method against joint actions: mean over seeds, each seed thin behind it. Raises SaveError.
 

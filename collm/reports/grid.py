@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Len
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from collm.errors import RunError
 from collm.reports.curves import (
@@ -23,10 +26,31 @@ from collm.reports.curves import (
 )
 from collm.reports.intervals import Interval, interval, student
 from collm.reports.tables import REWARD, scores
+from collm.runs.directory import damage
 from collm.runs.read import Run, read_episodes, read_evaluation, read_run
 
 SEEDS = 3
 """With fewer seeds there is no interval over seeds."""
+
+
+Curve = Annotated[list[Annotated[list[float], Len(2, 2)]], Len(1)]
+
+
+class _Written(TypedDict):
+    """A run in results.json."""
+
+    curve: Curve
+    final: dict[str, float | None]
+    tokens_per_episode: float
+    joint_actions: int
+    seconds: float
+    failed_episodes: int
+    judged: str
+    explained_variance: dict[str, float]
+    yardstick: dict[str, float]
+
+
+_WRITTEN: TypeAdapter[Any] = TypeAdapter(_Written)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +131,8 @@ class Result:
 
     @classmethod
     def from_plain(cls, cell: Cell, plain: Mapping[str, Any]) -> Result:
-        """The inverse of `plain`, exactly."""
+        """The inverse of `plain`, exactly. Raises ValueError where `plain` is of another kind."""
+        _WRITTEN.validate_python(plain, strict=True)
         at, rewards = zip(*plain["curve"], strict=True)
         return cls(
             cell,
@@ -281,7 +306,7 @@ def read_grid(grid: Grid, written: Path | None = None) -> Comparison:
             try:
                 results[name] = Result.from_plain(cell, run)
             except (KeyError, TypeError, ValueError) as error:
-                raise _unreadable(written, error) from error
+                raise _unreadable(written, damage(error)) from error
         elif cell is None or not _finished(cell):
             why = "is not in the recipe" if cell is None else "was made with other settings than the recipe now has"
             task, method, rate, seed = name
@@ -303,14 +328,18 @@ def _read_written(path: Path) -> dict[tuple[str, str, float | None, int], dict[s
     if not path.is_file():
         return {}
     try:
-        runs = json.loads(path.read_bytes())["runs"]
+        runs = json.loads(path.read_bytes(), parse_constant=_refuse)["runs"]
         return {(run["task"], run["method"], run["learning_rate"], run["seed"]): run for run in runs}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path, error) from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _unreadable(path, repr(error)) from error
 
 
-def _unreadable(path: Path | None, error: Exception) -> RunError:
-    return RunError(f"{path} cannot be read as a comparison's results: {error!r}. Remove it to go on from the run folders.")
+def _refuse(text: str) -> Any:
+    raise ValueError(f"it holds {text}, which is not a number")
+
+
+def _unreadable(path: Path | None, error: str) -> RunError:
+    return RunError(f"{path} cannot be read as a comparison's results: {error}. Remove it to go on from the run folders.")
 
 
 def read_result(cell: Cell) -> Result:
@@ -323,7 +352,7 @@ def read_result(cell: Cell) -> Result:
     episodes = read_evaluation(evaluations[max(evaluations)])
     failed = sum(len(read_episodes(path)) - len(read_evaluation(path)) for path in evaluations.values())
     final = {name: float(np.mean(list(tasks.values()))) for name, tasks in scores(episodes).items()}
-    tokens = float(np.mean([episode["tokens"] for episode in episodes]))
+    tokens = float(np.mean([episode.get("tokens", 0) for episode in episodes]))
     cost, spread = run.cost(), spread_by_turn(run)
     return Result(
         cell,

@@ -36,7 +36,7 @@ def write_page(runs: Sequence[Run], path: Path) -> Path:
 def page_data(runs: Sequence[Run]) -> Record:
     """Everything the page shows, as plain values."""
     names = run_names(runs)
-    settings = [flat(run.config) for run in runs]
+    settings = [flat(json.loads(json.dumps(run.config), parse_constant=str)) for run in runs]
     keys = list(dict.fromkeys(key for values in settings for key in values))
     differing = [key for key in keys if len({json.dumps(values.get(key)) for values in settings}) > 1]
     digits = zip("0123456789abcdef", BLOCKS.items(), strict=True)

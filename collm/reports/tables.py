@@ -15,6 +15,7 @@ from rich.text import Text
 
 from collm.errors import RunError
 from collm.reports.intervals import Interval, by_task, interval
+from collm.runs.directory import command
 from collm.runs.read import Record, Run, read_evaluation
 
 if TYPE_CHECKING:
@@ -92,9 +93,10 @@ def compare(run: Run) -> Comparison:
     evaluations = run.evaluations()
     if len(evaluations) < 2:
         have = f"only one, after {next(iter(evaluations))} iterations" if evaluations else "none"
+        resume = command("collm", "train", "--resume", run.folder)
         raise RunError(
             f"run {str(run.folder)!r} needs two held-out evaluations to compare and has {have}. Let it train on "
-            f"(collm train --resume {run.folder}); a run with evaluation.every=0 makes none: see `collm evaluate`."
+            f"({resume}); a run with evaluation.every=0 makes none: see `collm evaluate`."
         )
     first, last = min(evaluations), max(evaluations)
     before, after = read_evaluation(evaluations[first]), read_evaluation(evaluations[last])

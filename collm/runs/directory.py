@@ -9,15 +9,19 @@ import os
 import re
 import shlex
 import signal
-import sys
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from collm.config import Config, parse_resolved
 from collm.errors import RunError
 from collm.runs.files import explained, is_leftover, refuse_links, sweep, write_text
+from collm.runs.output import complain
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -25,6 +29,31 @@ EMPTY = frozenset({"lock", CHECKPOINTS})
 """What may lie in a folder in which no run has begun yet: a start that was killed leaves these."""
 _EPISODES = re.compile("([0-9]{6,})(-evaluation)?[.]jsonl")
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+
+
+class _Run(TypedDict):
+    iterations: int
+    seed: NotRequired[int]
+
+
+class _Env(TypedDict):
+    name: str
+
+
+class _Algorithm(TypedDict):
+    name: str
+    group_size: NotRequired[int]
+
+
+class _Settings(TypedDict):
+    """What every reader of a run needs of its settings."""
+
+    run: _Run
+    env: _Env
+    algorithm: _Algorithm
+
+
+_SETTINGS: TypeAdapter[Any] = TypeAdapter(_Settings)
 
 
 def usable_cores() -> int:
@@ -78,19 +107,38 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise RunError(f"{str(folder)!r} is not a run directory: it is not a folder.")
     path = folder / CONFIG
-    try:
-        values = json.loads(path.read_bytes())
-        _ = int(values["run"]["iterations"]), values["env"]["name"] + "", values["algorithm"]["name"] + ""
-    except FileNotFoundError as error:
+    if not os.path.lexists(path):
         raise RunError(
             f"{str(folder)!r} is not a run directory: it holds no {CONFIG}, so no run has begun there. Start one with "
             "`collm train RECIPE`."
-        ) from error
+        )
+    content = read_file(path)
+    try:
+        values = json.loads(content)
+        _SETTINGS.validate_python(values, strict=True)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{str(path)!r} cannot be read: {damage(error)}. Restore it, or train the run anew.") from error
+    return dict(values)
+
+
+def read_file(path: Path) -> bytes:
+    """A file of a run, of ordinary kind: a pipe would never end. Raises RunError."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise RunError(f"{str(path)!r} cannot be read: it is not a file.")
+        return path.read_bytes()
     except OSError as error:
         raise RunError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise RunError(f"{str(path)!r} cannot be read: {error!r}. Restore it, or train the run anew.") from error
-    return values
+
+
+def damage(error: Exception) -> str:
+    """What is wrong with a file's content, in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        said = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        return f"it lacks {place!r}" if first["type"] == "missing" else f"{place!r}: {said}" if place else said
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def check_named(folder: Path, values: Mapping[str, Any], named: Mapping[str, Any]) -> None:
@@ -152,15 +200,14 @@ def hold(handle: int, what: str, *, wait: bool = False) -> None:
             raise RunError(f"run {what!r} is being trained by another process; wait for it or stop it.") from error
         if error.errno not in NO_LOCKS:
             raise RunError(f"run {what!r} cannot be locked: {error.strerror}.") from error
-        print(
-            f"collm: the file system of {what!r} has no locks ({error.strerror}); make sure that no other process works there.",
-            file=sys.stderr,
+        complain(
+            f"collm: the file system of {what!r} has no locks ({error.strerror}); make sure that no other process works there."
         )
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """One process per run directory; the lock ends with the process. A file system without locks is warned of and used anyway."""
+    """One process per run directory; the lock ends with it. A file system without locks is warned of and used anyway."""
     refuse_links(folder)
     with explained(folder / "lock"):
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

@@ -1,7 +1,8 @@
-"""The one writer of files: aside, flushed, renamed. A reader finds the old file or the new one, whole, whenever the writer died.
+"""The one writer of files: aside, flushed, renamed. A reader finds the old file or the new one, whole, whenever the writer
+died.
 
-What a killed writer leaves begins with `.saving-` or `.removing-`; `sweep` removes it, and every reader ignores it. Files have the
-permissions that the umask gives. Nothing is written or removed through a symbolic link inside a run directory.
+What a killed writer leaves begins with `.saving-` or `.removing-`; `sweep` removes it, and every reader ignores it. Files have
+the permissions that the umask gives. Nothing is written or removed through a symbolic link inside a run directory.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _way_out(error: OSError) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write a file or a folder to; on success it takes the place of `path`, on failure it is gone.
+    """Gives a path beside `path` to write a file or a folder to; on success it replaces `path`, on failure it is gone.
 
     Raises SaveError where the disk or the permissions do not allow it.
     """
@@ -56,7 +57,11 @@ def replacing(path: Path) -> Iterator[Path]:
                 doomed = path.with_name(f"{REMOVING}{path.name}")
                 remove(doomed)
                 os.rename(path, doomed)
-                os.rename(aside, path)
+                try:
+                    os.rename(aside, path)
+                except OSError:
+                    os.rename(doomed, path)
+                    raise
                 remove(doomed)
             else:
                 os.replace(aside, path)

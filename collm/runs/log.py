@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from collm.runs.directory import episode_files
 from collm.runs.files import explained, remove, write_text
-from collm.runs.read import read_lines
+from collm.runs.read import read_metrics
 from collm.types import Annotation, Completion, Episode, encodable
 
 if TYPE_CHECKING:  # figures are drawn without torch
@@ -114,13 +114,6 @@ def describe(episodes: list[Episode]) -> dict[str, Any]:
     return record
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; a last line that was cut off by a crash is left out. Raises RunError for any other damage."""
-    if not path.exists():
-        return []
-    return read_lines(path, ("iteration",))
-
-
 class RunLog:
     """Writes a run directory. What lies past `resumed_at` iterations is dropped, since it will be written again; while that
     iteration is `pending`, so are its line and its evaluation, but not the episodes it was trained on."""
@@ -129,7 +122,8 @@ class RunLog:
         self.folder = folder
         self.path = folder / "metrics.jsonl"
         completed = resumed_at - pending
-        kept = [record for record in read_metrics(self.path) if record["iteration"] <= completed]
+        begun = os.path.lexists(self.path)
+        kept = [record for record in read_metrics(self.path) if record["iteration"] <= completed] if begun else []
         write_text(self.path, "".join(_line(record) for record in kept))
         with explained(folder / "episodes"):
             (folder / "episodes").mkdir(exist_ok=True)

@@ -7,17 +7,37 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from collm.errors import RunError
-from collm.runs.directory import episode_files, read_settings
+from collm.runs.directory import damage, episode_files, read_file, read_settings
+from collm.types import encodable
 
 Record = dict[str, Any]
-KINDS: dict[str, Any] = {
-    "iteration": int, "joint_actions": int, "task": int, "label": str, "score": (int, float, type(None)), "metrics": dict,
-    "failure": str, "state": str, "turns": list,
-}  # fmt: skip
-"""What a record's value must be for a reader to use it."""
+
+
+class _Answers(TypedDict):
+    agents: dict[str, dict[str, Any]]
+
+
+class _Episode(TypedDict):
+    """What readers use of an episode's record."""
+
+    task: int
+    label: str
+    score: float | None
+    metrics: dict[str, float | None]
+    failure: str
+    state: str
+    turns: list[_Answers]
+    tokens: NotRequired[int]
+
+
+METRICS: TypeAdapter[Any] = TypeAdapter(dict[str, float | None])
+EPISODE: TypeAdapter[Any] = TypeAdapter(_Episode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +50,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        return encodable(self.folder.resolve().name)
 
     @property
     def planned(self) -> int:
@@ -58,12 +78,12 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Raises RunError where `folder` is no run directory, or a file of it is damaged."""
     config = read_settings(folder)
-    return Run(folder, config, read_lines(folder / "metrics.jsonl", ("iteration", "joint_actions")))
+    return Run(folder, config, read_metrics(folder / "metrics.jsonl"))
 
 
 def read_episodes(path: Path) -> list[Record]:
     """Episodes as they were kept, failed ones too. Raises RunError where the file is damaged."""
-    return read_lines(path, ("task", "label", "score", "metrics", "failure", "state", "turns"))
+    return _read_lines(path, EPISODE)
 
 
 def read_evaluation(path: Path) -> list[Record]:
@@ -75,26 +95,41 @@ def read_evaluation(path: Path) -> list[Record]:
     return played
 
 
-def read_lines(path: Path, required: Iterable[str]) -> list[Record]:
-    """JSON objects, one a line; a last line that is still being written is left out. Raises RunError where one is damaged."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise RunError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
+def read_metrics(path: Path) -> list[Record]:
+    """One record per iteration. Raises RunError where the file is damaged."""
+    return _read_lines(path, METRICS, whole=("iteration", "joint_actions"))
+
+
+def _read_lines(path: Path, kind: TypeAdapter[Any], whole: Iterable[str] = ()) -> list[Record]:
+    """JSON objects, one a line; a last line that is still being written is left out. Raises RunError where one is damaged.
+
+    kind: what every object must be; whole: its keys that must hold counts.
+    """
     records = []
-    for number, line in enumerate(lines[:-1], start=1):
+    for number, line in enumerate(read_file(path).split(b"\n")[:-1], start=1):
         try:
-            record = json.loads(line)
+            record = json.loads(line, parse_constant=lambda _: None, parse_float=_finite, parse_int=_bounded)
             if not isinstance(record, dict):
                 raise ValueError("it is not a JSON object")
-            for key in required:
+            kind.validate_python(record, strict=True)
+            for key in whole:
                 if key not in record:
                     raise ValueError(f"it lacks {key!r}")
-                if not isinstance(record[key], KINDS.get(key, object)) or isinstance(record[key], bool):
+                if not isinstance(record[key], int) or record[key] < 0:
                     raise ValueError(f"{key!r} is {record[key]!r:.40}")
         except (ValueError, RecursionError) as error:
             raise RunError(
-                f"{str(path)!r}, line {number}, is damaged: {error}. Restore the file, or train the run anew."
+                f"{str(path)!r}, line {number}, is damaged: {damage(error)}. Restore the file, or train the run anew."
             ) from error
         records.append(record)
     return records
+
+
+def _finite(text: str) -> float | None:
+    return number if math.isfinite(number := float(text)) else None
+
+
+def _bounded(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError(f"the number {text[:20]}... is too large")
+    return int(text)

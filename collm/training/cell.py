@@ -15,11 +15,12 @@ import torch
 from collm.config import Config, parse_resolved
 from collm.engines.catalogue import make_engine
 from collm.errors import CollmError, RunError
-from collm.runs.directory import begin, read_config
+from collm.runs.directory import begin, lock, read_config
+from collm.runs.files import explained
 from collm.runs.log import RunLog
+from collm.runs.output import complain
 from collm.training.evaluate import evaluate
 from collm.training.trainer import Interrupted, Trainer, check_fit, make_team, resolve_device, with_remote
-from collm.types import printable
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             play(config, folder)
     except CollmError as error:
-        print(f"collm: {printable(str(error))}", file=sys.stderr)
+        complain(f"collm: {error}")
         return error.exit_code
     except Interrupted as interrupted:
         return 128 + interrupted.signum
@@ -60,12 +61,13 @@ def play(config: Config, folder: Path) -> None:
     result = evaluate(config, with_remote(make_engine(team, config.rollout), config))
     if not (folder / "config.json").is_file():
         begin(folder, config)
-    log = RunLog(folder, tensorboard=False)
-    log.episodes(0, result.episodes, suffix="-evaluation")
-    log.metrics({"iteration": 0, "joint_actions": 0, "tokens/evaluation": result.tokens, **result.summary()})
-    log.flush()
-    log.close()
-    (folder / "final").mkdir()
+    with lock(folder), explained(folder / "final"):
+        log = RunLog(folder, tensorboard=False)
+        log.episodes(0, result.episodes, suffix="-evaluation")
+        log.metrics({"iteration": 0, "joint_actions": 0, "tokens/evaluation": result.tokens, **result.summary()})
+        log.flush()
+        log.close()
+        (folder / "final").mkdir(exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from collm.runs.output import Lasting
 from collm.types import printable
 
 SHOWN = (("reward", "reward/raw"), ("return", "reward/return"), ("held-out", "evaluation/reward"))
@@ -22,7 +23,7 @@ class Display:
         self.total, self.first, self.every = total, done, every
         self.started = self.printed = time.monotonic()
         self.quiet = quiet
-        self.console = Console(file=sys.stderr, highlight=False)
+        self.console = Console(file=cast(TextIO, Lasting(sys.stderr)), highlight=False)  # a run outlives its terminal
         self.bar: Progress | None = None
         if not quiet and self.console.is_terminal:
             self.bar = Progress(

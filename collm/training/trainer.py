@@ -88,8 +88,7 @@ class Trainer:
         trainer = cls.__new__(cls)
         trainer._setup(config, team, engine, quiet)
         trainer.folder = folder
-        if overrides:
-            write_config(folder, trainer.config)
+        trainer.changed = bool(overrides)
         return trainer
 
     def _setup(self, config: Config, team: Team | None, engine: Engine | None, quiet: bool) -> None:
@@ -105,6 +104,8 @@ class Trainer:
         self.plan = plan_of(self.config, "train")
         self.agents = check_fit(self.config)
         self.num_tasks = num_tasks(self.plan)
+        if self.config.evaluation.every:
+            num_tasks(plan_of(self.config, "eval"))  # what is wrong there is said before anything begins
         self.team = team or make_team(self.config, self.agents)
         if self.team.agents != trained_agents(self.config, self.agents):
             raise ConfigError(f"the team plays {self.team.agents}, but the task's agents are {self.agents}.")
@@ -121,6 +122,7 @@ class Trainer:
         self.best: tuple[float, int] | None = None
         self.pending: dict[str, Any] | None = {"iteration": 0, "joint_actions": 0}
         self.signal: int | None = None
+        self.changed = False
         self.warned: set[str] = set()
 
     def run(self) -> Path:
@@ -130,6 +132,8 @@ class Trainer:
         """
         with lock(self.folder), self._listen():
             self._restore()
+            if self.changed:
+                write_config(self.folder, self.config)
             log = RunLog(
                 self.folder,
                 tensorboard=self.config.run.tensorboard,

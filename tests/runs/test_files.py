@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from collm.cli.main import main
 from collm.config import parse_config
 from collm.errors import CollmError, RunError, SaveError
 from collm.runs import directory, files
+from collm.runs.checkpoint import failing_as_os_errors
 from collm.runs.read import read_run
 from collm.types import encodable
 
@@ -42,12 +45,16 @@ def test_files_and_folders_have_the_permissions_that_the_umask_gives(tmp_path: P
 def test_a_failure_leaves_the_old_file_and_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     files.write_text(path, "old")
-    with pytest.raises(SaveError, match=r"cannot write .*a\.json: No space left .*make room"), files.replacing(path) as aside:
-        aside.write_text("half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(ZeroDivisionError), files.replacing(path) as aside:
-        aside.write_text("half")
-        _ = 1 / 0
+
+    def fail(error: Exception) -> None:
+        with files.replacing(path) as aside:
+            aside.write_text("half")
+            raise error
+
+    with pytest.raises(SaveError, match=r"cannot write .*a\.json: No space left .*make room"):
+        fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(ZeroDivisionError):
+        fail(ZeroDivisionError())
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
 
@@ -59,6 +66,16 @@ def test_a_failure_leaves_the_old_file_and_no_trace(tmp_path: Path) -> None:
 def test_the_reason_decides_the_way_out(tmp_path: Path, number: int, way_out: str) -> None:
     with pytest.raises(SaveError, match=way_out), files.explained(tmp_path):
         raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_tokenizer_on_a_full_disk_fails_as_an_os_error(tiny: Any) -> None:
+    """The tokenizers library raises a bare Exception."""
+    with pytest.raises(OSError, match="No space left") as caught, failing_as_os_errors():
+        tiny.tokenizer.backend_tokenizer.save("/dev/full")
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(ZeroDivisionError), failing_as_os_errors():
+        _ = 1 / 0
 
 
 def test_leftovers_are_swept_in_every_folder(tmp_path: Path) -> None:
@@ -94,7 +111,7 @@ def test_a_folder_without_settings_has_not_begun(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / ".saving-config.json").write_text("{")
-    with pytest.raises(RunError, match="holds no config.json, so no run has begun there"):
+    with pytest.raises(RunError, match=r"holds no config\.json, so no run has begun there"):
         directory.read_config(run)
     directory.begin(run, config(tmp_path))
     assert directory.read_config(run).env.name == "agree"
@@ -157,7 +174,9 @@ def test_data_paths_are_kept_absolute(tmp_path: Path) -> None:
     assert kept == {**options, "data": f"{tmp_path}/rows.jsonl[:5]"}
 
 
-@pytest.mark.parametrize(("text", "kept"), [("\ud83d half", "\ufffd half"), ("\ud83d\ude00", "\U0001f600"), ("plain é", "plain é")])
+@pytest.mark.parametrize(
+    ("text", "kept"), [("\ud83d half", "\ufffd half"), ("\ud83d\ude00", "\U0001f600"), ("plain é", "plain é")]
+)
 def test_half_a_surrogate_pair_becomes_writable(tmp_path: Path, text: str, kept: str) -> None:
     assert encodable(text) == kept
     files.write_text(tmp_path / "a", json.dumps({"x": text}, ensure_ascii=False))
@@ -177,6 +196,32 @@ DAMAGES: dict[str, tuple[str, bytes | None, str]] = {
         "episodes/000000-evaluation.jsonl",
         b'{"task": 1, "label": "a", "score": "x", "metrics": {}, "failure": "", "state": "", "turns": []}\n',
         "line 1, is damaged: 'score'",
+    ),
+    "an iteration that is true": (
+        "metrics.jsonl",
+        b'{"iteration": true, "joint_actions": 0}\n',
+        "is damaged: 'iteration': input",
+    ),
+    "half an iteration": ("metrics.jsonl", b'{"iteration": 0.5, "joint_actions": 0}\n', "is damaged: 'iteration' is 0.5"),
+    "a list for a number": (
+        "metrics.jsonl",
+        b'{"iteration": 0, "joint_actions": 0, "yardstick_turn_0": []}\n',
+        "is damaged: 'yardstick_turn_0': input should be a valid number",
+    ),
+    "an endless number": (
+        "metrics.jsonl",
+        b'{"iteration": ' + b"9" * 5000 + b"}\n",
+        "the number 99999999999999999999... is too",
+    ),
+    "a turn that is a number": (
+        "episodes/000003-evaluation.jsonl",
+        b'{"task": 1, "label": "a", "score": 1, "metrics": {}, "failure": "", "state": "", "turns": [3]}\n',
+        "line 1, is damaged: 'turns.0'",
+    ),
+    "a group size in words": (
+        "config.json",
+        b'{"run": {"iterations": 3}, "env": {"name": "agree"}, "algorithm": {"name": "ac", "group_size": "x"}}',
+        "config.json' cannot be read: 'algorithm.group_size': input should be a valid integer",
     ),
     "no metrics": ("metrics.jsonl", None, "metrics.jsonl' cannot be read: No such file"),
 }
@@ -211,6 +256,37 @@ def test_a_damaged_file_is_one_sentence(begun: Path, capsys: pytest.CaptureFixtu
         assert said.count("\n") == 1, said
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "episodes/000003-evaluation.jsonl"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(
+    begun: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (begun / name).unlink()
+    os.mkfifo(begun / name)
+    assert main(["report", str(begun)]) == 2
+    assert "cannot be read: it is not a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a$x_$", "b\udcff", "[red]c"])
+def test_any_name_of_a_folder_can_be_reported(begun: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    folder = begun.with_name(name)
+    begun.rename(folder)
+    for iteration in (1, 2, 3):
+        with (folder / "metrics.jsonl").open("a") as lines:
+            lines.write(json.dumps({"iteration": iteration, "joint_actions": iteration, "critic/loss": None}) + "\n")
+    assert main(["report", str(folder), "--json"]) == 0
+    assert (folder / "report" / "curves.png").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_sentence() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "collm.cli.main", "algorithms"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr == "collm: the output could not be written: No space left on device; files that were saved are whole.\n"
+
+
 def test_odd_file_names_in_a_run_are_ignored(begun: Path) -> None:
     for name in ("episodes/.saving-000003.jsonl", "episodes/notes.jsonl", "episodes/¹²³.jsonl", "episodes/000002.jsonl.bak"):
         (begun / name).write_text("not for us")
@@ -225,6 +301,7 @@ def test_odd_file_names_in_a_run_are_ignored(begun: Path) -> None:
         ({"format": 2, "iteration": 0, "joint_actions": 0, "best": None, "pending": None}, "has format 2, and this version"),
         ({"iteration": 0, "joint_actions": 0, "best": None, "pending": None}, r"state\.json is damaged"),
         ({"format": 1, "iteration": "3", "joint_actions": 0, "best": None, "pending": None}, r"state\.json is damaged"),
+        ({"format": 1, "iteration": 3, "joint_actions": 0, "best": None, "pending": [1]}, r"state\.json is damaged"),
         ([], r"state\.json is damaged"),
     ],
 )
