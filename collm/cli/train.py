@@ -36,7 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
             values = read_settings(arguments.resume)
             check_named(arguments.resume, values, overrides)
             for room, key in (("env", "name"), ("team", "api_key_env")):  # naming again what the run has is no change
-                if values.get(room, {}).get(key) == overrides.get(f"{room}.{key}"):
+                table = values.get(room)
+                if isinstance(table, dict) and table.get(key) == overrides.get(f"{room}.{key}"):
                     overrides.pop(f"{room}.{key}", None)
         trainer = Trainer.resume(arguments.resume, overrides=overrides)
     else:
