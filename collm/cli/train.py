@@ -29,13 +29,16 @@ def run(arguments: argparse.Namespace) -> int:
                 "--resume continues a run with the settings it began with; leave out the recipe, or start a new run with "
                 "another --run.name."
             )
-        from collm.training.trainer import Trainer
+        from collm.training.trainer import RESUMABLE, Trainer
 
-        values, overrides = read_settings(arguments.resume), dict(arguments.overrides)
-        check_named(arguments.resume, values, overrides)
-        for room, key in (("env", "name"), ("team", "api_key_env")):  # naming again what the run has is no change
-            if values.get(room, {}).get(key) == overrides.get(f"{room}.{key}"):
-                overrides.pop(f"{room}.{key}", None)
+        overrides = dict(arguments.overrides)
+        if set(overrides) <= {*RESUMABLE, "env.name", "team.api_key_env"}:  # others are refused before a file is read
+            values = read_settings(arguments.resume)
+            check_named(arguments.resume, values, overrides)
+            for room, key in (("env", "name"), ("team", "api_key_env")):  # naming again what the run has is no change
+                table = values.get(room)
+                if isinstance(table, dict) and table.get(key) == overrides.get(f"{room}.{key}"):
+                    overrides.pop(f"{room}.{key}", None)
         trainer = Trainer.resume(arguments.resume, overrides=overrides)
     else:
         if arguments.recipe is None and arguments.overrides.get("env.name", "str_build") != "str_build":

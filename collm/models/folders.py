@@ -24,7 +24,7 @@ BYTES = {
     "BOOL": 1,
 }  # fmt: skip
 FLOATING = ("F64", "F32", "F16", "BF16")
-TEMPLATE_SECONDS, TEMPLATE_MEMORY = 5, 1 << 30
+TEMPLATE_SECONDS, TEMPLATE_MEMORY = 2, 1 << 30
 """What a chat template may take to render six short messages, in a process of its own."""
 
 
