@@ -8,12 +8,11 @@ from __future__ import annotations
 import ast
 import json
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from collm.envs.coding.programs import LONGEST, Function, code_of, parse, source_of
+from collm.envs.coding.programs import Function, parse, read, source_of
 from collm.envs.data import Row, field
 from collm.errors import EnvError
 
@@ -166,11 +165,11 @@ def shares(task: ClassTask, agents: Sequence[str], share: str) -> dict[str, list
 
 
 def read_answer(text: str, task: ClassTask) -> Answer | None:
-    """The definitions in an answer, or None if it is no Python.
+    """The definitions in an answer, or None if it holds no Python.
 
-    It may hold the methods bare, indented, or within the class; in a fence, whose surroundings are then ignored.
+    It may hold the methods bare, indented, or within the class, with whatever around them `programs.read` passes over.
     """
-    tree = _tree(text)
+    tree = read(text)
     if tree is None:
         return None
     answer = Answer({}, [], [])
@@ -181,17 +180,6 @@ def read_answer(text: str, task: ClassTask) -> Answer | None:
         else:
             _sort_in(node, task, answer, inside=False)
     return answer
-
-
-def _tree(text: str) -> ast.Module | None:
-    if len(text) > LONGEST:
-        return None
-    code = code_of(text)
-    for attempt in (code, textwrap.dedent(code)):
-        tree = parse(attempt)
-        if tree is not None:
-            return tree
-    return None
 
 
 def _sort_in(node: ast.stmt, task: ClassTask, answer: Answer, *, inside: bool) -> None:
@@ -246,7 +234,8 @@ def merged(task: ClassTask, answers: Mapping[str, Answer], owned: Mapping[str, S
                 body += answer.methods.get(name, [])
     head = ast.ClassDef(head.name, head.bases, head.keywords, body or [ast.Pass()], head.decorator_list)
     future = [node for node in beside if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
-    ordered = [*future, *(node for node in beside if node not in future), head]
+    first = {id(node) for node in future}
+    ordered = [*future, *(node for node in beside if id(node) not in first), head]
     source = source_of(ordered)
     return source if source is not None and parse(source) is not None else None
 

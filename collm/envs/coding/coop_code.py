@@ -10,7 +10,7 @@ from typing import Literal
 
 from collm.envs.base import Outcome, TextEnv
 from collm.envs.coding.problems import NUM_GENERATED, Problem, generated, public
-from collm.envs.coding.programs import code_of, function, parse, returns_something, source_of, taken, use_of
+from collm.envs.coding.programs import function, parse, read, returns_something, source_of, taken, use_of
 from collm.errors import EnvError
 from collm.sandbox import Job, Verdict, judge
 
@@ -94,7 +94,7 @@ class CoopCode(TextEnv):
         return {agent: self._instruction(agent) for agent in self.agents}
 
     def play(self, answers: dict[str, str]) -> Outcome:
-        trees = {agent: parse(code_of(answer)) for agent, answer in answers.items()}
+        trees = {agent: read(answer) for agent, answer in answers.items()}
         nodes = {agent: [] if tree is None else taken(tree) for agent, tree in trees.items()}
         entry_point = self.problem.entry_point
         helped = [agent for agent in self.helpers if returns_something(function(nodes[agent], agent))]
