@@ -112,7 +112,10 @@ def test_a_right_class_earns_6_and_ends_at_once():
     _, info = turn(env, ONE, REST)
     assert info["raw_reward"] == 6.0
     assert info["reward_parts"] == {"methods": 2.0, "tests": 4.0, "duplicates": 0.0}
-    ones, none = ("tests_passed", "methods_written", "parsed"), ("duplicates", "foreign", "idle", "rejected")
+    ones, none = (
+        ("tests_passed", "methods_written", "parsed"),
+        ("duplicates", "foreign", "idle", "rejected", "forged", "not_checkable"),
+    )
     assert info["metrics"] == {**dict.fromkeys(ones, 1.0), **dict.fromkeys(none, 0.0)}
     assert env.agents == []  # above 5.8
 

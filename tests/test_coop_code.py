@@ -9,6 +9,7 @@ import shutil
 import textwrap
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from collm import check_env, make
 from collm.envs.coding import demonstrations, problems
+from collm.envs.coding.canaries import canary_of, changed
 from collm.envs.coding.coop_code import CoopCode
 from collm.envs.coding.problems import SHARED, Problem, from_row, generated
 from collm.envs.coding.programs import function, parse, read, returns_something, split_checks, taken, use_of
@@ -93,6 +95,51 @@ def test_the_sum_ends_where_a_part_is_missing():
     assert play("def twice(x):\n    return 'no'", AUX)[0] == {
         "helpers": 0.4, "entry": 0.6, "parse": 0.5, "tests": 0.0
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [None, True, 0, 1.5, 1e300, float("inf"), "", b"", [], (), {1}, {}, [0], 1j, ...])
+def test_a_changed_value_differs(value):
+    assert changed(value) != value
+
+
+@pytest.mark.parametrize(
+    ("check", "canary"),
+    [
+        ("assert f(1) == 2\n", "assert f(1) == 3"),
+        ("assert [2] == f(1), 'why'\n", "assert [2, 1] == f(1), 'why'"),
+        ("def check(c):\n    assert c(1) == -1\ncheck(f)\n", "def check(c):\n    assert c(1) == 0\ncheck(f)"),
+        ("assert f(1)\n", None),
+        ("assert f(1) != 2\n", None),
+        ("assert f(1) == f(2)\n", None),
+        ("assert 1 == 1\n", None),
+        ("assert f(1) == 1 or f(1) == 2\n", None),
+        ("for x in ():\n    assert f(x) == 2\n", None),
+        ("not python", None),
+        ("", None),
+    ],
+)
+def test_a_canary_changes_the_expected_literal(check, canary):
+    assert canary_of(check) == canary
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("main", "needed"),
+    [
+        (WORK, 1.0),
+        ("def twice(x):\n    y = aux(x)\n    z = y if y is None else 2 * x\n    return z", 0.0),  # a fake call
+        ("def twice(x):\n    aux(x)\n    y = x\n    return y + y", 0.0),
+        (ALONE, 0.0),
+    ],
+)
+def test_needed_tells_a_fake_call(main, needed):
+    parts, env = play(main, AUX)
+    assert env.metrics["needed"] == needed
+    assert parts["tests"] == 1.0
+    guarded, _ = play(main, AUX, reward="guarded")
+    assert guarded == {**parts, "calls": parts["calls"] * needed, "work": parts["work"] * needed}
+    assert env.metrics["forged"] == env.metrics["not_checkable"] == 0
+    assert env.diagnostics <= env.metrics.keys()
 
 
 @needs_sandbox
@@ -307,6 +354,9 @@ def test_reference_solutions_earn_the_full_test_part_and_with_a_working_aux_ever
     assert len(found) == count
     jobs = [Job("\n\n".join([p.header, p.solution]), p.checks, entries=(p.entry_point,), setup=p.header) for p in found]
     assert all(verdict.passed for verdicts in judge(jobs) for verdict in verdicts)
+    canaries = [replace(job, checks=tuple(c for check in job.checks if (c := canary_of(check)) is not None)) for job in jobs]
+    assert sum(len(job.checks) for job in canaries) > 0.6 * sum(len(job.checks) for job in jobs)
+    assert not any(verdict.passed for verdicts in judge(canaries) for verdict in verdicts)
     for problem in found[:: len(found) // 12]:  # the whole way through the world, the solution moved into aux
         name = problem.entry_point
         tree = parse(problem.solution)

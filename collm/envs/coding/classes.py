@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from collm.envs.coding.canaries import canary_of_case
 from collm.envs.coding.programs import Function, parse, read, source_of
 from collm.envs.data import Row, field
 from collm.errors import EnvError
@@ -69,8 +70,16 @@ class ClassTask:
 
     def check(self, test: PublicTest, after: Sequence[PublicTest] = ()) -> str:
         """Source that raises unless a test passes, its `setUp` included. The tests `after` run before it and do not count."""
-        tests = ", ".join(f"({one.case}, {one.function!r})" for one in (*after, test))
-        return self.test_source + _RUN_LAST.format(tests=tests)
+        return self.test_source + _run_last(test, after)
+
+    def canary(self, test: PublicTest, after: Sequence[PublicTest] = ()) -> str | None:
+        """The same check with another expected literal, or None where the test compares with none."""
+        source = canary_of_case(self.test_source, test.case, test.function)
+        return None if source is None else source + _run_last(test, after)
+
+
+def _run_last(test: PublicTest, after: Sequence[PublicTest]) -> str:
+    return _RUN_LAST.format(tests=", ".join(f"({one.case}, {one.function!r})" for one in (*after, test)))
 
 
 @dataclass(slots=True)
