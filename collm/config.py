@@ -497,7 +497,7 @@ def load_config(recipe: Path | None, overrides: Mapping[str, Any] | None = None)
     values: dict[str, Any] = {}
     if recipe is not None:
         try:
-            values = tomllib.loads(recipe.read_text(encoding="utf-8"))
+            values = tomllib.loads(recipe.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ConfigError(f"recipe {str(recipe)!r} cannot be read: {error.strerror}.") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -112,7 +112,10 @@ def test_a_right_class_earns_6_and_ends_at_once():
     _, info = turn(env, ONE, REST)
     assert info["raw_reward"] == 6.0
     assert info["reward_parts"] == {"methods": 2.0, "tests": 4.0, "duplicates": 0.0}
-    ones, none = ("tests_passed", "methods_written", "parsed"), ("duplicates", "foreign", "idle", "rejected")
+    ones, none = (
+        ("tests_passed", "methods_written", "parsed"),
+        ("duplicates", "foreign", "idle", "rejected", "forged", "not_checkable"),
+    )
     assert info["metrics"] == {**dict.fromkeys(ones, 1.0), **dict.fromkeys(none, 0.0)}
     assert env.agents == []  # above 5.8
 
@@ -190,6 +193,10 @@ CLASS = "class Pile:\n    def __init__(self):\n        self.xs = 'mine'\n" + "".
         f"Sure:\n```python\n{ONE}```\nThat is all.",
         f"```\n{BODIES['add']}```\nand\n```py\n{BODIES['below']}```",
         "".join(f"    {line}\n" for line in ONE.splitlines()),  # indented
+        f"Here they are:\n\n{ONE}\nI hope it helps, doesn't it?",
+        f"```python\n{ONE}\nprint(Pile(\n```\nand\n```\n>>> Pile().add(1)\n```",
+        f"Sure:\n  ```python\n{CLASS}",
+        f"{ONE}\nprint(Pile([1, 2",
         CLASS,  # within the class; the given constructor stays
         f"import os\nLIMIT = 3\ndef small(y, x):\n    return y < x\n{BODIES['add']}"
         "def below(self, x):\n    return [y for y in self.xs if small(y, x) and LIMIT]\n",

@@ -6,7 +6,10 @@ import ast
 import json
 import random
 import shutil
+import textwrap
+import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,10 @@ import pytest
 
 from collm import check_env, make
 from collm.envs.coding import demonstrations, problems
+from collm.envs.coding.canaries import canary_of, changed
 from collm.envs.coding.coop_code import CoopCode
 from collm.envs.coding.problems import SHARED, Problem, from_row, generated
-from collm.envs.coding.programs import code_of, function, parse, returns_something, split_checks, taken, use_of
+from collm.envs.coding.programs import function, parse, read, returns_something, split_checks, taken, use_of
 from collm.envs.data import read_rows
 from collm.errors import ConfigError, EnvError
 from collm.sandbox import Job, judge
@@ -91,6 +95,51 @@ def test_the_sum_ends_where_a_part_is_missing():
     assert play("def twice(x):\n    return 'no'", AUX)[0] == {
         "helpers": 0.4, "entry": 0.6, "parse": 0.5, "tests": 0.0
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [None, True, 0, 1.5, 1e300, float("inf"), "", b"", [], (), {1}, {}, [0], 1j, ...])
+def test_a_changed_value_differs(value):
+    assert changed(value) != value
+
+
+@pytest.mark.parametrize(
+    ("check", "canary"),
+    [
+        ("assert f(1) == 2\n", "assert f(1) == 3"),
+        ("assert [2] == f(1), 'why'\n", "assert [2, 1] == f(1), 'why'"),
+        ("def check(c):\n    assert c(1) == -1\ncheck(f)\n", "def check(c):\n    assert c(1) == 0\ncheck(f)"),
+        ("assert f(1)\n", None),
+        ("assert f(1) != 2\n", None),
+        ("assert f(1) == f(2)\n", None),
+        ("assert 1 == 1\n", None),
+        ("assert f(1) == 1 or f(1) == 2\n", None),
+        ("for x in ():\n    assert f(x) == 2\n", None),
+        ("not python", None),
+        ("", None),
+    ],
+)
+def test_a_canary_changes_the_expected_literal(check, canary):
+    assert canary_of(check) == canary
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("main", "needed"),
+    [
+        (WORK, 1.0),
+        ("def twice(x):\n    y = aux(x)\n    z = y if y is None else 2 * x\n    return z", 0.0),  # a fake call
+        ("def twice(x):\n    aux(x)\n    y = x\n    return y + y", 0.0),
+        (ALONE, 0.0),
+    ],
+)
+def test_needed_tells_a_fake_call(main, needed):
+    parts, env = play(main, AUX)
+    assert env.metrics["needed"] == needed
+    assert parts["tests"] == 1.0
+    guarded, _ = play(main, AUX, reward="guarded")
+    assert guarded == {**parts, "calls": parts["calls"] * needed, "work": parts["work"] * needed}
+    assert env.metrics["forged"] == env.metrics["not_checkable"] == 0
+    assert env.diagnostics <= env.metrics.keys()
 
 
 @needs_sandbox
@@ -210,19 +259,84 @@ def test_how_a_program_uses_a_function(source, use):
 
 
 def test_code_stands_in_fences_or_is_all_there_is():
-    assert code_of("x = 1") == "x = 1"
-    assert code_of("Sure:\n```python\nx = 1\n```\nand\n```\ny = 2\n```") == "x = 1\n\ny = 2\n"
-    assert code_of("```py\nx = 1") == "x = 1"
-    assert code_of("x" * 20_001) == ""
+    for answer, code in (
+        ("x = 1", "x = 1"),
+        ("Sure:\n```python\nx = 1\n```\nand\n```\ny = 2\n```", "x = 1\ny = 2"),
+        ("```py\nx = 1", "x = 1"),
+    ):
+        tree = read(answer)
+        assert tree is not None
+        assert ast.unparse(tree) == code
+    assert read("x" * 20_001) is None
+    assert read("I cannot help, from what I know.") is None
+
+
+GOOD = {"aux": AUX, "main": WORK}
+SHAPES = {
+    "clean": "{code}",
+    "prose": "Here is my function:\n\n{code}\n\nIt doubles x, doesn't it?",
+    "fence": "Sure!\n```python\n{code}\n```\nThat's all.",
+    "unclosed fence": "Sure!\n```python\n{code}",
+    "only closed": "{code}\n```\nDone.",
+    "cut example": "{code}\n\nprint(twice([1, 2",
+    "cut example in a fence": "```python\n{code}\n\nfor x in [1, 2]:\n    print(\n```",
+    "second fence": "```python\n{code}\n```\nExample:\n```\n>>> twice(1)\n2\n```",
+    "second fence cut": "```python\n{code}\n```\nExample:\n```python\nprint(twice(",
+    "indented": "{indented}",
+    "indented fence": "1. Code:\n    ```python\n{indented}\n    ```\n2. Done.",
+    "indented with prose": "Answer:\n\n{indented}\n\nThat is it.",
+    "windows": "Sure:\r\n```python\r\n{code}\r\n```\r\n",
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_good_answer_earns_the_same_in_any_shape(shape):
+    said = {
+        agent: shape.format(code=code.strip(), indented=textwrap.indent(code.strip(), "    ")) for agent, code in GOOD.items()
+    }
+    assert sum(play(said["main"], said["aux"])[0].values()) == pytest.approx(4.0)
+
+
+HOSTILE = [
+    "def f(xs):\n" + "    aux();" * 1_900,
+    "def f(xs):\n    " + "aux();" * 3_200 + "\n    return 1",
+    "aux();" * 3_300,
+    "```" * 6_600,
+    "```\n" * 5_000,
+    "```py\nx\n" * 2_000,
+    "```" + " " * 19_000,
+    "@a\n" * 6_600,
+    "def f():\n" * 2_200,
+    "from x\n" * 2_800,
+    "import (\n" * 2_000,
+    "def f(x): return g(\n" * 950,
+    "x = 1\n" * 3_000 + "(",
+    "".join(f"def f{i}(x): return f{i + 1}(x)\n" for i in range(600)),
+    "try:\n  pass\n" * 1_500,
+    ("'" * 3) * 6_001,
+    "a = " * 4_900 + "1",
+    "if 1:\n  x\nelse\n" * 1_100,
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_hostile_answer_is_read_and_walked_in_no_time(text):
+    begun = time.monotonic()
+    tree = read(text)
+    found = [] if tree is None else taken(tree)
+    use_of(found, "f", ["aux"])
+    returns_something(function(found, "f"))
+    assert time.monotonic() - begun < 2.0
 
 
 def test_a_check_is_split_into_its_asserts_with_the_set_up_before_them():
-    test = (
-        "M = {}\ndef check(candidate):\n    a = 1\n    assert candidate(a)\n    b = 2\n    for i in (a, b):\n        assert i\n"
-    )
+    head = "M = {}\ndef check(candidate):\n    a = 1\n"
+    loop = "    b = 2\n    for i in (a, b):\n        assert candidate(i)\n"
+    test = f"{head}    assert candidate(a)\n{loop}    assert True\n    assert a\n"
     one, two = split_checks(test, "f")
     assert one == "M = {}\n\ndef check(candidate):\n    a = 1\n    assert candidate(a)\ncheck(f)\n"
-    assert two == "M = {}\n\ndef check(candidate):\n    a = 1\n    b = 2\n    for i in (a, b):\n        assert i\ncheck(f)\n"
+    assert two == head.replace("{}\n", "{}\n\n") + loop + "check(f)\n"
     assert split_checks("def check(c):\n    c(1)\n", "f") == ("def check(c):\n    c(1)\n\n\ncheck(f)\n",)
     assert len(split_checks("not python", "f")) == 1
 
@@ -240,6 +354,9 @@ def test_reference_solutions_earn_the_full_test_part_and_with_a_working_aux_ever
     assert len(found) == count
     jobs = [Job("\n\n".join([p.header, p.solution]), p.checks, entries=(p.entry_point,), setup=p.header) for p in found]
     assert all(verdict.passed for verdicts in judge(jobs) for verdict in verdicts)
+    canaries = [replace(job, checks=tuple(c for check in job.checks if (c := canary_of(check)) is not None)) for job in jobs]
+    assert sum(len(job.checks) for job in canaries) > 0.6 * sum(len(job.checks) for job in jobs)
+    assert not any(verdict.passed for verdicts in judge(canaries) for verdict in verdicts)
     for problem in found[:: len(found) // 12]:  # the whole way through the world, the solution moved into aux
         name = problem.entry_point
         tree = parse(problem.solution)
@@ -253,6 +370,22 @@ def test_reference_solutions_earn_the_full_test_part_and_with_a_working_aux_ever
         main = f"def {name}(*args, **named):\n    found = aux(*args, **named)\n    kept = [found]\n    return kept[0]\n"
         parts, _ = play(main, moved, problem)
         assert sum(parts.values()) == pytest.approx(4.0), problem.name
+
+
+TRUTHY = {"HumanEval/33", "HumanEval/52", "HumanEval/56", "HumanEval/61"}
+"""Problems whose own asserts take any truthy value, or the argument itself."""
+
+
+@pytest.mark.slow
+@needs_sandbox
+@needs_data
+def test_nonsense_earns_at_most_1_6_on_every_public_problem_whose_tests_ask_for_a_value():
+    for row in read_rows(str(DATA / "humaneval/HumanEval.jsonl.gz")):
+        problem = from_row(row, "HumanEval")
+        name = problem.entry_point
+        main = f"def {name}(*args):\n    aux(args)\n    kept = 'nonsense'\n    return kept"
+        parts, _ = play(main, "def aux(x):\n    return x", problem)
+        assert sum(parts.values()) <= 1.6 or problem.name in TRUTHY, problem.name
 
 
 @needs_data

@@ -110,3 +110,45 @@ def test_a_row_without_the_field_says_what_it_has() -> None:
     assert field({"post": "x"}, ("prompt", "post"), "f") == "x"
     with pytest.raises(EnvError, match=r"none of the text fields prompt, post; it has a, b"):
         field({"a": "x", "b": 1}, ("prompt", "post"), "f")
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv"])
+def test_a_mark_of_byte_order_is_no_content(tmp_path: Path, name: str) -> None:
+    text = {"rows.json": json.dumps(ROWS), "rows.jsonl": jsonl(ROWS), "rows.csv": "prompt,label\nx,1\n"}[name]
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert read_rows(str(tmp_path / name))[0].keys() == {"prompt", "label"}
+
+
+def test_json_lines_under_the_name_json_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(jsonl(ROWS))
+    assert list(read_rows(str(path))) == ROWS
+    path.write_text(jsonl(ROWS[:1]))
+    assert list(read_rows(str(path))) == ROWS[:1]
+
+
+@pytest.mark.parametrize(("bad", "reason"), [("{", "line 51"), ("[1]", "no object")])
+def test_one_bad_row_is_left_out_and_more_than_one_in_a_hundred_are_refused(tmp_path: Path, bad: str, reason: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = [json.dumps({"x": i}) for i in range(199)]
+    path.write_text("\n".join([*good[:50], bad, *good[50:]]))
+    with pytest.warns(UserWarning, match=f"1 of 200 rows .*left out; the first is row 50.*{reason}"):
+        assert len(read_rows(str(path))) == 199
+    path.write_text("\n".join([*good[:50], bad, *good[50:], bad, bad]))
+    with pytest.raises(EnvError, match=rf"rows\.jsonl.*3 of 202 rows .*above 1 %; the first is row 50.*{reason}"):
+        read_rows(str(path))
+
+
+def test_an_mbpp_row_that_is_no_problem_is_left_out_and_set_up_code_runs_first(tmp_path: Path) -> None:
+    from collm.envs.coding.problems import public
+
+    row = {"task_id": 1, "prompt": "Add one.", "code": "def f(x):\n    return x + 1", "test_setup_code": "two = 2"}
+    tests = ["assert f(1) == two", "three = 3", "assert f(two) == three", "assert True"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([json.dumps({**row, "test_list": tests})] * 150 + [json.dumps({**row, "test_list": []})]))
+    with pytest.warns(UserWarning, match=r"1 of 151 rows .*row 150.*test_list of task 1"):
+        problems = public(f"{path}[0:151]", f"{path}[0:9]", "train")
+    assert len(problems) == 150
+    first, second = problems[0].checks
+    assert first.split("\n") == ["two = 2", "assert f(1) == two", ""]
+    assert second.split("\n") == ["two = 2", "three = 3", "assert f(two) == three", ""]

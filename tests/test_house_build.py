@@ -261,7 +261,16 @@ def test_corners_come_in_any_order_and_reach_the_ends_of_the_box():
             fill(0, 0, 0, 0, 0, 0, ""),
         ),  # not in the plan
         *("/fill 0 0 0 0 0 stone_bricks", "/fill 0 0 0 0 0 0 stone_bricks replace", "fill 0 0 0 0 0 0 stone_bricks"),
-        *("/setblock 0 0 0 stone_bricks", "/kill all", "kill", "/kill /kill", "I build the floor.", "/fill " + "0 " * 200),
+        *(
+            "/setblock 0 0 0 stone_bricks",
+            "/kill all",
+            "/kill @e[type=spider",
+            "/kill @e[type=zombie]",
+            "kill",
+            "/kill /kill",
+            "I build the floor.",
+            "/fill " + "0 " * 200,
+        ),
         *(fill("9" * 30, 0, 0, 0, 0, 0, BRICKS), fill("\u0661", 0, 0, 0, 0, 0, BRICKS)),
     ],
 )
@@ -278,7 +287,7 @@ def test_list_marks_and_fences_are_tolerated():
         "```mcfunction",
         "- " + fill(0, 0, 0, 0, 0, 0, BRICKS),
         "2. " + fill(1, 0, 0, 1, 0, 0, f"minecraft:{BRICKS}"),
-        "  * /kill  ",
+        "  * /kill @e[type=spider]  ",
         "",
         "```",
     ]
@@ -295,10 +304,15 @@ def test_six_hundred_commands_are_split_evenly(agents, allowed):
         env = start(agents=agents)
         _, info, _ = turn(env, air * head + fill(1, 0, 0, 1, 0, 0, BRICKS), *[""] * (agents - 1))
         assert (info["metrics"]["rejected"], len(env.build)) == (rejected, built)
-    env = start(agents=agents)  # kills and dropped fills are commands, too
-    used = "/kill\n" * (allowed - 1) + fill(0, 0, 0, 2, 1, 1, BRICKS) + "\n" + fill(1, 0, 0, 1, 0, 0, BRICKS)
-    _, info, _ = turn(env, used, *[""] * (agents - 1))
-    assert (info["metrics"]["rejected"], info["metrics"]["dropped"], len(env.build)) == (1, 1, 0)
+    env = start(agents=agents)  # kills are commands, too, dropped fills are not
+    one = "\n" + fill(1, 0, 0, 1, 0, 0, BRICKS)
+    used = "/kill\n" * (allowed - 1) + fill(0, 0, 0, 2, 1, 1, BRICKS)
+    _, info, _ = turn(env, used + one, *[""] * (agents - 1))
+    assert (info["metrics"]["rejected"], info["metrics"]["dropped"], len(env.build)) == (0, 1, 1)
+    used = "/kill\n" * allowed + fill(0, 0, 0, 2, 1, 1, BRICKS)
+    env = start(agents=agents)
+    _, info, _ = turn(env, used + one, *[""] * (agents - 1))
+    assert (info["metrics"]["rejected"], info["metrics"]["dropped"], len(env.build)) == (2, 0, 0)
 
 
 # --- turns and texts -----------------------------------------------------------------------------------------------------

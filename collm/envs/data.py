@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from collm.errors import EnvError
 
 Row = dict[str, Any]
+T = TypeVar("T")
+
+MOST_BAD = 0.01
+"""Share of a source's rows that may be left out because they cannot be read."""
 
 _SLICE = re.compile(r"(.+?)\[(-?\d*):(-?\d*)\]")
 
@@ -86,18 +93,71 @@ def _local(path: str, modified: float) -> tuple[Row, ...]:
         raise EnvError(f"data={path!r} needs pyarrow: pip install 'collm[hub]'.") from error
     except (OSError, EOFError, ValueError, RecursionError, csv.Error) as error:
         raise EnvError(f"data={path!r} cannot be read: {error}.") from error
-    if not all(isinstance(row, dict) for row in rows):
+    if rows and not any(isinstance(row, dict | _Bad) for row in rows):
         raise EnvError(f"data={path!r} must hold a list of objects, one for each task.")
-    return tuple(rows)
+    bad = [
+        (number, row.reason if isinstance(row, _Bad) else "it is no object")
+        for number, row in enumerate(rows)
+        if not isinstance(row, dict)
+    ]
+    leave_out(path, bad, len(rows))
+    return tuple(row for row in rows if isinstance(row, dict))
 
 
-def _json(file: IO[str]) -> list[Row]:
-    rows = json.load(file)
-    return list(rows.values()) if isinstance(rows, dict) else rows
+@dataclass(frozen=True, slots=True)
+class _Bad:
+    """A row that cannot be read, and why."""
+
+    reason: str
 
 
-def _jsonl(file: IO[str]) -> Iterator[Row]:
-    return (json.loads(line) for line in file if line.strip())
+def leave_out(data: str, bad: Sequence[tuple[int, str]], total: int) -> None:
+    """Warn once that the `bad` rows (number from 0, reason) are left out; raise EnvError where they are above 1 % of all."""
+    if not bad:
+        return
+    number, reason = bad[0]
+    first = f"the first is row {number} (from 0): {reason.removesuffix('.')}"
+    if len(bad) > total * MOST_BAD:
+        raise EnvError(f"data={data!r}: {len(bad)} of {total} rows cannot be read, above 1 %; {first}. Mend or remove them.")
+    warnings.warn(f"data={data!r}: {len(bad)} of {total} rows cannot be read and are left out; {first}.", stacklevel=3)
+
+
+def read_each(rows: Sequence[Row], read: Callable[[Row], T], data: str) -> list[T]:
+    """What `read` makes of every row; rows for which it raises EnvError are left out as `leave_out` says."""
+    good, bad = [], []
+    for number, row in enumerate(rows):
+        try:
+            good.append(read(row))
+        except EnvError as error:
+            bad.append((number, str(error).removeprefix(f"data={data!r}: ")))
+    leave_out(data, bad, len(rows))
+    return good
+
+
+def _json(file: IO[str]) -> list[Any]:
+    """A list of rows, or an object of them; JSON Lines under this name are read as what they are."""
+    text = file.read()
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        return list(_jsonl(io.StringIO(text)))
+    if isinstance(rows, dict):
+        single = not all(isinstance(value, dict) for value in rows.values())
+        return [rows] if single else list(rows.values())
+    if not isinstance(rows, list):
+        raise ValueError("it holds neither a list nor an object")
+    return rows
+
+
+def _jsonl(file: IO[str]) -> Iterator[Row | _Bad]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield _Bad(f"line {number}: {error}")
 
 
 @lru_cache(maxsize=8)

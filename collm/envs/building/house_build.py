@@ -29,7 +29,8 @@ SHOWN_WRONG = 20
 """Wrong cells that the feedback "perfect" lists."""
 
 _MARK = r"(?:[-*+]\s+|\d{1,3}[.)]\s+)?"
-_COMMAND = re.compile(_MARK + r"(?:/kill|/fill" + r"\s+(\d{1,6})" * 6 + r"\s+(?:minecraft:)?([a-z_]{1,40}))", re.ASCII)
+_KILL = r"/kill(?:\s+@e(?:\[\s*type\s*=\s*(?:minecraft:)?spider\s*(?:,[^\]]{0,60})?\])?)?"
+_COMMAND = re.compile(rf"{_MARK}(?:{_KILL}|/fill" + r"\s+(\d{1,6})" * 6 + r"\s+(?:minecraft:)?([a-z_]{1,40}))", re.ASCII)
 _FENCE = re.compile(r"```[a-z]{0,20}", re.ASCII)
 
 
@@ -37,13 +38,13 @@ class HouseBuild(TextEnv):
     """Builders put up the house of one blueprint with blocks of which each may use only a share, while spiders attack.
 
     All read the same blueprint, as rectangles per layer. Answers are lines `/fill x1 y1 z1 x2 y2 z2 block`, which fills the box
-    between two corners inside the house's box (any two opposite ones, both ends included), and `/kill`; a list mark or a code
-    fence is tolerated. The blocks are those of the blueprint, and `air`, which empties cells. A builder may fill n/N cells
-    (rounded up) + n/(2N) (rounded down) with a block that the blueprint has n times, N being the number of builders. Every
-    cell of a fill counts, also one that holds the block already; air costs nothing, and overwriting gives nothing back. A
-    fill beyond what is left is dropped whole. Of each answer the first 600/N commands count, dropped ones and /kill too; any
-    other line and commands past the limit are rejected and counted. Later builders overwrite earlier ones. The box is empty at
-    every turn.
+    between two corners inside the house's box (any two opposite ones, both ends included), and `/kill`; its selector, such as
+    `@e[type=spider]`, a list mark or a code fence is tolerated. The blocks are those of the blueprint, and `air`, which empties
+    cells. A builder may fill n/N cells (rounded up) + n/(2N) (rounded down) with a block that the blueprint has n times, N
+    being the number of builders. Every cell of a fill counts, also one that holds the block already; air costs nothing, and
+    overwriting gives nothing back. A fill beyond what is left is dropped whole. Of each answer the first 600/N commands count,
+    /kill too and dropped fills not; any other line and commands past the limit are rejected and counted. Later builders
+    overwrite earlier ones. The box is empty at every turn.
 
     Three spiders, of strength 1 to 3 each, drawn from the seed for the whole episode, attack in every turn in which no builder
     writes /kill: damage = their sum / 5 HP, at most 1.
@@ -155,11 +156,12 @@ class HouseBuild(TextEnv):
             if found is None or commands == self.limit or not self._is_possible(found):
                 self.rejected += 1
                 continue
-            commands += 1
             if found[7] is None:
                 self.killed = True
             elif not self._fill(agent, [int(number) for number in found.groups()[:6]], found[7], left):
                 self.dropped[agent] += 1
+                continue
+            commands += 1
 
     def _is_possible(self, command: re.Match[str]) -> bool:
         """Whether a fill stays inside the box and names a block of the blueprint, or air; /kill always is possible."""

@@ -285,7 +285,7 @@ def read_strings(path: str) -> list[str]:
     import csv
 
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
             return [str(row["string"].strip()) for row in csv.DictReader(file)]
     except (OSError, KeyError, AttributeError, UnicodeDecodeError, csv.Error) as error:
         raise EnvError(f"data={path!r} is not a CSV file with a column 'string': {error!r}.") from error

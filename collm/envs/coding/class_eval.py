@@ -9,7 +9,7 @@ from typing import Literal
 
 from collm.envs.base import Outcome, TextEnv, agent_names
 from collm.envs.coding.class_samples import sample_tasks
-from collm.envs.coding.classes import ClassTask, is_written, merged, read_answer, read_task, shares
+from collm.envs.coding.classes import ClassTask, PublicTest, is_written, merged, read_answer, read_task, shares
 from collm.envs.data import split_rows
 from collm.errors import EnvError
 from collm.sandbox import Job, judge
@@ -33,7 +33,9 @@ class ClassEval(TextEnv):
     Ends after `turns` turns, or above 5.8. The optimum is 6, all methods right and none written twice; raw rewards are
     shifted by -6.
     Metrics: tests_passed, methods_written (shares), duplicates, foreign (methods of another's that were written), parsed (0 or
-    1), idle (agents without a method to write), rejected (answers that are no Python, and parts that were left out).
+    1), idle (agents without a method to write), rejected (answers that are no Python, and parts that were left out). Shown, but
+    no critic's: forged (tests that also passed with another expected literal: they count as failed), not_checkable (tests
+    that compare with no literal by assertEqual or ==).
 
     Args:
         agents: how many programmers, or their names.
@@ -53,6 +55,7 @@ class ClassEval(TextEnv):
     stop_above: float | None = 5.8
     max_reward = 6.0
     waits = True
+    diagnostics = frozenset({"forged", "not_checkable"})
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class ClassEval(TextEnv):
         }
         num_written = sum(map(len, written.values()))
         self.program = None if any(self.owned[agent] for agent in unread) else merged(problem, clear, self.owned)
-        passed = self._passed()
+        passed, forged = self._passed()
         self.failed = [test.name for test, good in zip(problem.tests, passed) if not good]
         parts = dict.fromkeys(("methods", "tests", "duplicates"), 0.0)
         if self.program is not None:
@@ -124,6 +127,8 @@ class ClassEval(TextEnv):
             "duplicates": float(duplicates),
             "foreign": float(foreign),
             "parsed": float(self.program is not None),
+            "forged": float(forged),
+            "not_checkable": float(sum(problem.canary(test) is None for test in problem.tests)),
             "idle": float(sum(not own for own in self.owned.values())),
             "rejected": float(len(unread) + foreign + sum(answer.dropped for answer in clear.values())),
         }
@@ -138,18 +143,36 @@ class ClassEval(TextEnv):
         lines += ["solution:", self.problem.solution]
         return "\n".join(lines)[:SHOWN_CHARACTERS]
 
-    def _passed(self) -> list[bool]:
-        """Which tests pass: alone or, where the class opens files, after those that passed before them."""
+    def _passed(self) -> tuple[list[bool], int]:
+        """Which tests pass, and how many more would if a result were believed that passes with another literal, too.
+
+        A test passes alone or, where the class opens files, after those that passed before it.
+        """
         tests = self.problem.tests
         if self.program is None:
-            return [False] * len(tests)
-        alone = self._judge(self.program, [self.problem.check(test) for test in tests])
-        if "open(" not in self.program or all(alone) or not any(alone):
-            return alone
+            return [False] * len(tests), 0
+        passed, after = self._first_passed(self.program)
+        canaries = {
+            place: canary
+            for place, good in enumerate(passed)
+            if good and (canary := self.problem.canary(tests[place], after.get(place, ()))) is not None
+        }
+        if canaries:
+            for place, fooled in zip(canaries, self._judge(self.program, [*canaries.values()])):
+                passed[place] = not fooled
+        return passed, sum(not passed[place] for place in canaries)
+
+    def _first_passed(self, program: str) -> tuple[list[bool], dict[int, list[PublicTest]]]:
+        """Which tests pass, and for those that passed only after others, which."""
+        tests = self.problem.tests
+        alone = self._judge(program, [self.problem.check(test) for test in tests])
+        if "open(" not in program or all(alone) or not any(alone):
+            return alone, {}
         failed = [place for place, good in enumerate(alone) if not good]
         before = [[test for test, good in zip(tests[:place], alone) if good] for place in failed]
-        again = self._judge(self.program, [self.problem.check(tests[place], after) for place, after in zip(failed, before)])
-        return [good or dict(zip(failed, again)).get(place, False) for place, good in enumerate(alone)]
+        again = self._judge(program, [self.problem.check(tests[place], after) for place, after in zip(failed, before)])
+        passed = [good or dict(zip(failed, again)).get(place, False) for place, good in enumerate(alone)]
+        return passed, dict(zip(failed, before))
 
     def _judge(self, program: str, checks: Sequence[str]) -> list[bool]:
         entries, setup = (self.problem.class_name,), "\n".join(self.problem.imports)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import ast
 import json
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from collm.envs.coding.programs import LONGEST, Function, code_of, parse, source_of
+from collm.envs.coding.canaries import canary_of_case
+from collm.envs.coding.programs import Function, parse, read, source_of
 from collm.envs.data import Row, field
 from collm.errors import EnvError
 
@@ -70,8 +70,16 @@ class ClassTask:
 
     def check(self, test: PublicTest, after: Sequence[PublicTest] = ()) -> str:
         """Source that raises unless a test passes, its `setUp` included. The tests `after` run before it and do not count."""
-        tests = ", ".join(f"({one.case}, {one.function!r})" for one in (*after, test))
-        return self.test_source + _RUN_LAST.format(tests=tests)
+        return self.test_source + _run_last(test, after)
+
+    def canary(self, test: PublicTest, after: Sequence[PublicTest] = ()) -> str | None:
+        """The same check with another expected literal, or None where the test compares with none."""
+        source = canary_of_case(self.test_source, test.case, test.function)
+        return None if source is None else source + _run_last(test, after)
+
+
+def _run_last(test: PublicTest, after: Sequence[PublicTest]) -> str:
+    return _RUN_LAST.format(tests=", ".join(f"({one.case}, {one.function!r})" for one in (*after, test)))
 
 
 @dataclass(slots=True)
@@ -166,11 +174,11 @@ def shares(task: ClassTask, agents: Sequence[str], share: str) -> dict[str, list
 
 
 def read_answer(text: str, task: ClassTask) -> Answer | None:
-    """The definitions in an answer, or None if it is no Python.
+    """The definitions in an answer, or None if it holds no Python.
 
-    It may hold the methods bare, indented, or within the class; in a fence, whose surroundings are then ignored.
+    It may hold the methods bare, indented, or within the class, with whatever around them `programs.read` passes over.
     """
-    tree = _tree(text)
+    tree = read(text)
     if tree is None:
         return None
     answer = Answer({}, [], [])
@@ -181,17 +189,6 @@ def read_answer(text: str, task: ClassTask) -> Answer | None:
         else:
             _sort_in(node, task, answer, inside=False)
     return answer
-
-
-def _tree(text: str) -> ast.Module | None:
-    if len(text) > LONGEST:
-        return None
-    code = code_of(text)
-    for attempt in (code, textwrap.dedent(code)):
-        tree = parse(attempt)
-        if tree is not None:
-            return tree
-    return None
 
 
 def _sort_in(node: ast.stmt, task: ClassTask, answer: Answer, *, inside: bool) -> None:
@@ -246,7 +243,8 @@ def merged(task: ClassTask, answers: Mapping[str, Answer], owned: Mapping[str, S
                 body += answer.methods.get(name, [])
     head = ast.ClassDef(head.name, head.bases, head.keywords, body or [ast.Pass()], head.decorator_list)
     future = [node for node in beside if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
-    ordered = [*future, *(node for node in beside if node not in future), head]
+    first = {id(node) for node in future}
+    ordered = [*future, *(node for node in beside if id(node) not in first), head]
     source = source_of(ordered)
     return source if source is not None and parse(source) is not None else None
 

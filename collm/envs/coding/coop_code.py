@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from collm.envs.base import Outcome, TextEnv
+from collm.envs.coding.canaries import canary_of, with_other_results
 from collm.envs.coding.problems import NUM_GENERATED, Problem, generated, public
-from collm.envs.coding.programs import code_of, function, parse, returns_something, source_of, taken, use_of
+from collm.envs.coding.programs import function, parse, read, returns_something, source_of, taken, use_of
 from collm.errors import EnvError
 from collm.sandbox import Job, Verdict, judge
 
@@ -35,7 +36,9 @@ class CoopCode(TextEnv):
     The optimum is 4, shifted by -4, ends above 3.8. One agent alone writes everything: at most 2.1 (entry, parse, tests),
     shifted by -2.1, ends above 2.0. Ends after `turns` turns otherwise.
     Metrics: passed (share of tests), helpers, entry, parse, calls, thin, ignored (0 or 1, helpers and calls as shares),
-    rejected (answers that hold no usable code).
+    rejected (answers that hold no usable code). Shown, but no critic's: forged (tests that also passed with another expected
+    literal: a result that equals everything; they count as failed), not_checkable (tests that compare with no literal by ==),
+    needed (0 or 1: a passed test fails if what the called helpers return is changed).
 
     Args:
         agents: how many programmers, or their names, main last.
@@ -47,10 +50,13 @@ class CoopCode(TextEnv):
             the first `sandbox_slice` failing tests ended with, and main how it uses the helpers; "plain" asks for a revision.
         sandbox_slice: how many failing tests are told of.
         seconds: limit of one test.
+        reward: "guarded" pays calls and work only if a passed test fails once the helpers return something else; "paper" does
+            not ask.
         split: "train" or "eval". Generated problems of the two never coincide.
     """
 
     waits = True
+    diagnostics = frozenset({"forged", "not_checkable", "needed"})
 
     def __init__(
         self,
@@ -61,10 +67,15 @@ class CoopCode(TextEnv):
         feedback: Literal["level", "plain"] = "level",
         sandbox_slice: int = 1,
         seconds: float = 10.0,
+        reward: Literal["paper", "guarded"] = "paper",
         split: str = "train",
     ):
         super().__init__(_names(agents), turns)
-        for name, value, allowed in (("feedback", feedback, ("level", "plain")), ("split", split, ("train", "eval"))):
+        for name, value, allowed in (
+            ("feedback", feedback, ("level", "plain")),
+            ("reward", reward, ("paper", "guarded")),
+            ("split", split, ("train", "eval")),
+        ):
             if value not in allowed:
                 raise EnvError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
         if sandbox_slice < 0 or not 0 < seconds <= 3600:
@@ -74,7 +85,7 @@ class CoopCode(TextEnv):
         self.split = split
         self.problems = None if data is None else public(data, eval_data, split)
         self.num_tasks = NUM_GENERATED[split] if self.problems is None else len(self.problems)
-        self.feedback, self.slice, self.seconds = feedback, sandbox_slice, seconds
+        self.feedback, self.slice, self.seconds, self.reward = feedback, sandbox_slice, seconds, reward
         *self.helpers, self.main = self.possible_agents
         if self.helpers:
             self.shift, self.stop_above, self.max_reward = -4.0, 3.8, 4.0
@@ -94,7 +105,7 @@ class CoopCode(TextEnv):
         return {agent: self._instruction(agent) for agent in self.agents}
 
     def play(self, answers: dict[str, str]) -> Outcome:
-        trees = {agent: parse(code_of(answer)) for agent, answer in answers.items()}
+        trees = {agent: read(answer) for agent, answer in answers.items()}
         nodes = {agent: [] if tree is None else taken(tree) for agent, tree in trees.items()}
         entry_point = self.problem.entry_point
         helped = [agent for agent in self.helpers if returns_something(function(nodes[agent], agent))]
@@ -104,20 +115,23 @@ class CoopCode(TextEnv):
         if self.helpers:
             parts["helpers"] = 0.4 * len(helped) / len(self.helpers)
         verdicts: list[Verdict] = []
+        forged, needed = [False] * len(self.problem.checks), 0.0
         has_entry = returns_something(function(nodes[self.main], entry_point))
         program = self._program(nodes) if all(tree is not None for tree in trees.values()) else None
         if has_entry:
             parts["entry"] = 0.6
             if program is not None:
                 parts["parse"] = 0.5
-                entries, setup = (entry_point,), self.problem.header
-                [verdicts] = judge([Job(program, self.problem.checks, self.seconds, entries=entries, setup=setup)])
+                [verdicts] = judge([self._job(program, self.problem.checks)])
+                forged, needed = self._doubts(program, verdicts, called)
+                verdicts = [Verdict(False, "AssertionError") if bad else one for one, bad in zip(verdicts, forged)]
         passed = sum(verdict.passed for verdict in verdicts) / len(self.problem.checks)
+        earned = 1.0 if self.reward == "paper" else needed
         if verdicts:
             parts["tests"] = passed
         if passed and self.helpers:
-            parts["calls"] = 0.5 * len(called) / len(self.helpers)
-            parts["work"] = float(use.calls and not use.thin)
+            parts["calls"] = 0.5 * earned * len(called) / len(self.helpers)
+            parts["work"] = earned * (use.calls and not use.thin)
             parts["ignored"] = -0.5 if use.ignored else 0.0
         self.parts, self.errors = parts, [verdict.error for verdict in verdicts if not verdict.passed]
         wanted = {agent: agent if agent in self.helpers else entry_point for agent in answers}
@@ -129,6 +143,9 @@ class CoopCode(TextEnv):
             "calls": len(called) / max(1, len(self.helpers)),
             "thin": float(use.calls and use.thin),
             "ignored": float(use.ignored),
+            "forged": float(sum(forged)),
+            "not_checkable": float(sum(canary_of(check) is None for check in self.problem.checks)),
+            "needed": needed,
             "rejected": float(sum(function(nodes[agent], name) is None for agent, name in wanted.items())),
         }
         notes = self._notes(use.calls, use.thin, use.ignored) if self.feedback == "level" else ""
@@ -139,6 +156,26 @@ class CoopCode(TextEnv):
         earned = ", ".join(f"{name} {value:.2f}" for name, value in self.parts.items()) or "nothing yet"
         tests = "".join(self.problem.checks)
         return f"problem {self.problem.name} turn {self.turn} of {self.turns}: {earned}\ntests:\n{tests}"
+
+    def _job(self, program: str, checks: Sequence[str], runs: int = 1) -> Job:
+        seconds, entries = min(3600.0, runs * self.seconds), (self.problem.entry_point,)
+        return Job(program, tuple(checks), seconds, entries=entries, setup=self.problem.header)
+
+    def _doubts(self, program: str, verdicts: Sequence[Verdict], called: list[str]) -> tuple[list[bool], float]:
+        """Which tests pass with another expected literal, too, and whether the passed ones need what the helpers return.
+
+        The second is one run of all of them with the helpers' results changed, which ends at the first that fails.
+        """
+        passed = [check for check, verdict in zip(self.problem.checks, verdicts) if verdict.passed]
+        canaries = {check: other for check in passed if (other := canary_of(check)) is not None}
+        jobs = [self._job(program, [*canaries.values()])] if canaries else []
+        if passed and called:
+            jobs.append(self._job(with_other_results(program, called), ["\n".join(passed)], len(passed)))
+        found = judge(jobs) if jobs else []
+        fooled = {check for check, verdict in zip(canaries, found[0]) if verdict.passed} if canaries else set[str]()
+        needed = float(not found[-1][0].passed) if passed and called else 0.0
+        forged = [verdict.passed and check in fooled for check, verdict in zip(self.problem.checks, verdicts)]
+        return forged, needed
 
     def _program(self, nodes: dict[str, list[ast.stmt]]) -> str | None:
         """The whole program's source, or None where it cannot be one."""

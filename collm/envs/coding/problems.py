@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from collm import seeds
-from collm.envs.coding.programs import function, parse, source_of, split_checks, taken
-from collm.envs.data import Row, field, read_rows, split_rows
+from collm.envs.coding.programs import function, parse, source_of, split_checks, split_lines, taken
+from collm.envs.data import Row, field, read_each, read_rows, split_rows
 from collm.errors import EnvError
 
 SHARED = {
@@ -58,21 +58,23 @@ def _from_humaneval(row: Row, data: str) -> Problem:
 
 def _from_mbpp(row: Row, data: str) -> Problem:
     prompt, code = field(row, ("prompt", "text"), data), field(row, ("code",), data)
-    tests, imports = row["test_list"], row.get("test_imports") or []
-    if not tests or not all(isinstance(line, str) for line in (*tests, *imports)):
-        raise EnvError(f"data={data!r}: test_list of task {row.get('task_id')} must hold texts, at least one.")
+    tests, imports, before = row["test_list"], row.get("test_imports") or [], row.get("test_setup_code") or ""
+    lists = isinstance(tests, list | tuple) and isinstance(imports, list | tuple)
+    if not lists or not tests or not all(isinstance(line, str) for line in (*tests, *imports, before)):
+        named = f"data={data!r}: test_list of task {row.get('task_id')}"
+        raise EnvError(f"{named} must hold texts, at least one, as test_imports and test_setup_code do.")
     tree = parse(code)
     defined = (
         [] if tree is None else [node for node in taken(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     )
-    called = parse(tests[0])
-    names = {node.id for node in ast.walk(called) if isinstance(node, ast.Name)} if called is not None else set()
+    called = [tree for tree in map(parse, tests) if tree is not None]
+    names = {node.id for tree in called for node in ast.walk(tree) if isinstance(node, ast.Name)}
     entry = next((node for node in reversed(defined) if node.name in names), None)
     if entry is None:
-        raise EnvError(f"data={data!r}: the first test of task {row.get('task_id')} calls no function of its code.")
-    before = "\n".join(imports)
+        raise EnvError(f"data={data!r}: no test of task {row.get('task_id')} calls a function of its code.")
     shown = f"{prompt.strip()}\ndef {entry.name}({ast.unparse(entry.args)}):"
-    checks = tuple(f"{before}\n{line}\n" for line in tests)
+    before = "\n".join([*imports, *([before] if before else [])])
+    checks = tuple(f"{before}\n{check}" for check in split_lines(tests, entry.name))
     return Problem(str(row.get("task_id", "")), shown, "", entry.name, checks, code)
 
 
@@ -101,7 +103,8 @@ def public(data: str, eval_data: str | None, split: str) -> tuple[Problem, ...]:
             f"{', '.join(both)}. Leave them out of one of the two before you report a score.",
             stacklevel=2,
         )
-    return tuple(from_row(row, data) for row in parts[split])
+    source = eval_data if split == "eval" and eval_data is not None else data
+    return tuple(read_each(parts[split], lambda row: from_row(row, source), source))
 
 
 def _rows(data: str, eval_data: str | None, part: str) -> Sequence[Row]:

@@ -7,26 +7,23 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 LONGEST = 20_000
 """Characters of an answer that are read; a longer one is no program."""
 
-_FENCED = re.compile(r"```[ \t]*[A-Za-z0-9_+.-]{0,20}[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_READ = 12 * LONGEST
+"""Characters given to the parser for one answer, all attempts together: enough for any honest one, a fraction of a second."""
+
+_OPENS = re.compile(r"(?:^[ \t]*|[ \t:])```[ \t]*[A-Za-z0-9_+.-]{0,20}[ \t]*$")
+_BEGINS = re.compile(r"[ \t]*(?:async +def|def|class|import|from|@)(?:[ \t]|(?<=@))")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 _TAKEN = (
     ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign,
 )  # fmt: skip
-
-
-def code_of(answer: str) -> str:
-    """The code in an answer: what stands in its fences, else all of it."""
-    if len(answer) > LONGEST:
-        return ""
-    fenced = _FENCED.findall(answer)
-    return "\n".join(fenced) if fenced else answer
 
 
 def parse(source: str) -> ast.Module | None:
@@ -35,6 +32,70 @@ def parse(source: str) -> ast.Module | None:
         return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
+
+
+def read(answer: str) -> ast.Module | None:
+    """The program in an answer, read leniently; None if it holds none.
+
+    An answer that parses as it is, dedented, is taken whole. Else of every fenced block, dedented, the longest prefix of lines
+    that parses; without such blocks, the same from the first line on that begins a definition or an import. So prose around the
+    code, an example that is cut off and an unclosed or a further fence cost nothing. The time is bounded for any text.
+    """
+    if len(answer) > LONGEST:
+        return None
+    text = answer.replace("\r\n", "\n").replace("\r", "\n")
+    whole = parse(text) or parse(textwrap.dedent(text))
+    if whole is not None:
+        return whole
+    lines, left = text.split("\n"), [_READ]
+    found = [node for block in _blocks(lines) for node in _prefix(block, left)]
+    if taken(ast.Module(found, [])):
+        return ast.Module(found, [])
+    for start in (number for number, line in enumerate(lines) if _BEGINS.match(line)):
+        found = _prefix(lines[start:], left)
+        if found:
+            return ast.Module(found, [])
+        if left[0] <= 0:
+            break
+    return None
+
+
+def _blocks(lines: Sequence[str]) -> list[list[str]]:
+    """The lines of every fenced block; the last one may be unclosed."""
+    blocks: list[list[str]] = []
+    inside = False
+    for line in lines:
+        if not inside and _OPENS.search(line):
+            blocks.append([])
+            inside = True
+        elif inside and line.strip().startswith("```"):
+            inside = False
+        elif inside:
+            blocks[-1].append(line.removesuffix("```"))
+            inside = not line.endswith("```")
+    return blocks
+
+
+def _prefix(lines: Sequence[str], left: list[int]) -> list[ast.stmt]:
+    """The statements of the longest prefix of lines that parses, dedented as its first line is.
+
+    No prefix parses that holds the line of an error, so that every attempt ends before the last one's error. `left` holds the
+    characters that may still be parsed.
+    """
+    first = next((line for line in lines if line.strip()), "")
+    margin = first[: len(first) - len(first.lstrip())]
+    kept = [line.removeprefix(margin) for line in lines]
+    while kept and left[0] > 0:
+        source = "\n".join(kept) + "\n"
+        left[0] -= len(source)
+        try:
+            return ast.parse(source).body
+        except SyntaxError as error:
+            end = (error.lineno or len(kept)) - 1
+        except (ValueError, RecursionError, MemoryError):
+            end = len(kept) // 2
+        del kept[max(0, min(end, len(kept) - 1)) :]
+    return []
 
 
 def taken(tree: ast.Module) -> list[ast.stmt]:
@@ -125,26 +186,32 @@ def use_of(nodes: Sequence[ast.stmt], entry_point: str, names: Sequence[str]) ->
     A name that these statements bind themselves is not the team-mate's, nor is one that a function has as a local.
     Thin, after the docstring: nothing; one return that holds a call; or one assignment that holds a call, then a return.
     """
-    theirs = {name for name in names if not defines(nodes, name)}
+    bound = {name for node in nodes for name in _bound(node)}
+    theirs = {name for name in names if name not in bound}
     found = function(nodes, entry_point)
-    reached = _reached(nodes, found)
-    calls = [(one, call) for one in reached for call in _calls(one, theirs)]
-    ignored = bool(calls) and all(_is_ignored(one, call) for one, call in calls)
-    return Use(bool(calls), found is not None and _is_thin(found, theirs), ignored)
+    used = [(one, _calls(one, theirs)) for one in _reached(nodes, found)]
+    calls = any(called for _, called in used)
+    ignored = calls and all(_all_ignored(one, called) for one, called in used if called)
+    return Use(calls, found is not None and _is_thin(found, theirs), ignored)
 
 
 def _reached(nodes: Sequence[ast.stmt], found: Function | ast.Lambda | None) -> list[Function | ast.Lambda]:
     """The entry point and the functions of the same statements that it calls, directly or not."""
-    reached: list[Function | ast.Lambda] = []
-    waiting = [found]
+    binding: dict[str, list[ast.stmt]] = {}
+    for node in nodes:
+        for name in {*_bound(node)}:
+            binding.setdefault(name, []).append(node)
+    reached: dict[int, Function | ast.Lambda] = {}
+    waiting, seen = [found], set[str]()
     while waiting:
         one = waiting.pop()
-        if one is None or any(one is other for other in reached):
+        if one is None or id(one) in reached:
             continue
-        reached.append(one)
-        called = {node.id for node in ast.walk(one) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-        waiting += [function(nodes, name) for name in sorted(called)]
-    return reached
+        reached[id(one)] = one
+        called = {node.id for node in ast.walk(one) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)} - seen
+        seen |= called
+        waiting += [function(binding[name], name) for name in sorted(called & binding.keys())]
+    return list(reached.values())
 
 
 def _calls(one: Function | ast.Lambda, names: set[str]) -> list[ast.Call]:
@@ -163,25 +230,25 @@ def _arguments(node: ast.arguments) -> list[ast.arg]:
     return [*node.posonlyargs, *node.args, *node.kwonlyargs, *single]
 
 
-def _is_ignored(one: Function | ast.Lambda, call: ast.Call) -> bool:
-    """Whether a call stands alone as a statement, or its result goes to names that are never read."""
+def _all_ignored(one: Function | ast.Lambda, calls: Sequence[ast.Call]) -> bool:
+    """Whether every call stands alone as a statement, or its result goes to names that are never read."""
+    wanted, ignored = {id(call) for call in calls}, 0
+    read = {n.id for n in ast.walk(one) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     for node in ast.walk(one):
         value = getattr(node, "value", None)
         if isinstance(value, ast.Await):
             value = value.value
-        if value is not call:
+        if id(value) not in wanted:
             continue
         if isinstance(node, ast.Expr):
-            return True
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            ignored += 1
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             stored = [inner for target in targets for inner in ast.walk(target) if isinstance(inner, ast.expr)]
-            if not all(isinstance(inner, (ast.Name, ast.Tuple, ast.List, ast.Starred)) for inner in stored):
-                return False  # kept in an object or a container
-            kept = {inner.id for inner in stored if isinstance(inner, ast.Name)}
-            read = {n.id for n in ast.walk(one) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-            return not kept & read
-    return False
+            # a target that is no name keeps the result in an object or a container
+            plain = all(isinstance(inner, (ast.Name, ast.Tuple, ast.List, ast.Starred)) for inner in stored)
+            ignored += plain and not {inner.id for inner in stored if isinstance(inner, ast.Name)} & read
+    return ignored == len(wanted)
 
 
 def _is_thin(found: Function | ast.Lambda, names: set[str]) -> bool:
@@ -202,21 +269,30 @@ def _is_thin(found: Function | ast.Lambda, names: set[str]) -> bool:
     return False
 
 
-def split_checks(test: str, entry_point: str) -> tuple[str, ...]:
-    """The checks of a `def check(candidate)`: one for each top-level statement of it that holds an assert.
+def is_test(statement: ast.AST, names: set[str]) -> bool:
+    """Whether a statement holds an assert and names one of `names`: `assert True` tests nothing."""
+    inner = list(ast.walk(statement))
+    return any(isinstance(node, ast.Assert) for node in inner) and any(
+        isinstance(node, ast.Name) and node.id in names for node in inner
+    )
 
-    Each is a source text of its own: what stands outside of `check`, the set-up statements before the assert, the assert. A
-    test without such statements is one check.
+
+def split_checks(test: str, entry_point: str) -> tuple[str, ...]:
+    """The checks of a `def check(candidate)`: one for each top-level statement of it that tests the candidate.
+
+    Such a statement holds an assert and names the candidate or the entry point. Each check is a source text of its own: what
+    stands outside of `check`, all other statements before the test, the test. A text without a test is one check.
     """
     tree = parse(test)
     whole = f"{test}\n\ncheck({entry_point})\n"
     found = None if tree is None else next((n for n in tree.body if isinstance(n, Function) and n.name == "check"), None)
     if tree is None or not isinstance(found, ast.FunctionDef):
         return (whole,)
+    names = {entry_point, *(arg.arg for arg in _arguments(found.args))}
     setup: list[ast.stmt] = []
     checks = []
     for statement in found.body:
-        if any(isinstance(node, ast.Assert) for node in ast.walk(statement)):
+        if is_test(statement, names):
             only = ast.FunctionDef(found.name, found.args, [*setup, statement], [], None, None)
             parts = [only if node is found else node for node in tree.body]
             written = source_of([ast.fix_missing_locations(part) for part in parts])
@@ -224,3 +300,16 @@ def split_checks(test: str, entry_point: str) -> tuple[str, ...]:
         else:
             setup.append(statement)
     return tuple(checks) or (whole,)
+
+
+def split_lines(tests: Sequence[str], entry_point: str) -> tuple[str, ...]:
+    """The checks of a list of test lines, by the same rule. A line that is no Python is a check, too, which always fails."""
+    setup: list[str] = []
+    checks = []
+    for line in tests:
+        tree = parse(line)
+        if tree is None or is_test(tree, {entry_point}):
+            checks.append("\n".join([*setup, line, ""]))
+        else:
+            setup.append(line)
+    return tuple(checks) or ("\n".join([*setup, ""]),)
