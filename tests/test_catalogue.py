@@ -32,6 +32,7 @@ BUILT_IN = [
     ("str_build", {"blind_first_turn": True, "reward": "sparse", "strings": ["ABC"]}),
     ("str_build", {"world": "persistent", "commands_per_turn": 1, "feedback": "score", "turns": 6}),
 ]
+BUILT_IN += [("quote", {}), ("quote", {"agents": 4, "turns": 3, "reward": "sparse", "view": "own"})]
 BUILT_IN += [(name, {}) for name in WORLDS if name not in dict(BUILT_IN)]
 
 

@@ -24,6 +24,7 @@ WORLDS = {
     "resource_gathering": "collm.envs.gathering.resource_gathering:ResourceGathering",
     "tldr": "collm.envs.writing.writing:Tldr",
     "arxiv": "collm.envs.writing.writing:Arxiv",
+    "quote": "collm.envs.quote:Quote",
     "coop_code": "collm.envs.coding.coop_code:CoopCode",
     "class_eval": "collm.envs.coding.class_eval:ClassEval",
 }

@@ -10,7 +10,8 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 
-from collm.envs.scripted import Chat
+from collm.envs.quote import Quote
+from collm.envs.scripted import Chat, play
 from collm.envs.writing.writing import MARKER, Arxiv, Tldr, Writing
 
 OPENERS = (
@@ -51,6 +52,18 @@ def tldr(rng: random.Random) -> list[Chat]:
 def arxiv(rng: random.Random) -> list[Chat]:
     """One to three agents' chats about an abstract of the train split."""
     return _play(Arxiv(agents=rng.choices((1, 2, 3), weights=(1, 12, 1))[0]), rng)
+
+
+def quote(rng: random.Random) -> list[Chat]:
+    """Two to four writers' chats about a text of the train split. The tiny model is not pre-trained on them."""
+    return play(Quote(agents=rng.choice((2, 2, 3, 4)), turns=rng.choice((1, 1, 2))), repeat, rng)
+
+
+def repeat(env: Quote, agent: str, rng: random.Random) -> str:
+    """A run of the text's words, of any length that counts: mostly its beginning, whatever the others do."""
+    told = env.text.split()
+    start = 0 if rng.random() < 0.6 else rng.randrange(len(told))
+    return " ".join(told[start : start + rng.randint(3, env.max_words)])
 
 
 def retell(env: Writing, role: int, rng: random.Random) -> str:
