@@ -66,7 +66,7 @@ def number(value: Any, what: str) -> float:
     if type(value) is float and math.isfinite(value):
         return value
     single = hasattr(type(value), "__float__") or hasattr(type(value), "__index__")
-    if not single or isinstance(value, (str, bytes)) or getattr(value, "ndim", 0):
+    if not single or isinstance(value, (str, bytes)) or getattr(value, "ndim", 0) != 0:
         raise EnvError(f"{what} is {_shown(value)}, not a number.")
     try:
         found = float(value)
