@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from pettingzoo import ParallelEnv
 
 from collm.cli.main import main, make_parser, split_overrides
 from collm.cli.train import demo_recipe
@@ -297,7 +298,7 @@ def test_a_task_that_cannot_be_made_is_listed_with_the_reason(capsys, monkeypatc
     assert "str_build" in shown
 
 
-def fussy(strings=7, split="train"):
+def fussy(strings=7, split="train") -> ParallelEnv:
     """Makes nothing
     at all. Not today either."""
     raise EnvError("there is no harp.")

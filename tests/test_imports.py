@@ -24,7 +24,7 @@ MAY = {
     "envs": {"types", "errors", "seeds", "sandbox"},
     "models": {"types", "errors", "config", "algorithms"},
     "engines": {"types", "errors", "config", "algorithms", "models"},
-    "rollout": {"types", "errors", "seeds", "envs.base", "engines.base"},
+    "rollout": {"types", "errors", "seeds", "envs.base", "envs.gate", "engines.base"},
     "learning": RECORDS | {"algorithms", "models"},
     "training": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "learning", "runs"},
     "runs": RECORDS | {"learning", "models"},

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from pettingzoo import ParallelEnv
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
+from collm.envs import gate
 from collm.errors import ConfigError, EnvError
 
 WORLDS = {
@@ -58,9 +60,25 @@ def find(name: str) -> Any:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"task {name!r} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
-    if not callable(found):
-        raise ConfigError(f"task {name!r} is {type(found).__name__}, not a class or function that makes a ParallelEnv.")
+    if not _makes_env(found):
+        raise ConfigError(
+            f"task {name!r} is {type(found).__name__}, not a subclass of ParallelEnv or a function annotated to return one; "
+            "it was not called. A function of your own is annotated `-> ParallelEnv`."
+        )
     return found
+
+
+def _makes_env(found: Any) -> bool:
+    """Whether `found` is a subclass of ParallelEnv or a Python function annotated to return one: nothing else is called."""
+    if not inspect.isclass(found):
+        if not inspect.isfunction(found):
+            return False
+        try:
+            found = get_type_hints(found).get("return")
+        except (NameError, TypeError, AttributeError, SyntaxError):
+            return False
+        found = get_origin(found) or found
+    return inspect.isclass(found) and issubclass(found, ParallelEnv)
 
 
 def make(name: str, split: str = "train", **options: Any) -> ParallelEnv:
@@ -79,6 +97,7 @@ def make(name: str, split: str = "train", **options: Any) -> ParallelEnv:
             hint = f"Did you mean 'env.{near[0]}'?" if near else f"{name} takes: {', '.join(parameters)}."
             raise ConfigError(f"unknown setting 'env.{option}'. {hint}")
     _check_types(factory, options)
+    options = copy.deepcopy(options)  # an environment may change what it is given
     if "split" in parameters or open_ended:
         options["split"] = split
     try:
@@ -89,6 +108,11 @@ def make(name: str, split: str = "train", **options: Any) -> ParallelEnv:
         raise ConfigError(f"task {name!r} cannot be made with the options {options}: {error}.") from error
     if not isinstance(env, ParallelEnv):
         raise ConfigError(f"task {name!r} makes {type(env).__name__}, not a PettingZoo ParallelEnv.")
+    try:
+        gate.agents_of(env)
+        gate.num_tasks_of(env)
+    except EnvError as error:
+        raise ConfigError(f"task {name!r}: {error}") from error
     return env
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from collm import seeds
 from collm.engines.base import Engine
+from collm.envs import gate
 from collm.envs.base import EnvMaker
 from collm.errors import ConfigError, EnvError
 from collm.rollout.protocols import PROTOCOLS, Play
@@ -153,9 +154,9 @@ def imagine_silence(
         said = [{a: c.text for a, c in past.completions.items()} for past in episode.turns[: t + 1]]
         said[t][agent] = ""
         try:
-            env.reset(seed=episode.seed, options={"task": episode.task})
+            gate.reset(env, episode.seed, episode.task)
             for texts in said:
-                _, rewards, _, _, infos = env.step(texts)
+                _, rewards, _, _, infos = gate.step(env, texts)
         except EnvError:
             return
         reward, raw_reward, info = outcome(said[t], rewards, infos)

@@ -11,8 +11,9 @@ from typing import Any
 
 from pettingzoo import ParallelEnv
 
+from collm.envs import gate
 from collm.errors import ConfigError, EnvError
-from collm.types import Completion, Episode, History, Message, Request, encodable
+from collm.types import Completion, Episode, History, Message, Request
 
 Play = Generator[list[Request], list[Completion], Episode]
 Protocol = Callable[..., Play]
@@ -67,30 +68,33 @@ def _play(env: ParallelEnv, episode: Episode, speak: Callable[..., Round], histo
     contract, ends the episode as failed with the reason kept. After `max_turns` the collector cuts it: truncated.
     """
     try:
-        observations, infos = env.reset(seed=episode.seed, options={"task": episode.task})
+        episode.observations, names = gate.reset(env, episode.seed, episode.task)
     except EnvError as error:
         episode.failure = f"reset: {error}"
         return episode
-    episode.observations = {agent: encodable(str(text)) for agent, text in observations.items()}
     episode.state = _state(env)
-    names = [info["task_name"] for info in infos.values() if "task_name" in info]
     task_name = getattr(env, "task_name", None)
     names += [task_name(episode.task)] if not names and callable(task_name) else []
     episode.label = str(names[0] if names else episode.task)
+    turns = getattr(env, "turns", 0)
+    limit = max(gate.MAX_TURNS, turns if isinstance(turns, int) else 0)
     while env.agents:
         if max_turns is not None and len(episode.turns) == max_turns:
             episode.truncated = True
             return episode
+        if len(episode.turns) == limit:
+            episode.failure = f"the episode does not end within {limit} turns; end it, or set rollout.max_turns."
+            return episode
         try:
             completions, messages = yield from speak(list(env.agents), episode, history)
-            observations, rewards, terminations, truncations, infos = env.step({c.agent: c.text for c in completions})
+            returned = gate.step(env, {c.agent: c.text for c in completions})
         except _Failed as failed:
             episode.failure = str(failed)
             return episode
         except EnvError as error:
             episode.failure = f"step {len(episode.turns)}: {error}"
             return episode
-        episode.add(completions, observations, rewards, terminations, truncations, infos, _state(env), messages)
+        episode.add(completions, *returned, _state(env), messages)
     return episode
 
 

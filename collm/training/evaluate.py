@@ -12,9 +12,13 @@ import numpy as np
 from collm import seeds
 from collm.config import Config
 from collm.engines.base import Engine
+from collm.envs import gate
 from collm.envs.catalogue import EnvSpec
 from collm.rollout.collect import Plan, collect
 from collm.types import Episode, Sampling
+
+RESERVED = frozenset(("reward", "episodes", "failed"))
+"""Names of our own under `evaluation/`: a metric of such a name is `metrics/NAME` there."""
 
 
 @dataclass(slots=True)
@@ -33,7 +37,8 @@ class Evaluation:
         names = dict.fromkeys(name for episode in self.played for name in episode.metrics)
         columns = {"reward": np.array([episode.score for episode in self.played], dtype=np.float64)}
         for name in names:
-            columns[name] = np.array([e.metrics.get(name, np.nan) for e in self.played], dtype=np.float64)
+            column = f"metrics/{name}" if name in RESERVED else name
+            columns[column] = np.array([e.metrics.get(name, np.nan) for e in self.played], dtype=np.float64)
         return columns
 
     def summary(self) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def plan_of(config: Config, split: str) -> Plan:
 
 def num_tasks(plan: Plan) -> int:
     """How many tasks a split has; a world that does not say so has one."""
-    return int(getattr(plan.env.make(plan.split), "num_tasks", 1))
+    return gate.num_tasks_of(plan.env.make(plan.split))
 
 
 def evaluate(
