@@ -38,6 +38,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+try:
+    from pettingzoo import ParallelEnv
+except ImportError:  # in the reference's environment
+    ParallelEnv = object
+
 import matched
 from matched import Row, Stopwatch, count_turns, make_reference, peak_memory_mb, surroundings, team_reward
 
@@ -92,7 +97,7 @@ def prompt(tokenizer: Any, task: int, agent: int) -> str:
     return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
 
-def make_world(answer_tokens: int, split: str = "train") -> Any:
+def make_world(answer_tokens: int, split: str = "train") -> ParallelEnv:
     """The benchmark's world for collm."""
     return matched.make_world(NUM_AGENTS, 1, observation, answer_tokens)
 

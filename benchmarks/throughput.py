@@ -37,6 +37,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+try:
+    from pettingzoo import ParallelEnv
+except ImportError:  # in the reference's environment
+    ParallelEnv = object
+
 import matched
 from matched import Row, Stopwatch, count_turns, in_a_process, make_reference, peak_memory_mb
 
@@ -182,7 +187,7 @@ def measure_collm(model: Path, method: str, turns: int, *, quick: bool) -> list[
     return [row(method, turns, joint_actions, watch)]
 
 
-def make_world(turns: int, split: str = "train") -> Any:
+def make_world(turns: int, split: str = "train") -> ParallelEnv:
     """The benchmark's world for collm."""
     return matched.make_world(NUM_AGENTS, turns, observation, ANSWER_TOKENS)
 
