@@ -623,6 +623,8 @@ def test_the_filter_by_an_interpreter_of_its_own(name: str) -> None:
                 at += yes if value == k else no
             elif op == 0x45:
                 at += yes if value & k else no
+            elif op == 0x54:
+                value &= k
             else:
                 assert op == 0x06
                 return int(k)
@@ -638,6 +640,9 @@ def test_the_filter_by_an_interpreter_of_its_own(name: str) -> None:
         assert answer(role, "prlimit64", 2) == deny
         assert answer(role, "fcntl", 0, 3) == allow
         assert answer(role, "fcntl", 0, 8) == answer(role, "fcntl", 0, 10) == answer(role, "fcntl", 0, 15) == deny
+        assert answer(role, "fcntl", 0, 1031) == deny  # F_SETPIPE_SZ
+        assert answer(role, "mmap", 0, 4096, 3, 0x22) == answer(role, "mmap", 0, 4096, 3, 0x01) == allow
+        assert answer(role, "mmap", 0, 4096, 3, 0x21) == (allow if role == "zygote" else deny)  # shared and of no file
         assert answer(role, "ioctl", 0, 0x5401) == allow
         assert answer(role, "ioctl", 0, 0x5412) == deny  # TIOCSTI, which types into a terminal
         assert answer(role, {"x86_64": 41, "aarch64": 198}[name]) == deny  # socket

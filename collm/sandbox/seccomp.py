@@ -55,10 +55,11 @@ _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _ZYGOTE_ONLY = frozenset(["fork", "execve", "wait4", "waitid", "kill", "prctl", "seccomp", "setrlimit"])
 _BY_ARGUMENT = frozenset(["clone", "clone3", "prlimit64", "fcntl", "ioctl"])
 _NEW_NAMESPACE = 0x7E020080  # CLONE_NEW*: mount, cgroup, UTS, IPC, user, PID, network, time
-_FCNTL_SIGNALS = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: would let the kernel signal somebody else
+_FCNTL_SIGNALS = (8, 10, 15, 1031)  # F_SETOWN, F_SETSIG, F_SETOWN_EX could signal somebody else; F_SETPIPE_SZ takes memory
 _IOCTL_ALLOWED = (0x5401, 0x5413, 0x541B, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONCLEX, FIOCLEX
 
-_LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
+_LOAD, _EQUAL, _ANY_BIT, _RETURN, _AND = 0x20, 0x15, 0x45, 0x06, 0x54
+_SHARED_MEMORY = 0x21  # MAP_SHARED | MAP_ANONYMOUS: each such mapping takes a file's worth of kernel memory
 _ALLOW, _KILL, _DENY, _MISSING = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026  # the last two: EPERM, ENOSYS
 _NR, _ARCH, _ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data; arguments are 8 bytes each, low half first
 
@@ -94,13 +95,16 @@ def seccomp_filter(role: Literal["zygote", "program"], name: str | None = None) 
     numbers = syscalls(name)
     code = [_op(_LOAD, _ARCH), _op(_EQUAL, _AUDIT_ARCH[name], 1, 0), _op(_RETURN, _KILL), _op(_LOAD, _NR)]
     for call, number in numbers.items():
-        if call not in _BY_ARGUMENT and (role == "zygote" or call not in _ZYGOTE_ONLY):
+        if call not in _BY_ARGUMENT and (role == "zygote" or call not in {*_ZYGOTE_ONLY, "mmap"}):
             code += [_op(_EQUAL, number, 0, 1), _op(_RETURN, _ALLOW)]
     # glibc falls back to clone, whose flags a filter can read, where clone3 does not exist.
     code += [_op(_EQUAL, numbers["clone3"], 0, 1), _op(_RETURN, _MISSING)]
     if role == "zygote":
         code += [_op(_EQUAL, numbers["clone"], 0, 4), _op(_LOAD, _ARGUMENT), _op(_ANY_BIT, _NEW_NAMESPACE, 1, 0)]
         code += [_op(_RETURN, _ALLOW), _op(_RETURN, _DENY)]
+    else:
+        code += [_op(_EQUAL, numbers["mmap"], 0, 5), _op(_LOAD, _ARGUMENT + 24), _op(_AND, _SHARED_MEMORY)]
+        code += [_op(_EQUAL, _SHARED_MEMORY, 0, 1), _op(_RETURN, _DENY), _op(_RETURN, _ALLOW)]
     # prlimit64 on oneself (pid 0) only.
     code += [_op(_EQUAL, numbers["prlimit64"], 0, 4), _op(_LOAD, _ARGUMENT), _op(_EQUAL, 0, 0, 1)]
     code += [_op(_RETURN, _ALLOW), _op(_RETURN, _DENY)]
