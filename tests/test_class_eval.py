@@ -219,6 +219,14 @@ def test_shares():
     assert shares(TASK, ["a"], "parameters") == {"a": ["add", "total", "below", "put"]}
 
 
+def test_methods_that_methods_info_lacks_belong_to_the_last_agent():
+    infos = [info for info in ROW["methods_info"] if info["method_name"] != "below"]
+    task = read_task({**ROW, "methods_info": infos, "skeleton": ROW["skeleton"]}, "here")
+    assert task.unlisted == ("below",)
+    assert shares(task, ["a", "b"], "parameters") == {"a": ["add"], "b": ["total", "put", "below"]}
+    assert shares(task, ["a", "b", "c"], "round_robin") == {"a": ["add"], "b": ["total"], "c": ["put", "below"]}
+
+
 @pytest.mark.parametrize(
     ("head", "count"),
     [

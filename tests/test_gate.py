@@ -202,3 +202,46 @@ def test_random_structures_never_give_another_error() -> None:
             gate.step(Random(["agent_0"], 1), {"agent_0": ""})
         except EnvError:
             continue
+
+
+class Sometimes(Echo):
+    """Echo that pays NaN on its second task and reports numbers of numpy."""
+
+    num_tasks = 2
+
+    def __init__(self, split: str = "train"):
+        super().__init__(turns=1)
+
+    def step(self, actions: Any) -> Any:
+        observations, rewards, terminations, truncations, infos = super().step(actions)
+        for info in infos.values():
+            info["metrics"] = {"reward": np.float32(-7.0), "length": np.int64(3)}
+        if self.task:
+            rewards = dict.fromkeys(rewards, math.nan)
+        return observations, rewards, terminations, truncations, infos
+
+
+def test_an_odd_environment_trains_resumes_and_is_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A NaN fails its episodes, which are counted; neither the run nor its resume ends; a metric called reward is not ours."""
+    from collm.cli.main import main
+    from collm.runs.read import read_run
+
+    recipe = tmp_path / "odd.toml"
+    recipe.write_text(
+        '[run]\niterations = 2\nthreads = 1\ntensorboard = false\n[env]\nname = "test_gate:Sometimes"\n[rollout]\ntasks = 4\n'
+        "max_tokens = 1\n[evaluation]\nevery = 1\n"
+    )
+    words = ["train", str(recipe), "--run.folder", str(tmp_path), "--run.name", "odd"]
+    assert main(words) == 0
+    run = read_run(tmp_path / "odd")
+    assert [line["episodes_failed"] for line in run.metrics[1:]] == [2, 2]
+    last = run.metrics[-1]
+    assert (last["evaluation/failed"], last["evaluation/episodes"]) == (1, 1)
+    assert last["evaluation/reward"] != -7.0
+    resume = ["train", "--resume", str(tmp_path / "odd"), "--env.name", "test_gate:Sometimes", "--run.iterations", "3"]
+    assert main(resume) == 0
+    assert read_run(tmp_path / "odd").metrics[-1]["iteration"] == 3
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "odd"), "--env.name", "test_gate:Sometimes", "--json"]) == 0
+    assert main(["check", "test_gate:Sometimes"]) == 2
+    assert "not a finite number" in capsys.readouterr().err

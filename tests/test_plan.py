@@ -175,8 +175,12 @@ def test_the_turns_that_a_difference_baseline_asks_for(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: "/".join(path.parts[-2:]))
-def test_every_recipe_can_be_planned(path: Path) -> None:
-    found = plan(load_config(path))
+def test_every_recipe_can_be_planned(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config(path)
+    if config.team.model == "build/smollm2" and not (ROOT / "build" / "smollm2").is_dir():
+        pytest.skip("the model is not here: make smollm2")
+    found = plan(config)
     assert 0 < found.peak < 2000 * GIB
     assert json.loads(json.dumps(found.plain()))["iterations"] > 0
 

@@ -336,3 +336,27 @@ def test_two_thousand_half_open_connections_block_nobody(server, monkeypatch):
     assert not serving.Guarded.waiting
     for one in sockets:
         one.close()
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "evaluate", "play", "check", "compare"])
+@pytest.mark.parametrize("name", ["os:system", "subprocess:run", "builtins:print", "shutil:rmtree", "os:remove"])
+def test_a_recipe_that_names_no_environment_calls_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, name: str
+) -> None:
+    sentinel, recipe = tmp_path / "sentinel", tmp_path / "recipe.toml"
+    sentinel.write_text("here")
+    option = {"os:system": f'command = "touch {tmp_path}/made"', "os:remove": f'path = "{sentinel}"'}.get(name, "")
+    env = f'name = "{name}"\n{option}\n'
+    text = f"[env]\n{env}[run]\nfolder = '{tmp_path}'\n"
+    if command == "compare":
+        text = f"[compare]\nmethods = ['magrpo']\nseeds = [0]\n[tasks.a.env]\n{env}"
+    recipe.write_text(text)
+    words = [command, name if command == "check" else str(recipe)]
+    words += ["--agent", "a=http://127.0.0.1:9/v1"] if command == "play" else []
+    words += ["--folder", str(tmp_path / "grid")] if command == "compare" else []
+    assert main(words) in (1, 2)
+    said = capsys.readouterr().err
+    assert "ParallelEnv" in said or "failed" in said
+    assert "Traceback" not in said
+    assert sentinel.read_text() == "here"
+    assert not (tmp_path / "made").exists()

@@ -62,7 +62,7 @@ def test_the_tutorial_trains_its_painters(desk, capsys):
     assert num_commands == 9
 
     def held_out(*words: str) -> dict:
-        assert main(["evaluate", "runs/cover", "--json", *words]) == 0
+        assert main(["evaluate", "runs/cover", "--env.name", "cover:Cover", "--json", *words]) == 0
         return json.loads(capsys.readouterr().out)
 
     before, after = held_out("--checkpoint", "start"), held_out()

@@ -17,6 +17,7 @@ from collm import seeds
 from collm.config import Config, EnvSettings, apply_overrides, parse_resolved
 from collm.engines.base import Engine, Resting
 from collm.engines.catalogue import make_engine
+from collm.envs import gate
 from collm.errors import ConfigError
 from collm.models.team import Team
 from collm.rollout.collect import collect, imagine_silence, resample
@@ -314,10 +315,12 @@ def check_fit(config: Config) -> tuple[str, ...]:
 def metric_names(config: Config) -> tuple[str, ...]:
     """Names of the numbers after a turn that critics may know: those after one of empty answers, less the diagnostics."""
     env = plan_of(config, "train").env.make("train")
-    env.reset(seed=0, options={"task": 0})
-    *_, infos = env.step(dict.fromkeys(env.agents, ""))
-    diagnostics = frozenset(getattr(env, "diagnostics", ()))
-    return tuple(sorted({name for info in infos.values() for name in info.get("metrics", {})} - diagnostics))
+    gate.reset(env, 0, 0)
+    returned: Any = env.step(dict.fromkeys(env.agents, ""))  # its numbers are taken when episodes are played
+    infos = returned[-1] if isinstance(returned, tuple) and isinstance(returned[-1], Mapping) else {}
+    reported = [info.get("metrics") for info in infos.values() if isinstance(info, Mapping)]
+    names = {str(name) for metrics in reported if isinstance(metrics, Mapping) for name in metrics}
+    return tuple(sorted(names - frozenset(getattr(env, "diagnostics", ()))))
 
 
 def make_team(config: Config, agents: tuple[str, ...]) -> Team:

@@ -52,7 +52,8 @@ class PublicTest:
 
 @dataclass(frozen=True, slots=True)
 class ClassTask:
-    """A class to write. parameters: of every method, `self` left out. imports, header: what the class begins with."""
+    """A class to write. parameters: of every method, `self` left out. imports, header: what the class begins with. unlisted:
+    methods of the skeleton that the data's methods_info lacks; they belong to the last agent."""
 
     name: str
     class_name: str
@@ -63,6 +64,7 @@ class ClassTask:
     tests: tuple[PublicTest, ...]
     test_source: str
     solution: str
+    unlisted: tuple[str, ...] = ()
 
     @property
     def methods(self) -> list[str]:
@@ -111,6 +113,9 @@ def _read_task(text: str, data: str) -> ClassTask:
         raise EnvError(f"data={data!r}: a row's methods_info lists no method.")
     class_name = field(row, ["class_name"], data)
     parameters = {info["method_name"]: num_parameters(info["method_description"], info["method_name"]) for info in infos}
+    skeleton = field(row, ["skeleton"], data).replace("\r\n", "\n")
+    unlisted = [name for name in methods_of(skeleton, class_name) if name not in parameters and name != "__init__"]
+    parameters |= {name: num_parameters(skeleton, name) for name in unlisted}
     imports = row.get("import_statement", [])
     owners = {info["test_class"]: info["method_name"] for info in infos if "test_class" in info}
     tests = tests_of(field(row, ["test"], data), owners)
@@ -119,14 +124,23 @@ def _read_task(text: str, data: str) -> ClassTask:
     return ClassTask(
         name=field(row, ["task_id"], data),
         class_name=class_name,
-        skeleton=_BLANK.sub("\n\n", field(row, ["skeleton"], data).replace("\r\n", "\n")).strip(),
+        skeleton=_BLANK.sub("\n\n", skeleton).strip(),
         parameters=parameters,
         imports=tuple([imports] if isinstance(imports, str) else imports),
         header=str(row.get("class_constructor", "")),
         tests=tests,
         test_source=field(row, ["test"], data),
         solution=str(row.get("solution_code", "")),
+        unlisted=tuple(unlisted),
     )
+
+
+def methods_of(skeleton: str, class_name: str) -> list[str]:
+    """Names of the methods that a class's skeleton shows, in order; none where it is no Python."""
+    for node in _statements(skeleton):
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            return list(dict.fromkeys(member.name for member in node.body if isinstance(member, Function)))
+    return []
 
 
 def num_parameters(description: str, name: str) -> int:
@@ -164,13 +178,16 @@ def shares(task: ClassTask, agents: Sequence[str], share: str) -> dict[str, list
     """Which methods each agent writes.
 
     By "parameters" the first of two agents writes the methods with exactly one parameter, the other the rest, so that one of
-    them may be left with none. By "round_robin", and with any other number of agents, methods go round in order.
+    them may be left with none. By "round_robin", and with any other number of agents, methods go round in order. Methods that
+    methods_info does not list belong to the last agent.
     """
     if share == "parameters" and len(agents) == 2:
         first, second = agents
-        one = [name for name, count in task.parameters.items() if count == 1]
+        one = [name for name, count in task.parameters.items() if count == 1 and name not in task.unlisted]
         return {first: one, second: [name for name in task.methods if name not in one]}
-    return {agent: task.methods[place :: len(agents)] for place, agent in enumerate(agents)}
+    listed = [name for name in task.methods if name not in task.unlisted]
+    found = {agent: listed[place :: len(agents)] for place, agent in enumerate(agents)}
+    return {**found, agents[-1]: [*found[agents[-1]], *task.unlisted]}
 
 
 def read_answer(text: str, task: ClassTask) -> Answer | None:
