@@ -157,13 +157,14 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def machine() -> str:
-    """What bits depend on: the processor's name and the version of torch."""
+    """What bits depend on: the processor, with what a virtual machine shows of it, and the version of torch."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    fields = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
-    processor = " ".join(fields.get(key, "?") for key in ("model name", "cpu family", "model"))
-    return f"{processor}, torch {torch.__version__}"
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    processor = " ".join(fields.get(key, "?") for key in ("model name", "cpu family", "model", "stepping"))
+    flags = hashlib.sha256(" ".join(sorted(fields.get("flags", "").split())).encode()).hexdigest()[:8]
+    return f"{processor}, flags {flags}, torch {torch.__version__}"
 
 
 def of_commit(commit: str) -> dict[str, Any]:
