@@ -92,10 +92,23 @@ def test_micro_batches_change_memory_and_not_the_update(tmp_path: Path, name: st
         assert small[key] == pytest.approx(large[key], rel=1e-4, abs=1e-6), key
 
 
-def test_a_reward_that_is_not_finite_names_iteration_agents_and_task(tmp_path: Path) -> None:
-    settings = {"run": {"folder": str(tmp_path), "threads": 1}, "env": {"name": "test_numbers:Broken"}, "rollout": {"tasks": 2}}
+def test_a_reward_that_is_not_finite_fails_its_episodes_and_not_the_run(tmp_path: Path) -> None:
+    settings = {"run": {"folder": str(tmp_path), "threads": 1, "iterations": 2}, "env": {"name": "test_numbers:Broken"}}
+    trainer = Trainer(parse_config({**settings, "rollout": {"tasks": 2}, "evaluation": {"every": 0}}), quiet=True)
+    lines = read_metrics(trainer.run() / "metrics.jsonl")
+    assert [line["episodes_failed"] for line in lines[1:]] == [1, 1]
+    [failed] = [
+        record["failure"]
+        for record in map(json.loads, (trainer.folder / "episodes" / "000001.jsonl").read_text().splitlines())
+        if record["failure"]
+    ]
+    assert "reward is inf, not a finite number" in failed
+
+
+def test_an_iteration_without_an_episode_stops_with_the_reason(tmp_path: Path) -> None:
+    settings = {"run": {"folder": str(tmp_path), "threads": 1}, "env": {"name": "test_numbers:Broken"}, "rollout": {"tasks": 1}}
     trainer = Trainer(parse_config({**settings, "evaluation": {"every": 0}}), quiet=True)
-    with pytest.raises(TrainingError, match=r"iteration 0: a reward of episode \d \(task poisoned, agents a, b\)"):
+    with pytest.raises(TrainingError, match=r"iteration \d: every episode failed: step 1: .*not a finite number"):
         trainer.run()
 
 

@@ -380,7 +380,7 @@ def test_success_is_not_forged(box: Sandbox, name: str) -> None:
         "assert abs(add(1, 2) - 3) == 0",
         "import unittest\nunittest.TestCase().assertEqual(add(1, 2), 3)",
     )
-    [right, forged] = box.judge([Job(ADD, checks), Job(FORGERIES[name], checks)])
+    [right, forged] = box.judge([Job(ADD, checks), Job(FORGERIES[name], checks, 2.0)])
     assert right == [Verdict(True)] * 3
     assert [v.passed for v in forged] == [False] * 3
     assert all(v.error for v in forged)
