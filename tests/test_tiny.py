@@ -16,6 +16,8 @@ from collm.models import tiny
 from collm.models.team import Team
 from collm.training.evaluate import Evaluation, evaluate
 
+PINNED = {"model.safetensors": "763447b2f923069a", "tokenizer.json": "a56e97ef373c9c9e"}
+
 
 def play(temperature: float = 1.0, **options: object) -> Evaluation:
     config = parse_config(
@@ -59,6 +61,12 @@ def test_it_writes_valid_commands_for_words_of_any_length() -> None:
         assert rejected <= 0.1 * len(lines)
 
 
+def test_the_shipped_model_is_version_1() -> None:
+    """Recorded evidence rests on these files: a task that says something else than it did does not change them."""
+    digests = {name: hashlib.sha256((tiny.folder() / name).read_bytes()).hexdigest()[:16] for name in PINNED}
+    assert digests == PINNED
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed, and programmers' texts need it")
 def test_its_recipe_gives_the_same_weights_twice(tmp_path: Path) -> None:
@@ -70,4 +78,4 @@ def test_its_recipe_gives_the_same_weights_twice(tmp_path: Path) -> None:
         subprocess.run(command, check=True, capture_output=True, timeout=600)
         digests.append(hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest())
     assert digests[0] == digests[1]
-    assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (tiny.folder() / "tokenizer.json").read_bytes()
+    assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (tmp_path / "two" / "tokenizer.json").read_bytes()
