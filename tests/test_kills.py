@@ -147,7 +147,7 @@ def test_a_run_killed_at_any_event_goes_on(tmp_path: Path, variant: str) -> None
 
             watch(run, act)
 
-        late = None if number < len(chosen) else rng.uniform(0.1, seconds)
+        late = None if number < len(chosen) else rng.uniform(0.05, 0.7 * seconds)
         status = forked([*start, run.name], strike, late)
         if os.WIFSIGNALED(status):
             at = min(max(chosen[number], 1), len(paths)) - 1 if number < len(chosen) else -1
