@@ -234,7 +234,7 @@ class Episode:
                 messages=dict(messages or {}),
             )
         )
-        self.observations = {agent: encodable(str(text)) for agent, text in observations.items()}
+        self.observations = {agent: str(text) for agent, text in observations.items()}
         self.state = state
         self.metrics = dict(info.get("metrics", self.metrics))
         self.terminated = all(terminations.get(agent, True) for agent in acted)

@@ -206,6 +206,7 @@ class CriticPart:
     def __init__(self, name: str, critic: Critic, agents: Sequence[str], config: Config):
         self.critic, self.agents, self.config = critic, tuple(agents), config
         self.joint = config.algorithm.critic == "joint"
+        self.reads = {"state": config.critic.state, "newest_only": config.rollout.history == "newest"}
         self.name = f"critic-{name}"
         self.label = "critic" if self.joint else f"{name}/critic"
         self.optimizer = make_optimizer([(critic.parameters(), config.critic.lr)], config.learner)
@@ -225,12 +226,11 @@ class CriticPart:
 
     def values(self, batch: Batch) -> Values:
         kind, limit = self.config.algorithm.critic_kind, self.config.learner.micro_batch_tokens
-        reads = {"state": self.config.critic.state, "newest_only": self.config.rollout.history == "newest"}
-        packed, num_cut = pack_readings(batch, self.critic, self.view(batch), kind=kind, **reads)
+        packed, num_cut = pack_readings(batch, self.critic, self.view(batch), kind=kind, **self.reads)
         values = read(self.critic, self.critic.value, packed, batch, self.agents, limit, kind)
         values.num_cut = num_cut
         if kind == "Q":
-            packed, slots = pack_alternatives(batch, self.critic, self.view(batch), **reads)
+            packed, slots = pack_alternatives(batch, self.critic, self.view(batch), **self.reads)
             if slots:
                 q_M, num_tokens = values_at(self.critic, self.critic.value, packed, len(slots), limit)
                 q_MK = q_M.view(-1, self.config.algorithm.resamples)
@@ -243,8 +243,7 @@ class CriticPart:
         kind = self.config.algorithm.critic_kind
         rescale(self.critic.value, self.agents[0], batch, credit, self.config)
         set_rates(self.optimizer, self.config, iteration)
-        reads = {"state": self.config.critic.state, "newest_only": self.config.rollout.history == "newest"}
-        packed, _ = pack_readings(batch, self.critic, self.view(batch), kind=kind, **reads)
+        packed, _ = pack_readings(batch, self.critic, self.view(batch), kind=kind, **self.reads)
         num = int(credit.wanted_ENT[:, batch.agents.index(self.agents[0])].sum())
         metrics: Metrics = defaultdict(float)
         seed = seeds.derive(self.config.run.seed, "critic's dropout", iteration, self.name.removeprefix("critic-"))

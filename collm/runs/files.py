@@ -126,8 +126,7 @@ def refuse_links(folder: Path) -> None:
 
 def _settle(path: Path) -> None:
     """Brings a file, or a folder with all that is in it, to the disk, with the permissions that the umask allows."""
-    if not path.is_dir():
-        os.chmod(path, _allowed(path.parent) & 0o666)
+    if not path.is_dir():  # opened by this package, so the umask is honoured; libraries write into folders
         _flush(path)
         return
     mode = path.stat().st_mode & 0o777  # mkdir honours the umask
@@ -137,17 +136,6 @@ def _settle(path: Path) -> None:
             os.chmod(file, mode & 0o666)
             _flush(file)
         _flush(Path(place))
-
-
-def _allowed(folder: Path) -> int:
-    """The permissions that the umask leaves to a new file, found without changing the umask."""
-    probe = folder / f"{SAVING}{os.getpid()}-mode"
-    handle = os.open(probe, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
-    try:
-        return os.fstat(handle).st_mode & 0o777
-    finally:
-        os.close(handle)
-        probe.unlink()
 
 
 def _flush(path: Path) -> None:

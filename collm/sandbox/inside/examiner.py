@@ -14,12 +14,9 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from values import LARGEST, decode, encode, receive, send  # type: ignore[import-not-found]
+from values import LARGEST, OPERATIONS, decode, encode, receive, send  # type: ignore[import-not-found]
 
 _WORDS = 400
-OPERATIONS = (
-    "__getitem__", "__setitem__", "__delitem__", "__len__", "__iter__", "__contains__", "__call__", "__enter__", "__exit__",
-)  # fmt: skip
 
 
 class Ended(Exception):

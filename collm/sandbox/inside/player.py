@@ -13,14 +13,10 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-from values import NotPlain, decode, encode, receive, send  # type: ignore[import-not-found]
+from values import OPERATIONS, NotPlain, decode, encode, receive, send  # type: ignore[import-not-found]
 
 _WORDS = 300
 METHODS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType)
-OPERATIONS = (
-    "__getitem__", "__setitem__", "__delitem__", "__len__", "__iter__", "__contains__", "__call__", "__enter__", "__exit__",
-)  # fmt: skip
-"""Operations that a class under test may define. Equality is not among them: what is compared is always plain."""
 
 
 def play(program: str, entries: Sequence[str], asked: int, said: int) -> None:

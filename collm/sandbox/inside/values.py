@@ -24,6 +24,10 @@ from typing import Any
 LARGEST = 16 << 20
 """Bytes of one message from the player."""
 DEEPEST = 100
+OPERATIONS = (
+    "__getitem__", "__setitem__", "__delitem__", "__len__", "__iter__", "__contains__", "__call__", "__enter__", "__exit__",
+)  # fmt: skip
+"""Operations that a class under test may define. Equality is not among them: what is compared is always plain."""
 _SMALL = 1 << 53
 _SEQUENCES: dict[str, Any] = {"l": list, "t": tuple, "s": set, "z": frozenset, "q": collections.deque}
 _BY_TYPE = {kind: name for name, kind in _SEQUENCES.items()}
