@@ -44,11 +44,11 @@ test-slow: $(BIN)/collm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 -v
 
 fuzz: $(BIN)/collm
-	COLLM_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py -v
+	COLLM_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/envs/test_fuzz.py -v
 
 test-vllm:
-	PYTHON=$(PYTHON) tests/with_vllm/environment.sh .venv-vllm
-	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 .venv-vllm/bin/python -m pytest tests/with_vllm -v
+	PYTHON=$(PYTHON) tests/engines/with_vllm/environment.sh .venv-vllm
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 .venv-vllm/bin/python -m pytest tests/engines/with_vllm -v
 
 tiny: $(BIN)/collm
 	$(BIN)/python -m collm.training.pretrain build/tiny

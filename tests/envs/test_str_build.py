@@ -7,11 +7,11 @@ import math
 import random
 import re
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from places import public_data
 
 from collm import make, seeds
 from collm.envs.building import font
@@ -19,7 +19,7 @@ from collm.envs.building.str_build import PALETTES, REFERENCE, StrBuild, read_st
 from collm.envs.demonstrations import pretraining_word, str_build
 from collm.errors import ConfigError, EnvError
 
-DATA = Path(__file__).parents[2] / "shared" / "data" / "str_build" / "data.csv"
+DATA = "str_build/data.csv"
 OAK, STONE, CONCRETE, OBSIDIAN = "oak_planks", "stone", "white_concrete", "obsidian"
 # I: the rows y = 4 and y = 0 are full, the column x = 2 joins them; 13 cells, background 25 - 13 = 12.
 LETTER_I = {(x, y) for x in range(5) for y in (0, 4)} | {(2, y) for y in range(5)}
@@ -573,10 +573,9 @@ def test_no_word_is_refused_with_the_way_out():
 
 
 def test_data_in_the_public_format():
-    if not DATA.exists():
-        pytest.skip(f"no public data at {DATA}")
-    assert sorted(read_strings(str(DATA))) == sorted([*REFERENCE["train"], *REFERENCE["eval"]])
-    env = make("str_build", data=str(DATA))
+    data = str(public_data(DATA))
+    assert sorted(read_strings(data)) == sorted([*REFERENCE["train"], *REFERENCE["eval"]])
+    env = make("str_build", data=data)
     for task, word in enumerate(env.words):
         env.reset(seed=0, options={"task": task})
         assert env.target == font.cells(word)

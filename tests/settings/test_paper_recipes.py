@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from collm.config import Config, load_config
 from collm.envs.catalogue import find
 
-FOLDER = Path(__file__).parents[1] / "recipes" / "paper"
+FOLDER = ROOT / "recipes" / "paper"
 METHODS = ("collm-cc-paper", "collm-dc", "magrpo", "ac", "grpo")
 WRITING = {"model": "Qwen/Qwen3-1.7B", "max_tokens": 256, "temperature": 0.7, "top_p": 0.9, "turns": 1, "tasks": 1100}
 BUILDING = {

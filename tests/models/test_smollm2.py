@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from places import ROOT
 from transformers import AutoTokenizer
 
 from collm.models import tiny
 
-ROOT = Path(__file__).parents[1]
 MADE = ROOT / "build" / "smollm2"
 
 

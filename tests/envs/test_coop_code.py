@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import DATA, needs
 
 from collm import check_env, make
 from collm.envs.coding import demonstrations, problems
@@ -26,8 +27,6 @@ from collm.errors import ConfigError, EnvError
 from collm.sandbox import Job, judge
 
 needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the public data are not beside the project")
 TESTS = ("assert twice(1) == 2\n", "assert twice(3) == 6\n", "assert twice(-1) == -2\n", "assert twice(0) == 0\n")
 TWICE = Problem("twice", 'def twice(x):\n    """Return 2 x."""', "", "twice", TESTS, "def twice(x):\n    return 2 * x\n")
 
@@ -345,7 +344,7 @@ def test_a_check_is_split_into_its_asserts_with_the_set_up_before_them():
 
 
 @needs_sandbox
-@needs_data
+@needs("humaneval")
 @pytest.mark.parametrize(
     ("source", "count"), [("humaneval/HumanEval.jsonl.gz", 120), ("mbpp/sanitized-mbpp.json", 300)], ids=["humaneval", "mbpp"]
 )
@@ -378,7 +377,7 @@ TRUTHY = {"HumanEval/33", "HumanEval/52", "HumanEval/56", "HumanEval/61"}
 
 @pytest.mark.slow
 @needs_sandbox
-@needs_data
+@needs("humaneval")
 def test_nonsense_earns_at_most_1_6_on_every_public_problem_whose_tests_ask_for_a_value():
     for row in read_rows(str(DATA / "humaneval/HumanEval.jsonl.gz")):
         problem = from_row(row, "HumanEval")
@@ -388,7 +387,7 @@ def test_nonsense_earns_at_most_1_6_on_every_public_problem_whose_tests_ask_for_
         assert sum(parts.values()) <= 1.6 or problem.name in TRUTHY, problem.name
 
 
-@needs_data
+@needs("humaneval")
 def test_public_slices():
     sizes = {
         "humaneval/HumanEval.jsonl.gz": (87, 32),  # [33:163] of the 120 rows here

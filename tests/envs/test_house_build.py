@@ -6,11 +6,11 @@ import json
 import math
 import re
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from places import public_data
 
 from collm import check_env, make, seeds
 from collm.envs.building import house_demonstrations
@@ -30,7 +30,7 @@ from collm.envs.building.houses import (
 from collm.envs.gathering.grid import part_of
 from collm.errors import ConfigError, EnvError
 
-DATA = Path(__file__).parents[2] / "shared" / "data" / "house_build" / "data.json"
+DATA = "house_build/data.json"
 BRICKS, OBSIDIAN, PLANKS = "stone_bricks", "obsidian", "planks"
 
 
@@ -460,9 +460,7 @@ def generated_row(size, task=0):
 
 
 def public_rows():
-    if not DATA.exists():
-        pytest.skip(f"no public data at {DATA}")
-    return json.loads(DATA.read_text(encoding="utf-8"))
+    return json.loads(public_data(DATA).read_text(encoding="utf-8"))
 
 
 def blocks_in(text):
@@ -556,7 +554,7 @@ def test_public_data_is_read_unchanged_and_held_out_by_building():
         assert 0.29 < floor < 0.50
     houses = distinct(map(house_of, rows))
     assert len(houses) < len(rows)
-    train, held_out = (make("house_build", data=str(DATA), split=split).houses for split in ("train", "eval"))
+    train, held_out = (make("house_build", data=str(public_data(DATA)), split=split).houses for split in ("train", "eval"))
     assert [house.name for house in [*train, *held_out]] == [house.name for house in houses]
     assert len(held_out) == 1
     assert not any(house.same_as(other) for house in train for other in held_out)

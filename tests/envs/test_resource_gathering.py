@@ -7,18 +7,18 @@ import math
 import random
 import re
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from places import public_data
 
 from collm import check_env, make
 from collm.envs.gathering import demonstrations, grid
 from collm.envs.gathering.resource_gathering import KINDS, ROLES, ResourceGathering, draw_field, generated, read_field
 from collm.errors import ConfigError, EnvError
 
-DATA = Path(__file__).parents[2] / "shared" / "data" / "resource_gathering" / "data.json"
+DATA = "resource_gathering/data.json"
 GOAL = {"wood": 3, "stone": 3, "iron": 1}
 # Nine columns. The wood agent starts at A (0,1), the mineral agent at B (8,1). Seven units are asked for.
 # Nearest cell of wood's zone from A: (5,1), two from (7,1), five steps away; of minerals' zone from B: (3,1), five steps.
@@ -481,10 +481,9 @@ def test_a_team_that_knows_completes_every_generated_field(size, agents):
 
 
 def test_a_pair_that_knows_completes_every_public_field():
-    if not DATA.exists():
-        pytest.skip(f"no public data at {DATA}")
+    data = str(public_data(DATA))
     for split in ("train", "eval"):
-        env = make("resource_gathering", data=str(DATA), split=split)
+        env = make("resource_gathering", data=data, split=split)
         assert env.num_tasks == 7
         assert all(f"_{split}_" in env.task_name(task) for task in range(7))
         for task in range(7):
@@ -547,9 +546,8 @@ def test_an_honest_pair_succeeds_by_what_it_tells():
 
 
 def test_an_honest_pair_on_the_public_fields():
-    if not DATA.exists():
-        pytest.skip(f"no public data at {DATA}")
-    assert honest_success(True, data=str(DATA)) == 1
+    data = str(public_data(DATA))
+    assert honest_success(True, data=data) == 1
 
 
 def test_poor_players_leave_much_to_learn():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from places import ROOT
 
 from collm.config import load_config
 from collm.envs.catalogue import WORLDS, find
 
-FOLDER = Path(__file__).parents[1] / "recipes" / "tiny"
+FOLDER = ROOT / "recipes" / "tiny"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.toml"))
 SHAPE = {"agents", "turns", "size", "strings", "eval_strings", "lengths", "world", "reward", "feedback", "colours"}
 """Options that choose a size, a horizon or a world's variant; gates and limits of a reward are none of them."""

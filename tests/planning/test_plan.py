@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
 from collm.cli.main import main
 from collm.cli.plan import read_size
@@ -16,7 +17,6 @@ from collm.config import LoraSettings, apply_overrides, load_config, parse_confi
 from collm.errors import ConfigError
 from collm.planning import GIB, KNOWN, TEMPLATE, Plan, Shape, Work, advise, block_bytes, count_tokens, plan, read_shape, work_of
 
-ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.toml") if path.parent.name != "compare")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from collm import check_env, make
 from collm.config import load_config
@@ -15,7 +15,6 @@ from collm.errors import ConfigError
 
 # content words: fox jumps river bread tower glass
 TEXT = "the fox jumps over the river with bread and a tower of glass"
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture

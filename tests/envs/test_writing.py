@@ -9,11 +9,11 @@ import random
 import re
 import statistics
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from places import DATA
 
 from collm import check_env, make
 from collm.config import parse_config
@@ -24,7 +24,6 @@ from collm.envs.writing.writing import ARXIV, MARKER, TLDR, Arxiv, Band, Tldr, c
 from collm.errors import ConfigError, EnvError
 from collm.training.trainer import metric_names
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 POSTS = DATA / "tldr" / "reddit_tifu.jsonl"
 ABSTRACTS = DATA / "arxiv" / "scitldr_abstracts.jsonl"
 PUBLIC = [pytest.param("tldr", POSTS, 400, 0, id="tldr"), pytest.param("arxiv", ABSTRACTS, 600, 0, id="arxiv")]

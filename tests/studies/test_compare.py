@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 from rich.console import Console
 from test_reports import record, write_run
 
@@ -84,7 +85,7 @@ def test_settings_come_in_layers(tmp_path: Path) -> None:
     assert config.run.folder == str(tmp_path / "out" / "two")
 
 
-SHIPPED = Path(__file__).parents[1] / "recipes" / "compare"
+SHIPPED = ROOT / "recipes" / "compare"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.toml")))

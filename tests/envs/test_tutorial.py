@@ -6,13 +6,13 @@ import json
 import re
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from collm.cli.main import main
 
-PAGE = Path(__file__).parents[1] / "docs" / "your-own-environment.md"
+PAGE = ROOT / "docs" / "your-own-environment.md"
 BLOCK = re.compile(r"(?:Save this as `(\S+)`:\n\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

@@ -8,12 +8,12 @@ import math
 import random
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from places import DATA, needs
 
 from collm import check_env, make
 from collm.envs.coding import class_demonstrations
@@ -23,8 +23,7 @@ from collm.envs.coding.classes import is_written, merged, num_parameters, read_a
 from collm.errors import ConfigError, EnvError
 
 needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
-DATA = Path(__file__).parents[2] / "shared" / "data" / "classeval" / "ClassEval_data.json"
-needs_data = pytest.mark.skipif(not DATA.is_file(), reason="the public data are not beside the project")
+CLASSES = "classeval/ClassEval_data.json"
 
 # Four methods: add and below have one parameter, total and put none and two. Eight tests: two of each method.
 SKELETON = '''class Pile:
@@ -533,7 +532,7 @@ BROKEN = {17, 28, 34, 38, 44, 45, 48, 51, 52}
 
 def _public(tasks: list[int], **options: Any) -> dict[int, float]:
     """What the reference solution of each task earns, apart among the agents."""
-    env = ClassEval(data=str(DATA), **options)
+    env = ClassEval(data=str(DATA / CLASSES), **options)
     earned = {}
     for task in tasks:
         env.reset(seed=0, options={"task": task})
@@ -545,15 +544,15 @@ def _public(tasks: list[int], **options: Any) -> dict[int, float]:
 
 
 @needs_sandbox
-@needs_data
+@needs(CLASSES)
 def test_some_public_solutions_earn_6():
     tasks = [0, 3, 9, 22, 25, 30, 43, 46, 49]  # also skeletons that are no Python, numpy, files, methods that are not listed
     assert _public(tasks) == dict.fromkeys(tasks, 6.0)
 
 
-@needs_data
+@needs(CLASSES)
 def test_a_part_of_the_public_classes_leaves_an_agent_idle():
-    env = ClassEval(data=str(DATA))
+    env = ClassEval(data=str(DATA / CLASSES))
     idle = [0, 0]
     for task in range(min(env.num_tasks, 60)):
         for number, share in enumerate(("parameters", "round_robin")):
@@ -565,7 +564,7 @@ def test_a_part_of_the_public_classes_leaves_an_agent_idle():
 
 @pytest.mark.slow
 @needs_sandbox
-@needs_data
+@needs(CLASSES)
 @pytest.mark.parametrize("options", [{}, {"agents": 1}, {"agents": 3}])
 def test_all_public_solutions_earn_6_but_for_those_that_cannot(options):
     earned = _public(list(range(60)), **options)

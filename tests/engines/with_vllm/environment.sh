@@ -2,7 +2,7 @@
 # Makes the environment of `make test-vllm` (vLLM for CPUs, 3.5 GB), or goes on where it was cut off: environment.sh FOLDER
 # environment.sh --check FOLDER says in one line why it cannot be made here, and then fails.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../../.."
 check=no
 [ "${1:-}" = --check ] && check=yes && shift
 venv=${1:?give the folder of the environment}

@@ -20,13 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from places import DATA, needs
 
 from collm.errors import EnvError, SandboxError
 from collm.sandbox import Job, Sandbox, Verdict, judge
 from collm.sandbox import pool as module
 from collm.sandbox.seccomp import seccomp_filter, syscalls
 
-DATA = Path(__file__).parents[2] / "shared" / "data" / "humaneval" / "HumanEval.jsonl.gz"
+HUMANEVAL = "humaneval/HumanEval.jsonl.gz"
 ADD = "def add(a, b):\n    return a + b\n"
 SECRET = "canary-7c1e"
 
@@ -175,9 +176,9 @@ def test_randomness_hashes_and_verdicts_repeat(box: Sandbox) -> None:
         assert other.judge([job]) == first
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the public data is not here: ../shared/data/humaneval")
+@needs(HUMANEVAL)
 def test_all_reference_solutions_of_humaneval_pass() -> None:
-    with gzip.open(DATA, "rt") as lines:
+    with gzip.open(DATA / HUMANEVAL, "rt") as lines:
         rows = [json.loads(line) for line in lines]
     jobs = [Job(r["prompt"] + r["canonical_solution"], (f"{r['test']}\ncheck({r['entry_point']})",)) for r in rows]
     wrong = [Job(r["prompt"] + "    return None\n", job.checks) for r, job in zip(rows, jobs)]

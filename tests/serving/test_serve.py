@@ -24,6 +24,7 @@ from typing import ClassVar
 import httpx
 import numpy as np
 import pytest
+from places import ROOT
 
 from collm.cli.evaluate import load_team, run_config
 from collm.cli.main import main
@@ -37,7 +38,6 @@ from collm.training.evaluate import evaluate
 from collm.training.trainer import Trainer
 from collm.types import Episode, Message, Request, Sampling
 
-ROOT = Path(__file__).parents[1]
 AGENTS = ("builder_0", "builder_1", "builder_2")
 WORDS = ["AN", "AT", "BE", "DO", "GO", "IN"]
 

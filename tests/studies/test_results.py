@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from collm.reports.grid import area_under
 from collm.reports.intervals import Interval, interval, student
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
+RESULTS = ROOT / "docs" / "results"
 GRIDS = sorted(path.parent.name for path in RESULTS.glob("*/results.json"))
 METHODS = ("grpo", "magrpo", "collm-dc", "td-lambda", "collm-cc")
 

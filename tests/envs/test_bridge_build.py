@@ -9,18 +9,18 @@ import math
 import random
 import re
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from places import public_data
 
 from collm import check_env, make
 from collm.envs.building.bridge_build import BridgeBuild, draw_map, generated, read_map, untouched
 from collm.envs.gathering import demonstrations, grid
 from collm.errors import ConfigError, EnvError
 
-DATA = Path(__file__).parents[2] / "shared" / "data" / "bridge_build" / "data.json"
+DATA = "bridge_build/data.json"
 # S (1,0), T (1,4); true pillars (1,1) and (2,3), a fake one at (3,1). An untouched river costs 5 + 2 * 2 = 9.
 SMALL = ("#S###", ".Y.N.", ".....", "..Y..", "#T###")
 WIDE = ("####S####", *[".........", "..Y...N..", "........."] * 2, "####T####")  # 9 x 8, S (4,0), T (4,7)
@@ -461,11 +461,10 @@ def test_every_generated_map_has_the_optimum_0(size, agents):
 
 
 def test_every_public_map_has_the_optimum_0():
-    if not DATA.exists():
-        pytest.skip(f"no public data at {DATA}")
+    data = str(public_data(DATA))
     names = []
     for split, number in (("train", 6), ("eval", 3)):
-        env = make("bridge_build", data=str(DATA), split=split)
+        env = make("bridge_build", data=data, split=split)
         assert env.num_tasks == number
         for task in range(number):
             rewards, metrics = play_optimally(env, task)
@@ -586,10 +585,9 @@ def test_without_messages_the_same_pair_does_not_join_wide_rivers():
 
 
 def test_an_honest_pair_joins_the_public_rivers():
-    if not DATA.exists():
-        pytest.skip(f"no public data at {DATA}")
+    data = str(public_data(DATA))
     for split in ("train", "eval"):
-        env = BridgeBuild(data=str(DATA), split=split)
+        env = BridgeBuild(data=data, split=split)
         for task in range(env.num_tasks):
             assert play_honestly(env, task)["success"] == 1
 
