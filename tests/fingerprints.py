@@ -44,7 +44,7 @@ CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "mareinforce": {"algorithm": {"name": "mareinforce"}},
     "ac": {"algorithm": {"name": "ac"}, "env": {**AGREE, "agents": 1}},
     "grpo": {"algorithm": {"name": "grpo"}, "env": {**AGREE, "agents": 1}},
-    "value heads": {"algorithm": {"name": "collm-dc", "critic_body": "policy"}, "critic": {"value_clip": 0.2}},
+    "value heads": {"algorithm": {"name": "collm-dc", "critic_body": "policy"}},
     "joint Q": {"algorithm": {"name": "collm-cc", "critic_kind": "Q", "advantage": "counterfactual", "resamples": 2}},
     "own Q": {"algorithm": {"name": "collm-dc", "critic_kind": "Q", "advantage": "counterfactual", "resamples": 2}},
     "turn tree": {"algorithm": {"name": "magrpo", "tree": True, "group_size": 3}, "rollout": {"tasks": 2}},
@@ -54,12 +54,16 @@ CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "PopArt, warm-up, state": {
         "algorithm": {"name": "collm-cc", "lam": 0.5, "normalize": "agent"},
         "critic": {"normalize_targets": True, "warmup": 1, "epochs": 2, "state": True},
-        "learner": {"schedule": "cosine", "warmup": 1, "weight_decay": 0.01},
     },
     "KL to the start": {"algorithm": {"name": "magrpo", "kl_coef": 0.01}},
     "shared policy": {"algorithm": {"name": "collm-cc"}, "team": {"shared": True}},
     "shared policy, value head": {"algorithm": {"name": "collm-dc", "critic_body": "policy"}, "team": {"shared": True}},
-    "LoRA": {"algorithm": {"name": "collm-cc"}, "team": {"lora": {"rank": 4, "dropout": 0.1}}},
+    "LoRA": {"algorithm": {"name": "collm-cc"}, "team": {"lora": {"rank": 4}}},
+    "LoRA in bfloat16": {
+        "algorithm": {"name": "collm-cc"},
+        "team": {"compute": "bfloat16", "lora": {"rank": 4, "base": "bfloat16"}},
+    },
+    "LoRA, critics that are whole models": {"algorithm": {"name": "collm-cc"}, "team": {"lora": {"rank": 4, "critics": False}}},
     "LoRA, KL, value heads": {
         "algorithm": {"name": "collm-dc", "critic_body": "policy", "kl_coef": 0.01},
         "team": {"lora": {"rank": 4}},
