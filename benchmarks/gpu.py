@@ -202,8 +202,7 @@ def measure_collm(cell: Cell, model: Path) -> Row:
     """`cell.iterations` iterations of collm's trainer after one of warm-up: collect, learn, new weights to the engine."""
     from transformers import AutoTokenizer
 
-    from collm.config import parse_config
-    from collm.engines.base import Resting
+    from collm.settings.load import parse_config
     from collm.training.trainer import Trainer
 
     settings: dict[str, Any] = {
@@ -215,13 +214,12 @@ def measure_collm(cell: Cell, model: Path) -> Row:
             "tasks": cell.episodes,
             "max_tokens": cell.answer_tokens,
         },
-        "algorithm": {"name": "collm-cc"},
-        "critic": {"difference": False},  # the reference asks the world nothing
+        "algorithm": {"name": "collm-cc", "teammates": "none"},  # the reference replays nothing
         "learner": {"micro_batch_tokens": cell.micro_batch_tokens},
         "evaluation": {"every": 0},
     }
     if cell.form == "adapters":
-        settings["team"]["lora"] = {"base": cell.precision}
+        settings["team"]["lora"] = {}
     if cell.device == "cpu":
         settings["run"]["threads"] = 1
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -235,10 +233,9 @@ def measure_collm(cell: Cell, model: Path) -> Row:
         for trainer.iteration in range(cell.iterations + 1):
             with phases("all"):
                 with phases("collect"):
-                    groups = trainer._collect()
+                    groups = trainer.collect()
                 with phases("weights"):
-                    if isinstance(trainer.engine, Resting):
-                        trainer.engine.rest()
+                    trainer.engine.rest()
                 trainer.learner.update(groups, trainer.iteration)
                 with phases("weights"):
                     trainer.engine.load(trainer.team)
@@ -309,7 +306,7 @@ def measure_reference(cell: Cell, model: Path) -> Row:
         model_config={"torch_dtype": getattr(torch, cell.precision)},
     )
     trainer.verbose = False
-    found = {parameter.dtype for part in (*trainer.agents, *trainer.critics) for parameter in part.parameters()}
+    found = {parameter.dtype for part in (*trainer.team.agents, *trainer.critics) for parameter in part.parameters()}
     if found != {getattr(torch, cell.precision)}:
         raise AssertionError(f"the reference holds {found} instead of {cell.precision}")
     phases = Phases(cell.device)

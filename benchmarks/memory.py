@@ -39,7 +39,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         QWEN,
         {**BUILD, "algorithm.name": "magrpo", "rollout.tasks": 2, "rollout.temperature": 0.7, "rollout.top_p": 0.9},
     ),
-    "value heads": (LLAMA, {**BUILD, "algorithm.name": "collm-dc", "algorithm.critic_body": "policy", "critic.metrics": False}),
+    "value heads": (LLAMA, {**BUILD, "algorithm.name": "collm-dc", "critic.body": "policy", "critic.metrics": False}),
     "checkpointing": (LLAMA, {**BUILD, "learner.gradient_checkpointing": True}),
     "adapters": (QWEN, {**BUILD, "env.agents": 3, "team.lora.rank": 16}),
     "one agent": (SMALL, {**BUILD, "env.agents": 1, "algorithm.name": "ac", "rollout.tasks": 8}),
@@ -81,8 +81,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from collm.config import apply_overrides, parse_config
     from collm.planning import GIB, plan
+    from collm.settings.load import apply_overrides, parse_config
     from collm.training.trainer import Trainer
 
     shape, settings = CASES[name]

@@ -71,7 +71,7 @@ def settings(options: argparse.Namespace, form: str, algorithm: str, precision: 
             "tensorboard": False,
         },
         "env": {"name": "real:Cover", "data": str(options.data)},
-        "team": {"model": options.model, "compute": precision, **({"lora": {**lora, "base": precision}} if lora else {})},
+        "team": {"model": options.model, "compute": precision, **({"lora": lora} if lora else {})},
         "rollout": {"tasks": options.joint_actions // (8 if groups else 1), "max_tokens": 14, "temperature": 0.7},
         "algorithm": {"name": algorithm, **({"group_size": 8} if groups else {})},
         "evaluation": {"every": options.iterations, "episodes": options.limit},
@@ -87,7 +87,7 @@ def gaps(trainer: Any) -> dict[str, dict[str, float]]:
     from collm.learning.batch import Batch
     from collm.learning.pack import micro_batches, pack_answers
 
-    batch = Batch.of(trainer._collect(), trainer.team.agents)
+    batch = Batch.of(trainer.collect(), trainer.team.agents)
     found = {}
     for agent, policy in trainer.team.policies.items():
         differences = []
@@ -101,21 +101,21 @@ def gaps(trainer: Any) -> dict[str, dict[str, float]]:
 
 
 def measure_gap(options: argparse.Namespace, form: str, precision: str) -> dict[str, Any]:
-    from collm.config import parse_config
+    from collm.settings.load import parse_config
     from collm.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(parse_config(settings(options, form, "magrpo", precision, folder)), quiet=True)
         before = gaps(trainer)
-        trainer.learner.update(trainer._collect(), 0)
+        trainer.learner.update(trainer.collect(), 0)
         trainer.engine.load(trainer.team)
         return {"before_update": before, "after_update": gaps(trainer)}
 
 
 def measure_learning(options: argparse.Namespace, algorithm: str) -> dict[str, Any]:
     from collm.cli.evaluate import measured
-    from collm.config import parse_config
     from collm.runs.log import read_metrics
+    from collm.settings.load import parse_config
     from collm.training.evaluate import evaluate
     from collm.training.trainer import Trainer
 

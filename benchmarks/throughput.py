@@ -157,7 +157,7 @@ def measure_collm(model: Path, method: str, turns: int, *, quick: bool) -> list[
     EPISODES episodes, for magrpo in groups of GROUP. Counted are joint actions that the world was stepped with; the first
     iteration is the warm-up. Returns `[row(method, turns, joint_actions, stopwatch)]`.
     """
-    from collm.config import parse_config
+    from collm.settings.load import parse_config
     from collm.training.trainer import Trainer
 
     settings = {
@@ -169,8 +169,7 @@ def measure_collm(model: Path, method: str, turns: int, *, quick: bool) -> list[
             "max_tokens": ANSWER_TOKENS,
             "history": HISTORY,
         },
-        "algorithm": {"name": {"maac": "collm-cc", "iac": "collm-dc", "magrpo": "magrpo"}[method]},
-        "critic": {"difference": False},  # the reference asks the world nothing
+        "algorithm": {"name": {"maac": "collm-cc", "iac": "collm-dc", "magrpo": "magrpo"}[method], "teammates": "none"},
         "evaluation": {"every": 0},
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +178,7 @@ def measure_collm(model: Path, method: str, turns: int, *, quick: bool) -> list[
         watch, joint_actions = Stopwatch(), 0
         for trainer.iteration in range(2 if quick else 4):
             with Stopwatch() if trainer.iteration == 0 else watch:
-                groups = trainer._collect()
+                groups = trainer.collect()
                 trainer.learner.update(groups, trainer.iteration)
                 trainer.engine.load(trainer.team)
             if trainer.iteration:

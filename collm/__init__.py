@@ -9,22 +9,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collm.config import Config, load_config
     from collm.envs.catalogue import make
     from collm.envs.check import check_env
     from collm.models.team import Team
-    from collm.rollout.collect import Plan, collect
+    from collm.rollout.collect import collect
+    from collm.rollout.plan import Plan
+    from collm.settings.load import load_config
+    from collm.settings.rooms import Config
     from collm.training.trainer import Trainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Config": "collm.config",
-    "load_config": "collm.config",
+    "Config": "collm.settings.rooms",
+    "load_config": "collm.settings.load",
     "make": "collm.envs.catalogue",
     "check_env": "collm.envs.check",
     "Team": "collm.models.team",
-    "Plan": "collm.rollout.collect",
+    "Plan": "collm.rollout.plan",
     "collect": "collm.rollout.collect",
     "Trainer": "collm.training.trainer",
 }

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collm.config import Config, LoraSettings, apply_overrides, parse_config
 from collm.envs.catalogue import make
 from collm.errors import CollmError, ConfigError
+from collm.settings.load import apply_overrides, parse_config
+from collm.settings.rooms import Config, LoraSettings
 
 GIB = 1 << 30
 LOGITS_AT_ONCE = 1 << 25
@@ -318,9 +319,9 @@ class Plan:
 
     @property
     def imagined_turns(self) -> int:
-        """Turns that the world plays for difference baselines in one iteration, at most: `rollout.collect.imagine_silence`."""
+        """Turns that the world plays for difference baselines in one iteration, at most: `rollout.replay.replay_without`."""
         agents, turns = len(self.work.agents), self.work.turns
-        if not self.config.critic.difference or agents == 1:
+        if self.config.algorithm.teammates != "replay" or agents == 1:
             return 0
         return self.work.episodes * agents * turns * (turns + 1) // 2
 
@@ -362,7 +363,7 @@ def plan(config: Config, work: Work | None = None) -> Plan:
         if model.lora is None:
             add("weights", 4 * model.trained)
         else:
-            bases.setdefault((model.source, model.lora.base), model)
+            bases.setdefault((model.source, config.team.compute), model)
             add("adapters", 4 * model.trained)
         add("optimizer", 8 * model.trained)
     for (_, base), model in bases.items():
@@ -408,12 +409,12 @@ def _members(config: Config, agents: Sequence[str]) -> tuple[dict[str, Model], d
 def _critics(config: Config, members: Mapping[str, Model]) -> dict[str, Model]:
     """The critics that are models of their own, by the agent (or the team) they judge. As training/assemble.py does it."""
     settings, found = config.algorithm, {}
-    if settings.critic == "none" or settings.critic_body == "policy":
+    if not settings.has_critic or config.critic.body == "policy":
         return {}
     first = next(iter(members.values()))
-    for name, policy in {"joint": {"team": first}, "own": dict(members)}[settings.critic].items():
+    for name, policy in {"joint": {"team": first}, "own": dict(members)}[config.critic.reads].items():
         source = config.critic.model or policy.source
-        lora = config.team.lora if config.team.lora is not None and config.team.lora.critics else None
+        lora = config.team.lora if config.critic.body == "auto" else None
         on_base = lora if any(m.lora is not None and m.source == source for m in members.values()) else None
         found[name] = Model(f"critic of {name}", source, read_shape(source), on_base, head=False)
     return found
@@ -539,8 +540,6 @@ def remedies(config: Config, longest: int) -> Iterator[dict[str, Any]]:
         yield {"team.compute": "bfloat16"}
     if config.team.lora is None:
         yield {"team.lora.rank": 16}
-    if config.team.lora is None or config.team.lora.base != "bfloat16":
-        yield {"team.lora.base": "bfloat16", "team.compute": "bfloat16"}
 
 
 def advise(config: Config, limit: float) -> tuple[dict[str, Any], Plan] | None:

@@ -112,10 +112,11 @@ def outcome(
 
 
 @dataclass(frozen=True, slots=True)
-class Imagined:
-    """What a turn that was not played would have led to: joint reward, the same without shift, the world's numbers after it.
+class Counterfactual:
+    """The outcome of a turn that was replayed with one agent's answer empty (a no-op): joint reward, the same without shift,
+    and the environment metrics after the turn.
 
-    Example: Imagined(reward=0.0, raw_reward=0.0, metrics={"match": 0.0})
+    Example: Counterfactual(reward=0.0, raw_reward=0.0, metrics={"match": 0.0})
     """
 
     reward: float
@@ -132,7 +133,7 @@ class Turn:
     metrics: the numbers by name that the world reported before the turn (none before the first).
     messages: what each agent wrote to the others before answering, under the protocol `discussion`.
     alternatives: for counterfactual baselines, other answers each agent could have given to the same history.
-    silent: for difference baselines, by agent, what the turn would have led to had it answered nothing.
+    no_op: for difference baselines, by agent, the outcome of the turn with that agent's answer empty.
     Example: Turn({"a": "Name ..."}, {"a": Completion(...)}, reward=1.0, raw_reward=1.0, parts={"match": 1.0})
     """
 
@@ -145,7 +146,7 @@ class Turn:
     metrics: dict[str, float] = field(default_factory=dict)
     messages: dict[str, Completion] = field(default_factory=dict)
     alternatives: dict[str, list[Completion]] = field(default_factory=dict)
-    silent: dict[str, Imagined] = field(default_factory=dict)
+    no_op: dict[str, Counterfactual] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

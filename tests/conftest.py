@@ -9,7 +9,8 @@ from collm.engines.local import LocalEngine
 from collm.envs.catalogue import EnvSpec
 from collm.models.policy import Policy
 from collm.models.team import Team
-from collm.rollout.collect import Plan, collect
+from collm.rollout.collect import collect
+from collm.rollout.plan import Plan
 from collm.types import Group, Sampling
 
 torch.set_num_threads(1)
@@ -36,9 +37,9 @@ def sampled(tiny):
         key = (sampling, history, max_turns)
         if key not in kept:
             env = EnvSpec("str_build", {"world": "persistent", "turns": 3, "strings": ["IT", "C"], "feedback": "perfect"})
-            plan = Plan(env, history=history, sampling=sampling, max_turns=max_turns)
+            plan = Plan(env, history=history, sampling=sampling, max_turns=max_turns, group_size=2)
             engine = LocalEngine(Team({"builder_0": tiny, "builder_1": tiny}))
-            kept[key] = collect(plan, engine, [0, 1], [11, 12], group_size=2)
+            kept[key] = collect(plan, engine, [0, 1], [11, 12])
         return kept[key]
 
     return play

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 RECORDED = Path(__file__).with_name("fingerprints.json")
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"critic/imagined": "critic/replayed"}
 """Metrics that have another name since the fingerprints were recorded: recorded name -> name now."""
 
 AGREE = {"name": "agree", "agents": 2, "turns": 2}
@@ -44,9 +44,9 @@ CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "mareinforce": {"algorithm": {"name": "mareinforce"}},
     "ac": {"algorithm": {"name": "ac"}, "env": {**AGREE, "agents": 1}},
     "grpo": {"algorithm": {"name": "grpo"}, "env": {**AGREE, "agents": 1}},
-    "value heads": {"algorithm": {"name": "collm-dc", "critic_body": "policy"}},
-    "joint Q": {"algorithm": {"name": "collm-cc", "critic_kind": "Q", "advantage": "counterfactual", "resamples": 2}},
-    "own Q": {"algorithm": {"name": "collm-dc", "critic_kind": "Q", "advantage": "counterfactual", "resamples": 2}},
+    "value heads": {"algorithm": {"name": "collm-dc"}, "critic": {"body": "policy"}},
+    "joint Q": {"algorithm": {"name": "collm-cc", "baseline": "counterfactual", "resamples": 2}},
+    "own Q": {"algorithm": {"name": "collm-dc", "baseline": "counterfactual", "resamples": 2}},
     "turn tree": {"algorithm": {"name": "magrpo", "tree": True, "group_size": 3}, "rollout": {"tasks": 2}},
     "ratio per token": {"algorithm": {"name": "collm-cc", "loss": "ppo_clip", "epochs": 2}},
     "ratio per answer": {"algorithm": {"name": "magrpo", "loss": "sequence_clip", "epochs": 2, "normalize": "agent"}},
@@ -57,15 +57,20 @@ CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "KL to the start": {"algorithm": {"name": "magrpo", "kl_coef": 0.01}},
     "shared policy": {"algorithm": {"name": "collm-cc"}, "team": {"shared": True}},
-    "shared policy, value head": {"algorithm": {"name": "collm-dc", "critic_body": "policy"}, "team": {"shared": True}},
+    "shared policy, value head": {"algorithm": {"name": "collm-dc"}, "critic": {"body": "policy"}, "team": {"shared": True}},
     "LoRA": {"algorithm": {"name": "collm-cc"}, "team": {"lora": {"rank": 4}}},
     "LoRA in bfloat16": {
         "algorithm": {"name": "collm-cc"},
-        "team": {"compute": "bfloat16", "lora": {"rank": 4, "base": "bfloat16"}},
+        "team": {"compute": "bfloat16", "lora": {"rank": 4}},
     },
-    "LoRA, critics that are whole models": {"algorithm": {"name": "collm-cc"}, "team": {"lora": {"rank": 4, "critics": False}}},
+    "LoRA, critics that are whole models": {
+        "algorithm": {"name": "collm-cc"},
+        "critic": {"body": "model"},
+        "team": {"lora": {"rank": 4}},
+    },
     "LoRA, KL, value heads": {
-        "algorithm": {"name": "collm-dc", "critic_body": "policy", "kl_coef": 0.01},
+        "algorithm": {"name": "collm-dc", "kl_coef": 0.01},
+        "critic": {"body": "policy"},
         "team": {"lora": {"rank": 4}},
     },
     "adapter beside a whole model": {
@@ -102,7 +107,7 @@ def settings_of(name: str, folder: Path, server: str) -> dict[str, dict[str, Any
 
 def fingerprint(name: str, server: str = "") -> dict[str, Any]:
     """Trains one configuration and returns {"weights": hash, "episodes": hash, "metrics": {name: hex of the last value}}."""
-    from collm.config import parse_config
+    from collm.settings.load import parse_config
     from collm.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as folder:

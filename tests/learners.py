@@ -44,7 +44,7 @@ def weights(learner: Learner) -> dict[str, torch.Tensor]:
 
 def one_more(trainer: Trainer, groups: list[Any] | None = None) -> tuple[Batch, Update]:
     """Another iteration's episodes (or those given), as a batch, and what the update said."""
-    groups = trainer._collect() if groups is None else groups
+    groups = trainer.collect() if groups is None else groups
     update = trainer.learner.update(groups, trainer.iteration)
     return Batch.of(groups, trainer.team.agents), update
 

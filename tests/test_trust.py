@@ -21,12 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from collm.cli.main import main
-from collm.config import parse_config
 from collm.errors import CollmError
 from collm.models import tiny
 from collm.models.policy import Policy
 from collm.reports.screen import Screen
 from collm.serving import server as serving
+from collm.settings.load import parse_config
 from collm.training.trainer import Trainer
 from collm.types import Message
 

@@ -95,15 +95,3 @@ def kl_to_reference(logp_K: Tensor, reference_logp_K: Tensor, *, num_answers: in
 def value_error(values_S: Tensor, targets_S: Tensor, *, num_values: int) -> tuple[Tensor, Stats]:
     """Squared error of a critic: sum (V - target)^2 / num_values; the target carries no gradient. (S,) each."""
     return ((values_S - targets_S.detach()) ** 2).sum() / num_values, {}
-
-
-def clipped_value_error(
-    values_S: Tensor, old_values_S: Tensor, targets_S: Tensor, *, clip: float, num_values: int
-) -> tuple[Tensor, Stats]:
-    """Squared error that does not reward moving V further than `clip` (in units of return) from its value before the update.
-
-    sum max( (V - y)^2, (V_old + clamp(V - V_old, -clip, clip) - y)^2 ) / num_values
-    """
-    near_S = old_values_S + torch.clamp(values_S - old_values_S, -clip, clip)
-    targets_S = targets_S.detach()
-    return torch.maximum((values_S - targets_S) ** 2, (near_S - targets_S) ** 2).sum() / num_values, {}

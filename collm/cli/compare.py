@@ -31,7 +31,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from collm.config import ADDED, ALGORITHMS, CRITIC_ONLY, Config, apply_overrides, parse_config
 from collm.errors import ConfigError, RunError
 from collm.reports.curves import draw_grid
 from collm.reports.grid import Cell, Grid, read_grid, read_result
@@ -39,6 +38,11 @@ from collm.reports.screen import Screen
 from collm.reports.tables import REWARD, grid_tables
 from collm.runs.directory import hold, ignored, read_file
 from collm.runs.files import explained, refuse_links, replacing, write_text
+from collm.settings.checks import CRITIC_ONLY
+from collm.settings.former import ADDED
+from collm.settings.load import apply_overrides, parse_config
+from collm.settings.presets import ALGORITHMS
+from collm.settings.rooms import Config
 
 UNTRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "raw": ("one untrained agent alone", {"env.agents": 1, "rollout.protocol": "single"}),

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from collm.config import Config, apply_overrides, load_config, parse_config
 from collm.envs.catalogue import make
 from collm.errors import ConfigError, EnvError, RunError
 from collm.reports.intervals import Interval, by_task, interval
@@ -16,6 +15,8 @@ from collm.reports.screen import Screen
 from collm.reports.tables import REWARD, evaluation_table, explain, held_out
 from collm.runs.directory import check_named, checkpoints, command, read_settings, usable_cores
 from collm.runs.files import is_leftover
+from collm.settings.load import apply_overrides, load_config, parse_config
+from collm.settings.rooms import Config
 
 if TYPE_CHECKING:
     from collm.models.team import Team
@@ -46,13 +47,15 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from collm.engines.catalogue import make_engine
+    from collm.rollout.collector import LocalCollector
+    from collm.training.assemble import with_remote
     from collm.training.evaluate import evaluate
-    from collm.training.trainer import with_remote
 
     torch.set_num_threads(config.run.threads or usable_cores())
     with Screen(stderr=True).status("playing the held-out tasks"):
         engine = with_remote(make_engine(load_team(config, weights), config.rollout), config)
-        result = evaluate(config, engine, episodes=arguments.episodes)
+        result = evaluate(config, LocalCollector(engine), episodes=arguments.episodes)
+        engine.close()
     failed = [episode for episode in result.episodes if episode.failure]
     if not result.played:
         raise EnvError(f"none of {len(failed)} held-out episodes was played to its end; the first: {failed[0].failure}")
@@ -181,7 +184,8 @@ def load_team(config: Config, weights: Path | None, *, only: str | None = None) 
 
     from collm.models.loading import is_adapter
     from collm.runs.checkpoint import load_policies
-    from collm.training.trainer import check_fit, make_team, resolve_device, trained_agents
+    from collm.training.assemble import make_team, resolve_device
+    from collm.training.task import check_fit, trained_agents
 
     run = config.run.model_copy(update={"device": resolve_device(config.run.device)})
     config = config.model_copy(update={"run": run})

@@ -71,7 +71,7 @@ def load_agent(source: Path, agent: str, checkpoint: str, *, device: str = "") -
         raise RunError(f"there is no run directory or exported folder {str(source)!r}.")
     if (source / "tokenizer_config.json").is_file():
         from collm.models.policy import Policy
-        from collm.training.trainer import resolve_device
+        from collm.training.assemble import resolve_device
 
         if checkpoint != "final":
             raise ConfigError(

@@ -7,10 +7,10 @@ import inspect
 import json
 from typing import Any
 
-from collm.config import ALGORITHMS
 from collm.envs.catalogue import WORLDS, EnvSpec, find, make
 from collm.envs.check import check_env
 from collm.errors import CollmError, ConfigError
+from collm.settings.presets import ALGORITHMS
 
 
 def tasks(arguments: argparse.Namespace) -> int:

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from collm.config import describe, parse_value
 from collm.errors import CollmError, ConfigError
 from collm.runs.output import complain, forgo
+from collm.settings.load import describe, parse_value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collm.cli.evaluate import as_record, run_config, show_table
-from collm.config import Config, load_config
 from collm.envs.catalogue import make
 from collm.errors import ConfigError
 from collm.reports.screen import Screen
+from collm.settings.load import load_config
+from collm.settings.rooms import Config
 
 if TYPE_CHECKING:
     from collm.engines.http import Endpoint
@@ -35,12 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
     places = endpoints(arguments.agent, env.possible_agents, arguments.api_key_env or "")
 
     from collm.engines.http import HttpEngine
+    from collm.rollout.collector import LocalCollector
     from collm.training.evaluate import evaluate
 
     engine = HttpEngine(places, read=arguments.timeout, retries=arguments.retries, max_requests=arguments.max_requests)
     try:
         with Screen(stderr=True).status("playing"):
-            result = evaluate(config, engine, episodes=arguments.episodes, split=arguments.split)
+            result = evaluate(config, LocalCollector(engine), episodes=arguments.episodes, split=arguments.split)
     finally:
         engine.close()
     failed = [episode for episode in result.episodes if episode.failure]

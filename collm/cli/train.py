@@ -8,10 +8,10 @@ from importlib import resources
 from pathlib import Path
 
 from collm.cli.main import settings_text
-from collm.config import load_config
 from collm.errors import ConfigError
 from collm.runs.directory import check_named, command, read_settings
 from collm.runs.output import complain
+from collm.settings.load import load_config
 
 
 def demo_recipe() -> Path:
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         from collm.training.trainer import Trainer
 
         trainer = Trainer(config)
-    from collm.training.trainer import Interrupted
+    from collm.training.signals import Interrupted
 
     try:
         folder = trainer.run()
@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"Continue with: {command('collm', 'train', '--resume', trainer.folder)}"
         )
         return 128 + interrupted.signum
+    finally:
+        trainer.engine.close()
     if arguments.json:
         from collm.runs.read import read_metrics
 

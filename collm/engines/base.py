@@ -1,9 +1,9 @@
-"""The seam to hardware: what the trainer asks of whatever generates text."""
+"""The seam between the trainer and whatever generates text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 from collm.types import Completion, Request
 
@@ -25,11 +25,10 @@ class Engine(Protocol):
         """Take the team's present weights, so that no stale weight answers."""
         ...
 
-
-@runtime_checkable
-class Resting(Protocol):
-    """An engine that holds memory which the learner could use meanwhile."""
-
     def rest(self) -> None:
-        """Give that memory back until the next use of the engine."""
+        """Give back memory that the learner could use, until the next use of the engine."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back: memory, connections, processes. The engine is not used again."""
         ...

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collm.config import RolloutSettings
 from collm.engines.base import Engine
 from collm.engines.local import LocalEngine
 from collm.models.team import Team
+from collm.settings.rooms import RolloutSettings
 
 
 def make_engine(team: Team, rollout: RolloutSettings) -> Engine:

@@ -129,6 +129,9 @@ class HttpEngine:
     def load(self, team: Team) -> None:
         """Servers keep their weights."""
 
+    def rest(self) -> None:
+        """Servers keep their memory."""
+
     def close(self) -> None:
         self._client.close()
 

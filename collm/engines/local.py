@@ -42,8 +42,11 @@ class LocalEngine:
         self._memories.clear()
 
     def rest(self) -> None:
-        """Forget what was read."""
+        """Drop the kept caches."""
         self._memories.clear()
+
+    def close(self) -> None:
+        self.rest()
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

@@ -28,10 +28,11 @@ class MixedEngine:
         self.local.load(team)
 
     def rest(self) -> None:
-        """Give back memory that the learner could use, where the local engine holds such."""
-        rest = getattr(self.local, "rest", None)
-        if rest is not None:
-            rest()
+        self.local.rest()
+
+    def close(self) -> None:
+        for engine in {id(engine): engine for engine in (self.local, *self.others.values())}.values():
+            engine.close()
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         engines = [self.others.get(request.agent, self.local) for request in requests]

@@ -28,6 +28,12 @@ class ScriptedEngine:
     def load(self, team: Team) -> None:
         return None
 
+    def rest(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
     def _one(self, request: Request) -> Completion:
         from collm.errors import EngineError
 

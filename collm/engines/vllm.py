@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collm.config import VllmSettings
 from collm.errors import ConfigError, EngineError
 from collm.models.policy import Policy
 from collm.models.team import Team
+from collm.settings.rooms import VllmSettings
 from collm.types import Completion, Ids, Request, Sampling
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -42,7 +42,7 @@ class VllmEngine:
     Each whole model is one vLLM model; adapters on one base share one and answer in one batch. Log-probs are those of the
     sampling distribution. A request's seed decides its random numbers, whatever else is in the batch, but they are other
     numbers than the local engine's: sampled answers differ from its, greedy ones are the same.
-    settings.sleep: on a GPU, `rest` gives the memory of weights and cache to the learner until the next use.
+    On a GPU, `rest` gives the memory of weights and cache to the learner until the next use.
     """
 
     trains = True
@@ -52,7 +52,7 @@ class VllmEngine:
         gc.collect()  # an engine out of use takes vLLM's process-wide groups with it: let that be before this one starts
         settings = settings or VllmSettings()
         self._folder = tempfile.TemporaryDirectory(prefix="collm-vllm-")
-        self._sleeps = settings.sleep and all(policy.device.type == "cuda" for policy in team.policies.values())
+        self._sleeps = all(policy.device.type == "cuda" for policy in team.policies.values())
         self._asleep = False
         self._places = places(team)
         self._models: list[Any] = []
@@ -183,7 +183,7 @@ def model_options(folder: Path, policies: Sequence[Policy], settings: VllmSettin
         "generation_config": "vllm",  # a model's own sampling defaults are not ours
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
-        "enforce_eager": settings.enforce_eager or cpu,
+        "enforce_eager": cpu,
         "gpu_memory_utilization": settings.gpu_memory_utilization * share,
         "max_model_len": settings.max_model_len,
         "seed": 0,
@@ -193,10 +193,8 @@ def model_options(folder: Path, policies: Sequence[Policy], settings: VllmSettin
     if cpu:  # there vLLM cannot rewind a request's random numbers, as it must after reading part of a history
         longest = options["max_model_len"] or policy.max_positions
         options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, 8192)}
-    kv_cache = settings.kv_cache_gib
-    if kv_cache is None and cpu:
-        kv_cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 1)
-    if kv_cache is not None:
+    if cpu:
+        kv_cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 1)  # GiB
         options["kv_cache_memory_bytes"] = int(kv_cache * share * 2**30)
     adapters = [other.adapter for other in policies if other.adapter is not None and other.adapter.name is not None]
     if adapters:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from collm.algorithms import advantages
-from collm.algorithms.catalogue import GROUP_ESTIMATORS
-from collm.config import AlgorithmSettings
+from collm.algorithms.catalogue import group_estimator
 from collm.learning import diagnostics, residual
 from collm.learning.batch import Batch
 from collm.learning.critics import Values
 from collm.learning.residual import Regressions
+from collm.settings.rooms import AlgorithmSettings
 from collm.types import Annotation, Metrics
 
 
@@ -26,14 +26,12 @@ class Credit:
     """What every part learns from, (E, N, T) unless stated.
 
     advantages_ENT: of each answer, 0 where an agent did not act. targets_ENT: what is left for a critic's text to predict after
-    the metric regression, in units of return. wanted_ENT: 1 where a critic has a target. old_values_ENT1: the text's values
-    before this update, (E, N, T + 1) for V; None without a critic.
+    the metric regression, in units of return. wanted_ENT: 1 where a critic has a target.
     """
 
     advantages_ENT: Tensor
     targets_ENT: Tensor
     wanted_ENT: Tensor
-    old_values_ENT1: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -45,12 +43,20 @@ class Assignment:
     metrics: Metrics
 
 
-def assign_returns(batch: Batch, settings: AlgorithmSettings) -> Assignment:
+def assign_returns(batch: Batch, settings: AlgorithmSettings, regressions: Regressions) -> Assignment:
     """Credit without a critic: returns of whole episodes or turn trees, compared with those of siblings."""
     advantages_ET = from_tree(batch, settings) if settings.tree else from_siblings(batch, settings)
-    advantages_ENT = _normalized(advantages_ET[:, None] * batch.live_ENT, batch, settings)
-    credit = Credit(advantages_ENT, torch.zeros(batch.shape), torch.zeros(batch.shape))
-    return Assignment(credit, _annotations(batch, advantages_ENT), diagnostics.deviations(batch, advantages_ENT))
+    advantages_ENT = advantages_ET[:, None] * batch.live_ENT
+    metrics: Metrics = {}
+    if regressions.teammates:
+        features_ETM = residual.features(batch, regressions.metric_names)
+        baselines_ENT = torch.zeros(batch.shape)  # the comparison with siblings is subtracted already
+        advantages_ENT, metrics = without_teammates(batch, regressions, features_ETM, advantages_ENT, baselines_ENT)
+    advantages_ENT = _normalized(advantages_ENT, batch, settings)
+    metrics |= diagnostics.deviations(batch, advantages_ENT)
+    return Assignment(
+        Credit(advantages_ENT, torch.zeros(batch.shape), torch.zeros(batch.shape)), _annotations(batch, advantages_ENT), metrics
+    )
 
 
 def assign_values(
@@ -60,6 +66,8 @@ def assign_values(
     regressions: Regressions,
     critics: Mapping[str, str],
     settings: AlgorithmSettings,
+    *,
+    critic_lam: float,
 ) -> Assignment:
     """Credit with critics: values are what the metric regression predicts plus what critics read from the text.
 
@@ -68,7 +76,7 @@ def assign_values(
 
     Args:
         text: what critics read before this update. wanted_ENT: (E, N, T) 1 where critics have targets.
-        critics: what metrics call a critic -> an agent that it reads for.
+        critics: what metrics call a critic -> an agent that it reads for. critic_lam: lambda of the critics' targets.
     """
     kind, gamma, names = settings.critic_kind, settings.gamma, regressions.metric_names
     features_ETM = residual.features(batch, names)
@@ -76,28 +84,40 @@ def assign_values(
     values_ENT = text.values_ENT + predicted_ENT
     rewards_ENT = batch.rewards_ET[:, None].expand(batch.shape)
     following_ENT = values_ENT if kind == "V" else nn.functional.pad(values_ENT, (0, 1))
-    targets_ENT = advantages.lambda_returns(rewards_ENT, following_ENT, wanted_ENT, gamma=gamma, lam=settings.critic_lam)
+    targets_ENT = advantages.lambda_returns(rewards_ENT, following_ENT, wanted_ENT, gamma=gamma, lam=critic_lam)
+    metrics: Metrics = {}
     if kind == "Q":
         advantages_ENT = from_alternatives(values_ENT, predicted_ENT, text)
+        returns_ENT, baselines_ENT = advantages_ENT, torch.zeros(batch.shape)
     else:
         advantages_ENT = advantages.td_lambda(rewards_ENT, values_ENT, wanted_ENT, gamma=gamma, lam=settings.lam)
-        if regressions.teammates:
-            returns_ENT = advantages.lambda_returns(rewards_ENT, values_ENT, wanted_ENT, gamma=gamma, lam=settings.lam)
-            changes_ENTM, known_ENT = residual.teammates_changes(batch, features_ETM, names)
-            baselines_ENT = residual.predict_teammates(regressions.teammates, changes_ENTM, known_ENT, values_ENT)
-            residual.learn_teammates(regressions.teammates, changes_ENTM, known_ENT, values_ENT, returns_ENT)
-            advantages_ENT = advantages.difference(returns_ENT, baselines_ENT, batch.live_ENT)
+        returns_ENT = advantages.lambda_returns(rewards_ENT, values_ENT, wanted_ENT, gamma=gamma, lam=settings.lam)
+        baselines_ENT = values_ENT[..., :-1]
+    if regressions.teammates:
+        advantages_ENT, metrics = without_teammates(batch, regressions, features_ETM, returns_ENT, baselines_ENT)
     advantages_ENT = _normalized(advantages_ENT * batch.live_ENT, batch, settings)
-    metrics = diagnostics.deviations(batch, advantages_ENT)
+    metrics |= diagnostics.deviations(batch, advantages_ENT)
     metrics |= diagnostics.measure_ceiling(regressions.ceiling, batch, features_ETM, gamma=gamma)
     metrics |= diagnostics.explain(batch, values_ENT, wanted_ENT, critics, gamma=gamma)
     residual.learn_returns(regressions.metrics, features_ETM, batch, values_ENT, text.read_ENT, gamma=gamma, kind=kind)
     learned_ENT = residual.predict_returns(regressions.metrics, features_ETM, text.read_ENT)
-    credit = Credit(
-        advantages_ENT, targets_ENT - learned_ENT[..., : targets_ENT.shape[-1]], wanted_ENT, values_ENT - predicted_ENT
-    )
+    credit = Credit(advantages_ENT, targets_ENT - learned_ENT[..., : targets_ENT.shape[-1]], wanted_ENT)
     errors_ENT = rewards_ENT + gamma * values_ENT[..., 1:] - values_ENT[..., :-1] if kind == "V" else None
     return Assignment(credit, _annotations(batch, advantages_ENT, values_ENT, errors_ENT), metrics)
+
+
+def without_teammates(
+    batch: Batch, regressions: Regressions, features_ETM: Tensor, returns_ENT: Tensor, baselines_ENT: Tensor
+) -> tuple[Tensor, Metrics]:
+    """Advantages (E, N, T) of returns over their baselines plus the effect of the team-mates' answers, and metrics.
+
+    The regressions predict that effect first and learn from this iteration afterwards.
+    """
+    changes_ENTM, known_ENT = residual.teammates_changes(batch, features_ETM, regressions.metric_names)
+    expected_ENT = residual.predict_teammates(regressions.teammates, changes_ENTM, known_ENT, baselines_ENT)
+    residual.learn_teammates(regressions.teammates, changes_ENTM, known_ENT, baselines_ENT, returns_ENT)
+    advantages_ENT = advantages.difference(returns_ENT, expected_ENT, batch.live_ENT)
+    return advantages_ENT, {"critic/replayed": diagnostics.replayed(batch)}
 
 
 def from_siblings(batch: Batch, settings: AlgorithmSettings) -> Tensor:
@@ -105,7 +125,7 @@ def from_siblings(batch: Batch, settings: AlgorithmSettings) -> Tensor:
 
     An episode whose siblings all failed has nothing to be compared with and teaches nothing.
     """
-    estimator = GROUP_ESTIMATORS[settings.advantage]
+    estimator = group_estimator(settings.baseline)
     returns_ET = advantages.discounted_returns(batch.rewards_ET, gamma=settings.gamma)
     parts = []
     for returns_GT in returns_ET.split([len(group.episodes) for group in batch.groups]):
@@ -116,7 +136,7 @@ def from_siblings(batch: Batch, settings: AlgorithmSettings) -> Tensor:
 
 def from_tree(batch: Batch, settings: AlgorithmSettings) -> Tensor:
     """(E, T) of turn trees: each joint action against its siblings at the node."""
-    estimator = GROUP_ESTIMATORS[settings.advantage]
+    estimator = group_estimator(settings.baseline)
     advantages_ET, e = torch.zeros_like(batch.rewards_ET), 0
     for group in batch.groups:
         rewards = [[turn.reward for turn in episode.turns] for episode in group.episodes]
@@ -142,7 +162,7 @@ def _normalized(advantages_ENT: Tensor, batch: Batch, settings: AlgorithmSetting
     """Each agent's advantages in units of their deviation, where the settings ask for it; z-scored under a critic."""
     if settings.normalize != "agent":
         return advantages_ENT
-    recentre = settings.critic != "none"
+    recentre = settings.has_critic
     parts = [
         advantages.normalize(advantages_ENT[:, n], batch.live_ENT[:, n], recentre=recentre) for n in range(len(batch.agents))
     ]

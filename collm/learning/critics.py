@@ -106,14 +106,12 @@ def value_loss(
     hidden_BLD: Tensor,
     targets_ENT: Tensor,
     wanted_ENT: Tensor,
-    old_values_ENT1: Tensor | None,
     *,
     num: int,
     kind: str,
-    clip: float | None,
 ) -> Tensor | None:
     """A micro-batch's share of the mean squared error over `num` targets, in units of the targets' deviation where targets are
-    normalized; None where it holds no target. Clipped around the old values if both these and `clip` are given.
+    normalized; None where it holds no target.
 
     Args: targets_ENT, wanted_ENT: (E, N, T) targets in units of return, and 1 where there is one.
     """
@@ -127,7 +125,4 @@ def value_loss(
     values = head(hidden_BLD[micro.row_M, micro.column_M][chosen.to(hidden_BLD.device)])
     targets = targets_ENT.flatten()[slots].to(values)
     unit = head.deviation.to(values) ** 2
-    if clip is None or old_values_ENT1 is None:
-        return losses.value_error(values, targets, num_values=num)[0] / unit
-    old = old_values_ENT1.flatten()[slots].to(values)
-    return losses.clipped_value_error(values, old, targets, clip=clip, num_values=num)[0] / unit
+    return losses.value_error(values, targets, num_values=num)[0] / unit

@@ -14,10 +14,12 @@ from collm.learning.batch import Batch
 from collm.types import Metrics
 
 
-def measure_ceiling(ceiling: Yardstick, batch: Batch, features_ETM: Tensor, *, gamma: float) -> Metrics:
+def measure_ceiling(ceiling: Yardstick | None, batch: Batch, features_ETM: Tensor, *, gamma: float) -> Metrics:
     """Per turn, the variance within tasks that least squares on the environment metrics explains in recent iterations, and the
     sum of squared deviations of returns from their task's mean: what there is to explain."""
     metrics: Metrics = {}
+    if ceiling is None:
+        return metrics
     returns_ET = discounted_returns(batch.rewards_ET, gamma=gamma)
     for t in range(returns_ET.shape[1]):
         chosen = batch.complete_ET[:, t]
@@ -55,3 +57,9 @@ def deviations(batch: Batch, advantages_ENT: Tensor) -> Metrics:
         chosen = advantages_ENT[:, n][batch.live_ENT[:, n].bool()]
         metrics[f"{agent}/advantage_deviation"] = chosen.std(correction=0).item() if len(chosen) else 0.0
     return metrics
+
+
+def replayed(batch: Batch) -> float:
+    """The fraction of answers whose no-op counterfactual is known."""
+    fractions = [len(turn.no_op) / len(turn.completions) for e in batch.episodes for turn in e.turns[e.own_from :]]
+    return sum(fractions) / max(1, len(fractions))

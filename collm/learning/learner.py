@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from collm.config import Config
 from collm.errors import TrainingError
 from collm.learning import critics
 from collm.learning.batch import Batch
@@ -14,6 +14,7 @@ from collm.learning.parts import Hands
 from collm.learning.residual import Regressions
 from collm.learning.steps import require_finite
 from collm.learning.tensors import Read, Tensors, restore, weights_of
+from collm.settings.rooms import Config
 from collm.types import Annotation, Group, Metrics
 
 Annotations = Mapping[int, Mapping[tuple[int, str], Annotation]]
@@ -31,12 +32,28 @@ class Update:
     annotations: Annotations
 
 
-class Learner:
+class Learner(Protocol):
+    """Changes a team's weights."""
+
+    def update(self, groups: Sequence[Group], iteration: int) -> Update:
+        """Learn from one iteration's groups; the episodes are not changed."""
+        ...
+
+    def tensors(self) -> dict[str, Tensors]:
+        """By file name, all that a checkpoint keeps."""
+        ...
+
+    def restore(self, read: Read) -> None:
+        """Take what `tensors` once gave. Raises ValueError where it does not fit."""
+        ...
+
+
+class PartsLearner:
     """Updates a team: critics read, credit is assigned from small tensors, then every part learns.
 
     Args:
         agents: those that are trained. critic_labels: what metrics call each critic -> an agent that it reads for.
-        regressions: from environment metrics to returns; None without a critic.
+        regressions: the metric regression and those of the difference baseline, as far as the algorithm has them.
     """
 
     def __init__(
@@ -44,7 +61,7 @@ class Learner:
         hands: Hands,
         agents: Sequence[str],
         critic_labels: Mapping[str, str],
-        regressions: Regressions | None,
+        regressions: Regressions,
         config: Config,
     ):
         self.hands, self.agents, self.critic_labels = hands, tuple(agents), dict(critic_labels)
@@ -68,17 +85,18 @@ class Learner:
     def _assign(self, batch: Batch) -> tuple[Assignment, Metrics]:
         """Credit for every answer, and what reading it cost."""
         settings = self.config.algorithm
-        if self.regressions is None:
-            return assign_returns(batch, settings), {}
+        if not settings.has_critic:
+            return assign_returns(batch, settings, self.regressions), {}
         text = critics.merge(values for values in self.hands.all("values", batch) if values is not None)
-        wanted_ENT = critics.targeted(batch, kind=settings.critic_kind, own_turns=settings.critic_body == "policy")
-        assigned = assign_values(batch, text, wanted_ENT, self.regressions, self.critic_labels, settings)
+        wanted_ENT = critics.targeted(batch, kind=settings.critic_kind, own_turns=self.config.critic.body == "policy")
+        assigned = assign_values(
+            batch, text, wanted_ENT, self.regressions, self.critic_labels, settings, critic_lam=self.config.critic.lam
+        )
         return assigned, {"critic/cut": float(text.num_cut), "tokens/critic": float(text.num_tokens)}
 
     def tensors(self) -> dict[str, Tensors]:
         """By file name, all that a checkpoint keeps."""
-        modules = {} if self.regressions is None else self.regressions.modules()
-        files = {name: weights_of(module) for name, module in modules.items()}
+        files = {name: weights_of(module) for name, module in self.regressions.modules().items()}
         for part in self.hands.all("tensors"):
             files |= part
         return files
@@ -86,7 +104,7 @@ class Learner:
     def restore(self, read: Read) -> None:
         """Take what `tensors` once gave. Raises ValueError where it does not fit."""
         self.hands.all("restore", read)
-        for name, module in ({} if self.regressions is None else self.regressions.modules()).items():
+        for name, module in self.regressions.modules().items():
             restore(module, read(name))
 
 

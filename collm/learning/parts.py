@@ -14,21 +14,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from collm import seeds
 from collm.algorithms import losses
 from collm.algorithms.catalogue import CLIPPED_LOSSES
-from collm.config import Config
 from collm.learning.batch import Batch
 from collm.learning.credit import Credit
 from collm.learning.critics import Values, merge, read, value_loss, values_at
 from collm.learning.pack import MicroBatch, micro_batches, pack_alternatives, pack_answers, pack_readings
 from collm.learning.steps import check_loss, make_optimizer, rescale, set_rates, step
 from collm.learning.tensors import Read, Tensors, restore, restore_optimizer, state_of, weights_of
-from collm.models.adapters import dropout
 from collm.models.critic import Critic, ValueHead
 from collm.models.policy import Policy
 from collm.models.recompute import recompute_layers
+from collm.settings.rooms import Config
 from collm.types import Metrics, Sampling
+
+VALUE_WEIGHT = 0.6
+"""Weight of a value loss beside the policy's loss (arXiv:2601.21972); a critic of its own keeps it, too."""
 
 
 class Part(Protocol):
@@ -73,14 +74,23 @@ class PolicyPart:
     """A policy, the agents that it answers for, and the value heads on it (agent -> head)."""
 
     def __init__(
-        self, name: str, policy: Policy, agents: Sequence[str], heads: dict[str, ValueHead], config: Config, sampling: Sampling
+        self,
+        name: str,
+        policy: Policy,
+        agents: Sequence[str],
+        heads: dict[str, ValueHead],
+        config: Config,
+        sampling: Sampling,
+        *,
+        lr: float,
+        head_lr: float,
     ):
         self.name, self.policy, self.agents, self.heads = name, policy, tuple(agents), heads
         self.config, self.sampling = config, sampling
         self.reference = policy.frozen_copy() if config.algorithm.kl_coef > 0 else None
-        groups = [(policy.trained.parameters(), config.learner.lr)]
-        groups += [(head.parameters(), config.critic.lr) for head in heads.values()]
-        self.optimizer = make_optimizer(groups, config.learner)
+        groups = [(policy.trained.parameters(), lr)]
+        groups += [(head.parameters(), head_lr) for head in heads.values()]
+        self.optimizer = make_optimizer(groups)
         if config.learner.gradient_checkpointing:
             recompute_layers(policy.body)
 
@@ -117,15 +127,11 @@ class PolicyPart:
         if warming_up and not self.heads:
             return {}
         set_rates(self.optimizer, self.config, iteration)
-        with dropout(self.policy.trained, seeds.derive(self.config.run.seed, "dropout", iteration, self.name)):
-            return self._learn(batch, iteration, credit, warming_up)
-
-    def _learn(self, batch: Batch, iteration: int, credit: Credit, warming_up: bool) -> Metrics:
         settings, history = self.config.algorithm, self.config.rollout.history
         packed = {a: pack_answers(batch, a, self.policy, values=a in self.heads, history=history) for a in self.agents}
         num = sum(len(sequence.answers) for rows in packed.values() for sequence in rows)
         metrics: Metrics = defaultdict(float)
-        for _ in range(self.config.critic.epochs if warming_up else settings.epochs):
+        for epoch in range(self.config.critic.epochs if warming_up else settings.epochs):
             totals: Metrics = defaultdict(float)
             for agent in self.agents:
                 for micro in micro_batches(packed[agent], self.config.learner.micro_batch_tokens, self.policy.device):
@@ -133,12 +139,12 @@ class PolicyPart:
                         hidden_BLD = self.policy.hidden(micro.ids_BL)
                     shares = []
                     if not warming_up and len(micro.token_K):
-                        shares.append(self._policy_loss(micro, hidden_BLD, credit.advantages_ENT, num, totals))
+                        shares.append(self._policy_loss(agent, micro, hidden_BLD, credit.advantages_ENT, num, totals))
                     if agent in self.heads:
                         error = self._value_loss(agent, micro, hidden_BLD, batch, credit)
                         if error is not None:
                             totals[f"{agent}/critic"] += error.item()
-                            shares.append(self.config.critic.coef * error)
+                            shares.append(VALUE_WEIGHT * error)
                     if shares:
                         loss = torch.stack(shares).sum()
                         check_loss(loss, agent, iteration, batch, batch.episodes_of(micro.slot_S))
@@ -149,6 +155,7 @@ class PolicyPart:
                 metrics[f"{agent}/critic/loss"] = totals[f"{agent}/critic"]
             if not warming_up:
                 metrics |= self._summary(totals)
+                metrics |= {} if epoch else self._gaps(totals)
         return dict(metrics)
 
     def _summary(self, totals: Metrics) -> Metrics:
@@ -161,7 +168,18 @@ class PolicyPart:
             metrics[f"{name}/kl"] = totals["kl"] / scored
         return metrics
 
-    def _policy_loss(self, micro: MicroBatch, hidden_BLD: Tensor, advantages_ENT: Tensor, num: int, totals: Metrics) -> Tensor:
+    def _gaps(self, totals: Metrics) -> Metrics:
+        """How far the engine's log-probs are from the learner's before any step: mean and largest absolute difference per
+        token. 0 to rounding where both compute with the same weights in the same number format."""
+        metrics: Metrics = {}
+        for agent in self.agents:
+            metrics[f"{agent}/logprob_gap_mean"] = totals[f"{agent}/gap"] / max(totals[f"{agent}/tokens"], 1)
+            metrics[f"{agent}/logprob_gap_max"] = totals[f"{agent}/gap_max"]
+        return metrics
+
+    def _policy_loss(
+        self, agent: str, micro: MicroBatch, hidden_BLD: Tensor, advantages_ENT: Tensor, num: int, totals: Metrics
+    ) -> Tensor:
         """A micro-batch's share of the policy loss; its statistics are added to `totals`."""
         settings, policy = self.config.algorithm, self.policy
         logp_K = policy.score(hidden_BLD[micro.row_K, micro.column_K], micro.token_K, self.sampling)
@@ -181,7 +199,10 @@ class PolicyPart:
             now_K = policy.score(hidden_BLD[micro.row_K, micro.column_K], micro.token_K, whole)
             kl, kl_stats = losses.kl_to_reference(now_K, before_K, num_answers=num)
             loss, stats = loss + settings.kl_coef * kl, stats | kl_stats
+        gap_K = (logp_K.detach() - micro.old_logp_K).abs()
         stats |= {"logp": logp_K.detach().sum().item(), "scored": float(len(logp_K))}
+        stats |= {f"{agent}/gap": gap_K.sum().item(), f"{agent}/tokens": float(len(gap_K))}
+        totals[f"{agent}/gap_max"] = max(totals[f"{agent}/gap_max"], gap_K.max().item())
         for key, value in stats.items():
             totals[key] += value
         return loss
@@ -193,23 +214,21 @@ class PolicyPart:
             hidden_BLD,
             credit.targets_ENT,
             credit.wanted_ENT,
-            credit.old_values_ENT1,
             num=int(credit.wanted_ENT[:, batch.agents.index(agent)].sum()),
             kind="V",
-            clip=self.config.critic.value_clip,
         )
 
 
 class CriticPart:
     """A critic that is a model of its own, and the agents that it reads for: all of them, or one."""
 
-    def __init__(self, name: str, critic: Critic, agents: Sequence[str], config: Config):
+    def __init__(self, name: str, critic: Critic, agents: Sequence[str], config: Config, *, lr: float):
         self.critic, self.agents, self.config = critic, tuple(agents), config
-        self.joint = config.algorithm.critic == "joint"
+        self.joint = config.critic.reads == "joint"
         self.reads = {"state": config.critic.state, "newest_only": config.rollout.history == "newest"}
         self.name = f"critic-{name}"
         self.label = "critic" if self.joint else f"{name}/critic"
-        self.optimizer = make_optimizer([(critic.parameters(), config.critic.lr)], config.learner)
+        self.optimizer = make_optimizer([(critic.parameters(), lr)])
         if config.learner.gradient_checkpointing:
             recompute_layers(critic.body)
 
@@ -246,22 +265,19 @@ class CriticPart:
         packed, _ = pack_readings(batch, self.critic, self.view(batch), kind=kind, **self.reads)
         num = int(credit.wanted_ENT[:, batch.agents.index(self.agents[0])].sum())
         metrics: Metrics = defaultdict(float)
-        seed = seeds.derive(self.config.run.seed, "critic's dropout", iteration, self.name.removeprefix("critic-"))
-        with dropout(self.critic.body, seed):
-            for _ in range(self.config.critic.epochs):
-                total = 0.0
-                for micro in micro_batches(packed, self.config.learner.micro_batch_tokens, self.critic.device):
-                    hidden_BLD = self.critic.hidden(micro.ids_BL)
-                    loss = value_loss(
-                        self.critic.value, micro, hidden_BLD, credit.targets_ENT, credit.wanted_ENT, None,
-                        num=num, kind=kind, clip=None,
-                    )  # fmt: skip
-                    if loss is None:
-                        continue
-                    check_loss(loss, self.label, iteration, batch, batch.episodes_of(micro.slot_M, kind == "V"))
-                    (self.config.critic.coef * loss).backward()
-                    total += loss.item()
-                    metrics["tokens/critic"] += micro.num_tokens
-                metrics[f"{self.label}/gradient_norm"] = step(self.optimizer, self.label, iteration, self.config.learner)
-                metrics[f"{self.label}/loss"] = total
+        for _ in range(self.config.critic.epochs):
+            total = 0.0
+            for micro in micro_batches(packed, self.config.learner.micro_batch_tokens, self.critic.device):
+                hidden_BLD = self.critic.hidden(micro.ids_BL)
+                loss = value_loss(
+                    self.critic.value, micro, hidden_BLD, credit.targets_ENT, credit.wanted_ENT, num=num, kind=kind
+                )
+                if loss is None:
+                    continue
+                check_loss(loss, self.label, iteration, batch, batch.episodes_of(micro.slot_M, kind == "V"))
+                (VALUE_WEIGHT * loss).backward()
+                total += loss.item()
+                metrics["tokens/critic"] += micro.num_tokens
+            metrics[f"{self.label}/gradient_norm"] = step(self.optimizer, self.label, iteration, self.config.learner)
+            metrics[f"{self.label}/loss"] = total
         return dict(metrics)

@@ -28,19 +28,21 @@ class Regressions:
 
     metrics: from environment metrics to the return, or None. teammates: one per agent, from what its team-mates' answers alone
     changed in these metrics to what is left of the return; none without the difference baseline. ceiling: what least squares
-    on the metrics explains, for the report.
+    on the metrics explains, for the report; None without a critic.
     """
 
-    def __init__(self, metric_names: Sequence[str], num_agents: int, *, metrics: bool, teammates: bool):
+    def __init__(self, metric_names: Sequence[str], num_agents: int, *, critic: bool, metrics: bool, teammates: bool):
         self.metric_names = tuple(metric_names)
         width = 2 + len(self.metric_names)
         self.metrics = TurnRegression(width, TURNS) if metrics else None
         self.teammates = nn.ModuleList(TurnRegression(width, TURNS) for _ in range(num_agents if teammates else 0))
-        self.ceiling = Yardstick(width, TURNS)
+        self.ceiling = Yardstick(width, TURNS) if critic else None
 
     def modules(self) -> dict[str, nn.Module]:
         """By file name, all that a checkpoint keeps."""
-        found: dict[str, nn.Module] = {"yardstick": self.ceiling}
+        found: dict[str, nn.Module] = {}
+        if self.ceiling is not None:
+            found["yardstick"] = self.ceiling
         if self.metrics is not None:
             found["regression"] = self.metrics
         if self.teammates:
@@ -81,8 +83,8 @@ def counterfactual_features(batch: Batch, agent: str, metric_names: Sequence[str
     for e, episode in enumerate(batch.episodes):
         so_far = 0.0
         for t, turn in enumerate(episode.turns):
-            if agent in turn.silent and t >= episode.own_from:
-                replayed = turn.silent[agent]
+            if agent in turn.no_op and t >= episode.own_from:
+                replayed = turn.no_op[agent]
                 numbers = [so_far + replayed.reward, replayed.raw_reward, *_numbers(replayed.metrics, metric_names)]
                 if all(map(math.isfinite, numbers)):
                     rows[e, t], known[e, t] = numbers, True
@@ -136,29 +138,30 @@ def teammates_changes(batch: Batch, features_ETM: Tensor, metric_names: Sequence
     return torch.stack(changes, 1), torch.stack(known, 1)
 
 
-def predict_teammates(regressions: nn.ModuleList, changes_ENTM: Tensor, known_ENT: Tensor, values_ENT: Tensor) -> Tensor:
-    """The difference baseline of each answer (E, N, T), in units of return; V where the counterfactual is unknown.
+def predict_teammates(regressions: nn.ModuleList, changes_ENTM: Tensor, known_ENT: Tensor, baselines_ENT: Tensor) -> Tensor:
+    """The difference baseline of each answer (E, N, T), in units of return; `baselines_ENT` where the counterfactual is
+    unknown.
 
-        b_i(h_t, a_-i,t) = V(h_t) + beta . (Delta - mean Delta),   beta: ridge regression of G_t - V(h_t) on Delta
+        b_i(h_t, a_-i,t) = b(h_t) + beta . (Delta - mean Delta),   beta: ridge regression of G_t - b(h_t) on Delta
+
+    b is V of a critic, or what a group method subtracts from the return.
 
     Delta is what the team-mates' answers alone changed in the environment metrics, so agent i's own answer is not in it: see
-    `algorithms.advantages.difference`. Everything is centred within the iteration, so that b is V on average: a constant term
-    would follow the same rise of returns that V follows, and right answers would be punished until both have settled.
+    `algorithms.advantages.difference`. Everything is centred within the iteration, so that b_i is b on average: a constant term
+    would follow the same rise of returns that b follows, and right answers would be punished until both have settled.
     """
-    T = changes_ENTM.shape[2]
-    baselines_ENT = values_ENT[..., :T].clone()
+    baselines_ENT = baselines_ENT.clone()
     for n, regression in enumerate(regressions):
         baselines_ENT[:, n] += torch.where(known_ENT[:, n], regression(changes_ENTM[:, n]), 0.0)
     return baselines_ENT
 
 
 def learn_teammates(
-    regressions: nn.ModuleList, changes_ENTM: Tensor, known_ENT: Tensor, values_ENT: Tensor, returns_ENT: Tensor
+    regressions: nn.ModuleList, changes_ENTM: Tensor, known_ENT: Tensor, baselines_ENT: Tensor, returns_ENT: Tensor
 ) -> None:
-    """Count this iteration's samples: G - V, centred, against what team-mates changed. returns_ENT: G (E, N, T)."""
-    T = changes_ENTM.shape[2]
+    """Count this iteration's samples: G - b, centred, against what team-mates changed. returns_ENT: G (E, N, T)."""
     for n, regression in enumerate(regressions):
-        left_ET = centred((returns_ENT[:, n] - values_ENT[:, n, :T])[..., None], known_ENT[:, n])[..., 0]
+        left_ET = centred((returns_ENT[:, n] - baselines_ENT[:, n])[..., None], known_ENT[:, n])[..., 0]
         assert isinstance(regression, TurnRegression)
         regression.learn(changes_ENTM[:, n], left_ET, known_ENT[:, n])
 

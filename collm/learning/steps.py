@@ -8,28 +8,23 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from collm.config import Config, LearnerSettings
 from collm.errors import TrainingError
 from collm.learning.batch import Batch
 from collm.learning.credit import Credit
 from collm.models.critic import ValueHead
+from collm.settings.rooms import Config, LearnerSettings
 
 
-def make_optimizer(groups: Iterable[tuple[Iterable[nn.Parameter], float]], settings: LearnerSettings) -> torch.optim.AdamW:
-    """AdamW over parameters with a learning rate for each group."""
+def make_optimizer(groups: Iterable[tuple[Iterable[nn.Parameter], float]]) -> torch.optim.AdamW:
+    """AdamW without weight decay over parameters, with a learning rate for each group."""
     parts = [{"params": list(parameters), "lr": lr, "full_lr": lr} for parameters, lr in groups]
-    return torch.optim.AdamW(parts, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
+    return torch.optim.AdamW(parts, weight_decay=0.0, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: Config, iteration: int) -> None:
     """Set the learning rates of this iteration: a function of its number alone, so there is no state to save."""
-    settings, total = config.learner, config.run.iterations
-    factor = min(1.0, (iteration + 1) / (settings.warmup + 1))
-    done = max(0, iteration - settings.warmup) / max(1, total - settings.warmup)
-    if settings.schedule == "linear":
-        factor *= 1 - done
-    elif settings.schedule == "cosine":
-        factor *= 0.5 * (1 + math.cos(math.pi * done))
+    done = iteration / config.run.iterations
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.learner.schedule]
     for group in optimizer.param_groups:
         group["lr"] = group["full_lr"] * factor
 

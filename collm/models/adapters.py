@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from collm.config import LoraSettings
 from collm.errors import ConfigError
 from collm.models import attention
 from collm.models.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_pretrained, resolve
+from collm.settings.rooms import LoraSettings
 
 
 class Base:
@@ -63,7 +63,6 @@ class Base:
                 task_type="CAUSAL_LM",
                 r=settings.rank,
                 lora_alpha=alpha,
-                lora_dropout=settings.dropout,
                 target_modules=targets,
             )
         )
@@ -76,9 +75,9 @@ class Base:
         return adapter
 
     def add_like(self, other: Adapter, seed: int) -> Adapter:
-        """A new adapter with the rank, alpha and dropout of another, on the layers of the same names."""
+        """A new adapter with the rank and alpha of another, on the layers of the same names."""
         config, names = other.lora, sorted({path.rpartition(".")[2] for path in other.pairs})
-        settings = LoraSettings(rank=config.r, alpha=config.lora_alpha, dropout=config.lora_dropout, targets=names)
+        settings = LoraSettings(rank=config.r, alpha=config.lora_alpha, targets=names)
         return self.add(settings, seed)
 
     def load(self, folder: Path) -> Adapter:
@@ -166,20 +165,6 @@ class Base:
         return adapter
 
 
-@contextmanager
-def dropout(module: nn.Module, seed: int) -> Iterator[None]:
-    """While an adapter learns: its dropout, if it has any, with random numbers that follow from `seed`."""
-    if not isinstance(module, Adapter) or not module.drops:
-        yield
-        return
-    torch.manual_seed(seed % (1 << 63))
-    module.train()
-    try:
-        yield
-    finally:
-        module.eval()
-
-
 class Adapter(nn.Module):
     """One adapter. As a module it holds its own matrices alone; called, it is the base's body with this adapter active.
 
@@ -192,7 +177,7 @@ class Adapter(nn.Module):
         self.pairs: dict[str, Any] = {}
         for path, layer in base.model.named_modules():
             if name is not None and name in getattr(layer, "lora_A", ()):
-                pair = {"A": layer.lora_A[name], "B": layer.lora_B[name], "dropout": layer.lora_dropout[name]}
+                pair = {"A": layer.lora_A[name], "B": layer.lora_B[name]}
                 self.pairs[path] = nn.ModuleDict(pair)
                 self.add_module(path.replace(".", "/"), self.pairs[path])
         self.eval()
@@ -200,10 +185,6 @@ class Adapter(nn.Module):
     @property
     def config(self) -> Any:
         return self.base.model.config
-
-    @property
-    def drops(self) -> bool:
-        return self.lora is not None and self.lora.lora_dropout > 0
 
     def forward(self, **inputs: Any) -> Any:
         self.base.activate(self.name)

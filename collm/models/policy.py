@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from collm.algorithms.logprobs import token_logprobs
-from collm.config import LoraSettings
 from collm.errors import ConfigError
 from collm.models import attention
 from collm.models.adapters import Adapter, Base
 from collm.models.chat import Chat
 from collm.models.loading import ADAPTER_CONFIG, is_adapter, load_pretrained, resolve
+from collm.settings.rooms import LoraSettings
 from collm.types import Sampling
 
 LOGITS_AT_ONCE = 1 << 25
@@ -85,7 +85,7 @@ class Policy:
             model = load_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
             return cls(model.to(device), tokenizer, compute=compute, source=resolve(source))
         named = _base_of(source) if is_adapter(source) else source
-        key = resolve(named), lora.base if lora is not None else "float32"
+        key = resolve(named), compute if lora is not None else "float32"
         bases = {} if bases is None else bases
         if key not in bases:
             bases[key] = Base.from_pretrained(named, dtype=key[1], device=device)

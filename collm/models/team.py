@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from collm.config import LoraSettings
 from collm.errors import ConfigError
 from collm.models.adapters import Base
 from collm.models.loading import resolve
 from collm.models.policy import Policy
+from collm.settings.rooms import LoraSettings
 
 
 class Team:

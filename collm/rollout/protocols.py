@@ -1,6 +1,6 @@
 """Protocols: who speaks when, seeing what. A protocol is a generator that yields requests and receives completions.
 
-It knows neither engine nor batch; `collect` advances any number of them together. `parallel` and `single` are what is trained;
+It knows neither engine nor batch; `collect` advances any number of them together. `parallel` is what is trained;
 `pipeline` and `discussion` let agents read each other within a turn and serve as untrained baselines.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from pettingzoo import ParallelEnv
 
 from collm.envs import gate
-from collm.errors import ConfigError, EnvError
+from collm.errors import EnvError
 from collm.types import Completion, Episode, History, Message, Request
 
 Play = Generator[list[Request], list[Completion], Episode]
@@ -24,16 +24,6 @@ Round = Generator[list[Request], list[Completion], Answers]
 
 def parallel(env: ParallelEnv, episode: Episode, *, history: History = "full", max_turns: int | None = None) -> Play:
     """All agents act at once, each on its own history: decentralized execution."""
-    return _play(env, episode, _at_once, history, max_turns)
-
-
-def single(env: ParallelEnv, episode: Episode, *, history: History = "full", max_turns: int | None = None) -> Play:
-    """One agent alone: the single-agent rows of a table. Refuses a world with more."""
-    if len(env.possible_agents) != 1:
-        raise ConfigError(
-            f"rollout.protocol='single' plays one agent, but the task has {len(env.possible_agents)}: "
-            f"{', '.join(env.possible_agents)}. Set env.agents=1, or rollout.protocol='parallel'."
-        )
     return _play(env, episode, _at_once, history, max_turns)
 
 
@@ -54,7 +44,7 @@ def discussion(env: ParallelEnv, episode: Episode, *, history: History = "full",
     return _play(env, episode, _after_messages, history, max_turns)
 
 
-PROTOCOLS: dict[str, Protocol] = {"parallel": parallel, "single": single, "pipeline": pipeline, "discussion": discussion}
+PROTOCOLS: dict[str, Protocol] = {"parallel": parallel, "pipeline": pipeline, "discussion": discussion}
 
 
 class _Failed(Exception):

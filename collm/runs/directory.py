@@ -18,10 +18,11 @@ from typing import Any, NotRequired
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from collm.config import Config, parse_resolved
 from collm.errors import RunError
 from collm.runs.files import explained, is_leftover, refuse_links, sweep, write_text
 from collm.runs.output import complain
+from collm.settings.load import parse_resolved
+from collm.settings.rooms import Config
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"

@@ -1,35 +1,152 @@
-"""From settings to parts: which critics there are, what they share with the agents, and the learner that calls them."""
+"""From settings to what a run is made of: a team, an engine, a collector and a learner."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from collm import seeds
-from collm.config import Config
-from collm.learning.learner import Learner
+from collm.algorithms.catalogue import group_estimator
+from collm.engines.base import Engine
+from collm.engines.catalogue import make_engine
+from collm.errors import ConfigError
+from collm.learning.learner import Learner, PartsLearner
 from collm.learning.parts import CriticPart, LocalHands, PolicyPart
 from collm.learning.residual import Regressions
 from collm.models.critic import Critic, ValueHead
+from collm.models.loading import resolve
 from collm.models.policy import Policy
 from collm.models.team import Team
+from collm.rollout.collector import Collector, LocalCollector
+from collm.rollout.plan import Plan
+from collm.runs.directory import usable_cores, with_absolute_data
+from collm.settings.rooms import Config, EnvSettings
+from collm.training.task import check_fit, metric_names, num_tasks, plan_of, trained_agents
 from collm.types import Sampling
 
 
-def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: Sequence[str] = ()) -> Learner:
+@dataclass(slots=True)
+class Assembly:
+    """What a run is made of."""
+
+    team: Team
+    engine: Engine
+    collector: Collector
+    learner: Learner
+    plan: Plan
+    """How training episodes are played."""
+    num_tasks: int
+    """Training tasks of the environment."""
+
+
+def prepare(config: Config) -> Config:
+    """The config with this machine's threads and device and absolute data paths, as a run directory keeps it.
+
+    Raises ConfigError for settings that cannot train, or a device that is not there.
+    """
+    config.check_trains()
+    threads, device = config.run.threads or usable_cores(), resolve_device(config.run.device)
+    torch.set_num_threads(threads)
+    options = with_absolute_data(config.env.options, Path.cwd())
+    env = EnvSettings.model_validate({"name": config.env.name, **options})
+    return config.model_copy(update={"run": config.run.model_copy(update={"threads": threads, "device": device}), "env": env})
+
+
+def assemble(
+    config: Config,
+    *,
+    team: Team | None = None,
+    engine: Engine | None = None,
+    collector: Collector | None = None,
+    learner: Learner | None = None,
+    stop: Callable[[], None] = lambda: None,
+) -> Assembly:
+    """Make what a prepared config asks for; what is given takes the place of what would be made.
+
+    stop: called between engine calls; raises to leave early. Raises ConfigError where something does not fit the task.
+    """
+    agents = check_fit(config)
+    trained = trained_agents(config, agents)
+    plan = plan_of(config, "train", trained)
+    total = num_tasks(plan)
+    if config.evaluation.every:
+        num_tasks(plan_of(config, "eval"))  # what is wrong there is said before anything begins
+    team = team or make_team(config, agents)
+    if team.agents != trained:
+        raise ConfigError(f"the team plays {team.agents}, but the task's agents are {agents}.")
+    engine = engine or with_remote(make_engine(team, config.rollout), config)
+    if not engine.trains:
+        raise ConfigError(
+            f"{type(engine).__name__} gives no token ids and log-probs: it can evaluate and play frozen team-mates, but not "
+            "train. Use the local engine."
+        )
+    if learner is None:
+        reads = config.algorithm.has_critic or config.algorithm.teammates != "none"
+        learner = make_learner(team, config, plan.sampling, metric_names(config) if reads else ())
+    return Assembly(team, engine, collector or LocalCollector(engine, stop=stop), learner, plan, total)
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" becomes cuda where there is one. Raises ConfigError for a device that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        if not device.startswith("cuda") or torch.cuda.is_available():
+            reason = str(error).split("\n")[0]
+            raise ConfigError(f"run.device={device!r} cannot be used: {reason}. Set run.device='cpu' or 'auto'.") from error
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"run.device={device!r}, but torch {torch.__version__} sees no GPU here. Set run.device='cpu'.")
+    return device
+
+
+def make_team(config: Config, agents: tuple[str, ...]) -> Team:
+    """Load each agent's model as `config.team` says; frozen team-mates on servers have none.
+
+    Raises ConfigError where nobody is left.
+    """
+    team = config.team
+    return Team.from_pretrained(
+        {agent: team.models.get(agent, team.model) for agent in trained_agents(config, agents)},
+        lora=team.lora,
+        shared=team.shared,
+        seed=seeds.derive(config.run.seed, "adapters"),
+        compute=team.compute,
+        device=config.run.device,
+    )
+
+
+def with_remote(engine: Engine, config: Config) -> Engine:
+    """`engine`, beside it servers for the frozen team-mates that live there."""
+    if not config.team.remote:
+        return engine
+    from collm.engines.http import HttpEngine, endpoint
+    from collm.engines.mixed import MixedEngine
+
+    key_env = config.team.api_key_env or ""
+    servers = HttpEngine({agent: endpoint(agent, url, key_env=key_env) for agent, url in config.team.remote.items()})
+    return MixedEngine(engine, dict.fromkeys(config.team.remote, servers))
+
+
+def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: Sequence[str] = ()) -> PartsLearner:
     """A learner with all parts in this process: critics first, then one part for each distinct policy of the team.
 
     Args: sampling: what answers are sampled with. metric_names: the environment metrics that the metric regression reads.
     """
     settings, members = config.algorithm, team.members()
-    views: dict[str, dict[str, tuple[str, ...]]] = {
-        "none": {},
-        "joint": {"team": team.agents},
-        "own": {agent: (agent,) for agent in team.agents},
-    }
-    view = views[settings.critic]
-    on_policy = settings.critic_body == "policy"
+    view: dict[str, tuple[str, ...]] = {}
+    if settings.has_critic:
+        joint = config.critic.reads == "joint"
+        view = {"team": team.agents} if joint else {agent: (agent,) for agent in team.agents}
+    else:
+        group_estimator(settings.baseline)  # one of the user's own is refused before anything is trained
+    on_policy = config.critic.body == "policy"
     heads: dict[str, dict[str, ValueHead]] = {name: {} for name in members}
     critics: list[CriticPart] = []
     for name, agents in view.items():
@@ -39,30 +156,57 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
             width = policy.model.config.get_text_config().hidden_size
             heads[owner][name] = ValueHead(width).to(policy.device)
         else:
-            critics.append(CriticPart(name, _make_critic(name, team, policy, config), agents, config))
+            critic, rate = _make_critic(name, team, policy, config)
+            critics.append(CriticPart(name, critic, agents, config, lr=rate))
     policies = [
-        PolicyPart(name, policy, [a for a, other in team.policies.items() if other is policy], heads[name], config, sampling)
+        PolicyPart(
+            name,
+            policy,
+            [agent for agent, other in team.policies.items() if other is policy],
+            heads[name],
+            config,
+            sampling,
+            lr=policy_rate(policy, config),
+            head_lr=config.critic.lr or policy_rate(policy, config),
+        )
         for name, policy in members.items()
     ]
-    labels = {("critic" if settings.critic == "joint" else f"{name}/critic"): agents[0] for name, agents in view.items()}
-    regressions = None
-    if view:
-        regressions = Regressions(
-            metric_names, len(team.agents), metrics=config.critic.metrics, teammates=config.critic.difference
-        )
-    return Learner(LocalHands([*critics, *policies]), team.agents, labels, regressions, config)
+    labels = {("critic" if config.critic.reads == "joint" else f"{name}/critic"): agents[0] for name, agents in view.items()}
+    regressions = Regressions(
+        metric_names,
+        len(team.agents),
+        critic=settings.has_critic,
+        metrics=config.critic.metrics,
+        teammates=settings.teammates == "replay",
+    )
+    return PartsLearner(LocalHands([*critics, *policies]), team.agents, labels, regressions, config)
 
 
-def _make_critic(name: str, team: Team, policy: Policy, config: Config) -> Critic:
-    """A critic model: an adapter on the base of some agent, a copy of the agent's own model, or a model of its own."""
+def _make_critic(name: str, team: Team, policy: Policy, config: Config) -> tuple[Critic, float]:
+    """A critic, and its learning rate: an adapter on the base of some agent, a copy of the agent's own model, or a model of its
+    own."""
     settings = config.critic
     common: dict[str, Any] = {"max_tokens": settings.max_tokens, "compute": policy.compute}
-    base = None
-    if config.team.lora is None or config.team.lora.critics:
-        base = team.base_of(settings.model or policy.source)
+    source = settings.model or policy.source
+    base = team.base_of(source) if settings.body == "auto" else None
     if base is not None:
         adapter = base.add_like(base.adapters[0], seeds.derive(config.run.seed, "critic's adapter", name))
-        return Critic(adapter, base.tokenizer, **common).to(policy.device)
+        return Critic(adapter, base.tokenizer, **common).to(policy.device), settings.lr or ADAPTER_CRITIC
+    rate = settings.lr or config.learner.lr or default_rate(source)
     if settings.model is None and policy.adapter is None:
-        return Critic(copy.deepcopy(policy.body), policy.tokenizer, **common).to(policy.device)
-    return Critic.from_pretrained(settings.model or policy.source, device=policy.device, **common)
+        return Critic(copy.deepcopy(policy.body), policy.tokenizer, **common).to(policy.device), rate
+    return Critic.from_pretrained(source, device=policy.device, **common), rate
+
+
+ADAPTER_CRITIC = 1e-4
+"""Learning rate of a critic that is an adapter; at a policy's 5e-4 its values overshoot."""
+
+
+def policy_rate(policy: Policy, config: Config) -> float:
+    """The learning rate of a policy where the settings give none: that of an adapter, or of a whole model."""
+    return config.learner.lr or (5e-4 if policy.adapter is not None else default_rate(policy.source))
+
+
+def default_rate(source: str) -> float:
+    """The learning rate of a whole model: the tiny one stands a rate that breaks a large one."""
+    return 5e-4 if resolve(source) == resolve("tiny") else 5e-6

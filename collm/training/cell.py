@@ -12,15 +12,20 @@ from pathlib import Path
 
 import torch
 
-from collm.config import Config, parse_resolved
 from collm.engines.catalogue import make_engine
 from collm.errors import CollmError, RunError
+from collm.rollout.collector import LocalCollector
 from collm.runs.directory import begin, lock, read_config
 from collm.runs.files import explained
 from collm.runs.log import RunLog
 from collm.runs.output import complain
+from collm.settings.load import parse_resolved
+from collm.settings.rooms import Config
+from collm.training.assemble import make_team, resolve_device, with_remote
 from collm.training.evaluate import evaluate
-from collm.training.trainer import Interrupted, Trainer, check_fit, make_team, resolve_device, with_remote
+from collm.training.signals import Interrupted
+from collm.training.task import check_fit
+from collm.training.trainer import Trainer
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -58,7 +63,7 @@ def play(config: Config, folder: Path) -> None:
     config = config.model_copy(update={"run": config.run.model_copy(update={"device": resolve_device(config.run.device)})})
     torch.set_num_threads(config.run.threads or 1)
     team = make_team(config, check_fit(config))
-    result = evaluate(config, with_remote(make_engine(team, config.rollout), config))
+    result = evaluate(config, LocalCollector(with_remote(make_engine(team, config.rollout), config)))
     if not (folder / "config.json").is_file():
         begin(folder, config)
     with lock(folder), explained(folder / "final"):

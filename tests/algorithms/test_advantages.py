@@ -12,9 +12,9 @@ from learners import critic_parts
 
 from collm.algorithms import advantages as A
 from collm.algorithms.catalogue import GROUP_ESTIMATORS
-from collm.config import parse_config
 from collm.models.policy import Policy
 from collm.models.team import Team
+from collm.settings.load import parse_config
 from collm.training.assemble import make_learner
 from collm.types import Annotation, Completion, Episode, Group, Sampling, Turn
 
@@ -129,7 +129,7 @@ RETURNS = row(0.1, 2, -1, 0.7)
         ("group_mean", (-0.35, 1.55, -1.45, 0.25)),
         ("leave_one_out", (0.1 - 1.7 / 3, 2 + 0.2 / 3, -1 - 2.8 / 3, 0.7 - 1.1 / 3)),
         ("group_max", (-1.9, 0.0, -3.0, -1.3)),
-        ("return", (0.1, 2.0, -1.0, 0.7)),
+        ("none", (0.1, 2.0, -1.0, 0.7)),
     ],
 )
 def test_group_estimators_by_hand(name, expected):
@@ -159,7 +159,7 @@ def test_identities_of_group_estimators(G):
 
 def test_only_leave_one_out_and_no_baseline_are_unbiased():
     """An unbiased baseline does not move with the own return: dA_g / dR_g = 1. The mean moves by 1/G, the best with its own."""
-    for name, slope in (("leave_one_out", 1.0), ("return", 1.0), ("group_mean", 0.75), ("group_max", 0.0)):
+    for name, slope in (("leave_one_out", 1.0), ("none", 1.0), ("group_mean", 0.75), ("group_max", 0.0)):
         more = RETURNS.clone()
         more[1] += 0.5  # the best one
         change = (GROUP_ESTIMATORS[name](more) - GROUP_ESTIMATORS[name](RETURNS))[1]
@@ -199,7 +199,7 @@ def test_tree_returns_of_a_single_line_are_discounted_returns():
         ("group_mean", {(0,): 0.375, (1,): -0.375, (0, 0): -0.5, (0, 1): 0.5, (0, 0, 0): -2, (0, 0, 1): 2}),
         ("leave_one_out", {(0,): 0.75, (1,): -0.75, (0, 0): -1, (0, 1): 1, (0, 0, 0): -4, (0, 0, 1): 4}),
         ("group_max", {(0,): 0, (1,): -0.75, (0, 0): -1, (0, 1): 0, (0, 0, 0): -4, (0, 0, 1): 0}),
-        ("return", TREE),
+        ("none", TREE),
     ],
 )
 def test_tree_advantages_compare_siblings_of_one_node_only(name, expected):
@@ -241,7 +241,7 @@ def test_recentring_merges_the_group_methods_and_scaling_does_not():
     live = torch.ones(4, 1).double()
     scaled = {k: A.normalize(f(RETURNS)[:, None], live, recentre=False) for k, f in GROUP_ESTIMATORS.items()}
     scored = {k: A.normalize(f(RETURNS)[:, None], live, recentre=True) for k, f in GROUP_ESTIMATORS.items()}
-    for left, right in itertools.combinations(("group_mean", "group_max", "return"), 2):
+    for left, right in itertools.combinations(("group_mean", "group_max", "none"), 2):
         assert (scaled[left] - scaled[right]).abs().max() > 0.3
     for left, right in itertools.combinations(GROUP_ESTIMATORS, 2):
         assert close(scored[left], scored[right])
@@ -294,7 +294,7 @@ def test_group_std_of_equal_returns_stays_zero():
         (A.group_std(estimator(returns), returns).abs().max().item(), name, G, number)
         for G, number in itertools.product(range(2, 17), CONSTANTS)
         for name, estimator in GROUP_ESTIMATORS.items()
-        if name != "return"
+        if name != "none"
         for returns in [torch.full((G,), number)]
     )
     assert worst[0] < 1e-3, worst
@@ -357,7 +357,7 @@ def test_an_ended_sibling_counts_zero(tiny):
 
 
 def test_group_presets_are_four_algorithms_under_their_own_defaults(tiny):
-    presets = {"magrpo": "group_mean", "marloo": "leave_one_out", "maremax": "group_max", "mareinforce": "return"}
+    presets = {"magrpo": "group_mean", "marloo": "leave_one_out", "maremax": "group_max", "mareinforce": "none"}
     results = {}
     for name, estimator in presets.items():
         got = trained_with(tiny, [played([r]) for r in RETURNS.tolist()], name=name)
@@ -418,8 +418,8 @@ def test_truncated_episodes_are_judged_by_what_the_critic_expects_next(tiny):
     config = parse_config(
         {
             "env": {"name": "agree"},
-            "algorithm": {"name": "collm-cc", "gamma": 0.5, "lam": 0.0, "critic_lam": 0.0},
-            "critic": {"lr": 1e-9},
+            "algorithm": {"name": "collm-cc", "gamma": 0.5, "lam": 0.0},
+            "critic": {"lr": 1e-9, "lam": 0.0},
         }
     )
     learner = make_learner(

@@ -138,11 +138,8 @@ def test_micro_batches_add_up(name):
 
 def test_value_errors_add_up():
     torch.manual_seed(4)
-    values, old, targets = torch.randn(3, 5).double()
-    for loss in (
-        lambda s: losses.value_error(values[s], targets[s], num_values=5)[0],
-        lambda s: losses.clipped_value_error(values[s], old[s], targets[s], clip=0.3, num_values=5)[0],
-    ):
+    values, targets = torch.randn(2, 5).double()
+    for loss in (lambda s: losses.value_error(values[s], targets[s], num_values=5)[0],):
         assert loss(slice(0, 2)) + loss(slice(2, 5)) == pytest.approx(loss(slice(0, 5)).item())
 
 
@@ -182,23 +179,6 @@ def test_value_error_by_hand_and_its_target_has_no_gradient():
     assert loss.item() == pytest.approx((4 + 9) / 4)
     assert values.grad.tolist() == pytest.approx([2 * -2 / 4, 2 * 3 / 4])
     assert targets.grad is None
-
-
-# V_old = 1, clip 0.5. V = 2 is moved to 1.5. Target 3: max(1, 2.25) = 2.25, flat: it has gone far enough towards it.
-# Target 0: max(4, 2.25) = 4, slope 2*2: the way back is open. V = 1.2 lies inside: plain.
-@pytest.mark.parametrize(
-    ("value", "target", "expected", "slope"), [(2.0, 3.0, 2.25, 0.0), (2.0, 0.0, 4.0, 4.0), (1.2, 3.0, 3.24, -3.6)]
-)
-def test_clipped_value_error_by_hand(value, target, expected, slope):
-    values = number(value)
-    old, targets = torch.ones(1).double(), torch.tensor([target], dtype=torch.float64, requires_grad=True)
-    loss, _ = losses.clipped_value_error(values, old, targets, clip=0.5, num_values=1)
-    loss.backward()
-    assert loss.item() == pytest.approx(expected)
-    assert values.grad.item() == pytest.approx(slope)
-    assert targets.grad is None
-    wide, _ = losses.clipped_value_error(values, old, targets, clip=100.0, num_values=1)
-    assert wide.item() == pytest.approx(losses.value_error(values, targets, num_values=1)[0].item())
 
 
 def test_the_gradient_of_the_kl_estimate_is_that_of_the_exact_divergence():

@@ -12,9 +12,10 @@ from pettingzoo import ParallelEnv
 
 from collm.cli.main import main, make_parser, split_overrides
 from collm.cli.train import demo_recipe
-from collm.config import ALGORITHMS, describe, load_config
 from collm.envs.catalogue import WORLDS, make
 from collm.errors import ConfigError, EnvError
+from collm.settings.load import describe, load_config
+from collm.settings.presets import ALGORITHMS
 
 LIGHT = """
 import contextlib, io, json, sys

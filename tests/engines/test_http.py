@@ -15,15 +15,16 @@ from learners import critic_parts
 from servers import completion, free_port, http, serve
 
 from collm.cli.main import main
-from collm.config import parse_config
 from collm.engines.http import Endpoint, HttpEngine, endpoint, read_answer, retry_after
 from collm.engines.mixed import MixedEngine
 from collm.engines.scripted import ScriptedEngine
 from collm.envs.catalogue import EnvSpec
 from collm.errors import ConfigError, EngineError, TrainingError
 from collm.learning.batch import Batch
-from collm.rollout.collect import Plan, collect
+from collm.rollout.collect import collect
+from collm.rollout.plan import Plan
 from collm.runs.log import read_metrics
+from collm.settings.load import parse_config
 from collm.training.evaluate import evaluate
 from collm.training.trainer import Trainer
 from collm.types import Message, Request, Sampling
@@ -386,7 +387,7 @@ def test_a_learner_agrees_with_a_frozen_team_mate_on_a_server(tmp_path):
         {"name": "magrpo"},
         {"name": "magrpo", "tree": True},
         {"name": "collm-dc"},
-        {"name": "collm-cc", "critic_kind": "Q", "advantage": "counterfactual", "resamples": 2},
+        {"name": "collm-cc", "baseline": "counterfactual", "resamples": 2},
     ],
 )
 def test_every_kind_of_algorithm_takes_a_frozen_team_mate(tmp_path, algorithm):

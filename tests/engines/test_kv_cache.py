@@ -12,13 +12,14 @@ from test_learning import make_trainer
 from test_logprobs import absolute_positions
 from transformers import MistralConfig, MistralForCausalLM
 
-from collm.config import parse_config
 from collm.engines.catalogue import make_engine
 from collm.engines.local import LocalEngine
 from collm.envs.catalogue import EnvSpec
 from collm.models.policy import Policy
 from collm.models.team import Team
-from collm.rollout.collect import Plan, collect
+from collm.rollout.collect import collect
+from collm.rollout.plan import Plan
+from collm.settings.load import parse_config
 from collm.types import Completion, Group, Message, Request, Sampling
 
 
@@ -77,8 +78,8 @@ def test_answers_are_those_without_memory(tiny, kind, sampling):
         sampling = replace(sampling, max_tokens=8)
     plan = Plan(build(4 if kind == "tiny" else 2), sampling=sampling)
     told, anew = Counting(team(*policies[kind]), remember=True), LocalEngine(team(*policies[kind]))
-    groups = collect(plan, told, [0, 1, 2], [1, 2, 3], group_size=2)
-    check_same(groups, collect(plan, anew, [0, 1, 2], [1, 2, 3], group_size=2))
+    groups = collect(replace(plan, group_size=2), told, [0, 1, 2], [1, 2, 3])
+    check_same(groups, collect(replace(plan, group_size=2), anew, [0, 1, 2], [1, 2, 3]))
     lengths = {len(c.token_ids) for c in completions(groups)}
     assert kind != "tiny" or len(lengths) > 2  # rows left the batch at different times
     for shapes, asked in zip(told.read[1:], told.asked[1:], strict=True):
@@ -103,7 +104,7 @@ def test_each_turn_reads_what_is_new_and_no_more(tiny):
 
 
 def test_a_tree_goes_on_from_its_nodes(tiny):
-    plan = Plan(build(3), sampling=Sampling(max_tokens=20), branches=2)
+    plan = Plan(build(3), sampling=Sampling(max_tokens=20), group_size=2, tree=True)
     told = Counting(team(tiny), remember=True)
     check_same(collect(plan, told, [0], [1]), collect(plan, LocalEngine(team(tiny)), [0], [1]))
     assert max(length for _, length in told.read[2]) < 80
@@ -159,7 +160,7 @@ def test_who_is_remembered_does_not_hang_on_memory_addresses(tiny, batch_tokens)
 
     def play(*policies: Policy) -> list[list[float]]:
         engine = LocalEngine(team(*policies), batch_tokens=batch_tokens, remember=True)
-        groups = collect(plan, engine, [0, 1, 2], [1, 2, 3], group_size=2)
+        groups = collect(replace(plan, group_size=2), engine, [0, 1, 2], [1, 2, 3])
         return [completion.logprobs.tolist() for completion in completions(groups)]
 
     assert play(tiny, twin) == play(twin, tiny)

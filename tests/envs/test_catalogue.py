@@ -7,17 +7,19 @@ import threading
 import typing
 
 import pytest
+import torch
 from gymnasium import spaces
 from pettingzoo import ParallelEnv
 from pettingzoo.test import parallel_api_test
 
 from collm import check_env, make
-from collm.algorithms.catalogue import CLIPPED_LOSSES, GROUP_ESTIMATORS
+from collm.algorithms.catalogue import CLIPPED_LOSSES, group_estimator
 from collm.cli import lists
-from collm.config import ALGORITHMS, GROUP_ADVANTAGES, AlgorithmSettings
 from collm.envs.base import Outcome, TextEnv, TextSpace
 from collm.envs.catalogue import WORLDS, EnvSpec
 from collm.errors import ConfigError, EnvError, SandboxError
+from collm.settings.presets import ALGORITHMS, BASELINES, CRITIC_BASELINES
+from collm.settings.rooms import AlgorithmSettings
 
 BUILT_IN = [
     ("agree", {}),
@@ -511,9 +513,10 @@ def test_the_split_reaches_the_world():
 
 
 def test_settings_name_formulas_that_exist_and_the_reverse():
-    advantage = typing.get_args(AlgorithmSettings.model_fields["advantage"].annotation)
-    assert set(GROUP_ESTIMATORS) == {*GROUP_ADVANTAGES, "return"}
-    assert set(advantage) == {*GROUP_ESTIMATORS, "td_lambda", "counterfactual"}
+    returns_G = torch.tensor([1.0, 2.0, 6.0])
+    assert {name: group_estimator(name)(returns_G).tolist() for name in BASELINES if name not in CRITIC_BASELINES} == {
+        "group_mean": [-2, -1, 3], "leave_one_out": [-3, -1.5, 4.5], "group_max": [-5, -4, 0], "none": [1, 2, 6]
+    }  # fmt: skip
     loss = typing.get_args(AlgorithmSettings.model_fields["loss"].annotation)
     assert set(loss) == {*CLIPPED_LOSSES, "reinforce"}
     names = ["collm-cc", "collm-cc-paper", "collm-dc", "magrpo", "marloo", "maremax", "mareinforce", "ac", "grpo"]

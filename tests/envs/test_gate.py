@@ -21,7 +21,8 @@ from collm.envs.base import TextEnv
 from collm.envs.catalogue import EnvSpec, make
 from collm.envs.check import check_env
 from collm.errors import ConfigError, EnvError
-from collm.rollout.collect import Plan, collect
+from collm.rollout.collect import collect
+from collm.rollout.plan import Plan
 from collm.training.evaluate import Evaluation
 from collm.types import Episode
 

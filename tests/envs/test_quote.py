@@ -8,10 +8,10 @@ import pytest
 from places import ROOT
 
 from collm import check_env, make
-from collm.config import load_config
 from collm.envs.quote import Quote
 from collm.envs.quote_texts import texts
 from collm.errors import ConfigError
+from collm.settings.load import load_config
 
 # content words: fox jumps river bread tower glass
 TEXT = "the fox jumps over the river with bread and a tower of glass"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
-from typing import Any
 
 import harbour
 import pytest
@@ -13,10 +12,10 @@ from learners import one_more
 
 from collm import check_env, seeds
 from collm.cli.main import main
-from collm.config import parse_config
 from collm.learning.batch import Batch
 from collm.learning.critics import targeted
 from collm.rollout.collect import collect
+from collm.settings.load import parse_config
 from collm.training.trainer import Trainer
 from collm.types import Episode
 
@@ -37,14 +36,14 @@ def test_it_passes_the_check(capsys):
     assert len(check_env(harbour.Harbour(rounds=5))) == 8
 
 
-def make_trainer(folder: Path, name: str, rounds: int = 2, **algorithm: Any) -> Trainer:
+def make_trainer(folder: Path, name: str, rounds: int = 2, body: str = "auto") -> Trainer:
     values = {
         "run": {"iterations": 16, "threads": 1, "folder": str(folder), "tensorboard": False},
         "env": {"name": "harbour:Harbour", "rounds": rounds},
         "rollout": {"tasks": 10 if name == "magrpo" else 32, "max_tokens": 4},
-        "algorithm": {"name": name, **algorithm},
+        "algorithm": {"name": name},
         "learner": {"lr": 5e-4},
-        "critic": {"lr": 5e-4},
+        "critic": {} if name == "magrpo" else {"lr": 5e-4, "body": body},
         "evaluation": {"every": 0},
     }
     return Trainer(parse_config(values), quiet=True)
@@ -81,12 +80,12 @@ def test_it_trains(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "body", "gone"), [("collm-cc", "model", 1), ("collm-dc", "model", 1), ("collm-dc", "policy", 0)]
+    ("name", "body", "gone"), [("collm-cc", "auto", 1), ("collm-dc", "auto", 1), ("collm-dc", "policy", 0)]
 )
 def test_a_critic_has_targets_where_its_agent_has_left(tmp_path, name, body, gone):
     """Those that are models at every turn played; a value head on the policy at the answers of its agent alone."""
-    trainer = make_trainer(tmp_path, name, rounds=3, critic_body=body)
-    batch = Batch.of(trainer._collect()[:4], trainer.agents)
+    trainer = make_trainer(tmp_path, name, rounds=3, body=body)
+    batch = Batch.of(trainer.collect()[:4], trainer.team.agents)
     keeper = batch.agents.index("keeper")
     wanted_ENT = targeted(batch, kind="V", own_turns=body == "policy")
     assert batch.live_ENT[:, keeper].tolist() == [[1, 0, 0]] * 4

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from places import DATA
 
 from collm import check_env, make
-from collm.config import parse_config
 from collm.envs.writing import demonstrations
 from collm.envs.writing.lexicon import STOP_WORDS, TRANSITIONS, jaccard, transition_categories, words
 from collm.envs.writing.samples import NUM_TASKS, sample_texts
 from collm.envs.writing.writing import ARXIV, MARKER, TLDR, Arxiv, Band, Tldr, cut, diagnose, judge
 from collm.errors import ConfigError, EnvError
+from collm.settings.load import parse_config
 from collm.training.trainer import metric_names
 
 POSTS = DATA / "tldr" / "reddit_tifu.jsonl"

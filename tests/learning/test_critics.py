@@ -32,8 +32,8 @@ def luck(folder: Path, name: str = "collm-cc", **critic: Any) -> tuple[Trainer, 
         0,
         env={"name": "worlds:Luck"},
         run={"iterations": 6},
-        critic={"lr": 1e-4, **critic},
-        algorithm={"name": name, "lam": 1.0, "critic_lam": 1.0, "gamma": 1.0},
+        critic={"lr": 1e-4, "lam": 1.0, **critic},
+        algorithm={"name": name, "lam": 1.0, "gamma": 1.0},
     )
     trainer.run()
     return trainer, read_metrics(trainer.folder / "metrics.jsonl")[-1]
@@ -56,7 +56,7 @@ def test_with_the_worlds_numbers_a_critic_explains_what_no_text_tells(tmp_path: 
 
 def test_values_are_the_regression_plus_what_the_text_says(tmp_path: Path) -> None:
     trainer, _ = luck(tmp_path, metrics=True)
-    batch = Batch.of(trainer._collect(), trainer.agents)
+    batch = Batch.of(trainer.collect(), trainer.team.agents)
     text = next(values for values in trainer.learner.hands.all("values", batch) if values is not None)
     features_ETM = residual.features(batch, ("luck",))
     regression = trainer.learner.regressions.metrics
@@ -75,8 +75,8 @@ def test_the_text_learns_what_the_regression_leaves_after_its_own_step(tmp_path:
     taught: list[torch.Tensor] = []
     assign = learner_module.assign_values
 
-    def watched(*arguments: Any) -> Any:
-        assigned = assign(*arguments)
+    def watched(*arguments: Any, **options: Any) -> Any:
+        assigned = assign(*arguments, **options)
         taught.append(assigned.credit.targets_ENT)
         return assigned
 
@@ -90,7 +90,7 @@ def test_the_text_learns_what_the_regression_leaves_after_its_own_step(tmp_path:
 
 def test_what_the_world_counted_before_a_turn_is_recorded_with_it(tmp_path: Path) -> None:
     trainer, _ = luck(tmp_path, metrics=True)
-    batch = Batch.of(trainer._collect(), trainer.agents)
+    batch = Batch.of(trainer.collect(), trainer.team.agents)
     for episode, row in zip(batch.episodes, residual.features(batch, ("luck",)), strict=True):
         assert [turn.metrics for turn in episode.turns] == [{}, {"luck": episode.metrics["luck"]}]
         assert row[:, 2].tolist() == pytest.approx([0.0, episode.metrics["luck"], episode.metrics["luck"]])
@@ -105,13 +105,13 @@ def test_a_method_without_critic_refuses_the_switch(tmp_path: Path) -> None:
 def test_a_metric_that_is_no_number_stops_the_run_and_is_named(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, "collm-cc", 2, 0, env={"name": "worlds:Luck"}, rollout={"tasks": 4})
     for wrong in (math.nan, math.inf, None, "much"):
-        groups = trainer._collect()
+        groups = trainer.collect()
         groups[2].episodes[0].turns[1].metrics = {"luck": wrong}
         with pytest.raises(
             TrainingError, match=rf"environment metric 'luck' is {wrong!r} before turn 1 of episode 2 \(task .*\), not a finite"
         ):
             trainer.learner.update(groups, 0)
-    groups = trainer._collect()
+    groups = trainer.collect()
     groups[1].episodes[0].metrics = {"luck": math.nan}  # after the last turn nothing is expected
     trainer.learner.update(groups, 0)
 
@@ -120,7 +120,7 @@ def test_an_episode_that_was_cut_off_is_expected_to_go_on(tmp_path: Path) -> Non
     """Half the episodes earn 10 at their second turn and end, half are cut off there: V of their end is no 0."""
     trainer, _ = luck(tmp_path, metrics=True)
     regression = TurnRegression(3, 4, strength=0.0)
-    groups = trainer._collect()
+    groups = trainer.collect()
     episodes = [episode for group in groups for episode in group.episodes]
     for number, episode in enumerate(episodes):
         episode.metrics = {"luck": 0.5}
@@ -129,7 +129,7 @@ def test_an_episode_that_was_cut_off_is_expected_to_go_on(tmp_path: Path) -> Non
         episode.turns[1].reward = episode.turns[1].raw_reward = paid
         episode.turns[0].reward = episode.turns[0].raw_reward = 0.0
         episode.terminated, episode.truncated = bool(paid), not paid
-    batch = Batch.of(groups, trainer.agents)
+    batch = Batch.of(groups, trainer.team.agents)
     read_ENT = next(values for values in trainer.learner.hands.all("values", batch) if values is not None).read_ENT
     features_ETM, expected_ENT = residual.features(batch, ("luck",)), torch.full((*batch.live_ENT.shape[:2], 3), 4.0)
     residual.learn_returns(regression, features_ETM, batch, expected_ENT, read_ENT, gamma=1.0, kind="V")  # 4 follows a cut
@@ -149,7 +149,8 @@ def echo(folder: Path, *, agents: int = 2, name: str = "collm-cc", difference: b
         0,
         env={"name": "worlds:Echo", "agents": agents, "turns": 1},
         run={"iterations": 8},
-        critic={"lr": 1e-4, "metrics": True, "difference": difference},
+        critic={"lr": 1e-4, "metrics": True},
+        algorithm={"name": name, "teammates": "replay" if difference else "none"},
         learner={"lr": 1e-12},
     )
     trainer.run()
@@ -162,7 +163,7 @@ def test_what_a_team_mate_did_in_the_turn_counts_neither_for_nor_against_an_answ
 
     def parts(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch, update = one_more(trainer)
-        said = [["e" in e.turns[0].completions[agent].text for agent in trainer.agents] for e in batch.episodes]
+        said = [["e" in e.turns[0].completions[agent].text for agent in trainer.team.agents] for e in batch.episodes]
         own, mates = torch.tensor(said).double().T / 2
         return advantages_of(batch, update, 0, "agent_0"), own, mates
 
@@ -197,20 +198,20 @@ def test_agents_may_have_any_name_under_the_difference(tmp_path: Path) -> None:
     names = ["a.1", "train"]
     trainer = make_trainer(tmp_path, "collm-cc", 2, 0, env={"agents": names}, run={"iterations": 1}, rollout={"tasks": 4})
     trainer.run()
-    assert trainer.config.critic.difference
-    assert trainer.agents == ("a.1", "train")
+    assert trainer.config.algorithm.teammates == "replay"
+    assert trainer.team.agents == ("a.1", "train")
 
 
 def test_the_baseline_is_level_with_v_however_returns_rise(tmp_path: Path) -> None:
     """V follows rising returns by itself. Were the baseline to follow too, right answers would be punished for it."""
     trainer = echo(tmp_path, difference=True)
-    regressions = Regressions(("e",), 2, metrics=True, teammates=True)
+    regressions = Regressions(("e",), 2, critic=True, metrics=True, teammates=True)
     for iteration in range(4):
-        groups = trainer._collect()
+        groups = trainer.collect()
         for group in groups:
             turn = group.episodes[0].turns[0]
             turn.reward = turn.raw_reward = -4.0 + iteration + turn.reward
-        batch = Batch.of(groups, trainer.agents)
+        batch = Batch.of(groups, trainer.team.agents)
         features_ETM = residual.features(batch, ("e",))
         text = next(values for values in trainer.learner.hands.all("values", batch) if values is not None)
         values_ENT = text.values_ENT + residual.predict_returns(regressions.metrics, features_ETM, text.read_ENT)
@@ -229,7 +230,7 @@ def test_one_who_acts_alone_learns_with_the_difference_as_without(tmp_path: Path
     runs = [echo(tmp_path / str(on), agents=1, name="ac", difference=on) for on in (False, True)]
     ours, theirs = (read_metrics(run.folder / "metrics.jsonl") for run in runs)
     for one, other in zip(ours, theirs, strict=True):
-        assert other.pop("critic/imagined", 0.0) == 0.0
+        assert other.pop("critic/replayed", 0.0) == 0.0
         assert {k: v for k, v in one.items() if "seconds" not in k} == pytest.approx(
             {k: v for k, v in other.items() if "seconds" not in k}, nan_ok=True, abs=0
         )
@@ -238,10 +239,10 @@ def test_one_who_acts_alone_learns_with_the_difference_as_without(tmp_path: Path
 def test_where_silence_has_no_finite_number_the_baseline_is_v(tmp_path: Path) -> None:
     trainer = echo(tmp_path, difference=True)
     regressions = trainer.learner.regressions
-    groups = trainer._collect()
+    groups = trainer.collect()
     turn = groups[3].episodes[0].turns[0]
-    turn.silent["agent_0"] = replace(turn.silent["agent_0"], metrics={"e": math.nan})
-    batch = Batch.of(groups, trainer.agents)
+    turn.no_op["agent_0"] = replace(turn.no_op["agent_0"], metrics={"e": math.nan})
+    batch = Batch.of(groups, trainer.team.agents)
     values_ENT = next(values for values in trainer.learner.hands.all("values", batch) if values is not None).values_ENT
     changes, known = residual.teammates_changes(batch, residual.features(batch, ("e",)), ("e",))
     baselines_ENT = residual.predict_teammates(regressions.teammates, changes, known, values_ENT)
@@ -249,21 +250,3 @@ def test_where_silence_has_no_finite_number_the_baseline_is_v(tmp_path: Path) ->
     assert baselines_ENT[2, 0, 0] != values_ENT[2, 0, 0]
     assert baselines_ENT[3, 1, 0] != values_ENT[3, 1, 0]
     assert torch.isfinite(baselines_ENT).all()
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"critic": {"metrics": False, "difference": True}}, r"critic\.difference=true .* critic\.metrics=false"),
-        (
-            {
-                "critic": {"difference": True},
-                "algorithm": {"name": "collm-cc", "critic_kind": "Q", "advantage": "counterfactual"},
-            },
-            r"critic\.difference=true and algorithm\.critic_kind='Q'",
-        ),
-    ],
-)
-def test_contradictions_are_refused(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ConfigError, match=reason):
-        make_trainer(tmp_path, "collm-cc", 2, 0, **settings)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from test_learning import make_trainer
 
-from collm.config import parse_config
 from collm.envs.base import Outcome, TextEnv
 from collm.errors import TrainingError
 from collm.runs.log import read_metrics
+from collm.settings.load import parse_config
 from collm.training.trainer import Trainer
 
 
@@ -125,16 +125,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None
 
 
 def test_warm_up_of_a_value_head_leaves_its_policy_as_it_is(tmp_path: Path) -> None:
-    algorithm = {"name": "collm-dc", "critic_body": "policy"}
-    trainer = make_trainer(tmp_path, "collm-dc", 2, 0, algorithm=algorithm, critic={"warmup": 1, "epochs": 3})
+    trainer = make_trainer(tmp_path, "collm-dc", 2, 0, critic={"body": "policy", "warmup": 1, "epochs": 3})
     before = {name: tensor.clone() for name, tensor in weights(trainer).items()}
-    metrics = trainer.learner.update(trainer._collect(), iteration=0).metrics
+    metrics = trainer.learner.update(trainer.collect(), iteration=0).metrics
     moved = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
     assert {name.rpartition(".")[2] for name in moved} == {"weight", "bias"}
     assert len(moved) == 4  # two heads of two tensors
     assert metrics["agent_0/critic/loss"] > 0
     assert "agent_0/entropy_estimate" not in metrics
-    trainer.learner.update(trainer._collect(), iteration=1)
+    trainer.learner.update(trainer.collect(), iteration=1)
     moved = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
     assert len(moved) > 4
 
@@ -163,9 +162,9 @@ def test_explained_variance_is_taken_before_the_critic_sees_the_episodes(tmp_pat
 def test_warm_up_trains_the_critic_alone(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, "collm-cc", 2, 0, critic={"warmup": 1})
     before = {name: tensor.clone() for name, tensor in weights(trainer).items()}
-    trainer.learner.update(trainer._collect(), iteration=0)
+    trainer.learner.update(trainer.collect(), iteration=0)
     moved = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
     assert moved
     assert all(name.startswith("critic-team.") for name in moved)
-    trainer.learner.update(trainer._collect(), iteration=1)
+    trainer.learner.update(trainer.collect(), iteration=1)
     assert any(not torch.equal(t, before[name]) for name, t in weights(trainer).items() if name.startswith("agent_1."))

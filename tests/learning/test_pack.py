@@ -12,7 +12,6 @@ import torch
 from transformers import Qwen3Config, Qwen3Model
 
 from collm.algorithms import losses
-from collm.config import parse_config
 from collm.engines.local import LocalEngine
 from collm.envs.catalogue import EnvSpec
 from collm.errors import EngineError
@@ -21,7 +20,9 @@ from collm.learning.pack import Packed, micro_batches, pack_alternatives, pack_a
 from collm.models.critic import Critic
 from collm.models.policy import Policy
 from collm.models.team import Team
-from collm.rollout.collect import Plan, collect
+from collm.rollout.collect import collect
+from collm.rollout.plan import Plan
+from collm.settings.load import parse_config
 from collm.training.assemble import make_learner
 from collm.training.pretrain import make_tokenizer
 from collm.types import Completion, Episode, Group, Sampling, Turn
@@ -176,7 +177,7 @@ def test_the_size_of_micro_batches_changes_no_loss_and_no_gradient(tiny, sampled
     "algorithm",
     [
         {"name": "collm-cc"},
-        {"name": "collm-dc", "critic_body": "policy"},
+        {"name": "collm-dc"},
         {"name": "magrpo", "group_size": 2, "loss": "ppo_clip", "kl_coef": 0.1},
     ],
     ids=lambda algorithm: algorithm["name"],
@@ -227,9 +228,11 @@ def test_exactly_the_sampled_tokens_are_scored(tiny, shared):
     policy = policy_of(tiny, shared_end(tiny)) if shared else tiny
     engine = LocalEngine(Team(dict.fromkeys(BUILDERS, policy)))
     plan = Plan(
-        EnvSpec("str_build", {"strings": ["I", "LLM"], "turns": 2, "feedback": "score"}), sampling=Sampling(max_tokens=120)
+        EnvSpec("str_build", {"strings": ["I", "LLM"], "turns": 2, "feedback": "score"}),
+        sampling=Sampling(max_tokens=120),
+        group_size=3,
     )
-    groups = collect(plan, engine, [0, 1], [1, 2], group_size=3)
+    groups = collect(plan, engine, [0, 1], [1, 2])
     batch = Batch.of(groups, BUILDERS)
     finishes = {c.finish_reason for e in batch.episodes for t in e.turns for c in t.completions.values()}
     assert "stop" in finishes

@@ -299,7 +299,7 @@ def test_a_team_of_two_families_under_a_critic_of_a_third_learns_to_agree(tmp_pa
     assert type(critic_parts(trainer.learner)[0].critic.body).__name__ == "Gemma3TextModel"
     assert len({len(policy.tokenizer) for policy in trainer.team.policies.values()} | {len(tokenizer("gemma3"))}) == 3
     solves(trainer)
-    for agent in trainer.agents:  # what is left behind is each family's own folder
+    for agent in trainer.team.agents:  # what is left behind is each family's own folder
         assert AutoModelForCausalLM.from_pretrained(trainer.folder / "final" / agent).config.model_type == {
             "agent_0": "qwen3",
             "agent_1": "llama",

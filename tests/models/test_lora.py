@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from collm.algorithms import losses
 from collm.cli.evaluate import load_team
-from collm.config import LoraSettings, parse_config
 from collm.engines.local import LocalEngine
 from collm.errors import ConfigError, RunError
 from collm.learning.learner import Learner
@@ -36,6 +35,8 @@ from collm.models.policy import Policy
 from collm.models.recompute import recompute_layers
 from collm.models.team import Team
 from collm.runs.directory import read_config
+from collm.settings.load import parse_config
+from collm.settings.rooms import LoraSettings
 from collm.training.assemble import make_learner
 from collm.training.trainer import make_team
 from collm.types import Message, Request, Sampling
@@ -380,7 +381,7 @@ def test_what_a_run_leaves_is_read_by_plain_peft_and_by_evaluation(tmp_path: Pat
 @pytest.mark.parametrize("algorithm", ["collm-cc", "collm-dc"])
 def test_teams_with_adapters_resume_exactly(tmp_path: Path, name: str, algorithm: str) -> None:
     run = {"iterations": 4, "checkpoint_every": 2}
-    team = {"lora": {**TEAMS[name]["lora"], "dropout": 0.1}}
+    team = TEAMS[name]
     trainer = make_trainer(tmp_path, algorithm, 2, 0, team=team, run=run, rollout={"tasks": 8}, learner={"lr": 1e-3})
     resumes_exactly(trainer)
     newest = trainer.folder / "checkpoints" / "000004"
@@ -420,7 +421,6 @@ def test_an_adapter_that_names_its_layers_by_a_pattern_keeps_it(tmp_path: Path) 
         ({"lora": {"rank": 0}}, "team.lora.rank"),
         ({"lora": {"targets": []}}, r"team\.lora\.targets=\[\]: name at least one"),
         ({"lora": {"agents": ["agent_0", "agent_0"]}}, "each once"),
-        ({"lora": {"base": "bfloat16"}}, r"Set team\.compute='bfloat16'"),
         ({"lora": {"rnk": 4}}, r"rnk"),
         ({"lora": 8}, r"\[team\.lora\]"),
         ({"lora": {"targets": ["nothing"]}}, r"team\.lora\.targets=\['nothing'\] does not fit .*linear layers are down_proj"),

@@ -13,9 +13,10 @@ from places import ROOT
 
 from collm.cli.main import main
 from collm.cli.plan import read_size
-from collm.config import LoraSettings, apply_overrides, load_config, parse_config
 from collm.errors import ConfigError
 from collm.planning import GIB, KNOWN, TEMPLATE, Plan, Shape, Work, advise, block_bytes, count_tokens, plan, read_shape, work_of
+from collm.settings.load import apply_overrides, load_config, parse_config
+from collm.settings.rooms import LoraSettings
 
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.toml") if path.parent.name != "compare")
 
@@ -117,7 +118,7 @@ def test_memory_of_whole_models_by_hand() -> None:
 
 
 def test_adapters_share_one_base() -> None:
-    lora = {"team__lora": {"rank": 4, "base": "bfloat16"}, "team__compute": "bfloat16", "run__device": "cpu"}
+    lora = {"team__lora": {"rank": 4}, "team__compute": "bfloat16", "run__device": "cpu"}
     shape = read_shape("tiny")
     size = shape.adapter(LoraSettings(rank=4))
     two = planned(work(), **lora)
@@ -134,7 +135,7 @@ def test_other_settings_change_what_they_should() -> None:
     weights = read_shape("tiny").parameters
     assert planned(work(), team__shared=True, run__device="cpu").held["weights"] == plain.held["weights"] - 4 * weights
     assert planned(work(), algorithm__kl_coef=0.1, run__device="cpu").held["reference policies"] == 8 * weights
-    heads = planned(work(), algorithm__name="collm-dc", algorithm__critic_body="policy", run__device="cpu")
+    heads = planned(work(), algorithm__name="collm-dc", critic__body="policy", run__device="cpu")
     assert [phase.name for phase in heads.phases if "critic" in phase.name] == []
     assert planned(work(), algorithm__name="magrpo", run__device="cpu").held["weights"] == 8 * weights
     small = planned(work(), learner__gradient_checkpointing=True, run__device="cpu")
@@ -154,22 +155,24 @@ def test_work_follows_the_task() -> None:
 
 
 def test_the_turns_that_a_difference_baseline_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as `imagine_silence` plays; none where nobody is left to act, or nothing is asked."""
+    """As many as `replay_without` plays; none where nobody is left to act, or nothing is asked."""
     from collm.engines.scripted import ScriptedEngine
     from collm.envs.building.str_build import StrBuild
     from collm.envs.catalogue import EnvSpec
-    from collm.rollout import collect
+    from collm.rollout.collect import collect
+    from collm.rollout.plan import Plan
+    from collm.rollout.replay import replay_without
 
     config = parse_config({"env": {"name": "str_build", "turns": 3}, "rollout": {"tasks": 2}})
-    rollout = collect.Plan(EnvSpec("str_build", {"turns": 3}))
-    groups = collect.collect(rollout, ScriptedEngine(lambda request: "/setblock 0 0 0 stone"), [0, 1], [0, 1])
+    rollout = Plan(EnvSpec("str_build", {"turns": 3}))
+    groups = collect(rollout, ScriptedEngine(lambda request: "/setblock 0 0 0 stone"), [0, 1], [0, 1])
     steps: list[Any] = []
     step = StrBuild.step
     monkeypatch.setattr(StrBuild, "step", lambda self, actions: steps.append(actions) or step(self, actions))
-    collect.imagine_silence(rollout, [group.episodes[0] for group in groups])
+    replay_without(rollout, [group.episodes[0] for group in groups])
     assert len(steps) == 2 * 2 * (1 + 2 + 3)
     assert plan(config).imagined_turns == 2 * 2 * (1 + 2 + 3)
-    assert planned(work(), critic__difference=False).imagined_turns == 0
+    assert planned(work(), algorithm__teammates="none").imagined_turns == 0
     alone = work(agents=("a",), prompts={"a": (50, 20)})
     assert planned(alone, env__agents=1, algorithm__name="ac").imagined_turns == 0
 
@@ -186,8 +189,7 @@ def test_every_recipe_can_be_planned(path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 QWEN3_4B = {
-    "env.name": "str_build", "team.model": "Qwen/Qwen3-4B-Instruct-2507", "team.compute": "bfloat16", "team.lora.rank": 16,
-    "team.lora.base": "bfloat16", "rollout.tasks": 4, "rollout.max_tokens": 512, "learner.gradient_checkpointing": True,
+    "env.name": "str_build", "team.model": "Qwen/Qwen3-4B-Instruct-2507", "team.compute": "bfloat16", "team.lora.rank": 16, "rollout.tasks": 4, "rollout.max_tokens": 512, "learner.gradient_checkpointing": True,
 }  # fmt: skip
 
 

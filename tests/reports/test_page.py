@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from test_reports import record, write_run
 
-from collm.config import parse_config
 from collm.reports.page import EPISODES, flat, page_data, pick, write_page
 from collm.runs.read import Run, read_run
+from collm.settings.load import parse_config
 from collm.training.trainer import Trainer
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028<!-- é 😀"

@@ -26,7 +26,8 @@ from collm.reports.builds import BLOCKS, Build, Gallery, choose, picture, read_b
 from collm.reports.curves import draw_curves, explained_by_turn, held_out_curve, run_names, yardstick_by_turn
 from collm.reports.intervals import by_task, interval
 from collm.reports.tables import compare
-from collm.rollout.collect import Plan, collect
+from collm.rollout.collect import collect
+from collm.rollout.plan import Plan
 from collm.runs.log import episode_record
 from collm.runs.read import read_run
 from collm.types import Request

@@ -19,10 +19,12 @@ from collm.envs.base import Outcome, TextEnv
 from collm.envs.building import font
 from collm.envs.building.str_build import PALETTES
 from collm.envs.catalogue import EnvSpec
-from collm.errors import ConfigError, EngineError, EnvError
+from collm.errors import EngineError, EnvError
 from collm.learning.batch import Batch
 from collm.models.team import Team
-from collm.rollout.collect import Plan, collect, imagine_silence, resample
+from collm.rollout.collect import collect
+from collm.rollout.plan import Plan
+from collm.rollout.replay import replay_without, resample
 from collm.types import Completion, Episode, Sampling
 
 
@@ -95,7 +97,7 @@ def texts(episode):
 
 def test_one_engine_call_a_turn_for_all_live_episodes():
     engine = Counting()
-    groups = collect(Plan(LENGTHS), engine, [0, 3, 1], [1, 2, 3], group_size=2)
+    groups = collect(Plan(LENGTHS, group_size=2), engine, [0, 3, 1], [1, 2, 3])
     # Tasks 0, 3, 1 last 1, 4, 2 turns; two episodes each, three agents: 18, then 12, then 6, then 6 requests.
     assert [len(call) for call in engine.calls] == [18, 12, 6, 6]
     assert [[len(e.turns) for e in group.episodes] for group in groups] == [[1, 1], [4, 4], [2, 2]]
@@ -110,7 +112,7 @@ def test_one_engine_call_a_turn_for_all_live_episodes():
 
 def test_answers_reach_the_seat_that_asked():
     engine = Counting(lambda request: f"{request.agent}|{request.messages[-1].text}")
-    groups = collect(Plan(LENGTHS), engine, [2, 0, 4], [5, 6, 7], group_size=3)
+    groups = collect(Plan(LENGTHS, group_size=3), engine, [2, 0, 4], [5, 6, 7])
     for episode in (e for g in groups for e in g.episodes):
         for turn in episode.turns:
             for agent in "abc":
@@ -173,15 +175,6 @@ def test_cutting_truncates_without_asking_further():
     assert cut[2].observations == {a: "turn 1" for a in "abc"}  # what they would have read next
     assert cut[2].failure == ""
     assert len(engine.calls) == 2
-
-
-def test_single_refuses_a_world_with_more_agents():
-    with pytest.raises(ConfigError, match="3: a, b, c"):
-        collect(Plan(LENGTHS, protocol="single"), Counting(), [0], [1])
-    alone = EnvSpec("agree", {"agents": 1})
-    (one,) = collect(Plan(alone, protocol="single"), Counting(), [2], [1])
-    (other,) = collect(Plan(alone), Counting(), [2], [1])
-    assert texts(one.episodes[0]) == texts(other.episodes[0])
 
 
 def test_stop_is_asked_before_every_call_and_may_leave():
@@ -267,7 +260,7 @@ def test_same_seeds_same_texts_whatever_is_played_beside():
     def play(tasks, keys, size=2):
         return {
             (e.task, e.seed, e.sibling): texts(e)
-            for g in collect(Plan(LENGTHS), Counting(), tasks, keys, group_size=size)
+            for g in collect(Plan(LENGTHS, group_size=size), Counting(), tasks, keys)
             for e in g.episodes
         }
 
@@ -280,14 +273,14 @@ def test_same_seeds_same_texts_whatever_is_played_beside():
 
 def test_no_two_answers_share_their_random_numbers():
     engine = Counting()
-    collect(Plan(LENGTHS), engine, [3, 3, 2], [1, 2, 3], group_size=4)
+    collect(Plan(LENGTHS, group_size=4), engine, [3, 3, 2], [1, 2, 3])
     seeds = [request.seed for call in engine.calls for request in call]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 1 << 63 for seed in seeds)
 
 
 def test_a_group_shares_its_world_and_nothing_else():
-    (group,) = collect(Plan(LENGTHS), Counting(), [2], [77], group_size=4)
+    (group,) = collect(Plan(LENGTHS, group_size=4), Counting(), [2], [77])
     assert len({e.turns[0].observations["a"] for e in group.episodes}) == 1
     assert len({str(texts(e)) for e in group.episodes}) == 4
     assert {e.seed for e in group.episodes} == {77}
@@ -302,7 +295,7 @@ def test_resampled_answers_belong_to_the_same_history():
     engine.calls.clear()
     episodes = [g.episodes[0] for g in groups]
     before = [texts(e) for e in episodes]
-    resample(plan, engine, episodes, 3)
+    resample(replace(plan, resamples=3), engine, episodes)
     assert [len(call) for call in engine.calls] == [3 * 3 * 3]  # one call; the failed episode is left out
     for request in engine.calls[0]:
         assert request.messages == asked[request.agent, len(request.messages)]
@@ -316,47 +309,47 @@ def test_resampled_answers_belong_to_the_same_history():
             assert turn.completions[agent].text not in alternatives
     assert [texts(e) for e in episodes] == before
     assert all(turn.alternatives == {} for turn in episodes[1].turns)
-    resample(plan, engine, episodes, 3)
+    resample(replace(plan, resamples=3), engine, episodes)
     assert [r.seed for r in engine.calls[1]] == seeds  # again the same
 
 
 def test_what_silence_would_have_led_to_is_the_worlds_own_word():
-    """Every imagined turn equals the one of a world played by hand with the same answers before and that one left out."""
+    """Every replayed turn equals the one of a world played by hand with the same answers before and that one left out."""
     plan = Plan(EnvSpec("str_build", {"world": "persistent", "turns": 3, "strings": ["CI", "LL"]}))
     words = ["/setblock 0 0 0 stone", "/setblock 1 1 0 obsidian\n/setblock 9 2 0 white_concrete", "/setblock 2 4 0 oak_planks"]
     engine = Counting(lambda request: words[request.seed % 3])
-    episodes = [episode for group in collect(plan, engine, [0, 1], [5, 6], group_size=2) for episode in group.episodes]
+    episodes = [episode for group in collect(replace(plan, group_size=2), engine, [0, 1], [5, 6]) for episode in group.episodes]
     before, num_calls = [texts(e) for e in episodes], len(engine.calls)
-    imagine_silence(plan, episodes)
+    replay_without(plan, episodes)
     assert len(engine.calls) == num_calls  # nothing is generated
     assert [texts(e) for e in episodes] == before
     seen = set()
     for episode in episodes:
         for t, turn in enumerate(episode.turns):
-            assert set(turn.silent) == {"builder_0", "builder_1"}
-            for agent, imagined in turn.silent.items():
+            assert set(turn.no_op) == {"builder_0", "builder_1"}
+            for agent, replayed in turn.no_op.items():
                 env = plan.env.make("train")
                 env.reset(seed=episode.seed, options={"task": episode.task})
                 for past in episode.turns[:t]:
                     env.step({a: c.text for a, c in past.completions.items()})
                 said = {a: c.text for a, c in turn.completions.items()} | {agent: ""}
                 _, rewards, _, _, infos = env.step(said)
-                assert imagined.reward == rewards[agent]
-                assert imagined.raw_reward == infos[agent]["raw_reward"]
-                assert imagined.metrics == infos[agent]["metrics"]
-                seen.add((imagined.metrics["coverage"], t))
+                assert replayed.reward == rewards[agent]
+                assert replayed.raw_reward == infos[agent]["raw_reward"]
+                assert replayed.metrics == infos[agent]["metrics"]
+                seen.add((replayed.metrics["coverage"], t))
     assert len(seen) > 6
 
 
 def test_nobody_is_asked_about_who_acts_alone_and_of_the_agents_named_alone():
     plan = Plan(EnvSpec("agree", {"agents": 1}))
     (group,) = collect(plan, Counting(), [0], [1])
-    imagine_silence(plan, group.episodes)
-    assert all(turn.silent == {} for turn in group.episodes[0].turns)
+    replay_without(plan, group.episodes)
+    assert all(turn.no_op == {} for turn in group.episodes[0].turns)
     plan = Plan(LENGTHS)
     (group,) = collect(plan, Counting(), [2], [1])
-    imagine_silence(plan, group.episodes, agents=["b"])
-    assert all(set(turn.silent) == {"b"} for turn in group.episodes[0].turns)
+    replay_without(replace(plan, agents=("b",)), group.episodes)
+    assert all(set(turn.no_op) == {"b"} for turn in group.episodes[0].turns)
 
 
 def test_what_a_world_that_breaks_on_silence_would_have_done_stays_unknown():
@@ -378,9 +371,9 @@ def test_what_a_world_that_breaks_on_silence_would_have_done_stays_unknown():
 
     (group,) = collect(Plan(Maker()), Counting(), [0], [1])
     assert not group.episodes[0].failure
-    imagine_silence(Plan(Maker()), group.episodes)
+    replay_without(Plan(Maker()), group.episodes)
     assert not group.episodes[0].failure  # what was played stays sound
-    assert group.episodes[0].turns[0].silent == {}
+    assert group.episodes[0].turns[0].no_op == {}
 
 
 # --- turn trees ----------------------------------------------------------------------------------------------------------
@@ -398,7 +391,7 @@ def nodes_of(leaves):
 @pytest.mark.parametrize(("G", "task"), [(2, 2), (3, 1), (4, 0)])
 def test_a_tree_has_g_joint_actions_per_node(G, task):
     engine = Counting()
-    groups = collect(Plan(LENGTHS, branches=G), engine, [task, task], [5, 6])
+    groups = collect(Plan(LENGTHS, group_size=G, tree=True), engine, [task, task], [5, 6])
     T = task + 1
     assert [len(call) for call in engine.calls] == [2 * 3 * G ** (t + 1) for t in range(T)]  # one call a level, both trees
     for group in groups:
@@ -431,14 +424,14 @@ def test_a_tree_has_g_joint_actions_per_node(G, task):
 
 def test_tokens_of_a_tree_are_counted_once():
     engine = Counting()
-    (group,) = collect(Plan(LENGTHS, branches=2), engine, [2], [5])
+    (group,) = collect(Plan(LENGTHS, group_size=2, tree=True), engine, [2], [5])
     sampled = sum(len(engine.complete(r).token_ids) for call in engine.calls for r in call)
     assert sum(leaf.num_tokens() for leaf in group.episodes) == sampled
 
 
 def test_a_trees_histories_are_those_of_its_own_branch():
     engine = Counting()
-    (group,) = collect(Plan(LENGTHS, branches=2), engine, [2], [5])
+    (group,) = collect(Plan(LENGTHS, group_size=2, tree=True), engine, [2], [5])
     nodes = nodes_of(group.episodes)
     expected = Counter(
         tuple(nodes[path[: t + 1]][0].turns[t].completions[agent].text for t in range(2))
@@ -458,7 +451,7 @@ def test_branches_that_end_early_stop_growing():
     def answer(request):
         return best if request.seed % 3 == 0 else "pass"
 
-    plan = Plan(EnvSpec("str_build", {"strings": ["I"], "turns": 3, "agents": 1}), branches=3)
+    plan = Plan(EnvSpec("str_build", {"strings": ["I"], "turns": 3, "agents": 1}), group_size=3, tree=True)
     (group,) = collect(plan, Counting(answer), [0], [8])
     for leaf in group.episodes:
         perfect = [turn.raw_reward > 1.9 for turn in leaf.turns]
@@ -483,7 +476,7 @@ class FirstBranchFails(Counting):
 
 def test_a_failed_branch_takes_no_other_branch_with_it():
     """Every joint action that was played on from is still trained once, though the leaf that owns it failed later."""
-    groups = collect(Plan(LENGTHS, branches=3), FirstBranchFails(), [1], [5])
+    groups = collect(Plan(LENGTHS, group_size=3, tree=True), FirstBranchFails(), [1], [5])
     leaves = {leaf.path: leaf for leaf in groups[0].episodes}
     assert len(leaves) == 9
     assert [path for path, leaf in leaves.items() if leaf.failure] == [(0, 0)]
@@ -501,7 +494,7 @@ def test_trees_repeat_with_their_seeds():
     def play(keys):
         return [
             [(leaf.path, texts(leaf)) for leaf in g.episodes]
-            for g in collect(Plan(LENGTHS, branches=2), Counting(), [1] * len(keys), keys)
+            for g in collect(Plan(LENGTHS, group_size=2, tree=True), Counting(), [1] * len(keys), keys)
         ]
 
     assert play([3, 4]) == play([3, 4])
@@ -511,7 +504,7 @@ def test_trees_repeat_with_their_seeds():
 
 def test_a_cut_tree_is_truncated_everywhere():
     engine = Counting()
-    (group,) = collect(Plan(LENGTHS, branches=2, max_turns=2), engine, [5], [1])
+    (group,) = collect(Plan(LENGTHS, group_size=2, tree=True, max_turns=2), engine, [5], [1])
     assert len(group.episodes) == 4
     assert all(leaf.truncated and len(leaf.turns) == 2 for leaf in group.episodes)
 
@@ -578,7 +571,7 @@ def test_a_persistent_build_is_finished_over_several_turns():
 
 
 def test_the_tiny_team_plays_a_tree_and_repeats_it(tiny):
-    plan = Plan(EnvSpec("agree", {"turns": 2}), sampling=Sampling(max_tokens=4), branches=2)
+    plan = Plan(EnvSpec("agree", {"turns": 2}), sampling=Sampling(max_tokens=4), group_size=2, tree=True)
     engine = LocalEngine(Team({"agent_0": tiny, "agent_1": tiny}))
     one, two = (collect(plan, engine, [0, 0], [1, 2]) for _ in range(2))
     for left, right in zip(one, two, strict=True):
@@ -611,12 +604,12 @@ def records(groups):
     return [repr(replace(episode, seconds=0.0)) for group in groups for episode in group.episodes]
 
 
-@pytest.mark.parametrize("branches", [0, 2])
-def test_worlds_that_wait_are_stepped_together_with_the_same_results(branches):
+@pytest.mark.parametrize(("size", "tree"), [(4, False), (2, True)])
+def test_worlds_that_wait_are_stepped_together_with_the_same_results(size, tree):
     def play(world):
-        plan = Plan(EnvSpec(f"worlds:{world}", {"pause": 0.02}), branches=branches)
+        plan = Plan(EnvSpec(f"worlds:{world}", {"pause": 0.02}), group_size=size, tree=tree)
         started = time.monotonic()
-        groups = collect(plan, Counting(), [1, 9, 3, 4], [5, 6, 7, 8], group_size=1 if branches else 4)
+        groups = collect(plan, Counting(), [1, 9, 3, 4], [5, 6, 7, 8])
         return records(groups), time.monotonic() - started
 
     together, seconds = play("Waiting")
@@ -653,5 +646,5 @@ class Here(Lengths):
 
 
 def test_worlds_that_compute_stay_in_their_thread():
-    groups = collect(Plan(EnvSpec("test_collect:Here")), Counting(), [1, 2, 3], [1, 2, 3], group_size=2)
+    groups = collect(Plan(EnvSpec("test_collect:Here"), group_size=2), Counting(), [1, 2, 3], [1, 2, 3])
     assert all(episode.terminated for group in groups for episode in group.episodes)

@@ -9,16 +9,18 @@ from dataclasses import replace
 import pytest
 
 from collm.cli.main import main
-from collm.config import load_config
 from collm.engines.local import LocalEngine
 from collm.engines.scripted import ScriptedEngine
 from collm.envs.base import Outcome, TextEnv, agent_names
 from collm.envs.catalogue import EnvSpec
 from collm.errors import ConfigError, EngineError
 from collm.models.team import Team
-from collm.rollout.collect import Plan, collect, resample
+from collm.rollout.collect import collect
+from collm.rollout.plan import Plan
 from collm.rollout.protocols import PROTOCOLS
+from collm.rollout.replay import resample
 from collm.runs.log import episode_record
+from collm.settings.load import load_config
 from collm.training.trainer import Trainer
 from collm.types import Episode, Request, Sampling
 
@@ -142,15 +144,15 @@ def test_in_a_discussion_an_agent_reads_the_messages_of_the_others(agents):
 
 
 def test_alone_there_is_nobody_to_talk_to():
-    """With one agent, three of the protocols are `single`, request by request."""
+    """With one agent all protocols are the same, request by request."""
     asked = {}
     for protocol in PROTOCOLS:
         engine, episode = play(protocol, 1, turns=3)
         asked[protocol] = engine.calls
         assert [len(call) for call in engine.calls] == [1, 1, 1]
         assert episode.terminated
-    assert len(asked) == 4
-    assert all(calls == asked["single"] for calls in asked.values())
+    assert len(asked) == 3
+    assert all(calls == asked["parallel"] for calls in asked.values())
 
 
 def test_what_is_read_word_for_word():
@@ -280,7 +282,7 @@ def test_results_do_not_depend_on_what_is_played_beside(protocol):
     def texts(tasks, keys):
         plan = Plan(room(3), protocol=protocol)
         engine = Listening(lambda r: f"{r.kind}{r.seed % 1009}")
-        groups = collect(plan, engine, tasks, keys, group_size=2)
+        groups = collect(replace(plan, group_size=2), engine, tasks, keys)
         asked = [r.seed for call in engine.calls for r in call]
         assert len(set(asked)) == len(asked)  # a message and the answer after it are sampled independently
         return {(e.task, e.sibling): repr(replace(e, seconds=0.0)) for g in groups for e in g.episodes}
@@ -360,6 +362,6 @@ def test_an_unknown_protocol_is_refused(capsys, recipe):
 def test_trees_and_other_answers_are_for_decentralized_play(protocol):
     plan = Plan(room(2), protocol=protocol)
     with pytest.raises(ConfigError, match="evaluation alone"):
-        collect(replace(plan, branches=2), Listening(), [0], [1])
+        collect(replace(plan, group_size=2, tree=True), Listening(), [0], [1])
     with pytest.raises(ConfigError, match="evaluation alone"):
-        resample(plan, Listening(), [], 2)
+        resample(replace(plan, resamples=2), Listening(), [])

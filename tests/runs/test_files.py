@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from collm.cli.main import main
-from collm.config import parse_config
 from collm.errors import CollmError, RunError, SaveError
 from collm.runs import directory, files
 from collm.runs.checkpoint import failing_as_os_errors
 from collm.runs.read import read_run
+from collm.settings.load import parse_config
 from collm.types import encodable
 
 

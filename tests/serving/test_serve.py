@@ -28,12 +28,12 @@ from places import ROOT
 
 from collm.cli.evaluate import load_team, run_config
 from collm.cli.main import main
-from collm.config import parse_config
 from collm.engines.http import HttpEngine, endpoint
 from collm.engines.local import LocalEngine
 from collm.models.team import Team
 from collm.serving.batcher import Batcher
 from collm.serving.wire import Refused
+from collm.settings.load import parse_config
 from collm.training.evaluate import evaluate
 from collm.training.trainer import Trainer
 from collm.types import Episode, Message, Request, Sampling

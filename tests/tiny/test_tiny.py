@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from collm.config import parse_config
 from collm.engines.local import LocalEngine
 from collm.models import tiny
 from collm.models.team import Team
+from collm.settings.load import parse_config
 from collm.training.evaluate import Evaluation, evaluate
 
 PINNED = {"model.safetensors": "763447b2f923069a", "tokenizer.json": "a56e97ef373c9c9e"}

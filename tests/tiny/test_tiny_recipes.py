@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from places import ROOT
 
-from collm.config import load_config
 from collm.envs.catalogue import WORLDS, find
+from collm.settings.load import load_config
 
 FOLDER = ROOT / "recipes" / "tiny"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.toml"))

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from collm.cli.main import main
-from collm.config import parse_config
 from collm.envs.base import Outcome, TextEnv, agent_names
 from collm.errors import EnvError
 from collm.runs.log import read_metrics
+from collm.settings.load import parse_config
 from collm.training.trainer import Trainer
 
 WORDS = ["AN", "AT", "BE", "DO", "GO", "IN", "IT", "ON", "UP"]

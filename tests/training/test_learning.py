@@ -10,11 +10,11 @@ import pytest
 from learners import optimizers
 
 from collm import seeds
-from collm.config import parse_config
 from collm.learning import learner
 from collm.learning.credit import Assignment
 from collm.rollout.collect import collect
 from collm.runs.log import read_metrics
+from collm.settings.load import parse_config
 from collm.training.trainer import Trainer
 
 MONTE_CARLO = ("magrpo", "marloo", "maremax", "mareinforce", "grpo")
@@ -38,7 +38,7 @@ def make_trainer(folder: Path, name: str, agents: int, seed: int, **changes: dic
 
 def score(trainer: Trainer, episodes: int = 256) -> float:
     """Share of the optimum: mean reward per turn of sampled play."""
-    plan = replace(trainer.plan, branches=0)
+    plan = replace(trainer.plan, group_size=1, tree=False, resamples=0, no_op=False)
     tasks = [index % trainer.num_tasks for index in range(episodes)]
     groups = collect(plan, trainer.engine, tasks, [seeds.derive("score", index) for index in range(episodes)])
     played = [episode for group in groups for episode in group.episodes]
@@ -50,7 +50,7 @@ def solves(trainer: Trainer) -> None:
     assert before <= 0.4
     trainer.run()
     after = score(trainer)
-    print(f"{trainer.config.algorithm.name} {trainer.agents} seed {trainer.config.run.seed}: {before:.2f} -> {after:.2f}")
+    print(f"{trainer.config.algorithm.name} {trainer.team.agents} seed {trainer.config.run.seed}: {before:.2f} -> {after:.2f}")
     assert after >= 0.9
 
 
@@ -78,26 +78,25 @@ def test_one_agent_names_the_stated_target(tmp_path: Path, name: str, seed: int)
 
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "own critic as a value head": {"algorithm": {"name": "collm-dc", "critic_body": "policy"}, "critic": {"value_clip": 0.2}},
+    "own critic as a value head": {"algorithm": {"name": "collm-dc"}, "critic": {"body": "policy"}},
     "Q with a counterfactual baseline": {  # without warm-up its first guesses push both agents out of the valid answers
-        "algorithm": {"critic_kind": "Q", "advantage": "counterfactual"},
+        "algorithm": {"baseline": "counterfactual"},
         "critic": {"warmup": 5},
         "learner": {"lr": 1e-4},
     },
     "own Q": {
-        "algorithm": {"name": "collm-dc", "critic_kind": "Q", "advantage": "counterfactual"},
+        "algorithm": {"name": "collm-dc", "baseline": "counterfactual"},
         "learner": {"lr": 1e-4},
     },
     "TD(lambda), three turns": {
-        "algorithm": {"lam": 0.9},
-        "critic": {"difference": False},
+        "algorithm": {"lam": 0.9, "teammates": "none"},
         "env": {"turns": 3},
         "rollout": {"tasks": 24},
     },
     "difference baseline, three turns": {"env": {"turns": 3}, "rollout": {"tasks": 24}, "learner": {"lr": 2e-4}},
     "TD error, three turns": {
-        "algorithm": {"lam": 0.0, "critic_lam": 0.0},
-        "critic": {"difference": False},
+        "algorithm": {"lam": 0.0, "teammates": "none"},
+        "critic": {"lam": 0.0},
         "env": {"turns": 3},
         "rollout": {"tasks": 24},
         "learner": {"lr": 2e-4},
@@ -107,8 +106,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ratio per answer": {"algorithm": {"loss": "sequence_clip", "epochs": 3, "normalize": "agent"}},
     "group deviation": {"algorithm": {"name": "magrpo", "normalize": "group"}, "rollout": {"tasks": 16}},
     "everything on": {
-        "algorithm": {"kl_coef": 0.001, "normalize": "agent", "lam": 0.5, "critic_lam": 0.5},
-        "critic": {"warmup": 3, "epochs": 2, "normalize_targets": True, "state": True},
+        "algorithm": {"kl_coef": 0.001, "normalize": "agent", "lam": 0.5},
+        "critic": {"lam": 0.5, "warmup": 3, "epochs": 2, "normalize_targets": True, "state": True},
         "env": {"turns": 2},
         "rollout": {"tasks": 32},
         "learner": {"lr": 2e-4},
@@ -140,7 +139,7 @@ def test_tokens_grow_with_agents_and_critic_steps_do_not(tmp_path: Path, agents:
         steps = count_steps(trainer)
         trainer.run()
         records[number] = read_metrics(trainer.folder / "metrics.jsonl")[-1]
-        assert steps == {"critic-team": 1, **{agent: 1 for agent in trainer.agents}}
+        assert steps == {"critic-team": 1, **{agent: 1 for agent in trainer.team.agents}}
     for key in ("tokens/policy", "tokens/prompt", "tokens/sampled"):
         assert 0.99 * agents * records[1][key] <= records[agents][key] <= agents * records[1][key]
     assert records[agents]["joint_actions"] == records[1]["joint_actions"] == 128

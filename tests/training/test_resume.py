@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from collm.config import load_config, parse_config
 from collm.errors import ConfigError, RunError
 from collm.runs import directory
+from collm.settings.load import load_config, parse_config
 from collm.training import trainer as trainer_module
 from collm.training.trainer import Interrupted, Trainer
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from collm.config import LoraSettings, VllmSettings, parse_config
 from collm.engines.local import LocalEngine
 from collm.models import tiny
 from collm.models.policy import Policy
 from collm.models.team import Team
+from collm.settings.load import parse_config
+from collm.settings.rooms import LoraSettings, VllmSettings
 from collm.training.trainer import Interrupted, Trainer
 from collm.types import Completion, Message, Request, Sampling
 

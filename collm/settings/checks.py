@@ -1,0 +1,142 @@
+"""Contradictions between settings: one named function each, which raises ValueError with value, reason and way out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from collm.settings.presets import BASELINES, CRITIC_BASELINES, GROUP_BASELINES
+
+if TYPE_CHECKING:
+    from collm.settings.rooms import AlgorithmSettings, Config
+
+CRITIC_ONLY = ("critic.warmup", "critic.state", "critic.metrics", "critic.normalize_targets", "critic.lam", "algorithm.lam")
+"""Settings that have no effect where the baseline reads no critic."""
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """ " Did you mean ...?" for the known name nearest to an unknown one, or nothing."""
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def baseline_is_known(a: AlgorithmSettings) -> None:
+    if a.baseline not in BASELINES and not re.fullmatch(r"[\w.]+:[\w.]+", a.baseline):
+        known = ", ".join(BASELINES)
+        raise ValueError(
+            f"algorithm.baseline={a.baseline!r} is not a baseline.{near(a.baseline, BASELINES)} Set one of {known}, or "
+            "'module:function' of your own."
+        )
+
+
+def group_baseline_has_a_group(a: AlgorithmSettings) -> None:
+    compares = a.baseline in GROUP_BASELINES or ":" in a.baseline
+    if compares and a.group_size < 2:
+        raise ValueError(
+            f"algorithm.baseline={a.baseline!r} compares episodes of one task, but algorithm.group_size={a.group_size} gives "
+            "nothing to compare. Set algorithm.group_size=4, or algorithm.baseline='value'."
+        )
+
+
+def group_deviation_has_a_group(a: AlgorithmSettings) -> None:
+    compares = a.baseline in GROUP_BASELINES or ":" in a.baseline
+    if a.normalize == "group" and (not compares or a.group_size < 4):
+        raise ValueError(
+            f"algorithm.normalize='group' divides by a group's own deviation: it needs a group baseline and group_size of at "
+            f"least 4 (here {a.baseline!r} and {a.group_size}). Set normalize='agent'."
+        )
+
+
+def several_epochs_are_corrected(a: AlgorithmSettings) -> None:
+    if a.epochs > 1 and a.loss == "reinforce":
+        raise ValueError(
+            f"algorithm.epochs={a.epochs} reuses answers of an older policy, and loss='reinforce' does not correct for that. "
+            "Set algorithm.loss='ppo_clip', or epochs=1."
+        )
+
+
+def tree_has_branches(a: AlgorithmSettings) -> None:
+    if a.tree and (a.baseline in CRITIC_BASELINES or a.group_size < 2):
+        raise ValueError(
+            "algorithm.tree=true grows joint answers to compare: it goes with the group methods and group_size >= 2. Set "
+            "algorithm.tree=false."
+        )
+
+
+ALGORITHM = (
+    baseline_is_known,
+    group_baseline_has_a_group,
+    group_deviation_has_a_group,
+    several_epochs_are_corrected,
+    tree_has_branches,
+)
+
+
+def sampling_varies(c: Config) -> None:
+    if c.rollout.temperature == 0:
+        raise ValueError(
+            "rollout.temperature=0 always gives the same answer, so there is nothing to learn from. "
+            "Set rollout.temperature=1.0; evaluation.temperature is greedy by default."
+        )
+
+
+def vllm_can_sample(c: Config) -> None:
+    for name, value in (("rollout", c.rollout.temperature), ("evaluation", c.evaluation.temperature)):
+        if c.rollout.engine == "vllm" and 0 < value < 0.01:
+            raise ValueError(
+                f"{name}.temperature={value}: rollout.engine='vllm' samples at 0.01 or above. Set {name}.temperature=0.01, "
+                "or rollout.engine='local'."
+            )
+
+
+def critic_settings_have_a_critic(c: Config) -> None:
+    if c.algorithm.has_critic:
+        return
+    for name in CRITIC_ONLY:
+        room, _, key = name.partition(".")
+        if value := getattr(getattr(c, room), key):
+            raise ValueError(
+                f"{name}={value}, but {c.algorithm.name} has no critic. Set {name}="
+                f"{'false' if value is True else 0}, or algorithm.name='collm-cc'."
+            )
+
+
+def warm_up_ends(c: Config) -> None:
+    if c.critic.warmup >= c.run.iterations:
+        raise ValueError(
+            f"critic.warmup={c.critic.warmup} leaves no iteration of run.iterations={c.run.iterations} to train the agents. "
+            "Set fewer warm-up iterations, or more iterations."
+        )
+
+
+def value_head_reads_what_its_agent_reads(c: Config) -> None:
+    if c.critic.body != "policy" or not c.algorithm.has_critic:
+        return
+    if c.critic.reads != "own" or c.algorithm.critic_kind != "V":
+        raise ValueError(
+            "critic.body='policy' puts V on what the agent itself reads. Set critic.reads='own' and "
+            "algorithm.baseline='value', or critic.body='auto'."
+        )
+    own = {"critic.model": c.critic.model, "critic.state": c.critic.state}
+    for name, given in own.items():
+        if given:
+            raise ValueError(
+                f"{name}={given!r}: a value head on the agent's own model reads what the agent reads, with its model. "
+                "Leave it out, or set critic.body='auto'."
+            )
+    if c.critic.epochs > 1 and not c.critic.warmup:
+        raise ValueError(
+            f"critic.epochs={c.critic.epochs}: a value head on the agent's own model learns in the agent's own steps; only the "
+            "warm-up has more of them, and critic.warmup=0. Leave it out, or set critic.body='auto'."
+        )
+
+
+CONFIG = (
+    sampling_varies,
+    vllm_can_sample,
+    critic_settings_have_a_critic,
+    warm_up_ends,
+    value_head_reads_what_its_agent_reads,
+)

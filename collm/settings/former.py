@@ -1,0 +1,98 @@
+"""Names that settings had before: a recipe with one is refused with the new name; an old run's config.json is translated."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+_ALWAYS = "it always has the value that was its default. Leave it out."
+NAMES = {
+    "algorithm.advantage": "set algorithm.baseline: 'value' for 'td_lambda', 'none' for 'return', the others keep their names.",
+    "algorithm.critic": "set critic.reads='joint' or 'own'; whether there is a critic follows from algorithm.baseline.",
+    "algorithm.critic_kind": "it follows from algorithm.baseline: 'value' reads V, 'counterfactual' reads Q.",
+    "algorithm.critic_body": "set critic.body='policy' for a value head on the agent's model, or leave it out.",
+    "algorithm.critic_lam": "set critic.lam.",
+    "critic.difference": "set algorithm.teammates='replay' for true, 'none' for false; it goes with every baseline.",
+    "critic.coef": _ALWAYS,
+    "critic.value_clip": "values are not clipped. Leave it out.",
+    "learner.betas": _ALWAYS,
+    "learner.weight_decay": _ALWAYS,
+    "learner.warmup": "learning rates begin at their full height. Leave it out.",
+    "run.keep": "the last two checkpoints and the best one are kept. Leave it out.",
+    "run.episodes_saved": "four training episodes are written per iteration. Leave it out.",
+    "team.lora.dropout": "adapters learn without dropout. Leave it out.",
+    "team.lora.base": "team.compute='bfloat16' keeps frozen base models in bfloat16, too.",
+    "team.lora.critics": "set critic.body='model' for false, or leave it out.",
+    "rollout.vllm.kv_cache_gib": "on a CPU set the environment variable VLLM_CPU_KVCACHE_SPACE; on a GPU set "
+    "rollout.vllm.gpu_memory_utilization.",
+    "rollout.vllm.enforce_eager": _ALWAYS,
+    "rollout.vllm.sleep": _ALWAYS,
+}
+"""Setting that is gone -> what takes its place."""
+
+ADDED: dict[tuple[str, str], Any] = {}
+"""Settings (room, key) that came when there were runs and studies already, and the value that leaves their meaning as it
+was."""
+
+_BASELINES = {"td_lambda": "value", "return": "none"}
+_LEARNING: dict[str, Any] = {
+    "critic.coef": 0.6,
+    "critic.value_clip": None,
+    "learner.betas": [0.9, 0.999],
+    "learner.weight_decay": 0.0,
+    "learner.warmup": 0,
+    "team.lora.dropout": 0.0,
+}
+"""Settings that are gone and changed what was learned, with the value that they have now."""
+
+
+def translate(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run under their present names; those of today are returned as they are."""
+    complete = copy.deepcopy(dict(values))
+    for (room, key), before in ADDED.items():
+        if isinstance(complete.get(room), dict):
+            complete[room].setdefault(key, before)
+    algorithm, critic = complete.get("algorithm"), complete.get("critic")
+    if not isinstance(algorithm, dict) or "advantage" not in algorithm:
+        return complete
+    critic = critic if isinstance(critic, dict) else {}
+    advantage, reads, body = (algorithm.pop(key, None) for key in ("advantage", "critic", "critic_body"))
+    algorithm["baseline"] = _BASELINES.get(advantage, advantage)
+    algorithm["teammates"] = "replay" if critic.pop("difference", False) else "none"
+    algorithm.pop("critic_kind", None)
+    critic["lam"] = algorithm.pop("critic_lam", 0.0)
+    critic["reads"] = "own" if reads == "own" else "joint"
+    team, rollout = complete.get("team"), complete.get("rollout")
+    lora = team.get("lora") if isinstance(team, dict) else None
+    whole = isinstance(lora, dict) and lora.get("critics") is False
+    critic["body"] = "policy" if body == "policy" else "model" if whole else "auto"
+    complete["critic"] = critic
+    if isinstance(rollout, dict):
+        rollout["protocol"] = "parallel" if rollout.get("protocol") == "single" else rollout.get("protocol", "parallel")
+        rollout["vllm"] = rollout.get("vllm") or {}
+    for name in NAMES:
+        *path, key = name.split(".")
+        _table(complete, path).pop(key, None)
+    return complete
+
+
+def lost(values: Mapping[str, Any]) -> list[str]:
+    """What a run learned with and no setting says any more, as "name=value"; such a run cannot go on exactly."""
+    found = []
+    for name, now in _LEARNING.items():
+        *path, key = name.split(".")
+        if (value := _table(values, path).get(key, now)) != now:
+            found.append(f"{name}={value!r}")
+    lora = _table(values, ["team", "lora"])
+    if lora.get("base") == "float32" and _table(values, ["team"]).get("compute") == "bfloat16":
+        found.append("team.lora.base='float32'")
+    return found
+
+
+def _table(values: Mapping[str, Any], path: list[str]) -> Any:
+    """A nested table, empty where there is none."""
+    table: Any = values
+    for name in path:
+        table = table.get(name) if isinstance(table, Mapping) else None
+    return table if isinstance(table, Mapping) else {}

@@ -1,0 +1,98 @@
+"""What a task brings to a config: how it is played, its agents, its number of tasks, its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from collm import seeds
+from collm.envs import gate
+from collm.envs.catalogue import EnvSpec
+from collm.errors import ConfigError
+from collm.rollout.plan import Plan
+from collm.rollout.protocols import PROTOCOLS
+from collm.settings.rooms import Config
+from collm.types import Episode, Sampling
+
+
+def plan_of(config: Config, split: str, agents: tuple[str, ...] | None = None) -> Plan:
+    """How the episodes of a split are played under a config. agents: those that are trained; default: all."""
+    rollout, evaluation, algorithm = config.rollout, config.evaluation, config.algorithm
+    training = split == "train"
+    return Plan(
+        EnvSpec(config.env.name, config.env.options),
+        split=split,
+        protocol=rollout.protocol,
+        history=rollout.history,
+        max_turns=rollout.max_turns,
+        sampling=Sampling(
+            temperature=rollout.temperature if training else evaluation.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_tokens=rollout.max_tokens,
+        ),
+        group_size=algorithm.group_size if training else 1,
+        tree=training and algorithm.tree,
+        resamples=algorithm.resamples if training and algorithm.baseline == "counterfactual" else 0,
+        no_op=training and algorithm.teammates == "replay",
+        agents=agents,
+    )
+
+
+def num_tasks(plan: Plan) -> int:
+    """How many tasks a split has; an environment without `num_tasks` has one."""
+    return gate.num_tasks_of(plan.env.make(plan.split))
+
+
+def check_fit(config: Config) -> tuple[str, ...]:
+    """The task's agents. Raises ConfigError where algorithm, protocol or models do not fit them."""
+    env = plan_of(config, "train").env.make("train")
+    agents = tuple(env.possible_agents)
+    PROTOCOLS[config.rollout.protocol](env, Episode(0, 0, agents))
+    name = config.algorithm.name
+    if name in ("ac", "grpo") and len(agents) != 1:
+        other = {"ac": "collm-cc", "grpo": "magrpo"}[name]
+        raise ConfigError(
+            f"algorithm.name={name!r} is for one agent, but {config.env.name} has {len(agents)}: {', '.join(agents)}. "
+            f"Set algorithm.name={other!r}, or make the task for one agent."
+        )
+    lora = config.team.lora
+    for setting, named in (("team.models", config.team.models), ("team.lora.agents", (lora and lora.agents) or ())):
+        unknown = sorted(set(named) - set(agents))
+        if unknown:
+            raise ConfigError(f"{setting} names {', '.join(unknown)}, but the task's agents are {', '.join(agents)}.")
+    return agents
+
+
+def trained_agents(config: Config, agents: tuple[str, ...]) -> tuple[str, ...]:
+    """The agents that are not played by servers. Raises ConfigError where there is none."""
+    local = tuple(agent for agent in agents if agent not in config.team.remote)
+    if not local:
+        raise ConfigError(
+            "every agent of team.models is a server: nothing is left to train here, and log-probs of answers to learn from are "
+            "a local model's. Give one agent a model, or play such a team with `collm play`."
+        )
+    return local
+
+
+def metric_names(config: Config) -> tuple[str, ...]:
+    """Names of the environment metrics that regressions read: those after one turn of empty answers, less the diagnostics."""
+    env = plan_of(config, "train").env.make("train")
+    gate.reset(env, 0, 0)
+    returned: Any = env.step(dict.fromkeys(env.agents, ""))  # its numbers are taken when episodes are played
+    infos = returned[-1] if isinstance(returned, tuple) and isinstance(returned[-1], Mapping) else {}
+    reported = [info.get("metrics") for info in infos.values() if isinstance(info, Mapping)]
+    names = {str(name) for metrics in reported if isinstance(metrics, Mapping) for name in metrics}
+    return tuple(sorted(names - frozenset(getattr(env, "diagnostics", ()))))
+
+
+def draw_tasks(seed: int, iteration: int, count: int, total: int) -> list[int]:
+    """Tasks of one iteration: every task once, in a new order, before any comes again."""
+    drawn: list[int] = []
+    position, end = iteration * count, (iteration + 1) * count
+    while position < end:
+        order = list(range(total))
+        seeds.stream(seed, "tasks", position // total).shuffle(order)
+        drawn += order[position % total :][: end - position]
+        position = iteration * count + len(drawn)
+    return drawn
