@@ -22,8 +22,8 @@ from collm.models.critic import Critic
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.rollout.collect import Plan, collect
+from collm.tiny.workshop.pretrain import make_tokenizer
 from collm.training.assemble import make_learner
-from collm.training.pretrain import make_tokenizer
 from collm.types import Completion, Episode, Group, Sampling, Turn
 
 BUILDERS = ("builder_0", "builder_1")

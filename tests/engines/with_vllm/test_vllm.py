@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from collm import tiny
 from collm.config import LoraSettings, VllmSettings, parse_config
 from collm.engines.local import LocalEngine
-from collm.models import tiny
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.training.trainer import Interrupted, Trainer
