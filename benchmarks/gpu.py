@@ -106,7 +106,7 @@ def shape(name: str) -> Any:
     """The configuration of a model, with the tokens at which the shipped tokenizer begins and ends."""
     from transformers import AutoConfig, Qwen3Config
 
-    from collm.models import tiny
+    from collm import tiny
 
     shipped = AutoConfig.from_pretrained(tiny.folder())
     if name == "tiny":
@@ -119,7 +119,7 @@ def build_model(name: str, folder: Path, device: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from collm.models import tiny
+    from collm import tiny
 
     tokenizer = AutoTokenizer.from_pretrained(tiny.folder())
     torch.manual_seed(0)

@@ -148,7 +148,7 @@ def read_shape(source: str) -> Shape:
 def _folder(source: str) -> Path | None:
     """Where a model's config lies on this machine, if it does."""
     if source == "tiny":
-        return Path(__file__).parent / "models" / "tiny" / "weights"
+        return Path(__file__).parent / "tiny" / "weights"
     if Path(source).is_dir():
         return Path(source)
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")

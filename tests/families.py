@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from collm.envs.agree import COLOURS, Agree
-from collm.envs.demonstrations import name_colour
 from collm.models.chat import Chat
+from collm.tiny.workshop.demonstrations import name_colour
 from collm.types import Message
 
 # ChatML with a system message of its own where none is given (Qwen2.5).

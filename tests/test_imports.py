@@ -23,6 +23,7 @@ MAY = {
     "sandbox": {"errors"},
     "envs": {"types", "errors", "seeds", "sandbox"},
     "models": {"types", "errors", "config", "algorithms"},
+    "tiny": {"types", "errors", "seeds", "envs", "models"},
     "engines": {"types", "errors", "config", "algorithms", "models"},
     "rollout": {"types", "errors", "seeds", "envs.base", "envs.gate", "engines.base"},
     "learning": RECORDS | {"algorithms", "models"},
@@ -44,6 +45,7 @@ MAY = {
 }
 NO_TORCH = ("types", "errors", "seeds", "config", "sandbox", "envs", "reports", "planning", "")
 HEAVY = {"torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "vllm"}
+WORKSHOP = "tiny/workshop/"  # made the shipped model; only its own files import it
 DOORS = {
     "datasets": "envs/data.py",
     "ray": "cluster/",
@@ -95,6 +97,8 @@ def violations(path: Path) -> list[str]:
         base = name.split(".")[0]
         if base == "collm" and not allowed(room, name.removeprefix("collm").lstrip("."), top):
             found.append(f"{where}:{line} imports {name}")
+        if name.startswith("collm.tiny.workshop") and not where.startswith(WORKSHOP):
+            found.append(f"{where}:{line} imports {name}, which nothing outside the workshop needs")
         light = room == "planning" and base == "tokenizers" and not top  # it counts a prompt's tokens, and loads no torch
         if base in HEAVY and not light and (room in NO_TORCH or (room == "cli" and top)):
             found.append(f"{where}:{line} imports {base}")
@@ -128,6 +132,17 @@ def test_the_walk_sees_what_it_should(tmp_path):
     assert not allowed("rollout", "envs.catalogue.EnvSpec", True)
     assert not allowed("rollout", "envs.baseline", True)
     assert not allowed("config", "types.Sampling", True)
+
+
+def test_nothing_outside_the_workshop_imports_it(tmp_path, monkeypatch):
+    """Also not inside a function of the command line, which may import everything else there."""
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    lines = "def f():\n    from collm.tiny import folder, workshop\n    from collm.tiny.workshop.pretrain import main\n"
+    for where, num_found in (("cli/x.py", 2), ("tiny/x.py", 2), ("tiny/workshop/x.py", 0)):
+        path = tmp_path / where
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(lines)
+        assert len(violations(path)) == num_found
 
 
 def test_the_light_rooms_load_no_torch():

@@ -20,9 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from collm import tiny
 from collm.cli.main import main
 from collm.errors import CollmError
-from collm.models import tiny
 from collm.models.policy import Policy
 from collm.reports.screen import Screen
 from collm.serving import server as serving

@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
             console.print(f"{'to do   ' if job in waiting else 'finished'}  {job.cell.folder}", soft_wrap=True)
         return 0
     plain = _write(grid, folder)
-    files = [draw_grid(found, task, folder / f"curves-{task}.png") for task in found.tasks]
+    files = [draw_grid(found, task, folder / f"curves-{task}.svg") for task in found.tasks]
     tables = grid_tables(found)
     text = io.StringIO()
     Screen(file=text, width=200).print(*tables, sep="\n\n")

@@ -9,17 +9,19 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from collm.errors import ConfigError
-from collm.models import folders, tiny
+from collm.models import folders
 
 transformers_logging.disable_progress_bar()
 
+TINY = Path(__file__).parents[1] / "tiny" / "weights"
+"""The model that the package ships (collm/tiny)."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def resolve(source: str) -> str:
     """A model's folder, as an absolute path, or its hub name; "tiny" is the model that the package ships."""
     if source == "tiny":
-        return str(tiny.folder())
+        return str(TINY)
     return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 

@@ -71,8 +71,15 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
         below.set_ylim(max(FLOOR, lowest), 1)
         below.axhline(0, color="#9aa0a6", linewidth=0.8)
         _dress(below, "critic" if len(runs) == 1 else f"critic of {name}", "explained variance")
-    with replacing(path) as aside:
-        figure.savefig(aside, format=path.suffix.removeprefix("."))
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    """Write a figure in its file's format. An SVG holds its texts as text and neither a date nor a random name: the same
+    numbers give the same bytes."""
+    metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else None
+    with replacing(path) as aside, rc_context({"svg.hashsalt": "collm", "svg.fonttype": "none"}):
+        figure.savefig(aside, format=path.suffix.removeprefix("."), metadata=metadata)
     return path
 
 
@@ -162,28 +169,30 @@ def _dress(axes: Axes, title: str, quantity: str) -> None:
 def draw_grid(comparison: Comparison, task: str, path: Path) -> Path:
     """Held-out reward of every method against joint actions: mean over seeds, each seed thin behind it. Raises SaveError.
 
-    A method without training is a thin broken line. The legend has the methods from best to worst, by where they end.
+    A method without training is a thin broken line. The legend has the methods from best to worst, by where they end. In an
+    SVG the lines are named `METHOD` and `METHOD/seedS`.
     """
     figure = Figure(figsize=(9, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     widest = max((result.joint_actions for result in comparison.results if result.cell.task == task), default=1) or 1
-    colours, dashes = itertools.cycle(COLOURS), itertools.cycle(_DASHES)
+    strokes = itertools.cycle([(colour, stroke) for stroke in ("-", (0, (4, 1))) for colour in COLOURS])
+    dashes = itertools.cycle(_DASHES)
     for line in comparison.lines(task):
+        method = line.method
         if all(len(result.joint_actions_K) == 1 for result in line.results):
             height = float(np.mean([result.rewards_K[0] for result in line.results]))
-            axes.plot([0, widest], [height, height], color="#3b3f45", linewidth=1, linestyle=next(dashes), label=line.method)
+            axes.plot([0, widest], [height] * 2, color="#3b3f45", linewidth=1, linestyle=next(dashes), label=method, gid=method)
             continue
-        colour = next(colours)
+        colour, stroke = next(strokes)
         for result in line.results:
-            axes.plot(result.joint_actions_K, result.rewards_K, color=colour, alpha=0.25, linewidth=0.7)
+            name = f"{method}/seed{result.cell.seed}"
+            axes.plot(result.joint_actions_K, result.rewards_K, color=colour, alpha=0.25, linewidth=0.7, gid=name)
         x = np.unique(np.concatenate([result.joint_actions_K for result in line.results]))
         shared = x[x <= min(result.joint_actions_K[-1] for result in line.results)]
         heights = np.mean([np.interp(shared, result.joint_actions_K, result.rewards_K) for result in line.results], axis=0)
-        axes.plot(shared, heights, color=colour, linewidth=2.2, label=line.method)
+        axes.plot(shared, heights, color=colour, linewidth=2.2, linestyle=stroke, label=method, gid=method)
     _dress(axes, task, "held-out reward, last turn")
     named = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     named.sort(key=lambda line: -float(np.asarray(line.get_ydata())[-1]))
     axes.legend(handles=named, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    with replacing(path) as aside:
-        figure.savefig(aside, format=path.suffix.removeprefix("."))
-    return path
+    return _save(figure, path)

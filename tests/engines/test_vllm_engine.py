@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from collm import tiny as tiny_model
 from collm.engines.catalogue import make_engine
 from collm.engines.local import LocalEngine
 from collm.engines.vllm import checkpoint_tensors, model_options, places, write_config
 from collm.errors import ConfigError
-from collm.models import tiny as tiny_model
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.settings.load import parse_config

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from places import public_data
 
 from collm import check_env, make
-from collm.envs.building.bridge_build import BridgeBuild, draw_map, generated, read_map, untouched
-from collm.envs.gathering import demonstrations, grid
+from collm.envs.building.bridge_build import BridgeBuild, generated, read_map, untouched
+from collm.envs.gathering import grid
 from collm.errors import ConfigError, EnvError
+from collm.tiny.workshop import gathering
 
 DATA = "bridge_build/data.json"
 # S (1,0), T (1,4); true pillars (1,1) and (2,3), a fake one at (3,1). An untouched river costs 5 + 2 * 2 = 9.
@@ -600,21 +601,12 @@ def test_poor_players_leave_much_to_learn():
             env.reset(seed=0, options={"task": task})
             info = {}
             while env.agents:
-                answers = {agent: demonstrations.plank_somewhere(env, agent, rng) for agent in env.agents}
+                answers = {agent: gathering.plank_somewhere(env, agent, rng) for agent in env.agents}
                 info = env.step(answers)[-1]["bank_s"]
             scores.append(info["metrics"]["score"])
         assert 0.1 < sum(scores) / len(scores) < 0.5
         assert max(scores) > 0.5
         assert min(scores) < 0
-
-
-def test_demonstrations_vary_and_replay_and_never_show_a_map_that_is_trained_or_tested_on():
-    chats = [demonstrations.bridge_build(random.Random(n)) for n in range(60)]
-    assert chats == [demonstrations.bridge_build(random.Random(n)) for n in range(60)]
-    assert {len(chat) for chat in chats} == {1, 2, 3}
-    assert len({text for episode in chats for chat in episode for text, _ in chat}) > 200
-    for n in range(60):
-        assert grid.part_of(grid.drawn(draw_map, "bridge_build", "pretraining", (5, 5), n)) == "pretraining"
 
 
 # --- maps ----------------------------------------------------------------------------------------------------------------

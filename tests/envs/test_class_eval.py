@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from places import DATA, needs
 
 from collm import check_env, make
-from collm.envs.coding import class_demonstrations
 from collm.envs.coding.class_eval import ClassEval
 from collm.envs.coding.class_samples import NUM_TASKS, sample_tasks
 from collm.envs.coding.classes import is_written, merged, num_parameters, read_answer, read_task, shares
 from collm.errors import ConfigError, EnvError
+from collm.tiny.workshop import classes
 
 needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 CLASSES = "classeval/ClassEval_data.json"
@@ -478,13 +478,13 @@ def test_poor_players_earn_between_a_tenth_and_a_half(monkeypatch):
         return outcome
 
     monkeypatch.setattr(ClassEval, "play", noted)
-    chats = [chat for seed in range(70) for chat in class_demonstrations.class_eval(random.Random(seed))]
+    chats = [chat for seed in range(70) for chat in classes.class_eval(random.Random(seed))]
     assert 0.6 < sum(earned) / len(earned) < 3.0
     assert len({round(reward, 2) for reward in earned}) > 10
     answers = [answer for chat in chats for _, answer in chat]
     assert len(set(answers)) > 0.8 * len(answers)
     assert max(map(len, answers)) < 600
-    assert chats[:2] == class_demonstrations.class_eval(random.Random(0))[:2]
+    assert chats[:2] == classes.class_eval(random.Random(0))[:2]
 
 
 # --- options and public data ---------------------------------------------------------------------------------------------

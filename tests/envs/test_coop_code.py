@@ -17,7 +17,7 @@ import pytest
 from places import DATA, needs
 
 from collm import check_env, make
-from collm.envs.coding import demonstrations, problems
+from collm.envs.coding import problems
 from collm.envs.coding.canaries import canary_of, changed
 from collm.envs.coding.coop_code import CoopCode
 from collm.envs.coding.problems import SHARED, Problem, from_row, generated
@@ -25,6 +25,7 @@ from collm.envs.coding.programs import function, parse, read, returns_something,
 from collm.envs.data import read_rows
 from collm.errors import ConfigError, EnvError
 from collm.sandbox import Job, judge
+from collm.tiny.workshop import programs
 
 needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 TESTS = ("assert twice(1) == 2\n", "assert twice(3) == 6\n", "assert twice(-1) == -2\n", "assert twice(0) == 0\n")
@@ -472,10 +473,7 @@ def test_poor_programmers_earn_something_and_vary():
         recipe = problems.draw(rng)
         problem = problems.problem_of(recipe, rng)
         env = CoopCode()
-        parts, _ = play(*(demonstrations.write(env, recipe, agent, rng) for agent in ("main", "aux")), problem)
+        parts, _ = play(*(programs.write(env, recipe, agent, rng) for agent in ("main", "aux")), problem)
         totals.append(sum(parts.values()))
     assert 0.4 < sum(totals) / len(totals) < 2.6
     assert len({round(total, 2) for total in totals}) > 8
-    chats = [demonstrations.coop_code(random.Random(number)) for number in range(12)]
-    assert chats == [demonstrations.coop_code(random.Random(number)) for number in range(12)]
-    assert {len(chat) for found in chats for chat in found} == {1, 2}

@@ -24,10 +24,11 @@ from typing import Any
 
 import pytest
 
-from collm import envs, make, seeds
+from collm import make, seeds
 from collm.envs.base import Outcome, TextEnv
 from collm.envs.catalogue import WORLDS, find
 from collm.errors import ConfigError, SandboxError
+from collm.tiny import workshop
 
 COUNT = int(os.environ.get("COLLM_FUZZ", "2000"))
 SECONDS = 20
@@ -228,14 +229,14 @@ KINDS: dict[Callable[[random.Random, Sequence[str]], str], float] = {
 @cache
 def demonstrations() -> tuple[ModuleType, ...]:
     """Every module of scripted players."""
-    found = pkgutil.walk_packages(envs.__path__, "collm.envs.")
-    return tuple(importlib.import_module(module.name) for module in found if module.name.endswith("demonstrations"))
+    names = [module.name for module in pkgutil.iter_modules(workshop.__path__, "collm.tiny.workshop.")]
+    return tuple(importlib.import_module(name) for name in names if not name.endswith("pretrain"))
 
 
 def written_by_players(name: str, rng: random.Random) -> list[str]:
-    """Answers of a world's scripted players: a function named after it in one of the modules of demonstrations."""
-    play = next((getattr(m, n) for m in demonstrations() for n in (name, f"_{name}") if hasattr(m, n)), None)
-    assert play is not None, f"no module of demonstrations under collm/envs has a function {name}(rng)"
+    """Answers of an environment's scripted players: a function named after it in one of the workshop's modules."""
+    play = next((getattr(module, name) for module in demonstrations() if hasattr(module, name)), None)
+    assert play is not None, f"no module of collm/tiny/workshop has a function {name}(rng)"
     return [answer for _ in range(20) for chat in play(rng) for _, answer in chat]
 
 

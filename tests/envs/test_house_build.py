@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from places import public_data
 
 from collm import check_env, make, seeds
-from collm.envs.building import house_demonstrations
 from collm.envs.building.house_build import HouseBuild, limit
 from collm.envs.building.houses import (
     SYMBOLS,
@@ -29,6 +28,7 @@ from collm.envs.building.houses import (
 )
 from collm.envs.gathering.grid import part_of
 from collm.errors import ConfigError, EnvError
+from collm.tiny.workshop import houses
 
 DATA = "house_build/data.json"
 BRICKS, OBSIDIAN, PLANKS = "stone_bricks", "obsidian", "planks"
@@ -722,7 +722,7 @@ def test_poor_builders_speak_the_format_and_leave_much_undone():
             rng = seeds.stream("poor", task)
             env = HouseBuild(size=(4, 3, 4), turns=1, reward=reward)
             env.reset(seed=task, options={"task": task})
-            raw, info, _ = turn(env, *(house_demonstrations.fill_boxes(env, agent, rng) for agent in env.agents))
+            raw, info, _ = turn(env, *(houses.fill_boxes(env, agent, rng) for agent in env.agents))
             floor = info["metrics"]["floor"]
             shares.append((raw - floor) / (env.max_reward - floor))
             rejected += info["metrics"]["rejected"]
@@ -736,8 +736,8 @@ def test_demonstrations_are_played_on_houses_kept_for_pre_training_only():
     symbols = {block: symbol for symbol, block in SYMBOLS.items()}
     texts = set()
     for number in range(150):
-        chats = house_demonstrations.house_build(seeds.stream("demonstration", number))
-        assert chats == house_demonstrations.house_build(seeds.stream("demonstration", number))
+        chats = houses.house_build(seeds.stream("demonstration", number))
+        assert chats == houses.house_build(seeds.stream("demonstration", number))
         assert 1 <= len(chats) <= 2
         for chat in chats:
             first = chat[0][0]

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from places import public_data
 
 from collm import check_env, make
-from collm.envs.gathering import demonstrations, grid
-from collm.envs.gathering.resource_gathering import KINDS, ROLES, ResourceGathering, draw_field, generated, read_field
+from collm.envs.gathering import grid
+from collm.envs.gathering.resource_gathering import KINDS, ROLES, ResourceGathering, generated, read_field
 from collm.errors import ConfigError, EnvError
+from collm.tiny.workshop import gathering
 
 DATA = "resource_gathering/data.json"
 GOAL = {"wood": 3, "stone": 3, "iron": 1}
@@ -556,7 +557,7 @@ def test_poor_players_leave_much_to_learn():
         for task in range(60):
             env = ResourceGathering(size=size)
             metrics, _, reward = play(
-                env, task, lambda env, agent, seen, rng=rng: json.loads(whole(demonstrations.wander, env, agent, rng))
+                env, task, lambda env, agent, seen, rng=rng: json.loads(whole(gathering.wander, env, agent, rng))
             )
             total, successes = total + reward, successes + metrics["success"]
         assert 0.1 < total / 60 / 15 < 0.55
@@ -572,15 +573,6 @@ def whole(player, env, agent, rng):
         except ValueError:
             continue
         return answer
-
-
-def test_demonstrations_vary_and_replay_and_never_show_a_field_that_is_trained_or_tested_on():
-    chats = [demonstrations.resource_gathering(random.Random(n)) for n in range(60)]
-    assert chats == [demonstrations.resource_gathering(random.Random(n)) for n in range(60)]
-    assert {len(chat) for chat in chats} == {1, 2, 3}
-    assert len({text for episode in chats for chat in episode for text, _ in chat}) > 200
-    for n in range(60):
-        assert grid.part_of(grid.drawn(draw_field, "resource_gathering", "pretraining", (5, 5), n)) == "pretraining"
 
 
 # --- fields --------------------------------------------------------------------------------------------------------------

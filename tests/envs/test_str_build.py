@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import re
 import time
 
@@ -13,10 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from places import public_data
 
-from collm import make, seeds
+from collm import make
 from collm.envs.building import font
 from collm.envs.building.str_build import PALETTES, REFERENCE, StrBuild, read_strings
-from collm.envs.demonstrations import pretraining_word, str_build
 from collm.errors import ConfigError, EnvError
 
 DATA = "str_build/data.csv"
@@ -550,20 +548,6 @@ def test_english_words_are_split_without_overlap(lengths):
         assert share == pytest.approx(0.35, abs=0.02)
     assert make("str_build", strings="english", lengths=list(lengths)).words == train
     assert make("str_build", strings="english", lengths=list(lengths), split="eval").words == held_out
-
-
-def test_pretraining_never_shows_a_word_that_is_trained_or_tested_on():
-    known = {*font.english_words(), *REFERENCE["train"], *REFERENCE["eval"]}
-    drawn = {pretraining_word(seeds.stream("pretraining words", n)) for n in range(3000)}
-    assert not drawn & known
-    assert {len(word) for word in drawn} == {1, 2, 3, 4}
-    shown = set()
-    for number in range(200):
-        for chat in str_build(random.Random(number)):
-            for observation, _ in chat:
-                shown |= set(re.findall(r"Build ([A-Z]+)(?: together)?\.", observation))
-    assert len(shown) > 100
-    assert not shown & known
 
 
 def test_no_word_is_refused_with_the_way_out():

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from places import DATA
 
 from collm import check_env, make
-from collm.envs.writing import demonstrations
 from collm.envs.writing.lexicon import STOP_WORDS, TRANSITIONS, jaccard, transition_categories, words
 from collm.envs.writing.samples import NUM_TASKS, sample_texts
 from collm.envs.writing.writing import ARXIV, MARKER, TLDR, Arxiv, Band, Tldr, cut, diagnose, judge
 from collm.errors import ConfigError, EnvError
 from collm.settings.load import parse_config
-from collm.training.trainer import metric_names
+from collm.tiny.workshop import writing
+from collm.training.task import metric_names
 
 POSTS = DATA / "tldr" / "reddit_tifu.jsonl"
 ABSTRACTS = DATA / "arxiv" / "scitldr_abstracts.jsonl"
@@ -602,7 +602,7 @@ def test_poor_pairs_earn_a_third_with_wide_variety(name):
         rng = random.Random(seed)
         env = WORLDS[name]()
         env.reset(seed=seed)
-        texts = [demonstrations.retell(env, role, rng) for role in range(2)]
+        texts = [writing.retell(env, role, rng) for role in range(2)]
         raw, info, _ = play(env, *texts, task=env.task)
         scores.append(raw / env.max_reward)
         gates.append(info["metrics"]["gates"])
@@ -612,30 +612,6 @@ def test_poor_pairs_earn_a_third_with_wide_variety(name):
     assert sum(gate >= 2 for gate in gates) > 60  # sometimes
     assert 5 < sum(score > 0.8 for score in scores) < 100  # there is something to select from, and to learn
     assert any(score < 0.2 for score in scores)
-
-
-@pytest.mark.parametrize("name", ["tldr", "arxiv"])
-def test_demonstrations_are_chats_about_train_texts(name):
-    player = getattr(demonstrations, name)
-    held_out, train = set(sample_texts(WORLDS[name].rules.kind, "eval")), set(sample_texts(WORLDS[name].rules.kind, "train"))
-    answers, sizes = [], set()
-    for seed in range(150):
-        chats = player(random.Random(seed))
-        assert chats == player(random.Random(seed))
-        sizes.add(len(chats))
-        for chat in chats:
-            [(observation, answer)] = chat
-            quoted = [line[2:] for line in observation.split("\n") if line.startswith("> ")]
-            assert len(quoted) == 1
-            assert quoted[0] in train
-            assert quoted[0] not in held_out
-            assert answer.isascii()
-            answers.append(answer)
-    assert sizes == {1, 2, 3}
-    assert len(set(answers)) > 0.95 * len(answers)
-    alone = [player(random.Random(seed)) for seed in range(300)]
-    marked = [MARKER in chats[0][0][1] for chats in alone if len(chats) == 1]
-    assert 0.5 < sum(marked) / len(marked) < 1  # the format is nearly always right
 
 
 def test_judging_is_a_pure_function_of_two_texts():

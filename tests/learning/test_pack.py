@@ -23,8 +23,8 @@ from collm.models.team import Team
 from collm.rollout.collect import collect
 from collm.rollout.plan import Plan
 from collm.settings.load import parse_config
+from collm.tiny.workshop.pretrain import make_tokenizer
 from collm.training.assemble import make_learner
-from collm.training.pretrain import make_tokenizer
 from collm.types import Completion, Episode, Group, Sampling, Turn
 
 BUILDERS = ("builder_0", "builder_1")

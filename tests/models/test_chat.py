@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from collm import tiny as tiny_package
 from collm.errors import ConfigError
-from collm.models import tiny as tiny_package
 from collm.models.chat import Chat
 from collm.types import Message
 

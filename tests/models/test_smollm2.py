@@ -10,7 +10,7 @@ import pytest
 from places import ROOT
 from transformers import AutoTokenizer
 
-from collm.models import tiny
+from collm import tiny
 
 MADE = ROOT / "build" / "smollm2"
 

@@ -189,7 +189,8 @@ def test_every_recipe_can_be_planned(path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 QWEN3_4B = {
-    "env.name": "str_build", "team.model": "Qwen/Qwen3-4B-Instruct-2507", "team.compute": "bfloat16", "team.lora.rank": 16, "rollout.tasks": 4, "rollout.max_tokens": 512, "learner.gradient_checkpointing": True,
+    "env.name": "str_build", "team.model": "Qwen/Qwen3-4B-Instruct-2507", "team.compute": "bfloat16",
+    "team.lora.rank": 16, "rollout.tasks": 4, "rollout.max_tokens": 512, "learner.gradient_checkpointing": True,
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from places import DATA, needs
 
 from collm.errors import EnvError, SandboxError
 from collm.sandbox import Job, Sandbox, Verdict, judge
+from collm.sandbox import box as box_module
 from collm.sandbox import pool as module
 from collm.sandbox.seccomp import seccomp_filter, syscalls
 
@@ -572,14 +573,14 @@ def test_a_bubblewrap_that_cannot_make_the_box_is_refused_in_its_own_words(
 def test_a_box_that_leaks_fails_the_self_test(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wrong variants: a filter that lets sockets through, and a box in which the user's files can be seen."""
     real = seccomp_filter("zygote")
-    monkeypatch.setattr(module, "seccomp_filter", lambda role: real)
+    monkeypatch.setattr(box_module, "seccomp_filter", lambda role: real)
     with pytest.raises(SandboxError, match="self-test failed: it must hold that there is no second process"):
         Sandbox(1)
     monkeypatch.undo()
-    command = module._command(16)
+    command = module.command_line(16)
     here = str(Path(module.__file__).parent)
     at = command.index("/box") + 1
-    monkeypatch.setattr(module, "_command", lambda disk_mb: [*command[:at], "--ro-bind", here, here, *command[at:]])
+    monkeypatch.setattr(module, "command_line", lambda disk_mb: [*command[:at], "--ro-bind", here, here, *command[at:]])
     with pytest.raises(SandboxError, match="self-test failed: it must hold that the user's files are not there"):
         Sandbox(1)
 

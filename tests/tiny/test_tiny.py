@@ -6,12 +6,15 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
+from collm import tiny
 from collm.engines.local import LocalEngine
-from collm.models import tiny
+from collm.models import loading
 from collm.models.team import Team
 from collm.settings.load import parse_config
 from collm.training.evaluate import Evaluation, evaluate
@@ -67,6 +70,19 @@ def test_the_shipped_model_is_version_1() -> None:
     assert digests == PINNED
 
 
+def test_who_asks_for_tiny_gets_these_files() -> None:
+    assert Path(loading.resolve("tiny")) == tiny.folder()
+
+
+def test_a_wheel_holds_every_file_of_the_package() -> None:
+    """What is not Python is installed only where the package data name it."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["collm"]
+    package = ROOT / "collm"
+    named = {path for pattern in patterns for path in package.glob(pattern)}
+    assert set(tiny.folder().iterdir()) <= named
+    assert {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")} == named
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed, and programmers' texts need it")
 def test_its_recipe_gives_the_same_weights_twice(tmp_path: Path) -> None:
@@ -74,7 +90,7 @@ def test_its_recipe_gives_the_same_weights_twice(tmp_path: Path) -> None:
     digests = []
     for name in ("one", "two"):
         folder = tmp_path / name
-        command = [sys.executable, "-m", "collm.training.pretrain", str(folder), "--steps", "20", "--threads", "1"]
+        command = [sys.executable, "-m", "collm.tiny.workshop.pretrain", str(folder), "--steps", "20", "--threads", "1"]
         subprocess.run(command, check=True, capture_output=True, timeout=600)
         digests.append(hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest())
     assert digests[0] == digests[1]

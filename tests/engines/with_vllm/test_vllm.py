@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from collm import tiny
 from collm.engines.local import LocalEngine
-from collm.models import tiny
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.settings.load import parse_config

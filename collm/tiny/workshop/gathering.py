@@ -16,7 +16,7 @@ from collm.envs.building.bridge_build import draw_map as draw_river
 from collm.envs.gathering import grid
 from collm.envs.gathering.grid import Cell
 from collm.envs.gathering.resource_gathering import GOAL, KINDS, ResourceGathering, draw_field
-from collm.envs.scripted import Chat, play
+from collm.tiny.workshop.scripted import Chat, play
 
 SIDES = {
     "bridge_build": ((5, 5), (7, 6), (7, 6), (7, 6), (9, 8), (13, 11)),

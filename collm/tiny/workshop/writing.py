@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from collm.envs.quote import Quote
-from collm.envs.scripted import Chat, play
 from collm.envs.writing.writing import MARKER, Arxiv, Tldr, Writing
+from collm.tiny.workshop.scripted import Chat, play
 
 OPENERS = (
     "also,", "however,", "therefore,", "for example,", "then,", "in fact,", "in short,", "likewise,", "still,", "otherwise,",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from collm.envs.coding.coop_code import CoopCode
 from collm.envs.coding.problems import ENDS, STEPS, Recipe, draw, part_of, problem_of
-from collm.envs.scripted import Chat
+from collm.tiny.workshop.scripted import Chat
 
 
 def coop_code(rng: random.Random) -> list[Chat]:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from collm import seeds
 from collm.envs.agree import COLOURS, Agree
 from collm.envs.building.font import GLYPHS, SIZE, english_words
-from collm.envs.building.house_demonstrations import house_build
 from collm.envs.building.str_build import REFERENCE, StrBuild
-from collm.envs.coding.class_demonstrations import class_eval
-from collm.envs.coding.demonstrations import coop_code
-from collm.envs.gathering.demonstrations import bridge_build, resource_gathering
-from collm.envs.scripted import Chat, play
-from collm.envs.writing.demonstrations import arxiv, tldr
+from collm.tiny.workshop.classes import class_eval
+from collm.tiny.workshop.gathering import bridge_build, resource_gathering
+from collm.tiny.workshop.houses import house_build
+from collm.tiny.workshop.programs import coop_code
+from collm.tiny.workshop.scripted import Chat, play
+from collm.tiny.workshop.writing import arxiv, tldr
 
 
 def chats(seed: int) -> Iterator[Chat]:

@@ -1,6 +1,6 @@
 """Makes the tiny language model that the package ships, from texts the environments generate.
 
-    python -m collm.training.pretrain OUTPUT_FOLDER
+    python -m collm.tiny.workshop.pretrain OUTPUT_FOLDER
 
 Same machine, same thread count: same weights to the bit. docs/tiny-model.md tells what it is and what it scores.
 """
@@ -20,8 +20,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from collm.envs import demonstrations
 from collm.models.chat import Chat
+from collm.tiny.workshop import demonstrations
 from collm.types import Message
 
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")

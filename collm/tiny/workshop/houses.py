@@ -11,7 +11,7 @@ import random
 
 from collm.envs.building.house_build import HouseBuild
 from collm.envs.building.houses import SYMBOLS, Layers, Rectangle, Size, generated_layers, rectangles
-from collm.envs.scripted import Chat, play
+from collm.tiny.workshop.scripted import Chat, play
 
 SIZES: tuple[Size, ...] = ((3, 3, 3), (4, 3, 4), (4, 3, 4), (4, 3, 4), (4, 3, 4), (4, 4, 4), (5, 4, 5))
 MOST_LINES = 10

@@ -11,7 +11,7 @@ import re
 
 from collm.envs.coding.class_eval import ClassEval
 from collm.envs.coding.class_samples import ITEMS, NUMBER
-from collm.envs.scripted import Chat, play
+from collm.tiny.workshop.scripted import Chat, play
 
 SLIPS = (("+", "-"), ("-", "+"), ("*", "+"), (">", "<"), ("<", ">"), (" + x", ""), ("y ", "x "), ("self.", ""), ("return ", ""))
 

@@ -1,0 +1,10 @@
+"""The tiny language model that the package ships, and the workshop that made it (docs/tiny-model.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def folder() -> Path:
+    """Where its weights and tokenizer lie, as an ordinary Hugging Face folder."""
+    return Path(__file__).with_name("weights")
