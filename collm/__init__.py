@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collm.envs.check import check_env
     from collm.models.team import Team
     from collm.rollout.collect import Plan, collect
+    from collm.studies.compare import compare
     from collm.training.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -26,10 +27,11 @@ _HOMES = {
     "Team": "collm.models.team",
     "Plan": "collm.rollout.collect",
     "collect": "collm.rollout.collect",
+    "compare": "collm.studies.compare",
     "Trainer": "collm.training.trainer",
 }
 
-__all__ = ["Config", "Plan", "Team", "Trainer", "check_env", "collect", "load_config", "make"]
+__all__ = ["Config", "Plan", "Team", "Trainer", "check_env", "collect", "compare", "load_config", "make"]
 
 
 def __getattr__(name: str) -> Any:

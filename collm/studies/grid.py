@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from collm.errors import RunError
-from collm.runs.directory import damage
+from collm.errors import ConfigError, RunError
+from collm.runs.directory import damage, hold
+from collm.runs.files import explained, write_text
 from collm.studies.intervals import Interval, interval, student
-from collm.studies.result import Cell, Result, first_reaching, read_result
+from collm.studies.result import RESULTS, Cell, Result, first_reaching, read_result
 from collm.studies.series import REWARD
 
 SEEDS = 3
@@ -49,7 +50,17 @@ class Line:
         return interval(values_S, fewest=SEEDS, unit="seed")
 
     @property
+    def seeds(self) -> list[int]:
+        return [result.cell.seed for result in self.results]
+
+    @property
+    def reward(self) -> Interval:
+        """Held-out reward after training."""
+        return self.final[REWARD]
+
+    @property
     def final(self) -> dict[str, Interval]:
+        """Measure -> its held-out mean after training; "reward" first."""
         return {name: self.over_seeds([r.final.get(name, math.nan) for r in self.results]) for name in self.results[0].final}
 
     @property
@@ -84,17 +95,32 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The finished runs of a study."""
+    """The finished runs of a study.
+
+    Example: grid.line("two", "collm-cc").reward  # Interval(mean=0.9, low=0.8, high=1.0, num_tasks=3, note="")
+    """
 
     study: Study
     results: Sequence[Result]
+    """One for each finished run, in the recipe's order."""
+    failure: str = ""
+    """How many runs failed when the study was run just now, and why the first did; empty if none did."""
 
     @property
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(result.cell.task for result in self.results))
 
     @property
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(result.cell.method for result in self.results))
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(dict.fromkeys(result.cell.seed for result in self.results))
+
+    @property
     def missing(self) -> int:
+        """How many runs have not finished."""
         return len(self.study.cells) - len(self.results)
 
     def lines(self, task: str) -> list[Line]:
@@ -110,6 +136,14 @@ class Grid:
             best = max(full, key=lambda rate: float(np.mean([result.area for result in full[rate]])))
             lines.append(Line(task, method, best, full[best]))
         return lines
+
+    def line(self, task: str, method: str) -> Line:
+        """One method's line of a task. Raises ConfigError where no run of it has finished."""
+        lines = {line.method: line for line in self.lines(task)}
+        if method not in lines:
+            have = f"there are {', '.join(lines)}" if lines else f"tasks with finished runs: {', '.join(self.tasks) or 'none'}"
+            raise ConfigError(f"no run of {method!r} on {task!r} has finished; {have}.")
+        return lines[method]
 
     def differences(self, task: str) -> dict[str, dict[str, Interval]]:
         """Method -> "area" (with both kinds of interval) and "reward": the mean over seeds of (against minus method)."""
@@ -152,7 +186,7 @@ class Grid:
                 final = line.final
                 methods[line.method] = {
                     "learning_rate": line.rate,
-                    "seeds": [result.cell.seed for result in line.results],
+                    "seeds": line.seeds,
                     "reward": final.pop(REWARD).plain(),
                     "metrics": {name: found.plain() for name, found in final.items()},
                     "area": line.area.plain(),
@@ -176,6 +210,11 @@ class Grid:
             if task in self.study.thresholds:
                 tasks[task]["threshold"] = self.study.thresholds[task]
         return {"missing": self.missing, "tasks": tasks, "runs": [result.plain() for result in self.results]}
+
+    def write(self, folder: Path) -> Path:
+        """Write `results.json` into a folder. Raises SaveError."""
+        write_text(folder / RESULTS, json.dumps(self.plain(), indent=1, allow_nan=False) + "\n")
+        return folder / RESULTS
 
 
 def read_grid(study: Study, written: Path | None = None) -> Grid:
@@ -205,6 +244,21 @@ def read_grid(study: Study, written: Path | None = None) -> Grid:
         if name not in results and cell.finished:
             results[name] = read_result(cell)
     return Grid(study, [results[name] for name in cells if name in results])
+
+
+def write_results(study: Study, folder: Path) -> Grid:
+    """Write all runs that have finished to `results.json`, and return them; two processes may work on one folder.
+
+    Raises RunError or SaveError.
+    """
+    with explained(folder / RESULTS):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / f"{RESULTS}.lock").open("a")
+    with lock:
+        hold(lock.fileno(), str(folder), wait=True)
+        grid = read_grid(study, folder / RESULTS)
+        grid.write(folder)
+    return grid
 
 
 def _read_written(path: Path) -> dict[tuple[str, str, float | None, int], dict[str, Any]]:

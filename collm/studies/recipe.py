@@ -26,6 +26,13 @@ UNTRAINED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ALONE = ("ac", "grpo")
 """Algorithms that train one agent: the task is made for one."""
+FIXED = {
+    "run.seed": "Set compare.seeds.",
+    "run.name": "A run is named after its method, learning rate and seed.",
+    "run.folder": "Choose the comparison's folder.",
+    "algorithm.name": "Set compare.methods.",
+}
+"""Setting that every run of a comparison has its own of -> what can be set instead."""
 
 
 class StudySettings(BaseModel):
@@ -46,9 +53,17 @@ class StudySettings(BaseModel):
     """Task -> held-out reward; the table says after how many joint actions a method reaches it."""
 
 
-def read_plan(recipe: Path, folder: Path) -> tuple[StudySettings, list[Job]]:
-    """The recipe's plan and every run it asks for. Raises ConfigError before anything is started."""
+def read_plan(recipe: Path, folder: Path, overrides: Mapping[str, Any] | None = None) -> tuple[StudySettings, list[Job]]:
+    """The recipe's plan and every run it asks for. Raises ConfigError before anything is started.
+
+    overrides: `{"room.key": value}` on top of the settings of all tasks, beneath those of [methods.NAME]; "compare.KEY"
+    replaces one of the table [compare].
+    """
     values = _read_toml(recipe)
+    changes = dict(overrides or {})
+    for name, way_out in FIXED.items():
+        if name in changes:
+            raise ConfigError(f"{name} differs from run to run of a comparison, so it cannot be overridden. {way_out}")
     unknown = sorted(values.keys() - {"compare", "settings", "tasks", "methods"})
     if unknown:
         raise ConfigError(
@@ -56,6 +71,8 @@ def read_plan(recipe: Path, folder: Path) -> tuple[StudySettings, list[Job]]:
         )
     if not isinstance(values.get("compare"), dict):
         raise ConfigError(f"{recipe} has no table [compare]: say there which methods and seeds to run.")
+    about = {name: changes.pop(name) for name in [*changes] if name.startswith("compare.")}
+    apply_overrides(values, about)
     try:
         plan = StudySettings.model_validate(values["compare"])
     except ValidationError as error:
@@ -81,13 +98,21 @@ def read_plan(recipe: Path, folder: Path) -> tuple[StudySettings, list[Job]]:
         rates: list[float | None] = [*plan.learning_rates] if trained and plan.learning_rates else [None]
         for rate, seed in itertools.product(rates, plan.seeds):
             cell = Cell(task, method, rate, seed, folder / task / _name(method, rate, seed))
-            config = _settings(recipe, values.get("settings") or {}, tasks[task], methods, cell)
+            config = _settings(recipe, values.get("settings") or {}, tasks[task], methods, cell, changes)
             jobs.append(Job(replace(cell, settings=digest(config.resolved(), trained)), config, trained))
     return plan, jobs
 
 
-def _settings(recipe: Path, common: Mapping[str, Any], task: Any, methods: Mapping[str, Any], cell: Cell) -> Config:
-    """Settings of a cell, in layers: the task's recipe, [settings], [tasks.NAME], the method, [methods.NAME], rate and seed."""
+def _settings(
+    recipe: Path,
+    common: Mapping[str, Any],
+    task: Any,
+    methods: Mapping[str, Any],
+    cell: Cell,
+    changes: Mapping[str, Any],
+) -> Config:
+    """Settings of a cell, in layers: the task's recipe, [settings], [tasks.NAME], `changes`, the method, [methods.NAME], rate
+    and seed."""
     if not isinstance(task, Mapping):
         raise ConfigError(f"{recipe}: [tasks.{cell.task}] must be a table.")
     task, own = dict(task), dict(methods.get(cell.method) or {})
@@ -95,6 +120,7 @@ def _settings(recipe: Path, common: Mapping[str, Any], task: Any, methods: Mappi
     values: dict[str, Any] = {} if source is None else _read_toml(recipe.parent / str(source))
     for layer in (common, task):
         _merge(values, layer)
+    apply_overrides(values, changes)
     overrides: dict[str, Any] = {}
     if method in UNTRAINED:
         overrides = dict(UNTRAINED[method][1])

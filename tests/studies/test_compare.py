@@ -244,7 +244,8 @@ def test_a_run_that_fails_does_not_hide_the_others(tmp_path: Path, capsys: pytes
     text = RECIPE.replace('["parallel", "magrpo", "collm-cc"]', '["parallel", "magrpo"]').replace(
         "seeds = [0, 1]", "seeds = [0]"
     )
-    text = text.replace("learner.lr = 1e-3", 'team.model = "nowhere"')
+    (tmp_path / "empty").mkdir()
+    text = text.replace("learner.lr = 1e-3", f'team.model = "{tmp_path / "empty"}"')
     out = tmp_path / "out"
     assert main(["compare", str(write(tmp_path, text)), "--folder", str(out)]) == 2
     shown = capsys.readouterr()
