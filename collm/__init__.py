@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collm.rollout.plan import Plan
     from collm.settings.load import load_config
     from collm.settings.rooms import Config
+    from collm.studies.compare import compare
     from collm.training.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -28,10 +29,11 @@ _HOMES = {
     "Team": "collm.models.team",
     "Plan": "collm.rollout.plan",
     "collect": "collm.rollout.collect",
+    "compare": "collm.studies.compare",
     "Trainer": "collm.training.trainer",
 }
 
-__all__ = ["Config", "Plan", "Team", "Trainer", "check_env", "collect", "load_config", "make"]
+__all__ = ["Config", "Plan", "Team", "Trainer", "check_env", "collect", "compare", "load_config", "make"]
 
 
 def __getattr__(name: str) -> Any:

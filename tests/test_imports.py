@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -13,39 +14,34 @@ PACKAGE = Path(__file__).parents[1] / "collm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Room -> what of collm its files may import besides their own room; "envs.base" means that module alone.
-RECORDS = {"types", "errors", "seeds", "config"}
+RECORDS = {"types", "errors", "seeds", "settings"}
 MAY = {
-    "types": {"errors", "seeds", "config"},
-    "errors": {"types", "seeds", "config"},
-    "seeds": {"types", "errors", "config"},
-    "config": {"errors"},
+    "types": {"errors", "seeds"},
+    "errors": set(),
+    "seeds": set(),
+    "settings": {"errors"},
     "algorithms": {"errors"},
     "sandbox": {"errors"},
     "envs": {"types", "errors", "seeds", "sandbox"},
-    "models": {"types", "errors", "config", "algorithms"},
+    "models": {"types", "errors", "settings", "algorithms", "tiny"},
     "tiny": {"types", "errors", "seeds", "envs", "models"},
-    "engines": {"types", "errors", "config", "algorithms", "models"},
+    "engines": {"types", "errors", "settings", "algorithms", "models"},
     "rollout": {"types", "errors", "seeds", "envs.base", "envs.gate", "engines.base"},
     "learning": RECORDS | {"algorithms", "models"},
-    "training": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "learning", "runs"},
+    "planning": {"settings", "errors", "envs"},
     "runs": RECORDS | {"learning", "models"},
-    "reports": {"types", "errors", "runs"},
-    "serving": {"types", "errors", "config", "algorithms", "models", "engines", "runs"},
-    "cluster": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "training"},
-    "planning": {"config", "errors", "envs"},
-    "cli": {
-        "config",
-        "errors",
-        "envs",
-        "reports",
-        "planning",
-        "runs",
-    },  # at module level (none of them imports torch); inside functions everything
+    "serving": {"types", "errors", "settings", "algorithms", "models", "engines", "runs"},
+    "cluster": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "learning", "planning", "runs"},
+    "training": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "learning", "runs", "cluster"},
+    "studies": {"types", "errors", "settings", "runs"},  # a run is a process: nothing that trains is imported
+    "reports": {"types", "errors", "runs", "studies"},
+    "cli": {"settings", "errors", "envs", "reports", "planning", "runs", "studies"},
+    # of cli this is what is imported at module level (none of them imports torch); inside functions everything
     "": set(),  # collm/__init__.py
 }
-NO_TORCH = ("types", "errors", "seeds", "config", "sandbox", "envs", "reports", "planning", "")
-HEAVY = {"torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "vllm"}
+NO_TORCH = ("types", "errors", "seeds", "settings", "sandbox", "envs", "studies", "reports", "planning", "")
 WORKSHOP = "tiny/workshop/"  # made the shipped model; only its own files import it
+HEAVY = {"torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "vllm"}
 DOORS = {
     "datasets": "envs/data.py",
     "ray": "cluster/",
@@ -131,7 +127,7 @@ def test_the_walk_sees_what_it_should(tmp_path):
     assert allowed("rollout", "envs.base.TextEnv", True)
     assert not allowed("rollout", "envs.catalogue.EnvSpec", True)
     assert not allowed("rollout", "envs.baseline", True)
-    assert not allowed("config", "types.Sampling", True)
+    assert not allowed("settings", "types.Sampling", True)
 
 
 def test_nothing_outside_the_workshop_imports_it(tmp_path, monkeypatch):
@@ -145,14 +141,58 @@ def test_nothing_outside_the_workshop_imports_it(tmp_path, monkeypatch):
         assert len(violations(path)) == num_found
 
 
+def circle_of(package: Path) -> list[str]:
+    """Modules of a package that import each other in a circle when they are loaded, the first again at the end; [] if there are
+    none. Imports inside functions, and those for type checkers alone, run later or never."""
+    names = {
+        ".".join((package.name, *p.relative_to(package).with_suffix("").parts)).removesuffix(".__init__"): p
+        for p in package.rglob("*.py")
+    }
+
+    def module(name: str) -> str:
+        return name if name in names else name.rpartition(".")[0]
+
+    graph = {
+        here: {module(name) for name, _, top in imports_of(path) if top} & (names.keys() - {here})
+        for here, path in names.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [str(name) for name in error.args[1]]
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circle_of(PACKAGE) == []
+
+
+def test_a_planted_circle_is_found(tmp_path):
+    package = tmp_path / "planted"
+    (package / "room").mkdir(parents=True)
+    (package / "room" / "__init__.py").write_text("")
+    (package / "a.py").write_text("import planted.room.b\n")
+    (package / "room" / "b.py").write_text("import os\nfrom planted import c\n")
+    apart = (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from planted.a import A\n"
+        "def f():\n    from planted.a import A\n"
+    )
+    (package / "c.py").write_text(apart)
+    assert circle_of(package) == []
+    (package / "c.py").write_text(f"{apart}try:\n    from planted.a import A\nexcept ImportError: pass\n")
+    circle = circle_of(package)
+    assert circle[0] == circle[-1]
+    assert set(circle) == {"planted.a", "planted.room.b", "planted.c"}
+
+
 def test_the_light_rooms_load_no_torch():
     """Also not by way of something they import."""
-    modules = ["collm", "collm.types", "collm.errors", "collm.seeds", "collm.config", "collm.planning", "collm.cli.main"]
+    modules = ["collm", "collm.types", "collm.errors", "collm.seeds", "collm.settings.load", "collm.planning", "collm.cli.main"]
     modules += [
         f"collm.{p.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')}"
         for p in sorted((PACKAGE / "envs").rglob("*.py"))
     ]
-    modules += [f"collm.cli.{p.stem}" for p in sorted((PACKAGE / "cli").glob("*.py"))]
+    modules += [f"collm.{room}.{p.stem}" for room in ("studies", "cli") for p in sorted((PACKAGE / room).glob("*.py"))]
     code = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name.removesuffix('.__init__'))\n"
     code += f"    heavy = set({sorted(HEAVY)!r}) & set(sys.modules)\n"
     code += "    assert not heavy, (name, heavy)\n"

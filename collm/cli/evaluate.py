@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from collm.envs.catalogue import make
 from collm.errors import ConfigError, EnvError, RunError
-from collm.reports.intervals import Interval, by_task, interval
 from collm.reports.screen import Screen
-from collm.reports.tables import REWARD, evaluation_table, explain, held_out
+from collm.reports.tables import evaluation_table, held_out
 from collm.runs.directory import check_named, checkpoints, command, read_settings, usable_cores
 from collm.runs.files import is_leftover
 from collm.settings.load import apply_overrides, load_config, parse_config
 from collm.settings.rooms import Config
+from collm.studies.intervals import Interval, by_task, explain, interval
+from collm.studies.series import REWARD
 
 if TYPE_CHECKING:
     from collm.models.team import Team

@@ -10,14 +10,15 @@ from collm.reports.builds import choose, draw_builds, picture
 from collm.reports.curves import draw_curves
 from collm.reports.page import write_page
 from collm.reports.screen import Screen
-from collm.reports.tables import compare, comparison_table, runs_table
+from collm.reports.tables import comparison_table, runs_table
 from collm.runs.files import refuse_links
 from collm.runs.read import read_run
+from collm.studies.before_after import before_after
 
 
 def run(arguments: argparse.Namespace) -> int:
     folders = {folder.resolve(): folder for folder in arguments.runs}
-    comparisons = [compare(read_run(folder)) for folder in folders.values()]
+    comparisons = [before_after(read_run(folder)) for folder in folders.values()]
     console = Screen(quiet=arguments.json)
     if not console.is_terminal:
         console.width = 160

@@ -1,1 +1,1 @@
-"""Tables, curves and pictures of runs. This room reads run directories only and never imports torch."""
+"""Tables, curves and pictures of runs and studies: drawing only. Nothing here imports torch."""

@@ -12,11 +12,12 @@ from typing import Any
 
 from collm.errors import RunError
 from collm.reports.builds import BLOCKS
-from collm.reports.curves import COLOURS, explained_by_turn, held_out_curve, run_names, yardstick_by_turn
-from collm.reports.intervals import Interval
-from collm.reports.tables import compare
+from collm.reports.curves import COLOURS, run_names
 from collm.runs.files import write_text
 from collm.runs.read import Record, Run, read_episodes
+from collm.studies.before_after import before_after
+from collm.studies.intervals import Interval
+from collm.studies.series import explained_by_turn, held_out_curve, yardstick_by_turn
 
 EPISODES = 24
 """Episodes of one evaluation that a page holds: the worst, the best, and evenly spaced ones between."""
@@ -69,7 +70,7 @@ def _run(name: str, run: Run, colour: str) -> Record:
         for curves in (explained_by_turn(run), yardstick_by_turn(run))
     )
     try:
-        comparison = compare(run)
+        comparison = before_after(run)
         rows = {
             measure: {"before": _shown(row.before), "after": _shown(row.after), "apart": row.apart}
             for measure, row in comparison.rows.items()

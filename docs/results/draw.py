@@ -7,23 +7,24 @@ import json
 import sys
 from pathlib import Path
 
-from collm.reports.curves import draw_grid
-from collm.reports.grid import Cell, Comparison, Grid, Result
+from collm.reports.grid import draw_grid
+from collm.studies.grid import Grid, Study
+from collm.studies.result import Cell, Result
 
 
-def read(written: Path) -> Comparison:
+def read(written: Path) -> Grid:
     """All runs of a results.json, whatever settings they were made with."""
     results = []
     for run in json.loads(written.read_bytes())["runs"]:
         cell = Cell(run["task"], run["method"], run["learning_rate"], run["seed"], written.parent, run["settings"])
         results.append(Result.from_plain(cell, run))
-    return Comparison(Grid([result.cell for result in results], against=""), results)
+    return Grid(Study([result.cell for result in results], against=""), results)
 
 
 def draw(written: Path, folder: Path) -> list[Path]:
     """`curves-TASK.svg` of every task of a results.json."""
-    comparison = read(written)
-    return [draw_grid(comparison, task, folder / f"curves-{task}.svg") for task in comparison.tasks]
+    grid = read(written)
+    return [draw_grid(grid, task, folder / f"curves-{task}.svg") for task in grid.tasks]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -23,13 +22,13 @@ from collm.envs.building.str_build import PALETTES
 from collm.envs.catalogue import EnvSpec
 from collm.errors import RunError
 from collm.reports.builds import BLOCKS, Build, Gallery, choose, picture, read_build
-from collm.reports.curves import draw_curves, explained_by_turn, held_out_curve, run_names, yardstick_by_turn
-from collm.reports.intervals import by_task, interval
-from collm.reports.tables import compare
+from collm.reports.curves import draw_curves, run_names
 from collm.rollout.collect import collect
 from collm.rollout.plan import Plan
 from collm.runs.log import episode_record
 from collm.runs.read import read_run
+from collm.studies.before_after import before_after
+from collm.studies.series import explained_by_turn, held_out_curve, yardstick_by_turn
 from collm.types import Request
 
 WORDS = ("AN", "AT", "BE", "DO", "GO", "IN", "IT", "ON", "UP")
@@ -78,69 +77,6 @@ def played(shade: int) -> list[dict[str, Any]]:
     return [json.loads(json.dumps(episode_record(group.episodes[0]))) for group in groups]
 
 
-# --- intervals -------------------------------------------------------------------------------------------------------
-
-
-def test_the_interval_of_eight_coin_flips_is_the_binomial_one():
-    """Means of resamples are Binomial(8, 1/2) / 8: P(X <= 0) = 1/256 < 2.5 % < P(X <= 1) = 9/256."""
-    found = interval([0, 0, 0, 0, 1, 1, 1, 1])
-    assert (found.mean, found.low, found.high, found.num_tasks, found.note) == (0.5, 1 / 8, 7 / 8, 8, "")
-
-
-def test_the_interval_of_many_tasks_is_the_normal_one():
-    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
-    found = interval(list(values))
-    half = 1.96 * values.std() / 20
-    assert found.low == pytest.approx(values.mean() - half, abs=0.05 * half)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.05 * half)
-
-
-def test_same_seed_same_interval_and_columns_are_resampled_together():
-    values = np.random.default_rng(2).normal(size=30)
-    assert interval(values) == interval(values)
-    assert interval(values, seed=1) != interval(values)
-    one, other = interval(values), interval(values * 3 + 1)
-    assert (other.mean, other.low, other.high) == pytest.approx([3 * x + 1 for x in (one.mean, one.low, one.high)])
-
-
-def test_seven_tasks_get_no_interval_and_a_reason():
-    found = interval([0.0, 1.0] * 3 + [0.5])
-    assert (found.mean, found.low, found.high) == (0.5, None, None)
-    assert "7 distinct tasks" in found.note
-    assert "at least 8" in found.note
-    assert "1 distinct task," in interval([1.0]).note
-    assert interval([0.0, 1.0] * 4).low is not None
-    with pytest.raises(ValueError, match="no task"):
-        interval([])
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_value_that_is_not_a_number_is_neither_left_out_nor_replaced(bad):
-    found = interval([0.0] * 8 + [bad, bad])
-    assert math.isnan(found.mean)
-    assert found.low is None
-    assert found.note == "not a finite number for 2 of 10 tasks"
-    assert found.plain() == {"mean": None, "low": None, "high": None}
-
-
-def test_a_task_counts_once_however_often_it_was_played():
-    """Eight tasks, the first played 93 times: the mean is over tasks, and the interval as wide as eight tasks make it."""
-    tasks = ["t0"] * 93 + [f"t{i}" for i in range(1, 8)]
-    values = [0.0] * 93 + [0, 0, 0, 1, 1, 1, 1]
-    assert list(by_task(tasks, values)) == [f"t{i}" for i in range(8)]
-    assert interval(list(by_task(tasks, values).values())) == interval([0, 0, 0, 0, 1, 1, 1, 1])
-    assert interval(values).high < 0.1  # what counting episodes would have said
-    assert by_task(["a", "b", "a"], [1.0, 5.0, 2.0]) == {"a": 1.5, "b": 5.0}
-
-
-def test_intervals_that_touch_are_not_apart():
-    low, high = interval([0.0] * 8), interval([1.0] * 8)
-    assert low.apart(high)
-    assert high.apart(low)
-    assert not low.apart(low)
-    assert not low.apart(interval([5.0] * 7))  # no interval, no claim
-
-
 # --- before and after ------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +84,7 @@ def test_differences_are_paired_by_task_not_by_line(tmp_path):
     """Tasks differ by far more than training adds: intervals overlap, yet every task gained exactly 0.25."""
     before = [record(task, float(i), metrics={"m": 0.0}) for i, task in enumerate(NINE)]
     after = [record(task, i + 0.25, metrics={"m": 1.0}) for i, task in reversed(list(enumerate(NINE)))]
-    comparison = compare(read_run(write_run(tmp_path / "run", {0: before, 2: after[::2], 4: after})))
+    comparison = before_after(read_run(write_run(tmp_path / "run", {0: before, 2: after[::2], 4: after})))
     reward, m = comparison.rows["reward"], comparison.rows["m"]
     assert (comparison.first, comparison.last, comparison.num_tasks) == (0, 4, 9)
     assert (reward.before.mean, reward.after.mean) == (4.0, 4.25)
@@ -162,7 +98,7 @@ def test_failed_tasks_are_left_out_of_both_and_counted(tmp_path):
     before = [record(task, 1.0) for task in NINE]
     after = [record(task, 2.0) for task in NINE[:-1]] + [record("task8", 50.0, failure="no answer at turn 2")]
     before[-1]["score"] = 100.0
-    comparison = compare(read_run(write_run(tmp_path / "run", {0: before, 4: after})))
+    comparison = before_after(read_run(write_run(tmp_path / "run", {0: before, 4: after})))
     assert comparison.num_tasks == 8
     assert comparison.rows["reward"].before.mean == 1.0
     assert comparison.notes == ["left out: 1 tasks that were not played to their end both times"]
@@ -172,7 +108,7 @@ def test_a_metric_that_some_tasks_lack_is_nan_with_a_note(tmp_path, capsys):
     before = [record(task, 1.0, metrics={"m": 1.0} if i else {"m": None}) for i, task in enumerate(NINE)]
     after = [record(task, 2.0, metrics={"m": 1.0} if i > 1 else {}) for i, task in enumerate(NINE)]
     folder = write_run(tmp_path / "run", {0: before, 4: after})
-    comparison = compare(read_run(folder))
+    comparison = before_after(read_run(folder))
     assert comparison.notes == ["m: not a finite number for 2 of 9 tasks"]
     assert comparison.rows["m"].before.note == "not a finite number for 1 of 9 tasks"
     assert main(["report", str(folder), "--json"]) == 0
@@ -373,4 +309,4 @@ def test_a_report_loads_no_torch(building):
 
 def test_a_run_without_two_evaluations_says_what_to_do(tmp_path):
     with pytest.raises(RunError, match=r"--resume .* evaluation\.every=0"):
-        compare(read_run(write_run(tmp_path / "run", {0: [record("a", 1.0)]})))
+        before_after(read_run(write_run(tmp_path / "run", {0: [record("a", 1.0)]})))

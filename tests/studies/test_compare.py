@@ -20,11 +20,12 @@ from rich.console import Console
 from test_reports import record, write_run
 
 from collm import config
-from collm.cli.compare import read_plan
 from collm.cli.main import main
 from collm.errors import ConfigError, RunError
-from collm.reports.grid import Cell, Comparison, Grid, area_under, first_reaching, read_grid
-from collm.reports.tables import grid_tables
+from collm.reports.grid import grid_tables
+from collm.studies.grid import Grid, Study, read_grid
+from collm.studies.recipe import read_plan
+from collm.studies.result import Cell, area_under, first_reaching
 
 RECIPE = """
 [compare]
@@ -243,7 +244,8 @@ def test_a_run_that_fails_does_not_hide_the_others(tmp_path: Path, capsys: pytes
     text = RECIPE.replace('["parallel", "magrpo", "collm-cc"]', '["parallel", "magrpo"]').replace(
         "seeds = [0, 1]", "seeds = [0]"
     )
-    text = text.replace("learner.lr = 1e-3", 'team.model = "nowhere"')
+    (tmp_path / "empty").mkdir()
+    text = text.replace("learner.lr = 1e-3", f'team.model = "{tmp_path / "empty"}"')
     out = tmp_path / "out"
     assert main(["compare", str(write(tmp_path, text)), "--folder", str(out)]) == 2
     shown = capsys.readouterr()
@@ -254,7 +256,7 @@ def test_a_run_that_fails_does_not_hide_the_others(tmp_path: Path, capsys: pytes
     assert [run["method"] for run in plain["runs"]] == ["parallel"]
 
 
-def made_up(folder: Path) -> Grid:
+def made_up(folder: Path) -> Study:
     """Three seeds of two methods, two rates of one of them: held-out rewards before and after by hand."""
     cells = []
     finals = {("a", None): (0.2, 0.4, 0.6), ("b", 1e-3): (0.5, 0.5, 0.8), ("b", 1e-2): (0.1, 0.2, 0.1)}
@@ -265,7 +267,7 @@ def made_up(folder: Path) -> Grid:
             write_run(cell.folder, {0: records[0], 4: records[1]})
             (cell.folder / "final").mkdir()
             cells.append(cell)
-    return Grid(cells, "b", {"task": 0.45})
+    return Study(cells, "b", {"task": 0.45})
 
 
 def test_lines_differences_and_thresholds_by_hand(tmp_path: Path) -> None:
@@ -282,9 +284,9 @@ def test_lines_differences_and_thresholds_by_hand(tmp_path: Path) -> None:
     student = found.differences("task")["a"]["area, Student's t"]  # deviations of 0.15, 0.05, 0.1: s = 0.05
     assert (student.mean, student.high) == (pytest.approx(0.1), pytest.approx(0.1 + 4.303 * 0.05 / 3**0.5))
     assert found.overtaken("task") == {"a": pytest.approx(0.4 / 0.6)}  # straight from 0 to 0.6, where a ends at 0.4
-    never = Comparison(Grid(found.grid.cells, "a"), found.results)
+    never = Grid(Study(found.study.cells, "a"), found.results)
     assert never.overtaken("task") == {"b": None}
-    fell = Comparison(found.grid, [replace(r, rewards_K=(0.5, 0.2)) if r.cell.method == "a" else r for r in found.results])
+    fell = Grid(found.study, [replace(r, rewards_K=(0.5, 0.2)) if r.cell.method == "a" else r for r in found.results])
     assert fell.overtaken("task") == {}  # nothing to reach
     plain: dict[str, Any] = found.plain()
     assert plain["missing"] == 0
@@ -294,47 +296,47 @@ def test_lines_differences_and_thresholds_by_hand(tmp_path: Path) -> None:
 
 
 def test_what_is_written_stays_when_its_folder_is_gone(tmp_path: Path) -> None:
-    grid, written = made_up(tmp_path), tmp_path / "results.json"
-    grid.cells[0].folder.joinpath("final").rmdir()
-    grid = Grid([replace(cell, settings=f"of {cell.name}") for cell in grid.cells], "b", grid.thresholds)
-    before = read_grid(grid, written)
+    study, written = made_up(tmp_path), tmp_path / "results.json"
+    study.cells[0].folder.joinpath("final").rmdir()
+    study = Study([replace(cell, settings=f"of {cell.name}") for cell in study.cells], "b", study.thresholds)
+    before = read_grid(study, written)
     assert before.missing == 1
     written.write_text(json.dumps(before.plain()))
-    shutil.rmtree(grid.cells[-1].folder)
-    grid.cells[0].folder.joinpath("final").mkdir()  # finished since
-    after = read_grid(grid, written)
+    shutil.rmtree(study.cells[-1].folder)
+    study.cells[0].folder.joinpath("final").mkdir()  # finished since
+    after = read_grid(study, written)
     assert after.missing == 0
     assert after.results[1:] == before.results
     assert after.plain()["runs"][1:] == before.plain()["runs"]
 
-    changed = [replace(cell, settings="others") for cell in grid.cells]
+    changed = [replace(cell, settings="others") for cell in study.cells]
     with pytest.raises(RunError, match=r"other settings than the recipe now has: b on task, learning rate 0.01, seed 2\."):
-        read_grid(Grid(changed, "b"), written)
+        read_grid(Study(changed, "b"), written)
     with pytest.raises(RunError, match="that is not in the recipe: a on task"):
-        read_grid(Grid(grid.cells[3:], "b"), written)
+        read_grid(Study(study.cells[3:], "b"), written)
     older = after.plain()
     del older["runs"][2]["judged"]
     for damaged in ("{", json.dumps(older)):
         written.write_text(damaged)
         with pytest.raises(RunError, match="cannot be read"):
-            read_grid(grid, written)
+            read_grid(study, written)
 
 
 def test_two_seeds_give_no_interval_and_say_so(tmp_path: Path) -> None:
-    grid = made_up(tmp_path)
-    found = read_grid(Grid([cell for cell in grid.cells if cell.seed < 2], "b"))
+    study = made_up(tmp_path)
+    found = read_grid(Study([cell for cell in study.cells if cell.seed < 2], "b"))
     area = found.lines("task")[0].area
     assert (area.low, area.high) == (None, None)
     assert "a bootstrap over seeds needs at least 3" in area.note
 
 
 def test_failed_episodes_are_counted_and_shown(tmp_path: Path) -> None:
-    grid = made_up(tmp_path)
+    study = made_up(tmp_path)
     lost = [record("one", 1.0, tokens=7), {**record("two", 0.0, tokens=7), "failure": "no room"}]
-    shutil.rmtree(grid.cells[0].folder)
-    write_run(grid.cells[0].folder, {0: lost[:1], 4: lost})
-    (grid.cells[0].folder / "final").mkdir()
-    found = read_grid(grid)
+    shutil.rmtree(study.cells[0].folder)
+    write_run(study.cells[0].folder, {0: lost[:1], 4: lost})
+    (study.cells[0].folder / "final").mkdir()
+    found = read_grid(study)
     assert [result.failed for result in found.results] == [1] + 8 * [0]
     text = io.StringIO()
     Console(file=text, width=200).print(*grid_tables(found))
@@ -343,11 +345,11 @@ def test_failed_episodes_are_counted_and_shown(tmp_path: Path) -> None:
 
 
 def test_a_run_without_evaluation_is_refused_by_name(tmp_path: Path) -> None:
-    grid = made_up(tmp_path)
-    for path in grid.cells[0].folder.rglob("*evaluation*"):
+    study = made_up(tmp_path)
+    for path in study.cells[0].folder.rglob("*evaluation*"):
         path.unlink()
     with pytest.raises(RunError, match="no held-out evaluation to compare"):
-        read_grid(grid)
+        read_grid(study)
 
 
 def test_what_critics_explain_is_that_of_the_second_half_over_seeds(tmp_path: Path) -> None:
@@ -363,7 +365,7 @@ def test_what_critics_explain_is_that_of_the_second_half_over_seeds(tmp_path: Pa
         write_run(cell.folder, {0: [record("one", 0.0, tokens=7)]}, metrics)
         (cell.folder / "final").mkdir()
         cells.append(cell)
-    line = read_grid(Grid(cells, "a")).lines("task")[0]
+    line = read_grid(Study(cells, "a")).lines("task")[0]
     assert line.results[2].explained[1] == line.results[2].yardstick[1] == pytest.approx((2.1 - 9.0) / 2)
     assert line.results[2].explained[0] == pytest.approx((1 * 1.5 + 3 * 2.0) / 4)
     assert line.explained[1].mean == pytest.approx((1.1 - 9.0) / 2)

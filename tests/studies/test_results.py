@@ -7,8 +7,8 @@ import json
 import pytest
 from places import ROOT
 
-from collm.reports.grid import area_under
-from collm.reports.intervals import Interval, interval, student
+from collm.studies.intervals import Interval, interval, student
+from collm.studies.result import area_under
 
 RESULTS = ROOT / "docs" / "results"
 GRIDS = sorted(path.parent.name for path in RESULTS.glob("*/results.json"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,3 +95,12 @@ def by_task(tasks: Sequence[str], values: Iterable[float]) -> dict[str, float]:
     for task, value in zip(tasks, values, strict=True):
         grouped.setdefault(task, []).append(float(value))
     return {task: sum(episodes) / len(episodes) for task, episodes in grouped.items()}
+
+
+def explain(intervals: Mapping[str, Interval]) -> list[str]:
+    """Why intervals are missing, each reason once, with the measures it holds for unless these are all."""
+    reasons: dict[str, list[str]] = {}
+    for name, found in intervals.items():
+        if found.note:
+            reasons.setdefault(found.note, []).append(name)
+    return [reason if len(names) == len(intervals) else f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]

@@ -1,0 +1,121 @@
+"""`collm.compare`: run a study and return its numbers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from collm.errors import ConfigError, RunError
+from collm.runs.directory import read_file
+from collm.runs.files import refuse_links, replacing
+from collm.runs.output import complain
+from collm.studies.grid import Grid, Study, read_grid, write_results
+from collm.studies.jobs import Job, run_jobs
+from collm.studies.recipe import read_plan
+from collm.studies.result import RESULTS
+
+
+def compare(
+    recipe: str | Path,
+    *,
+    folder: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    workers: int | None = None,
+    only: str = "*",
+    quiet: bool = False,
+) -> Grid:
+    """Run methods x tasks x learning rates x seeds as a recipe says, each run in a process of its own.
+
+    Started again, it repeats nothing that has finished and resumes what was cut off. `results.json` in the folder is written
+    after every run; `collm.reports.grid.draw_study` adds the tables and curves of `collm compare`.
+
+        grid = collm.compare("recipes/compare/agree.toml", overrides={"run.iterations": 20}, workers=2)
+        grid.line("agree", "collm-cc").reward      # Interval(mean=0.9, low=0.8, high=1.0, num_tasks=3, note="")
+
+    Args:
+        folder: where runs and results lie; default: `runs/compare-RECIPE`.
+        overrides: `{"room.key": value}` on top of the settings of all tasks, beneath those of [methods.NAME]; "compare.KEY"
+            replaces one of the table [compare].
+        workers: runs at a time; default: `compare.processes`. only: the runs whose TASK/NAME matches this pattern.
+        quiet: print no progress.
+    Raises: ConfigError before anything is started; RunError where the folder holds other settings, or no run has succeeded.
+        If some runs failed and others did not, `Grid.failure` says so.
+    """
+    todo = schedule(recipe, folder=folder, overrides=overrides, workers=workers, only=only)
+    say = _silent if quiet else complain
+    if todo.folder.is_dir():
+        refuse_links(todo.folder)
+    say(todo.headline)
+    source, kept = Path(recipe), todo.folder / "recipe.toml"
+    if not kept.is_file() or not source.samefile(kept):
+        with replacing(kept) as aside:
+            shutil.copyfile(source, aside)
+    failed = run_jobs(todo.waiting, todo.workers, after_each=lambda: write_results(todo.study, todo.folder), say=say)
+    failure = _failure(failed, todo.waiting) if failed else ""
+    if failure and not read_grid(todo.study, todo.folder / RESULTS).results:
+        raise RunError(failure)
+    return replace(write_results(todo.study, todo.folder), failure=failure)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What a call of `compare` is going to do."""
+
+    study: Study
+    folder: Path
+    workers: int
+    """Runs at a time."""
+    wanted: Sequence[Job]
+    """The runs asked for, seed by seed: if it is stopped early, all methods have the same seeds."""
+    waiting: Sequence[Job]
+    """Those of them that have not finished."""
+
+    @property
+    def headline(self) -> str:
+        finished = len(self.wanted) - len(self.waiting)
+        return f"{len(self.wanted)} runs, {finished} of them finished before; {self.workers} at a time in {self.folder}"
+
+
+def schedule(
+    recipe: str | Path,
+    *,
+    folder: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    workers: int | None = None,
+    only: str = "*",
+) -> Schedule:
+    """Check everything and start nothing. Arguments and errors are those of `compare`."""
+    recipe = Path(recipe)
+    folder = default_folder(recipe) if folder is None else Path(folder)
+    overrides = dict(overrides or {}) | ({} if workers is None else {"compare.processes": workers})
+    settings, jobs = read_plan(recipe, folder, overrides)
+    study = Study([job.cell for job in jobs], settings.against or settings.methods[-1], settings.thresholds)
+    for job in jobs:
+        job.check_unchanged()
+    by_seed = sorted(jobs, key=lambda job: settings.seeds.index(job.cell.seed))
+    wanted = [job for job in by_seed if fnmatch(f"{job.cell.task}/{job.cell.folder.name}", only)]
+    if not wanted:
+        raise ConfigError(f"--only {only!r} matches none of the {len(jobs)} runs; --dry-run lists them.")
+    finished = {result.cell for result in read_grid(study, folder / RESULTS).results}
+    return Schedule(study, folder, settings.processes, wanted, [job for job in wanted if job.cell not in finished])
+
+
+def default_folder(recipe: Path) -> Path:
+    """Where a comparison lies that is not given a folder."""
+    return Path("runs") / f"compare-{recipe.stem}"
+
+
+def _failure(failed: Sequence[Job], waiting: Sequence[Job]) -> str:
+    last = read_file(failed[0].log).decode(errors="replace").strip().split("\n")[-1]
+    return (
+        f"{len(failed)} of {len(waiting)} runs failed and are missing from the results, the first with: {last} Start again to "
+        "try them once more: finished runs are kept."
+    )
+
+
+def _silent(text: str) -> None:
+    pass

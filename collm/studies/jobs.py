@@ -1,0 +1,153 @@
+"""Runs of a study as processes: what has finished is never repeated, what was cut off resumes exactly.
+
+Every run is a process of its own (training/cell.py), which dies with the one that started it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from collm.errors import RunError
+from collm.runs.directory import ignored, read_file
+from collm.runs.files import write_text
+from collm.settings import former
+from collm.settings.rooms import Config
+from collm.studies.result import RESULTS, Cell, read_result
+from collm.studies.series import REWARD
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One cell and how it is made."""
+
+    cell: Cell
+    config: Config
+    """All settings of the run."""
+    trained: bool
+    """Whether the run trains; otherwise the untrained team is evaluated once."""
+
+    @property
+    def settings(self) -> Path:
+        """Where the cell's settings lie, beside its run directory."""
+        return Path(f"{self.cell.folder}.json")
+
+    @property
+    def log(self) -> Path:
+        """What the run's processes printed."""
+        return Path(f"{self.cell.folder}.log")
+
+    def check_unchanged(self) -> None:
+        """Raises RunError where the cell was begun with other settings: numbers of two recipes never mix."""
+        if not os.path.lexists(self.settings):
+            return
+        try:
+            found = digest(json.loads(read_file(self.settings)), self.trained)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RunError(
+                f"{str(self.settings)!r} cannot be read: {error!r}. Remove it and {str(self.cell.folder)!r} to run it anew."
+            ) from error
+        if found != self.cell.settings:
+            raise RunError(
+                f"{self.cell.folder} was begun with other settings than the recipe now has. Choose another --folder, or remove "
+                f"it, {self.settings.name} and {RESULTS} to run it anew."
+            )
+
+
+def digest(settings: Mapping[str, Any], trained: bool) -> str:
+    """Of all settings that make numbers: not where the run lies, nor how to learn where nothing learns, nor, at the value that
+    leaves all as it was, one that came later than the first grids."""
+    counted = {room: dict(values) for room, values in former.translate(settings).items()}
+    counted["run"]["folder"] = None
+    for (room, key), before in former.ADDED.items():
+        if counted[room].get(key) == before:
+            del counted[room][key]
+    if not trained:
+        counted = {room: values for room, values in counted.items() if room not in ("algorithm", "critic", "learner")}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_jobs(
+    jobs: Sequence[Job], workers: int, *, after_each: Callable[[], Any], say: Callable[[str], None] = lambda text: None
+) -> list[Job]:
+    """Run the jobs, `workers` at a time, and return those that failed.
+
+    after_each: called whenever a run has ended. say: takes a line of progress. Raises RunError when a signal stops it.
+    """
+    started, done = time.monotonic(), 0
+    failed: list[Job] = []
+    running: dict[subprocess.Popen[bytes], Job] = {}
+    queue = list(jobs)
+    with _stoppable(running):
+        while queue or running:
+            while queue and len(running) < workers:
+                job = queue.pop(0)
+                running[_start(job)] = job
+            time.sleep(0.05)
+            for process in [p for p in running if p.poll() is not None]:
+                job = running.pop(process)
+                done += 1
+                if process.returncode or not job.cell.finished:
+                    failed.append(job)
+                    say(f"failed: {job.cell.folder}; see {job.log}")
+                left = (time.monotonic() - started) / done * (len(jobs) - done) / 60
+                numbers = "" if job in failed else f"  reward {read_result(job.cell).final[REWARD]:.3f}"
+                say(f"{done}/{len(jobs)}  {job.cell.task} {job.cell.folder.name}{numbers}  {left:.1f} min left")
+                after_each()
+    return failed
+
+
+def _start(job: Job) -> subprocess.Popen[bytes]:
+    """Begin or continue one cell in a process that dies with this one."""
+    folder = job.cell.folder
+    write_text(job.settings, json.dumps(job.config.resolved(), indent=1))
+    kind = "train" if job.trained else "evaluate"
+    command = [sys.executable, "-m", "collm.training.cell", kind, str(job.settings), str(folder)]
+    with job.log.open("ab") as output:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, preexec_fn=_die_with_parent
+        )
+
+
+def _die_with_parent() -> None:
+    """Linux: a run gets SIGTERM, and saves, when whoever started it is gone, by kill -9 too."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+@contextmanager
+def _stoppable(running: Mapping[subprocess.Popen[bytes], Job]) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP reach the runs, which save; then this process leaves, too."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        raise RunError(f"stopped by {signal.Signals(signum).name}; the runs under way are saved. Start again to go on.")
+
+    try:
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if not ignored(s)}
+    except ValueError:  # not in the main thread: whoever runs us handles signals
+        before = {}
+    try:
+        yield
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,89 @@
+"""Numbers over a run: held-out curves, and what its critics explain turn by turn."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from collm.runs.read import Record, Run, read_evaluation
+from collm.studies.intervals import Interval, by_task, interval
+
+REWARD = "reward"
+"""The raw reward of the last turn played; the other rows are the task's own metrics."""
+_EXPLAINED = {
+    what: re.compile(rf"(?:.*/)?{name}_turn_(\d+)")
+    for what, name in (
+        ("within", "explained_within_tasks"),
+        ("all", "explained_variance"),
+        ("yardstick", "yardstick"),
+        ("spread", "spread"),
+    )
+}
+Curves = dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
+"""Turn -> joint actions and a share of variance at each."""
+
+
+def scores(episodes: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """Measure -> distinct task -> value; "reward" first. A metric that an episode lacks is NaN."""
+    tasks = [episode["label"] or str(episode["task"]) for episode in episodes]
+    columns = {REWARD: [episode["score"] for episode in episodes]}
+    for name in dict.fromkeys(name for episode in episodes for name in episode["metrics"]):
+        columns[name] = [episode["metrics"].get(name) for episode in episodes]
+    return {
+        name: by_task(tasks, [math.nan if value is None else float(value) for value in column])
+        for name, column in columns.items()
+    }
+
+
+def repeats_tasks(run: Run) -> bool:
+    """Whether tasks are played more than once an iteration, so that there is variance within tasks to explain: by design, or in
+    at least half of the iterations (now and then it also happens by chance)."""
+    within = _by_turn(run, "within")
+    often = bool(within) and bool(np.isfinite(within[min(within)][1]).mean() >= 0.5)
+    return often or run.config["algorithm"].get("group_size", 1) > 1
+
+
+def explained_by_turn(run: Run) -> Curves:
+    """The share of the return's variance within tasks that the critic explains, the mean over several critics.
+
+    Where tasks do not repeat within an iteration it is the share of all variance, differences between tasks included. A share
+    that does not exist (no variance to explain) is NaN: a gap in the curve.
+    """
+    found = _by_turn(run, "within" if repeats_tasks(run) else "all")
+    return {turn: curve for turn, curve in found.items() if np.isfinite(curve[1]).any()}
+
+
+def yardstick_by_turn(run: Run) -> Curves:
+    """What least squares on the world's own numbers explains of the variance within tasks; empty where tasks do not repeat."""
+    found = _by_turn(run, "yardstick") if repeats_tasks(run) else {}
+    return {turn: curve for turn, curve in found.items() if np.isfinite(curve[1]).any()}
+
+
+def spread_by_turn(run: Run) -> Curves:
+    """How much there was to explain within tasks: squared deviations of returns from their task's mean, summed."""
+    return _by_turn(run, "spread")
+
+
+def _by_turn(run: Run, what: str) -> Curves:
+    points: dict[int, dict[int, list[float]]] = {}
+    for record in run.metrics:
+        for name, value in record.items():
+            if found := _EXPLAINED[what].fullmatch(name):
+                at = points.setdefault(int(found[1]), {}).setdefault(record["joint_actions"], [])
+                at.append(math.nan if value is None else float(value))
+    return {
+        turn: (np.array(list(by_x), dtype=np.float64), np.array([np.mean(values) for values in by_x.values()]))
+        for turn, by_x in sorted(points.items())
+    }
+
+
+def held_out_curve(run: Run) -> tuple[list[int], list[Interval]]:
+    """Joint actions done at each held-out evaluation, and its reward over distinct tasks."""
+    done = {record["iteration"]: record["joint_actions"] for record in run.metrics}
+    evaluations = {i: path for i, path in run.evaluations().items() if i in done}
+    rewards = [interval(list(scores(read_evaluation(path))[REWARD].values())) for path in evaluations.values()]
+    return [done[i] for i in evaluations], rewards
