@@ -11,6 +11,7 @@ from collm.config import Config
 from collm.learning.learner import Learner
 from collm.learning.parts import CriticPart, LocalHands, PolicyPart
 from collm.learning.residual import Regressions
+from collm.models.blueprint import Blueprint, CriticSpec
 from collm.models.critic import Critic, ValueHead
 from collm.models.policy import Policy
 from collm.models.team import Team
@@ -22,47 +23,39 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
 
     Args: sampling: what answers are sampled with. metric_names: the environment metrics that the metric regression reads.
     """
-    settings, members = config.algorithm, team.members()
-    views: dict[str, dict[str, tuple[str, ...]]] = {
-        "none": {},
-        "joint": {"team": team.agents},
-        "own": {agent: (agent,) for agent in team.agents},
-    }
-    view = views[settings.critic]
-    on_policy = settings.critic_body == "policy"
-    heads: dict[str, dict[str, ValueHead]] = {name: {} for name in members}
+    blueprint = Blueprint.around(config, team.agents, team.specs)
+    heads: dict[str, dict[str, ValueHead]] = {spec.name: {} for spec in blueprint.policies}
     critics: list[CriticPart] = []
-    for name, agents in view.items():
-        policy = team.policies[agents[0]]
-        if on_policy:
-            owner = next(member for member, other in members.items() if other is policy)
+    for critic in blueprint.critics:
+        policy = team.policies[critic.policy]
+        if critic.body == "policy":
             width = policy.model.config.get_text_config().hidden_size
-            heads[owner][name] = ValueHead(width).to(policy.device)
+            heads[critic.policy][critic.name] = ValueHead(width).to(policy.device)
         else:
-            critics.append(CriticPart(name, _make_critic(name, team, policy, config), agents, config))
+            critics.append(CriticPart(critic.name, _make_critic(critic, policy, config), critic.agents, config))
     policies = [
-        PolicyPart(name, policy, [a for a, other in team.policies.items() if other is policy], heads[name], config, sampling)
-        for name, policy in members.items()
+        PolicyPart(spec.name, team.policies[spec.name], spec.agents, heads[spec.name], config, sampling)
+        for spec in blueprint.policies
     ]
-    labels = {("critic" if settings.critic == "joint" else f"{name}/critic"): agents[0] for name, agents in view.items()}
+    labels = {critic.label: critic.agents[0] for critic in blueprint.critics}
     regressions = None
-    if view:
+    if blueprint.critics:
         regressions = Regressions(
-            metric_names, len(team.agents), metrics=config.critic.metrics, teammates=config.critic.difference
+            metric_names,
+            len(team.agents),
+            metrics=blueprint.metric_regression,
+            teammates=blueprint.difference_baseline,
         )
     return Learner(LocalHands([*critics, *policies]), team.agents, labels, regressions, config)
 
 
-def _make_critic(name: str, team: Team, policy: Policy, config: Config) -> Critic:
-    """A critic model: an adapter on the base of some agent, a copy of the agent's own model, or a model of its own."""
-    settings = config.critic
-    common: dict[str, Any] = {"max_tokens": settings.max_tokens, "compute": policy.compute}
-    base = None
-    if config.team.lora is None or config.team.lora.critics:
-        base = team.base_of(settings.model or policy.source)
-    if base is not None:
-        adapter = base.add_like(base.adapters[0], seeds.derive(config.run.seed, "critic's adapter", name))
-        return Critic(adapter, base.tokenizer, **common).to(policy.device)
-    if settings.model is None and policy.adapter is None:
+def _make_critic(spec: CriticSpec, policy: Policy, config: Config) -> Critic:
+    """A critic model, as the blueprint has it; policy: the one that it names."""
+    common: dict[str, Any] = {"max_tokens": config.critic.max_tokens, "compute": policy.compute}
+    if spec.body == "adapter" and policy.adapter is not None:
+        seed = seeds.derive(config.run.seed, "critic's adapter", spec.name)
+        base = policy.adapter.base
+        return Critic(base.add_like(policy.adapter, seed), base.tokenizer, **common).to(policy.device)
+    if spec.body == "copy":
         return Critic(copy.deepcopy(policy.body), policy.tokenizer, **common).to(policy.device)
-    return Critic.from_pretrained(settings.model or policy.source, device=policy.device, **common)
+    return Critic.from_pretrained(spec.model, device=policy.device, **common)
