@@ -82,7 +82,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from collm.config import apply_overrides, parse_config
-    from collm.planning import GIB, plan
+    from collm.planning.memory import GIB, plan
     from collm.training.trainer import Trainer
 
     shape, settings = CASES[name]

@@ -13,7 +13,8 @@ from rich.table import Table
 from collm.cli.train import demo_recipe
 from collm.config import load_config
 from collm.errors import ConfigError
-from collm.planning import GIB, Plan, advise, device_memory, plan
+from collm.planning.advise import advise
+from collm.planning.memory import GIB, Plan, device_memory, plan
 from collm.reports.screen import Screen
 
 UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 1 << 20, "mib": 1 << 20, "mb": 10**6}
