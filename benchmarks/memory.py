@@ -81,7 +81,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from collm.planning import GIB, plan
+    from collm.planning.memory import GIB, plan
     from collm.settings.load import apply_overrides, parse_config
     from collm.training.trainer import Trainer
 

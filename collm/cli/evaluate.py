@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from collm.envs.catalogue import make
 from collm.errors import ConfigError, EnvError, RunError
+from collm.models.blueprint import Blueprint, saved_policies
 from collm.reports.screen import Screen
 from collm.reports.tables import evaluation_table, held_out
 from collm.runs.directory import check_named, checkpoints, command, read_settings, usable_cores
@@ -183,7 +184,7 @@ def load_team(config: Config, weights: Path | None, *, only: str | None = None) 
     """
     from safetensors import SafetensorError
 
-    from collm.models.loading import is_adapter
+    from collm.models.sources import is_adapter
     from collm.runs.checkpoint import load_policies
     from collm.training.assemble import make_team, resolve_device
     from collm.training.task import check_fit, trained_agents
@@ -230,17 +231,10 @@ def saved_agents(weights: Path, *, shared: bool = False) -> tuple[str, ...]:
 
 
 def _policies(checkpoint: Path) -> tuple[str, ...]:
-    names = sorted(path.name for path in checkpoint.glob("policy-*.safetensors"))
-    return tuple(name.removeprefix("policy-").removesuffix(".safetensors") for name in names)
+    return saved_policies(path.stem for path in sorted(checkpoint.glob("*.safetensors")))
 
 
 def _saved_as(config: Config, agent: str, weights: Path) -> str:
     """Under whose name a checkpoint holds an agent's weights: its own, or that of the first who shares them."""
-    team, saved = config.team, _policies(weights)
-    if not team.shared or agent in saved:
-        return agent
-
-    def start(name: str) -> tuple[str, bool]:
-        return team.models.get(name, team.model), team.lora is not None and name in (team.lora.agents or [name])
-
-    return next((name for name in saved if start(name) == start(agent)), agent)
+    saved = _policies(weights)
+    return agent if agent in saved else Blueprint.of(config, (*saved, agent)).policy_of(agent).name

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from collm.cli.train import demo_recipe
 from collm.errors import ConfigError
-from collm.planning import GIB, Plan, advise, device_memory, plan
+from collm.planning.advise import advise
+from collm.planning.memory import GIB, Plan, device_memory, plan
 from collm.reports.screen import Screen
 from collm.settings.load import load_config
 

@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from collm.errors import ConfigError
 from collm.models import attention
-from collm.models.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_pretrained, resolve
+from collm.models.blueprint import BaseSpec
+from collm.models.loading import load_pretrained
+from collm.models.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve
 from collm.settings.rooms import LoraSettings
 
 
@@ -46,6 +48,11 @@ class Base:
         tokenizer = load_pretrained(AutoTokenizer, source)
         model = load_pretrained(AutoModelForCausalLM, source, dtype=getattr(torch, dtype))
         return cls(model.to(device), tokenizer, source=resolve(source))
+
+    @property
+    def spec(self) -> BaseSpec:
+        """As the blueprint has it."""
+        return BaseSpec(self.source, str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch."))
 
     @property
     def body(self) -> Any:

@@ -1,4 +1,4 @@
-"""Where models come from: Hugging Face folders, hub names, or the package's own; with errors that name the way out."""
+"""Loading pretrained models and tokenizers, with errors that name the way out."""
 
 from __future__ import annotations
 
@@ -10,24 +10,9 @@ from transformers.utils import logging as transformers_logging
 
 from collm.errors import ConfigError
 from collm.models import folders
+from collm.models.sources import is_adapter, resolve
 
 transformers_logging.disable_progress_bar()
-
-TINY = Path(__file__).parents[1] / "tiny" / "weights"
-"""The model that the package ships (collm/tiny)."""
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def resolve(source: str) -> str:
-    """A model's folder, as an absolute path, or its hub name; "tiny" is the model that the package ships."""
-    if source == "tiny":
-        return str(TINY)
-    return str(Path(source).resolve()) if Path(source).is_dir() else source
-
-
-def is_adapter(source: str | Path) -> bool:
-    """Whether this is a folder that holds a PEFT adapter rather than a whole model."""
-    return (Path(source) / ADAPTER_CONFIG).is_file()
 
 
 def load_pretrained(auto_class: Any, source: str, **options: Any) -> Any:

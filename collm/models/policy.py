@@ -17,8 +17,10 @@ from collm.algorithms.logprobs import token_logprobs
 from collm.errors import ConfigError
 from collm.models import attention
 from collm.models.adapters import Adapter, Base
+from collm.models.blueprint import BaseSpec, base_of
 from collm.models.chat import Chat
-from collm.models.loading import ADAPTER_CONFIG, is_adapter, load_pretrained, resolve
+from collm.models.loading import load_pretrained
+from collm.models.sources import is_adapter, resolve
 from collm.settings.rooms import LoraSettings
 from collm.types import Sampling
 
@@ -73,23 +75,22 @@ class Policy:
         device: str | torch.device = "cpu",
         lora: LoraSettings | None = None,
         seed: int = 0,
-        bases: dict[tuple[str, str], Base] | None = None,
+        bases: dict[BaseSpec, Base] | None = None,
     ) -> Policy:
         """Load a Hugging Face folder or hub name, or "tiny"; a PEFT folder is loaded with the base that it names.
 
         lora: make a new adapter on the model instead of training all of it; its numbers follow from `seed`. bases: those in
-        memory by source and format, to be shared and added to. Raises ConfigError where the model cannot be loaded.
+        memory, to be shared and added to. Raises ConfigError where the model cannot be loaded.
         """
-        if lora is None and not is_adapter(source):
+        spec = base_of(source, lora, compute)
+        if spec is None:
             tokenizer = load_pretrained(AutoTokenizer, source)
             model = load_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
             return cls(model.to(device), tokenizer, compute=compute, source=resolve(source))
-        named = _base_of(source) if is_adapter(source) else source
-        key = resolve(named), compute if lora is not None else "float32"
         bases = {} if bases is None else bases
-        if key not in bases:
-            bases[key] = Base.from_pretrained(named, dtype=key[1], device=device)
-        base = bases[key]
+        if spec not in bases:
+            bases[spec] = Base.from_pretrained(spec.model if is_adapter(source) else source, dtype=spec.dtype, device=device)
+        base = bases[spec]
         adapter = base.load(Path(source)) if is_adapter(source) or lora is None else base.add(lora, seed)
         return cls(base.model, base.tokenizer, compute=compute, adapter=adapter, source=base.source)
 
@@ -200,14 +201,3 @@ def logit_rule(model: Any) -> tuple[float, float | None]:
         f"model {model.name_or_path!r} ({type(model).__name__}) makes logits from hidden states in a way that is not supported:"
         " its vocabulary head alone, with the factors and limits its config states, gives other numbers. Choose another model."
     )
-
-
-def _base_of(folder: str) -> str:
-    """The model that an adapter's folder says it belongs to."""
-    try:
-        base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        if not isinstance(base, str) or not base:
-            raise ValueError(f"base_model_name_or_path is {base!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"adapter {folder!r} cannot be read: {ADAPTER_CONFIG} does not name its base ({error!r}).") from error
-    return base

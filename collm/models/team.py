@@ -9,7 +9,7 @@ import torch
 
 from collm.errors import ConfigError
 from collm.models.adapters import Base
-from collm.models.loading import resolve
+from collm.models.blueprint import BaseSpec, PolicySpec, policies_of
 from collm.models.policy import Policy
 from collm.settings.rooms import LoraSettings
 
@@ -36,23 +36,19 @@ class Team:
         compute: str = "float32",
         device: str | torch.device = "cpu",
     ) -> Team:
-        """One model per agent: Hugging Face folders or hub names, or "tiny".
+        """One model per agent: Hugging Face folders or hub names, or "tiny". Who shares what: `blueprint.policies_of`.
 
         lora: agents (those that it names, or all) are adapters, and adapters of one model share one copy of it in memory.
         shared: agents that start alike get one policy between them. seed: decides what new adapters begin with.
         """
-        bases: dict[tuple[str, str], Base] = {}
-        known: dict[tuple[str, bool], Policy] = {}
-        policies: dict[str, Policy] = {}
-        for number, (agent, source) in enumerate(models.items()):
-            mine = lora if lora is not None and (lora.agents is None or agent in lora.agents) else None
-            key = source, mine is not None
-            if not (shared and key in known):
-                known[key] = Policy.from_pretrained(
-                    source, compute=compute, device=device, lora=mine, seed=seed + number, bases=bases
-                )
-            policies[agent] = known[key]
-        return cls(policies)
+        bases: dict[BaseSpec, Base] = {}
+        loaded: dict[str, Policy] = {}
+        order = list(models)
+        for spec in policies_of(models, lora=lora, shared=shared, compute=compute):
+            own = seed + order.index(spec.name)
+            policy = Policy.from_pretrained(spec.model, compute=compute, device=device, lora=spec.lora, seed=own, bases=bases)
+            loaded |= dict.fromkeys(spec.agents, policy)
+        return cls({agent: loaded[agent] for agent in models})
 
     @property
     def agents(self) -> tuple[str, ...]:
@@ -66,10 +62,17 @@ class Team:
                 members[agent] = policy
         return members
 
-    def base_of(self, source: str) -> Base | None:
-        """The model from `source` that agents' adapters sit on, if there is one."""
-        bases = (policy.adapter.base for policy in self.policies.values() if policy.adapter is not None)
-        return next((base for base in bases if source and base.source == resolve(source)), None)
+    @property
+    def specs(self) -> tuple[PolicySpec, ...]:
+        """Its policies as the blueprint has them."""
+        return tuple(
+            PolicySpec(
+                tuple(agent for agent, other in self.policies.items() if other is policy),
+                policy.source,
+                policy.adapter.base.spec if policy.adapter is not None else None,
+            )
+            for policy in self.members().values()
+        )
 
     def save(self, folder: Path) -> None:
         """One ordinary Hugging Face folder per agent, named after it."""

@@ -29,7 +29,7 @@ WIDTH = 200
 
 
 def draw_study(grid: Grid, folder: Path) -> list[Path]:
-    """Write `table.txt` and every task's `curves-TASK.png`; the paths of the pictures. Raises SaveError."""
+    """Write `table.txt` and every task's `curves-TASK.svg`; the paths of the pictures. Raises SaveError."""
     pictures = [draw_grid(grid, task, folder / f"curves-{task}.svg") for task in grid.tasks]
     text = io.StringIO()
     Screen(file=text, width=WIDTH).print(*grid_tables(grid), sep="\n\n")

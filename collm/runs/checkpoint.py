@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from collm.errors import RunError
 from collm.learning.learner import Learner
 from collm.learning.tensors import restore
+from collm.models.blueprint import POLICY
 from collm.models.team import Team
 from collm.runs.directory import checkpoints
 from collm.runs.files import REMOVING, explained, remove, replacing, write_text
@@ -113,7 +114,7 @@ def load_policies(folder: Path, policies: Mapping[str, Any]) -> None:
     """Restore policies alone, as evaluation and serving need. `policies`: name -> Policy."""
     try:
         for name, policy in policies.items():
-            restore(policy.trained, load_file(folder / f"policy-{name}.safetensors"))
+            restore(policy.trained, load_file(folder / f"{POLICY}{name}.safetensors"))
     except _DAMAGE as error:
         raise RunError(f"checkpoint {folder} cannot be read: {error}.") from error
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from collm.errors import ConfigError
 from collm.settings.checks import CRITIC_ONLY
 from collm.settings.load import apply_overrides, parse_config
-from collm.settings.presets import ALGORITHMS
+from collm.settings.presets import ALGORITHMS, CRITIC_BASELINES
 from collm.settings.rooms import Config
 from collm.studies.jobs import Job, digest
 from collm.studies.result import Cell
@@ -129,7 +129,7 @@ def _settings(
         overrides = dict(UNTRAINED[method][1])
     elif method in ALGORITHMS:
         values["algorithm"] = {**values.get("algorithm", {}), "name": method}
-        for name in CRITIC_ONLY if "critic" not in ALGORITHMS[method].algorithm else ():
+        for name in CRITIC_ONLY if ALGORITHMS[method].algorithm["baseline"] not in CRITIC_BASELINES else ():
             room, _, key = name.partition(".")
             values.get(room, {}).pop(key, None)
         overrides = {"env.agents": 1} if method in ALONE else {}

@@ -18,8 +18,8 @@ from collm.errors import ConfigError
 from collm.learning.learner import Learner, PartsLearner
 from collm.learning.parts import CriticPart, LocalHands, PolicyPart
 from collm.learning.residual import Regressions
+from collm.models.blueprint import Blueprint, CriticSpec
 from collm.models.critic import Critic, ValueHead
-from collm.models.loading import resolve
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.rollout.collector import Collector, LocalCollector
@@ -139,74 +139,57 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
 
     Args: sampling: what answers are sampled with. metric_names: the environment metrics that the metric regression reads.
     """
-    settings, members = config.algorithm, team.members()
-    view: dict[str, tuple[str, ...]] = {}
-    if settings.has_critic:
-        joint = config.critic.reads == "joint"
-        view = {"team": team.agents} if joint else {agent: (agent,) for agent in team.agents}
-    else:
-        group_estimator(settings.baseline)  # one of the user's own is refused before anything is trained
-    on_policy = config.critic.body == "policy"
-    heads: dict[str, dict[str, ValueHead]] = {name: {} for name in members}
+    blueprint = Blueprint.around(config, team.agents, team.specs)
+    if not blueprint.critics:
+        group_estimator(config.algorithm.baseline)  # one of the user's own is refused before anything is trained
+    heads: dict[str, dict[str, ValueHead]] = {spec.name: {} for spec in blueprint.policies}
     critics: list[CriticPart] = []
-    for name, agents in view.items():
-        policy = team.policies[agents[0]]
-        if on_policy:
-            owner = next(member for member, other in members.items() if other is policy)
+    for critic in blueprint.critics:
+        policy = team.policies[critic.policy]
+        if critic.body == "policy":
             width = policy.model.config.get_text_config().hidden_size
-            heads[owner][name] = ValueHead(width).to(policy.device)
+            heads[critic.policy][critic.name] = ValueHead(width).to(policy.device)
         else:
-            critic, rate = _make_critic(name, team, policy, config)
-            critics.append(CriticPart(name, critic, agents, config, lr=rate))
+            critics.append(
+                CriticPart(
+                    critic.name,
+                    _make_critic(critic, policy, config),
+                    critic.agents,
+                    config,
+                    lr=critic.rate(config),
+                )
+            )
     policies = [
         PolicyPart(
-            name,
-            policy,
-            [agent for agent, other in team.policies.items() if other is policy],
-            heads[name],
+            spec.name,
+            team.policies[spec.name],
+            spec.agents,
+            heads[spec.name],
             config,
             sampling,
-            lr=policy_rate(policy, config),
-            head_lr=config.critic.lr or policy_rate(policy, config),
+            lr=spec.rate(config),
+            head_lr=config.critic.lr or spec.rate(config),
         )
-        for name, policy in members.items()
+        for spec in blueprint.policies
     ]
-    labels = {("critic" if config.critic.reads == "joint" else f"{name}/critic"): agents[0] for name, agents in view.items()}
+    labels = {critic.label: critic.agents[0] for critic in blueprint.critics}
     regressions = Regressions(
         metric_names,
         len(team.agents),
-        critic=settings.has_critic,
-        metrics=config.critic.metrics,
-        teammates=settings.teammates == "replay",
+        critic=bool(blueprint.critics),
+        metrics=blueprint.metric_regression,
+        teammates=blueprint.difference_baseline,
     )
     return PartsLearner(LocalHands([*critics, *policies]), team.agents, labels, regressions, config)
 
 
-def _make_critic(name: str, team: Team, policy: Policy, config: Config) -> tuple[Critic, float]:
-    """A critic, and its learning rate: an adapter on the base of some agent, a copy of the agent's own model, or a model of its
-    own."""
-    settings = config.critic
-    common: dict[str, Any] = {"max_tokens": settings.max_tokens, "compute": policy.compute}
-    source = settings.model or policy.source
-    base = team.base_of(source) if settings.body == "auto" else None
-    if base is not None:
-        adapter = base.add_like(base.adapters[0], seeds.derive(config.run.seed, "critic's adapter", name))
-        return Critic(adapter, base.tokenizer, **common).to(policy.device), settings.lr or ADAPTER_CRITIC
-    rate = settings.lr or config.learner.lr or default_rate(source)
-    if settings.model is None and policy.adapter is None:
-        return Critic(copy.deepcopy(policy.body), policy.tokenizer, **common).to(policy.device), rate
-    return Critic.from_pretrained(source, device=policy.device, **common), rate
-
-
-ADAPTER_CRITIC = 1e-4
-"""Learning rate of a critic that is an adapter; at a policy's 5e-4 its values overshoot."""
-
-
-def policy_rate(policy: Policy, config: Config) -> float:
-    """The learning rate of a policy where the settings give none: that of an adapter, or of a whole model."""
-    return config.learner.lr or (5e-4 if policy.adapter is not None else default_rate(policy.source))
-
-
-def default_rate(source: str) -> float:
-    """The learning rate of a whole model: the tiny one stands a rate that breaks a large one."""
-    return 5e-4 if resolve(source) == resolve("tiny") else 5e-6
+def _make_critic(spec: CriticSpec, policy: Policy, config: Config) -> Critic:
+    """A critic model, as the blueprint has it; policy: the one that it names."""
+    common: dict[str, Any] = {"max_tokens": config.critic.max_tokens, "compute": policy.compute}
+    if spec.body == "adapter" and policy.adapter is not None:
+        seed = seeds.derive(config.run.seed, "critic's adapter", spec.name)
+        base = policy.adapter.base
+        return Critic(base.add_like(policy.adapter, seed), base.tokenizer, **common).to(policy.device)
+    if spec.body == "copy":
+        return Critic(copy.deepcopy(policy.body), policy.tokenizer, **common).to(policy.device)
+    return Critic.from_pretrained(spec.model, device=policy.device, **common)

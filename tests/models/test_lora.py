@@ -30,9 +30,9 @@ from collm.learning.learner import Learner
 from collm.learning.pack import micro_batches, pack_answers, pack_readings
 from collm.models.adapters import Base
 from collm.models.critic import Critic
-from collm.models.loading import resolve
 from collm.models.policy import Policy
 from collm.models.recompute import recompute_layers
+from collm.models.sources import resolve
 from collm.models.team import Team
 from collm.runs.directory import read_config
 from collm.settings.load import parse_config

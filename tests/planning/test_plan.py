@@ -14,7 +14,10 @@ from places import ROOT
 from collm.cli.main import main
 from collm.cli.plan import read_size
 from collm.errors import ConfigError
-from collm.planning import GIB, KNOWN, TEMPLATE, Plan, Shape, Work, advise, block_bytes, count_tokens, plan, read_shape, work_of
+from collm.planning.advise import advise
+from collm.planning.memory import GIB, Plan, block_bytes, plan
+from collm.planning.shapes import KNOWN, Shape, read_shape
+from collm.planning.work import TEMPLATE, Work, count_tokens, work_of
 from collm.settings.load import apply_overrides, load_config, parse_config
 from collm.settings.rooms import LoraSettings
 
@@ -128,6 +131,29 @@ def test_adapters_share_one_base() -> None:
         assert found.held["adapters"] == 4 * size * (agents + 1)
         assert found.held["optimizer"] == 8 * size * (agents + 1)
         assert "weights" not in found.held
+
+
+def test_agents_that_share_weights_have_a_critic_each() -> None:
+    shape, own = read_shape("tiny"), {"algorithm__name": "collm-dc", "run__device": "cpu"}
+    found = planned(work(), team__shared=True, **own)
+    assert found.held["weights"] == 4 * (shape.parameters + 2 * shape.body)
+    assert [phase.name for phase in found.phases if "critic" in phase.name] == ["update (critic of a)", "update (critic of b)"]
+    apart = planned(work(), **own)
+    assert found.update_tokens == apart.update_tokens
+    assert found.held["value heads"] == apart.held["value heads"]
+
+
+def test_an_agent_that_starts_from_an_adapters_folder_is_an_adapter(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"base_model_name_or_path": "tiny", "r": 4, "target_modules": ["v_proj", "q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found, shape = planned(work(), team__models={"a": str(tmp_path)}, run__device="cpu"), read_shape("tiny")
+    adapter = shape.adapter(LoraSettings(rank=4, targets=["q_proj", "v_proj"]))
+    assert found.held["weights"] == 4 * shape.parameters
+    assert found.held["shared base"] == 4 * shape.parameters
+    assert found.held["adapters"] == 4 * 2 * adapter  # the joint critic is one, too
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": None}))
+    with pytest.raises(ConfigError, match="lacks what planning needs"):
+        planned(work(), team__models={"a": str(tmp_path)})
 
 
 def test_other_settings_change_what_they_should() -> None:

@@ -19,10 +19,11 @@ from places import ROOT
 from rich.console import Console
 from test_reports import record, write_run
 
-from collm import config
 from collm.cli.main import main
 from collm.errors import ConfigError, RunError
 from collm.reports.grid import grid_tables
+from collm.settings import former
+from collm.settings.presets import ALGORITHMS
 from collm.studies.grid import Grid, Study, read_grid
 from collm.studies.recipe import read_plan
 from collm.studies.result import Cell, area_under, first_reaching
@@ -70,7 +71,7 @@ def test_first_reaching_by_hand() -> None:
 
 def test_settings_come_in_layers(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text(
-        'env = {name = "agree", agents = 3}\nlearner = {lr = 1e-4, warmup = 2}\n[rollout]\ntasks = 4\n'
+        'env = {name = "agree", agents = 3}\nlearner = {lr = 1e-4, schedule = "linear"}\n[rollout]\ntasks = 4\n'
     )
     text = RECIPE.replace('env = {name = "agree"}', 'recipe = "base.toml"\nenv.turns = 2')
     plan, jobs = read_plan(write(tmp_path, text.replace("seeds =", "learning_rates = [1e-3, 2e-3]\nseeds =")), tmp_path / "out")
@@ -81,7 +82,7 @@ def test_settings_come_in_layers(tmp_path: Path) -> None:
     assert len(jobs) == 2 + 4 + 4
     config = jobs[-1].config
     assert (config.env.name, config.env.options) == ("agree", {"agents": 3, "turns": 2})
-    assert (config.learner.lr, config.critic.lr, config.learner.warmup) == (2e-3, 2e-3, 2)
+    assert (config.learner.lr, config.critic.lr, config.learner.schedule) == (2e-3, 2e-3, "linear")
     assert (config.run.seed, config.run.iterations, config.algorithm.name) == (1, 2, "collm-cc")
     assert config.run.folder == str(tmp_path / "out" / "two")
 
@@ -112,12 +113,12 @@ def test_trained_methods_of_a_shipped_comparison_get_the_same(name: str, tmp_pat
     critics = {
         job.config.critic for job in jobs if job.cell.method in ("collm-cc", "collm-dc") and job.cell.seed == plan.seeds[0]
     }
-    assert len({repr(critic.model_copy(update={"lr": 0.1, "difference": False})) for critic in critics}) == 1
+    assert len({repr(critic.model_copy(update={"lr": 0.1, "reads": "joint"})) for critic in critics}) == 1
     if name in ("str_build_sparse", "str_build_sparse_rates"):
         configs = {job.cell.method: job.config for job in jobs if (job.cell.seed, job.cell.rate) == (plan.seeds[0], 2e-4)}
         joint, own = configs["collm-cc"], configs["dc-difference"]
-        assert joint.critic == own.critic
-        assert own.algorithm == joint.algorithm.model_copy(update={"name": "collm-dc", "critic": "own"})
+        assert own.critic == joint.critic.model_copy(update={"reads": "own"})
+        assert own.algorithm == joint.algorithm.model_copy(update={"name": "collm-dc"})
 
 
 def test_what_tells_one_run_from_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,12 +132,12 @@ def test_what_tells_one_run_from_another(tmp_path: Path, monkeypatch: pytest.Mon
     first = marks()
     assert len(set(first.values())) == 3
     assert marks(out="elsewhere") == first
-    warmed = marks(RECIPE.replace("[methods.magrpo]", "[settings.learner]\nwarmup = 1\n[methods.magrpo]"))
+    warmed = marks(RECIPE.replace("[methods.magrpo]", '[settings.learner]\nschedule = "linear"\n[methods.magrpo]'))
     assert warmed["parallel"] == first["parallel"]
     assert not {warmed["magrpo"], warmed["collm-cc"]} & set(first.values())
-    monkeypatch.setitem(config.ADDED, ("critic", "warmup"), 0)  # as if grids had been made before there was a warm-up
+    monkeypatch.setitem(former.ADDED, ("critic", "warmup"), 0)  # as if grids had been made before there was a warm-up
     later = marks()
-    monkeypatch.setitem(config.ALGORITHMS["collm-cc"].critic, "warmup", 1)
+    monkeypatch.setitem(ALGORITHMS["collm-cc"].critic, "warmup", 1)
     changed = marks()
     assert later["magrpo"] == changed["magrpo"]
     assert later["collm-cc"] != changed["collm-cc"]
@@ -151,8 +152,8 @@ def test_every_method_plays_as_many_episodes(tmp_path: Path) -> None:
 def test_single_agent_methods_get_a_task_for_one(tmp_path: Path) -> None:
     text = RECIPE.replace('"parallel", "magrpo", "collm-cc"', '"raw", "grpo", "ac", "collm-cc"')
     _, jobs = read_plan(write(tmp_path, text), tmp_path / "out")
-    agents = {job.cell.method: (job.config.env.options.get("agents"), job.config.rollout.protocol) for job in jobs}
-    assert agents == {"raw": (1, "single"), "grpo": (1, "single"), "ac": (1, "single"), "collm-cc": (None, "parallel")}
+    agents = {job.cell.method: job.config.env.options.get("agents") for job in jobs}
+    assert agents == {"raw": 1, "grpo": 1, "ac": 1, "collm-cc": None}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""What would make a recipe fit: the smallest change of settings, found by trying."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from collm.errors import ConfigError
+from collm.planning.memory import Plan, plan
+from collm.planning.work import work_of
+from collm.settings.load import apply_overrides, parse_config
+from collm.settings.rooms import Config
+
+
+def remedies(config: Config, longest: int) -> Iterator[dict[str, Any]]:
+    """Settings that lower the peak, the smallest change first; the first ones change memory and time, not results."""
+    tokens = config.learner.micro_batch_tokens
+    while tokens // 2 >= longest:
+        tokens //= 2
+        yield {"learner.micro_batch_tokens": tokens}
+    batch = config.rollout.batch_tokens
+    while batch // 2 >= longest:
+        batch //= 2
+        yield {"rollout.batch_tokens": batch}
+    if not config.learner.gradient_checkpointing:
+        yield {"learner.gradient_checkpointing": True}
+    if config.team.compute != "bfloat16":
+        yield {"team.compute": "bfloat16"}
+    if config.team.lora is None:
+        yield {"team.lora.rank": 16}
+
+
+def advise(config: Config, limit: float) -> tuple[dict[str, Any], Plan] | None:
+    """The fewest of the remedies that bring the peak below `limit` bytes, and the plan with them; None if all do not."""
+    work = work_of(config)
+    longest = max(work.sequence(agent) for agent in work.agents)
+    taken: dict[str, Any] = {}
+    for remedy in remedies(config, longest):
+        alone = _with(config, remedy)
+        if (found := plan(alone, work)).peak <= limit:
+            return remedy, found
+        taken |= remedy
+        if plan(_with(config, taken), work).peak <= limit:
+            for name in list(taken):
+                fewer = {key: value for key, value in taken.items() if key != name}
+                try:
+                    if plan(_with(config, fewer), work).peak <= limit:
+                        taken = fewer
+                except ConfigError:
+                    continue  # the others need it
+            return taken, plan(_with(config, taken), work)
+    return None
+
+
+def _with(config: Config, overrides: Mapping[str, Any]) -> Config:
+    values = config.model_dump(mode="json", exclude_none=True)
+    apply_overrides(values, overrides)
+    return parse_config(values)

@@ -1,0 +1,267 @@
+"""Memory of a run: what is held all the time (weights, optimizer state), and what each phase adds to it.
+
+Phases are generation, a critic's update, an agent's update, and saving; the arithmetic follows the code of each. The peak is
+what is held plus the largest phase. docs/planning.md compares it with what was measured.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from collm.models.blueprint import BaseSpec, Blueprint, CriticSpec, PolicySpec
+from collm.models.sources import is_adapter
+from collm.planning.shapes import Shape, read_adapter, read_shape
+from collm.planning.work import Work, work_of
+from collm.settings.rooms import Config, LoraSettings
+
+GIB = 1 << 30
+LOGITS_AT_ONCE = 1 << 25
+"""As models/policy.py has it: longer batches are scored in chunks of so many logits."""
+CUDA_RESERVE = 1 * GIB
+"""Assumed for a CUDA context, its libraries' workspaces and fragmentation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One set of weights that answers or judges: whole, or an adapter on a base that is counted elsewhere."""
+
+    name: str
+    shape: Shape
+    base: BaseSpec | None
+    """What it sits on, for an adapter."""
+    lora: LoraSettings | None
+    """An adapter's rank and layers."""
+    head: bool
+    """With the vocabulary head, or (a critic) without."""
+
+    @property
+    def trained(self) -> int:
+        """Parameters that learn; all of them are float32."""
+        if self.lora is not None:
+            return self.shape.adapter(self.lora)
+        return self.shape.parameters if self.head else self.shape.body
+
+
+@dataclass(slots=True)
+class Phase:
+    """What one phase holds beyond what is always there: part -> bytes."""
+
+    name: str
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(slots=True)
+class Plan:
+    """held: part -> bytes, all the time; phases: what each adds. The peak is held plus the largest phase."""
+
+    config: Config
+    blueprint: Blueprint
+    work: Work
+    held: dict[str, float]
+    phases: list[Phase]
+    update_tokens: float
+    """Tokens that agents' and critics' updates read in one iteration."""
+
+    @property
+    def largest(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def peak(self) -> float:
+        return sum(self.held.values()) + self.largest.total
+
+    @property
+    def generated_tokens(self) -> int:
+        """In one iteration, at most."""
+        return self.work.joint_actions * len(self.work.agents) * self.work.answer
+
+    @property
+    def imagined_turns(self) -> int:
+        """Environment turns replayed for difference baselines in one iteration, at most: `rollout.replay.replay_without`."""
+        agents, turns = len(self.work.agents), self.work.turns
+        if not self.blueprint.difference_baseline or agents == 1:
+            return 0
+        return self.work.episodes * agents * turns * (turns + 1) // 2
+
+    def hours(self, generated_per_second: float, updated_per_second: float) -> float:
+        """Of the whole run, without evaluations."""
+        seconds = self.generated_tokens / generated_per_second + self.update_tokens / updated_per_second
+        return self.config.run.iterations * seconds / 3600
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it; memory in bytes."""
+        iterations = self.config.run.iterations
+        return {
+            "peak_bytes": round(self.peak),
+            "held_bytes": {name: round(size) for name, size in self.held.items()},
+            "phases": {phase.name: {name: round(size) for name, size in phase.parts.items()} for phase in self.phases},
+            "iterations": iterations,
+            "joint_actions": iterations * self.work.joint_actions,
+            "imagined_turns_at_most": iterations * self.imagined_turns,
+            "generated_tokens_at_most": iterations * self.generated_tokens,
+            "update_tokens_at_most": round(iterations * self.update_tokens),
+            "prompt_tokens": {agent: list(counts) for agent, counts in self.work.prompts.items()},
+            "note": self.work.note,
+        }
+
+
+def plan(config: Config, work: Work | None = None) -> Plan:
+    """The plan of a recipe. Raises ConfigError where a model's shape is not known."""
+    work = work or work_of(config)
+    blueprint = Blueprint.of(config, work.agents)
+    policies = [(policy, _policy(policy)) for policy in blueprint.policies]
+    critics = [(critic, _critic(critic, blueprint)) for critic in blueprint.critics if critic.body != "policy"]
+    models = [model for _, model in [*policies, *critics]]
+    held: dict[str, float] = {}
+
+    def add(part: str, size: float) -> None:
+        if size:
+            held[part] = held.get(part, 0) + size
+
+    for model in models:
+        add("weights" if model.base is None else "adapters", 4 * model.trained)
+        add("optimizer", 8 * model.trained)
+    for base, shape in {model.base: model.shape for model in models if model.base is not None}.items():
+        add("shared base", (2 if base.dtype == "bfloat16" else 4) * shape.parameters)
+    referred = {reference.policy for reference in blueprint.references}
+    add("reference policies", sum(4 * model.trained for policy, model in policies if policy.name in referred))
+    add("value heads", sum(12 * (model.shape.hidden + 1) for _, model in critics))
+    if config.run.device != "cpu" and _has_cuda(config.run.device):
+        add("CUDA context (assumed)", CUDA_RESERVE)
+    phases = [_generation(config, work, model, policy.agents) for policy, model in policies]
+    phases += [_update(config, model, *_read_by(config, work, critic), 0) for critic, model in critics]
+    for policy, model in policies:
+        longest = max(work.sequence(agent) for agent in policy.agents)
+        answers = work.turns * work.answer if work.history == "full" else work.answer
+        phases.append(_update(config, model, longest, work.sequences * len(policy.agents), answers))
+    written = max(4 * model.trained for model in models)
+    phases.append(Phase("saving a checkpoint", {"a copy of one model's weights": written}))
+    tokens = config.algorithm.epochs * sum(work.sequences * work.sequence(agent) for agent in blueprint.agents)
+    for critic, _ in critics:
+        longest, count = _read_by(config, work, critic)
+        tokens += (1 + config.critic.epochs) * longest * count
+    return Plan(config, blueprint, work, held, phases, tokens)
+
+
+def _policy(policy: PolicySpec) -> Model:
+    return Model(policy.name, read_shape(policy.model), policy.base, _lora(policy), head=True)
+
+
+def _critic(critic: CriticSpec, blueprint: Blueprint) -> Model:
+    """A critic with a body of its own; an adapter is like that of the policy which the blueprint names."""
+    lora = _lora(blueprint.policy_of(critic.policy)) if critic.base is not None else None
+    return Model(f"critic of {critic.name}", read_shape(critic.model), critic.base, lora, head=False)
+
+
+def _lora(policy: PolicySpec) -> LoraSettings | None:
+    return read_adapter(policy.model) if is_adapter(policy.model) else policy.lora
+
+
+def _read_by(config: Config, work: Work, critic: CriticSpec) -> tuple[int, int]:
+    """(tokens, number) of the sequences that a critic reads. V judges the last turn before it is answered."""
+    agents = work.agents if critic.joint else critic.agents
+    unread = len(agents) * work.answer if critic.kind == "V" else 0
+    return min(config.critic.max_tokens, work.sequence(*agents) - unread), work.sequences
+
+
+def _generation(config: Config, work: Work, model: Model, agents: Sequence[str]) -> Phase:
+    """Answering the last and longest turn: prefill, key-value cache, logits. As engines/local.py does it."""
+    if config.rollout.engine == "vllm":
+        return Phase(f"generation ({model.name})", {})
+    shape, c = model.shape, _compute_bytes(config)
+    length = max(work.sequence(agent) for agent in agents)
+    prompt = length - work.answer
+    rows = max(1, min(work.episodes * len(agents), config.rollout.batch_tokens // length))
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    everything = work.episodes * len(agents) * length
+    held = everything if everything <= config.rollout.batch_tokens // 2 else 0  # for the next turn
+    cache = (rows * length * (shape.layers + 1) + held * shape.layers) * 2 * keys * c  # a layer more while rows leave the batch
+    mlp = 3 * c * shape.intermediate + 8 * shape.hidden
+    attention = c * (3 * queries + 2 * keys) + 8 * shape.hidden + 5 * prompt * (prompt > 1)
+    sorts = config.rollout.top_p < 1 or config.rollout.top_k
+    logits = rows * shape.vocabulary * (16 + 25 * bool(sorts))
+    return Phase(
+        f"generation ({model.name})",
+        {"key-value cache": cache, "prompts and logits": max(rows * prompt * max(mlp, attention), logits)},
+    )
+
+
+def _update(config: Config, model: Model, longest: int, count: int, answer: int) -> Phase:
+    """Forward and backward of one micro-batch: activations that are kept for the backward pass, the gradient, the logits.
+
+    longest: tokens of a sequence; count: sequences; answer: tokens scored in each (0 for a critic).
+    """
+    shape, c = model.shape, _compute_bytes(config)
+    rows = max(1, min(count, config.learner.micro_batch_tokens // max(1, longest)))
+    tokens, scored = rows * longest, rows * answer
+    block, transient = tokens * block_bytes(shape, c, model.lora), tokens * 3 * c * shape.intermediate
+    inputs = tokens * 4 * shape.hidden
+    kept = 3 * inputs + (shape.layers * inputs + block if config.learner.gradient_checkpointing else shape.layers * block)
+    gradient = 4 * model.trained
+    if model.lora is None and c == 2:
+        gradient += 2 * (model.trained - shape.embedding)  # the products' own copies of the weights
+    largest_weight = 4 * shape.embedding if model.lora is None else 0
+    logits = 0.0
+    if answer:
+        chunk = min(scored, max(1, LOGITS_AT_ONCE // shape.vocabulary)) * shape.vocabulary
+        copies = 1 + (config.rollout.temperature not in (0, 1)) + (config.rollout.top_p < 1 or config.rollout.top_k > 0)
+        sorts = 25 if config.rollout.top_p < 1 or config.rollout.top_k else 0
+        logits = chunk * (4 * copies + max(12, sorts))
+    return Phase(
+        f"update ({model.name})",
+        {"gradient": gradient, "activations": kept, "logits and products": max(logits, transient) + largest_weight},
+    )
+
+
+def block_bytes(shape: Shape, c: int, lora: LoraSettings | None) -> float:
+    """Bytes per token that one block keeps for its backward pass; c: bytes of a product's number (4, or 2 for bfloat16).
+
+    Residual stream and norms are float32. A frozen layer does not keep its input, but an adapter on it keeps one of its own.
+    """
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    trained = lora is None
+    norm = 4 * shape.hidden * (2 if trained else 1) + c * shape.hidden  # its input, that normalized, and its output
+    size: float = 2 * norm
+    if shape.qk_norm:
+        size += 4 * (queries + keys) * (2 if trained else 1)
+    size += c * (queries + 2 * keys)  # queries, keys and values as attention takes them
+    size += c * queries  # attention's answer
+    size += c * 4 * shape.intermediate  # gate, its activation, up, and their product
+    if lora is not None:
+        chosen = shape.linear if lora.targets == ["all-linear"] else lora.targets
+        size += c * lora.rank * len(list(chosen))
+        if c == 2:  # each adapter keeps its own copy of its input
+            size += 2 * sum(shape.linear[name][0] for name in chosen)
+    return size
+
+
+def _compute_bytes(config: Config) -> int:
+    return 2 if config.team.compute == "bfloat16" else 4
+
+
+def _has_cuda(device: str) -> bool:
+    return device.startswith("cuda") or (device == "auto" and shutil.which("nvidia-smi") is not None)
+
+
+def device_memory(device: str) -> int | None:
+    """Bytes of the device that a run would use; None where that cannot be told."""
+    if _has_cuda(device):
+        command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+            return int(answer.split()[0]) << 20
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+            return None
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
