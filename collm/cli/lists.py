@@ -60,11 +60,11 @@ def _first_sentence(text: str) -> str:
     return sentence + dot.strip()
 
 
-def _wrapped(items: list[str], width: int = 110) -> list[str]:
-    """Items side by side in indented lines of at most `width` characters; an item is never broken."""
+def _wrapped(items: list[str]) -> list[str]:
+    """Items side by side in indented lines of at most 110 characters; an item is never broken."""
     lines = [""]
     for item in items:
-        if lines[-1] and len(lines[-1]) + len(item) + 2 > width - 4:
+        if lines[-1] and len(lines[-1]) + len(item) + 2 > 106:
             lines.append("")
         lines[-1] += f"  {item}" if lines[-1] else item
     return [f"    {line}" for line in lines if line]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,6 @@ from collm.models.chat import Chat
 from collm.models.loading import load_pretrained
 from collm.models.policy import compute_in
 from collm.types import Episode, Ids, Message
-
-View = Literal["own", "joint", "joint+state"]
 
 
 class ValueHead(nn.Module):

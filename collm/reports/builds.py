@@ -101,13 +101,13 @@ def read_build(episode: Record) -> Build | None:
     return Build(found[1], target, blocks, agents, float(episode["score"]), float("nan" if iou is None else iou))
 
 
-def choose(before: Sequence[Record], after: Sequence[Record], count: int = 3) -> Gallery | None:
-    """`count` words from first to last at even steps among those built both times; None where nothing was built."""
+def choose(before: Sequence[Record], after: Sequence[Record]) -> Gallery | None:
+    """At most three words from first to last at even steps among those built both times; None where nothing was built."""
     old, new = ({b.word: b for b in map(read_build, episodes) if b} for episodes in (before, after))
     words = [word for word in new if word in old]
     if not words:
         return None
-    places = np.unique(np.linspace(0, len(words) - 1, min(count, len(words))).round().astype(int)).tolist()
+    places = np.unique(np.linspace(0, len(words) - 1, min(3, len(words))).round().astype(int)).tolist()
     chosen = [words[place] for place in places]
     return Gallery([old[w] for w in chosen], [new[w] for w in chosen], [place + 1 for place in places], len(words))
 

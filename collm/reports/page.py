@@ -113,9 +113,9 @@ def _episode_sets(run: Run) -> list[Record]:
     return [{"name": name, "episodes": pick(read_episodes(path))} for name, path in wanted]
 
 
-def pick(episodes: Sequence[Record], count: int = EPISODES) -> list[Record]:
-    """At most `count` episodes from worst to best score, evenly spaced; failed ones come first."""
+def pick(episodes: Sequence[Record]) -> list[Record]:
+    """At most `EPISODES` episodes from worst to best score, evenly spaced; failed ones come first."""
     ordered = sorted(episodes, key=lambda e: (-math.inf if e["score"] is None or e["failure"] else e["score"], e["task"]))
-    if len(ordered) <= count:
+    if len(ordered) <= EPISODES:
         return ordered
-    return [ordered[round(place * (len(ordered) - 1) / (count - 1))] for place in range(count)]
+    return [ordered[round(place * (len(ordered) - 1) / (EPISODES - 1))] for place in range(EPISODES)]

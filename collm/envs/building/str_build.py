@@ -135,7 +135,7 @@ class StrBuild(TextEnv):
             parts = parts if self.last_turn else {}
         else:
             shift = self.shift
-        observations = {agent: self._feedback(agent, agents, total) for agent in agents}
+        observations = dict.fromkeys(agents, self._feedback(agents, total))
         return Outcome(total, parts, observations, shift=shift, metrics=metrics)
 
     def state(self) -> str:
@@ -221,7 +221,7 @@ class StrBuild(TextEnv):
         ]
         return "\n".join(lines)
 
-    def _feedback(self, agent: str, agents: list[str], total: float) -> str:
+    def _feedback(self, agents: list[str], total: float) -> str:
         lines = [f"Reward: {total:.2f}"] if self.feedback == "score" else []
         if self.feedback == "position":
             listed = " ".join(f"{x},{y}" for x, y in sorted(self.target))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from collm import seeds
-from collm.envs.coding.programs import function, parse, source_of, split_checks, split_lines, taken
+from collm.envs.coding.programs import parse, source_of, split_checks, split_lines, taken
 from collm.envs.data import Row, field, read_each, read_rows, split_rows
 from collm.errors import EnvError
 
@@ -199,13 +199,3 @@ def problem_of(recipe: Recipe, rng: random.Random) -> Problem:
     lines = [f"    xs = {recipe.source(step)}" for step in range(len(recipe.steps))]
     solution = "\n".join([f"def {name}(xs):", *lines, f"    return {ENDS[recipe.end][1]}\n"])
     return Problem(f"{part_of(recipe)}-{name}", prompt, "", name, checks, solution)
-
-
-def entry_of(problem: Problem) -> Sequence[str]:
-    """Names of the parameters of a problem's entry point, as its solution or prompt has them."""
-    for text in (problem.solution, problem.prompt, f"{problem.prompt}\n    pass"):
-        tree = parse(text)
-        found = function(tree.body, problem.entry_point) if tree is not None else None
-        if found is not None:
-            return [arg.arg for arg in found.args.args]
-    return []

@@ -126,11 +126,6 @@ def function(nodes: Iterable[ast.stmt], name: str) -> Function | ast.Lambda | No
     return found
 
 
-def defines(nodes: Iterable[ast.stmt], name: str) -> bool:
-    """Whether top-level statements bind a name by any definition, assignment or import."""
-    return name in {bound for node in nodes for bound in _bound(node)}
-
-
 def _bound(node: ast.stmt) -> Iterator[str]:
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         yield node.name

@@ -1,6 +1,6 @@
 """What runs inside the box: a process that is kept warm (the zygote) and forks two for every check.
 
-Started by `pool.py` as a script, with nothing but the standard library and numpy. For every check the pool sends three
+Started by `box.py` as a script, with nothing but the standard library and numpy. For every check the pool sends three
 messages. The zygote reads the first alone, which holds a time limit, and forks a child that reads the others:
 
 - the second holds the program. The child forks the *player*, which runs it; neither has read the check by then.
