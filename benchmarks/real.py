@@ -124,10 +124,10 @@ def measure_learning(options: argparse.Namespace, algorithm: str) -> dict[str, A
         began = time.monotonic()
         trainer = Trainer(parse_config(values), quiet=True)
         loaded = time.monotonic()
-        results = {"before": evaluate(trainer.config, trainer.engine)}
+        results = {"before": evaluate(trainer.config, trainer.collector)}
         run = trainer.run()
         trained = time.monotonic()
-        results["after"] = evaluate(trainer.config, trainer.engine)
+        results["after"] = evaluate(trainer.config, trainer.collector)
         held_out = {when: measured(result)[0]["reward"].plain() for when, result in results.items()}
         texts = {
             when: [{a: c.text for a, c in e.turns[0].completions.items()} for e in result.episodes[:3]]

@@ -363,7 +363,7 @@ def test_a_learner_agrees_with_a_frozen_team_mate_on_a_server(tmp_path):
     with serve(lambda *_: http(completion("green"))) as served:
         trainer = Trainer(mixed_recipe(tmp_path, served.url), quiet=True)
         untrained, folder, trained = score(trainer), trainer.run(), score(trainer)
-        assert evaluate(trainer.config, trainer.engine).summary()["evaluation/failed"] == 0
+        assert evaluate(trainer.config, trainer.collector).summary()["evaluation/failed"] == 0
         assert main(["evaluate", str(folder)]) == 0
     assert untrained < 0.6
     assert trained >= 0.9

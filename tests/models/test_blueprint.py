@@ -225,8 +225,7 @@ def places(*modules: Any) -> set[int]:
 @pytest.mark.parametrize("case", BUILT)
 def test_what_is_built_shares_parameters_as_the_blueprint_says(case: str, tmp_path: Path) -> None:
     """Every policy, critic and reference by where its parameters lie: the same within a unit, none in two."""
-    from collm.training.assemble import make_learner
-    from collm.training.assemble import make_team
+    from collm.training.assemble import make_learner, make_team
     from collm.types import Sampling
 
     another = str(tmp_path / "another")

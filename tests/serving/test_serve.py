@@ -31,6 +31,7 @@ from collm.cli.main import main
 from collm.engines.http import HttpEngine, endpoint
 from collm.engines.local import LocalEngine
 from collm.models.team import Team
+from collm.rollout.collector import LocalCollector
 from collm.serving.batcher import Batcher
 from collm.serving.wire import Refused
 from collm.settings.load import parse_config
@@ -125,7 +126,7 @@ def one(team) -> Server:
 def greedy(run: Path) -> list[Episode]:
     """The run's held-out episodes, in process."""
     config = run_config(run, {})
-    return evaluate(config, LocalEngine(load_team(config, run / "final"))).episodes
+    return evaluate(config, LocalCollector(LocalEngine(load_team(config, run / "final")))).episodes
 
 
 def spoken(episode: Episode) -> list:

@@ -16,6 +16,7 @@ from collm import tiny
 from collm.engines.local import LocalEngine
 from collm.models import loading
 from collm.models.team import Team
+from collm.rollout.collector import LocalCollector
 from collm.settings.load import parse_config
 from collm.training.evaluate import Evaluation, evaluate
 
@@ -31,7 +32,7 @@ def play(temperature: float = 1.0, **options: object) -> Evaluation:
         }
     )
     team = Team.from_pretrained({"builder_0": "tiny", "builder_1": "tiny"})
-    return evaluate(config, LocalEngine(team))
+    return evaluate(config, LocalCollector(LocalEngine(team)))
 
 
 def test_it_fits_in_eight_megabytes_and_unties_its_embeddings() -> None:
