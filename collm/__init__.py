@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collm.envs.check import check_env
     from collm.models.team import Team
     from collm.rollout.collect import Plan, collect
+    from collm.runs.open import open_run
     from collm.studies.compare import compare
     from collm.training.trainer import Trainer
 
@@ -27,11 +28,12 @@ _HOMES = {
     "Team": "collm.models.team",
     "Plan": "collm.rollout.collect",
     "collect": "collm.rollout.collect",
+    "open_run": "collm.runs.open",
     "compare": "collm.studies.compare",
     "Trainer": "collm.training.trainer",
 }
 
-__all__ = ["Config", "Plan", "Team", "Trainer", "check_env", "collect", "compare", "load_config", "make"]
+__all__ = ["Config", "Plan", "Team", "Trainer", "check_env", "collect", "compare", "load_config", "make", "open_run"]
 
 
 def __getattr__(name: str) -> Any:

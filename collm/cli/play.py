@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from collm.cli.evaluate import as_record, run_config, show_table
+from collm.cli.evaluate import as_record, show_table
 from collm.config import Config, load_config
 from collm.envs.catalogue import make
 from collm.errors import ConfigError
 from collm.reports.screen import Screen
+from collm.runs.directory import run_config
 
 if TYPE_CHECKING:
     from collm.engines.http import Endpoint

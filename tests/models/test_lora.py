@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from collm.algorithms import losses
-from collm.cli.evaluate import load_team
 from collm.config import LoraSettings, parse_config
 from collm.engines.local import LocalEngine
 from collm.errors import ConfigError, RunError
@@ -36,6 +35,7 @@ from collm.models.policy import Policy
 from collm.models.recompute import recompute_layers
 from collm.models.team import Team
 from collm.runs.directory import read_config
+from collm.runs.weights import load_team
 from collm.training.assemble import make_learner
 from collm.training.trainer import make_team
 from collm.types import Message, Request, Sampling
