@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collm.models.team import Team
     from collm.rollout.collect import collect
     from collm.rollout.plan import Plan
+    from collm.runs.open import open_run
     from collm.settings.load import load_config
     from collm.settings.rooms import Config
     from collm.studies.compare import compare
@@ -29,11 +30,12 @@ _HOMES = {
     "Team": "collm.models.team",
     "Plan": "collm.rollout.plan",
     "collect": "collm.rollout.collect",
+    "open_run": "collm.runs.open",
     "compare": "collm.studies.compare",
     "Trainer": "collm.training.trainer",
 }
 
-__all__ = ["Config", "Plan", "Team", "Trainer", "check_env", "collect", "compare", "load_config", "make"]
+__all__ = ["Config", "Plan", "Team", "Trainer", "check_env", "collect", "compare", "load_config", "make", "open_run"]
 
 
 def __getattr__(name: str) -> Any:

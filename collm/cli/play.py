@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from collm.cli.evaluate import as_record, run_config, show_table
+from collm.cli.evaluate import as_record, show_table
 from collm.envs.catalogue import make
 from collm.errors import ConfigError
 from collm.reports.screen import Screen
+from collm.runs.directory import run_config
 from collm.settings.load import load_config
 from collm.settings.rooms import Config
 

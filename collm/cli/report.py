@@ -12,13 +12,13 @@ from collm.reports.page import write_page
 from collm.reports.screen import Screen
 from collm.reports.tables import comparison_table, runs_table
 from collm.runs.files import refuse_links
-from collm.runs.read import read_run
+from collm.runs.open import open_run
 from collm.studies.before_after import before_after
 
 
 def run(arguments: argparse.Namespace) -> int:
     folders = {folder.resolve(): folder for folder in arguments.runs}
-    comparisons = [before_after(read_run(folder)) for folder in folders.values()]
+    comparisons = [before_after(open_run(folder)) for folder in folders.values()]
     console = Screen(quiet=arguments.json)
     if not console.is_terminal:
         console.width = 160

@@ -7,10 +7,10 @@ import ipaddress
 import os
 import sys
 
-from collm.cli.export import load_agent
 from collm.errors import ConfigError
 from collm.runs.directory import usable_cores
 from collm.runs.files import append
+from collm.runs.weights import load_agent
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from collm.runs.files import replacing
-from collm.runs.read import Run
+from collm.runs.open import Run
 from collm.studies.series import explained_by_turn, held_out_curve, yardstick_by_turn
 
 COLOURS = ("#2f6fb7", "#d9732b", "#3a9157", "#b5446e", "#7b5bb0", "#8a6d3b", "#3f9aa8", "#6b6f76")

@@ -14,7 +14,8 @@ from collm.errors import RunError
 from collm.reports.builds import BLOCKS
 from collm.reports.curves import COLOURS, run_names
 from collm.runs.files import write_text
-from collm.runs.read import Record, Run, read_episodes
+from collm.runs.open import Run
+from collm.runs.read import Record, read_episodes
 from collm.studies.before_after import before_after
 from collm.studies.intervals import Interval
 from collm.studies.series import explained_by_turn, held_out_curve, yardstick_by_turn

@@ -38,7 +38,7 @@ def runs_table(comparisons: Sequence[BeforeAfter], digits: int = 3, measures: in
         table.add_column(heading, justify="right")
     for comparison in comparisons:
         results = [spread(comparison.rows[name].after, digits) for name in shown]
-        cost = [f"{value:,.0f}" for value in comparison.run.cost().values()]
+        cost = [f"{value:,.0f}" for value in comparison.cost.values()]
         table.add_row(Text(comparison.run.name), *results, *cost)
     notes = [f"{comparison.run.name}: {note}" for comparison in comparisons for note in comparison.notes]
     return framed("held-out mean [95 % interval] after training, and what training cost", table, notes)

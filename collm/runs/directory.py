@@ -18,10 +18,11 @@ from typing import Any, NotRequired
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from collm.errors import RunError
+from collm.errors import ConfigError, RunError
 from collm.runs.files import explained, is_leftover, refuse_links, sweep, write_text
 from collm.runs.output import complain
-from collm.settings.load import parse_resolved
+from collm.settings import former
+from collm.settings.load import apply_overrides, parse_config, parse_resolved
 from collm.settings.rooms import Config
 
 CONFIG = "config.json"
@@ -29,6 +30,8 @@ CHECKPOINTS = "checkpoints"
 EMPTY = frozenset({"lock", CHECKPOINTS})
 """What may lie in a folder in which no run has begun yet: a start that was killed leaves these."""
 _EPISODES = re.compile("([0-9]{6,})(-evaluation)?[.]jsonl")
+CHANGEABLE = ("env.", "evaluation.", "rollout.", "run.threads", "run.device", "run.seed", "team.compute", "team.api_key_env")
+"""Settings (or their beginnings) of a trained run that its evaluation may change."""
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
@@ -102,7 +105,17 @@ def read_config(folder: Path) -> Config:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a run as plain values. Raises RunError where there are none, or they are damaged."""
+    """The settings of a run as plain values, under their present names. Raises RunError where there are none, or they are
+    damaged."""
+    return former.translate(_settings_file(folder))
+
+
+def lost_settings(folder: Path) -> list[str]:
+    """Settings, as "name=value", that the run learned with and this version does not have."""
+    return former.lost(_settings_file(folder))
+
+
+def _settings_file(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise RunError(f"there is no run {str(folder)!r}: the folder does not exist.")
     if not folder.is_dir():
@@ -158,6 +171,24 @@ def check_named(folder: Path, values: Mapping[str, Any], named: Mapping[str, Any
             f"run {str(folder)!r} sends the API key in the environment variable {key!r} to servers that it names itself. If "
             f"you trust them, name the variable again: --team.api_key_env {key}"
         )
+
+
+def run_config(folder: Path, overrides: Mapping[str, Any], *, playing: bool = True) -> Config:
+    """A run's settings with `{"room.key": value}` on top. Raises RunError or ConfigError.
+
+    playing: the run's environment and servers are to be used, so those that it brings itself must be named in `overrides`.
+    """
+    values = read_settings(folder)
+    if playing:
+        check_named(folder, values, overrides)
+    for key in overrides:
+        if not key.startswith(CHANGEABLE):
+            raise ConfigError(
+                f"{key!r} is no setting that the evaluation of a trained run can change: these are env.*, evaluation.*, "
+                "rollout.*, run.threads, run.device, run.seed, team.compute and team.api_key_env."
+            )
+    apply_overrides(values, overrides)
+    return parse_config(values)
 
 
 def episode_files(folder: Path, *, evaluation: bool) -> dict[int, Path]:

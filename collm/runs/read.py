@@ -1,11 +1,10 @@
-"""Reads run directories. Every failure is a RunError that names the file, the reason and the way out."""
+"""Reads files of a run. Every failure is a RunError that names the file, the reason and the way out."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -13,8 +12,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from collm.errors import RunError
-from collm.runs.directory import damage, episode_files, read_file, read_settings
-from collm.types import encodable
+from collm.runs.directory import damage, read_file
 
 Record = dict[str, Any]
 
@@ -38,47 +36,6 @@ class _Episode(TypedDict):
 
 METRICS: TypeAdapter[Any] = TypeAdapter(dict[str, float | None])
 EPISODE: TypeAdapter[Any] = TypeAdapter(_Episode)
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run directory as it stands: settings, and one record per iteration (the first, number 0, is before training)."""
-
-    folder: Path
-    config: Record
-    metrics: list[Record]
-
-    @property
-    def name(self) -> str:
-        return encodable(self.folder.resolve().name)
-
-    @property
-    def planned(self) -> int:
-        """Iterations the run is to have."""
-        return int(self.config["run"]["iterations"])
-
-    def evaluations(self) -> dict[int, Path]:
-        """Iterations after which the held-out tasks were played, in order, with their episodes' file."""
-        return episode_files(self.folder, evaluation=True)
-
-    def training_episodes(self) -> dict[int, Path]:
-        """Iterations of which training episodes were kept, in order, with their file."""
-        return episode_files(self.folder, evaluation=False)
-
-    def cost(self) -> dict[str, Any]:
-        """What training took so far: joint actions, seconds without evaluations, tokens that the agents sampled."""
-        seconds = [record.get(name) or 0.0 for record in self.metrics for name in ("seconds/collect", "seconds/learn")]
-        return {
-            "joint_actions": self.metrics[-1]["joint_actions"] if self.metrics else 0,
-            "seconds": round(math.fsum(seconds), 3),
-            "tokens": sum(record.get("tokens/sampled") or 0 for record in self.metrics),
-        }
-
-
-def read_run(folder: Path) -> Run:
-    """Raises RunError where `folder` is no run directory, or a file of it is damaged."""
-    config = read_settings(folder)
-    return Run(folder, config, read_metrics(folder / "metrics.jsonl"))
 
 
 def read_episodes(path: Path) -> list[Record]:

@@ -56,7 +56,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
 
 
 def parse_resolved(values: Mapping[str, Any]) -> Config:
-    """A Config from what `resolved()` once gave, also by a version whose settings had other names; see `former.lost`."""
+    """A Config from what `resolved()` once gave, also by a version whose settings had other names."""
     return parse_config(former.translate(values))
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from collm.errors import RunError
 from collm.runs.directory import command
-from collm.runs.read import Record, Run, read_evaluation
+from collm.runs.open import Run
+from collm.runs.read import Record, read_evaluation
 from collm.studies.intervals import Interval, explain, interval
 from collm.studies.series import REWARD, scores
 
@@ -45,6 +46,8 @@ class BeforeAfter:
     """Episodes of the last evaluation."""
     notes: list[str]
     """What a reader must know about the numbers."""
+    cost: dict[str, Any]
+    """What training took: joint actions, seconds, tokens."""
 
     @property
     def labels(self) -> tuple[str, str]:
@@ -74,7 +77,7 @@ class BeforeAfter:
             "reward": rows.pop(REWARD),
             "metrics": rows,
             "notes": self.notes,
-            **self.run.cost(),
+            **self.cost,
         }
 
 
@@ -107,4 +110,4 @@ def before_after(run: Run) -> BeforeAfter:
     left_out = len(old[REWARD].keys() | new[REWARD].keys()) - len(tasks)
     if left_out:
         notes.append(f"left out: {left_out} tasks that were not played to their end both times")
-    return BeforeAfter(run, first, last, len(tasks), rows, before, after, notes)
+    return BeforeAfter(run, first, last, len(tasks), rows, before, after, notes, run.cost())

@@ -15,7 +15,8 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from collm.errors import RunError
-from collm.runs.read import Run, read_episodes, read_evaluation, read_run
+from collm.runs.open import Run, open_run
+from collm.runs.read import read_episodes, read_evaluation
 from collm.studies.series import (
     Curves,
     explained_by_turn,
@@ -148,7 +149,7 @@ class Result:
 
 def read_result(cell: Cell) -> Result:
     """One run in numbers. Raises RunError where it has no held-out evaluation."""
-    run = read_run(cell.folder)
+    run = open_run(cell.folder)
     evaluations = run.evaluations()
     if not evaluations:
         raise RunError(f"{str(cell.folder)!r} has no held-out evaluation to compare. Set evaluation.every above 0.")

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from collm.runs.read import Record, Run, read_evaluation
+from collm.runs.open import Run
+from collm.runs.read import Record, read_evaluation
 from collm.studies.intervals import Interval, by_task, interval
 
 REWARD = "reward"

@@ -15,9 +15,8 @@ from collm.learning.learner import Learner
 from collm.models.team import Team
 from collm.rollout.collector import Collector
 from collm.runs import checkpoint
-from collm.runs.directory import begin, checkpoints, lock, read_settings, write_config
+from collm.runs.directory import begin, checkpoints, lock, lost_settings, read_settings, write_config
 from collm.runs.log import RunLog, describe
-from collm.settings.former import lost
 from collm.settings.load import apply_overrides, parse_resolved
 from collm.settings.rooms import Config
 from collm.training.alarms import alarms, gaps
@@ -73,7 +72,7 @@ class Trainer:
                     "other settings: collm train RECIPE --run.name NAME."
                 )
         values = read_settings(folder)
-        if gone := lost(values):
+        if gone := lost_settings(folder):
             raise ConfigError(
                 f"run {str(folder)!r} began with {', '.join(gone)}, which this version of collm does not have: it would not go "
                 "on exactly. Continue with the version that began it, or start a new run from its final/ folders."

@@ -371,7 +371,7 @@ def test_a_learner_agrees_with_a_frozen_team_mate_on_a_server(tmp_path):
     assert before["evaluation/failed"] == 0
     [part] = critic_parts(trainer.learner)
     with serve(lambda *_: http(completion("green"))) as served:
-        batch = Batch.of(Trainer(mixed_recipe(tmp_path / "again", served.url), quiet=True)._collect(), ("agent_1",))
+        batch = Batch.of(Trainer(mixed_recipe(tmp_path / "again", served.url), quiet=True).collect(), ("agent_1",))
     reading = part.critic.read(batch.episodes[0], 0, part.view(batch))
     text = trainer.team.policies["agent_1"].tokenizer.decode(reading.ids)
     assert "agent_0" in text

@@ -225,7 +225,7 @@ class Sometimes(Echo):
 def test_an_odd_environment_trains_resumes_and_is_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A NaN fails its episodes, which are counted; neither the run nor its resume ends; a metric called reward is not ours."""
     from collm.cli.main import main
-    from collm.runs.read import read_run
+    from collm.runs.open import open_run
 
     recipe = tmp_path / "odd.toml"
     recipe.write_text(
@@ -234,14 +234,14 @@ def test_an_odd_environment_trains_resumes_and_is_evaluated(tmp_path: Path, caps
     )
     words = ["train", str(recipe), "--run.folder", str(tmp_path), "--run.name", "odd"]
     assert main(words) == 0
-    run = read_run(tmp_path / "odd")
+    run = open_run(tmp_path / "odd")
     assert [line["episodes_failed"] for line in run.metrics[1:]] == [2, 2]
     last = run.metrics[-1]
     assert (last["evaluation/failed"], last["evaluation/episodes"]) == (1, 1)
     assert last["evaluation/reward"] != -7.0
     resume = ["train", "--resume", str(tmp_path / "odd"), "--env.name", "test_gate:Sometimes", "--run.iterations", "3"]
     assert main(resume) == 0
-    assert read_run(tmp_path / "odd").metrics[-1]["iteration"] == 3
+    assert open_run(tmp_path / "odd").metrics[-1]["iteration"] == 3
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "odd"), "--env.name", "test_gate:Sometimes", "--json"]) == 0
     assert main(["check", "test_gate:Sometimes"]) == 2

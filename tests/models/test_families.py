@@ -20,7 +20,6 @@ from test_pack import apart
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM
 
-from collm.cli.evaluate import load_team
 from collm.engines.local import LocalEngine
 from collm.errors import ConfigError
 from collm.learning.batch import Batch
@@ -31,6 +30,7 @@ from collm.models.policy import Policy, logit_rule
 from collm.models.team import Team
 from collm.runs.directory import read_config
 from collm.runs.log import read_metrics
+from collm.runs.weights import load_team
 from collm.training.trainer import Trainer
 from collm.types import Completion, Episode, Group, Message, Request, Sampling, Turn
 

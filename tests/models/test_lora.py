@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from collm.algorithms import losses
-from collm.cli.evaluate import load_team
 from collm.engines.local import LocalEngine
 from collm.errors import ConfigError, RunError
 from collm.learning.learner import Learner
@@ -35,10 +34,10 @@ from collm.models.recompute import recompute_layers
 from collm.models.sources import resolve
 from collm.models.team import Team
 from collm.runs.directory import read_config
+from collm.runs.weights import load_team
 from collm.settings.load import parse_config
 from collm.settings.rooms import LoraSettings
-from collm.training.assemble import make_learner
-from collm.training.trainer import make_team
+from collm.training.assemble import make_learner, make_team
 from collm.types import Message, Request, Sampling
 
 IDS = torch.tensor([[1, 40, 50, 60, 3, 2]])

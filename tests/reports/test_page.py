@@ -19,7 +19,7 @@ import pytest
 from test_reports import record, write_run
 
 from collm.reports.page import EPISODES, flat, page_data, pick, write_page
-from collm.runs.read import Run, read_run
+from collm.runs.open import Run, open_run
 from collm.settings.load import parse_config
 from collm.training.trainer import Trainer
 
@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "learner": {"lr": 1e-4},
         "evaluation": {"every": 1},
     }
-    return read_run(Trainer(parse_config(values), quiet=True).run())
+    return open_run(Trainer(parse_config(values), quiet=True).run())
 
 
 def embedded(path: Path) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def test_nothing_is_loaded_from_elsewhere(run: Run, tmp_path: Path) -> None:
 
 def test_hostile_texts_stay_data(tmp_path: Path) -> None:
     folder = write_run(tmp_path / HOSTILE.replace("/", "-"), {0: [record(HOSTILE, 0.0)], 4: [record(HOSTILE, 1.0)]})
-    path = write_page([read_run(folder)], tmp_path / "report.html")
+    path = write_page([open_run(folder)], tmp_path / "report.html")
     text = path.read_text(encoding="utf-8")
     assert text.count("</script>") == 2
     assert "<img" not in text
@@ -93,7 +93,7 @@ def test_hostile_texts_stay_data(tmp_path: Path) -> None:
 
 def test_settings_that_differ_are_named(run: Run, tmp_path: Path) -> None:
     other = write_run(tmp_path / "other", {0: [record("a", 0.0)], 4: [record("a", 1.0)]})
-    data = page_data([run, read_run(other)])
+    data = page_data([run, open_run(other)])
     assert data["settings"]["run.iterations"] == [2, 4]
     assert "run.iterations" in data["differing"]
     assert "run.seed" not in data["differing"]

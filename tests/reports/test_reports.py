@@ -26,7 +26,7 @@ from collm.reports.curves import draw_curves, run_names
 from collm.rollout.collect import collect
 from collm.rollout.plan import Plan
 from collm.runs.log import episode_record
-from collm.runs.read import read_run
+from collm.runs.open import open_run
 from collm.studies.before_after import before_after
 from collm.studies.series import explained_by_turn, held_out_curve, yardstick_by_turn
 from collm.types import Request
@@ -84,7 +84,7 @@ def test_differences_are_paired_by_task_not_by_line(tmp_path):
     """Tasks differ by far more than training adds: intervals overlap, yet every task gained exactly 0.25."""
     before = [record(task, float(i), metrics={"m": 0.0}) for i, task in enumerate(NINE)]
     after = [record(task, i + 0.25, metrics={"m": 1.0}) for i, task in reversed(list(enumerate(NINE)))]
-    comparison = before_after(read_run(write_run(tmp_path / "run", {0: before, 2: after[::2], 4: after})))
+    comparison = before_after(open_run(write_run(tmp_path / "run", {0: before, 2: after[::2], 4: after})))
     reward, m = comparison.rows["reward"], comparison.rows["m"]
     assert (comparison.first, comparison.last, comparison.num_tasks) == (0, 4, 9)
     assert (reward.before.mean, reward.after.mean) == (4.0, 4.25)
@@ -98,7 +98,7 @@ def test_failed_tasks_are_left_out_of_both_and_counted(tmp_path):
     before = [record(task, 1.0) for task in NINE]
     after = [record(task, 2.0) for task in NINE[:-1]] + [record("task8", 50.0, failure="no answer at turn 2")]
     before[-1]["score"] = 100.0
-    comparison = before_after(read_run(write_run(tmp_path / "run", {0: before, 4: after})))
+    comparison = before_after(open_run(write_run(tmp_path / "run", {0: before, 4: after})))
     assert comparison.num_tasks == 8
     assert comparison.rows["reward"].before.mean == 1.0
     assert comparison.notes == ["left out: 1 tasks that were not played to their end both times"]
@@ -108,7 +108,7 @@ def test_a_metric_that_some_tasks_lack_is_nan_with_a_note(tmp_path, capsys):
     before = [record(task, 1.0, metrics={"m": 1.0} if i else {"m": None}) for i, task in enumerate(NINE)]
     after = [record(task, 2.0, metrics={"m": 1.0} if i > 1 else {}) for i, task in enumerate(NINE)]
     folder = write_run(tmp_path / "run", {0: before, 4: after})
-    comparison = before_after(read_run(folder))
+    comparison = before_after(open_run(folder))
     assert comparison.notes == ["m: not a finite number for 2 of 9 tasks"]
     assert comparison.rows["m"].before.note == "not a finite number for 1 of 9 tasks"
     assert main(["report", str(folder), "--json"]) == 0
@@ -146,7 +146,7 @@ def test_a_line_that_is_still_being_written_is_left_out(tmp_path):
     folder = write_run(tmp_path / "run", {})
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 5, "joint_')
-    assert [line["iteration"] for line in read_run(folder).metrics] == [0, 1, 2, 3, 4]
+    assert [line["iteration"] for line in open_run(folder).metrics] == [0, 1, 2, 3, 4]
 
 
 def test_curves_take_their_numbers_from_the_run(tmp_path):
@@ -158,7 +158,7 @@ def test_curves_take_their_numbers_from_the_run(tmp_path):
         {"critic/explained_variance_turn_1": 0.7, "critic/loss": 9.0},
     ]
     evaluations = {i: [record(task, float(i)) for task in NINE] for i in (0, 3)}
-    run = read_run(write_run(tmp_path / "run", evaluations, metrics))
+    run = open_run(write_run(tmp_path / "run", evaluations, metrics))
     curves = explained_by_turn(run)
     assert list(curves) == [0, 1]
     assert curves[0][0].tolist() == [10, 20]
@@ -176,12 +176,12 @@ def test_a_critic_is_shown_within_tasks_where_tasks_repeat_and_beside_its_yardst
     names = ("critic/explained_variance_turn_{}", "critic/explained_within_tasks_turn_{}", "yardstick_turn_{}")
     metrics = [{name.format(0): value for name, value in zip(names, (0.9, 0.3, 0.4), strict=True)}]
     metrics += [{name.format(1): value for name, value in zip(names, (0.8, None, None), strict=True)}]
-    run = read_run(write_run(tmp_path / "run", {0: [record("a", 1.0)], 1: [record("a", 2.0)]}, metrics))
+    run = open_run(write_run(tmp_path / "run", {0: [record("a", 1.0)], 1: [record("a", 2.0)]}, metrics))
     assert {turn: y.tolist() for turn, (_, y) in explained_by_turn(run).items()} == {0: [0.3]}
     assert {turn: y.tolist() for turn, (_, y) in yardstick_by_turn(run).items()} == {0: [0.4]}
     rows = ((0.7, -9.0, 0.4), (0.8, None, None), (0.8, None, None))
     chance = [{name.format(0): value for name, value in zip(names, row, strict=True)} for row in rows]
-    once = read_run(write_run(tmp_path / "once", {0: [record("a", 1.0)], 3: [record("a", 2.0)]}, chance))
+    once = open_run(write_run(tmp_path / "once", {0: [record("a", 1.0)], 3: [record("a", 2.0)]}, chance))
     assert {turn: y.tolist() for turn, (_, y) in explained_by_turn(once).items()} == {0: [0.7, 0.8, 0.8]}
     assert yardstick_by_turn(once) == {}
     assert draw_curves([run], tmp_path / "curves.png").stat().st_size > 10_000
@@ -292,11 +292,11 @@ def test_several_runs_are_a_line_each(building, tmp_path, capsys):
     lines = [line.split() for line in table.split("\n")]
     assert ["building", "2.000", "[2.000,", "2.000]", "40", "12", "400"] in lines
     assert ["other[x]", "1.000", "[1.000,", "1.000]", "40", "12", "400"] in lines
-    assert run_names([read_run(building), read_run(other)]) == ["building", "other[x]"]
+    assert run_names([open_run(building), open_run(other)]) == ["building", "other[x]"]
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
-    runs = [read_run(write_run(tmp_path / folder / "run", {})) for folder in "ab"]
+    runs = [open_run(write_run(tmp_path / folder / "run", {})) for folder in "ab"]
     assert run_names(runs) == [str(run.folder) for run in runs]
 
 
@@ -309,4 +309,4 @@ def test_a_report_loads_no_torch(building):
 
 def test_a_run_without_two_evaluations_says_what_to_do(tmp_path):
     with pytest.raises(RunError, match=r"--resume .* evaluation\.every=0"):
-        before_after(read_run(write_run(tmp_path / "run", {0: [record("a", 1.0)]})))
+        before_after(open_run(write_run(tmp_path / "run", {0: [record("a", 1.0)]})))

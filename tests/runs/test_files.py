@@ -19,7 +19,7 @@ from collm.cli.main import main
 from collm.errors import CollmError, RunError, SaveError
 from collm.runs import directory, files
 from collm.runs.checkpoint import failing_as_os_errors
-from collm.runs.read import read_run
+from collm.runs.open import open_run
 from collm.settings.load import parse_config
 from collm.types import encodable
 
@@ -306,7 +306,7 @@ def test_output_that_cannot_be_written_is_one_sentence() -> None:
 def test_odd_file_names_in_a_run_are_ignored(begun: Path) -> None:
     for name in ("episodes/.saving-000003.jsonl", "episodes/notes.jsonl", "episodes/¹²³.jsonl", "episodes/000002.jsonl.bak"):
         (begun / name).write_text("not for us")
-    run = read_run(begun)
+    run = open_run(begun)
     assert list(run.evaluations()) == [0, 3]
     assert run.training_episodes() == {}
 

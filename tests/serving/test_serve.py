@@ -26,12 +26,13 @@ import numpy as np
 import pytest
 from places import ROOT
 
-from collm.cli.evaluate import load_team, run_config
 from collm.cli.main import main
 from collm.engines.http import HttpEngine, endpoint
 from collm.engines.local import LocalEngine
 from collm.models.team import Team
 from collm.rollout.collector import LocalCollector
+from collm.runs.directory import run_config
+from collm.runs.weights import load_team
 from collm.serving.batcher import Batcher
 from collm.serving.wire import Refused
 from collm.settings.load import parse_config
@@ -160,7 +161,7 @@ def test_health_and_models(one):
 def test_the_same_answers_and_log_probs_as_in_process(run, one, sampling):
     """Sampled, too: the seed alone decides."""
     config = run_config(run, {})
-    local = LocalEngine(load_team(config, run / "final", only="builder_0"))
+    local = LocalEngine(load_team(config, run / "final", agents=("builder_0",)))
     requests = [Request("builder_0", (Message("user", f"Name {n} colours."),), sampling, seed=n) for n in range(6)]
     remote = HttpEngine({"builder_0": endpoint("builder_0", one.url)})
     for here, there in zip(local.generate(requests), remote.generate(requests), strict=True):
@@ -576,7 +577,7 @@ def test_an_exported_adapter_can_be_served(adapters, tmp_path):
 def test_a_checkpoint_is_not_the_final_weights(run):
     """Else the test above would pass with either."""
     config = run_config(run, {})
-    first, final = (load_team(config, run / name, only="builder_1") for name in ("checkpoints/000001", "final"))
+    first, final = (load_team(config, run / name, agents=("builder_1",)) for name in ("checkpoints/000001", "final"))
     pairs = zip(first.policies["builder_1"].model.parameters(), final.policies["builder_1"].model.parameters(), strict=True)
     assert any(not a.equal(b) for a, b in pairs)
     assert first.agents == ("builder_1",)

@@ -24,7 +24,8 @@ from collm.errors import ConfigError, RunError
 from collm.runs import directory
 from collm.settings.load import load_config, parse_config
 from collm.training import trainer as trainer_module
-from collm.training.trainer import Interrupted, Trainer
+from collm.training.signals import Interrupted
+from collm.training.trainer import Trainer
 
 RECIPE = """
 [run]

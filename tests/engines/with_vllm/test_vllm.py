@@ -18,7 +18,8 @@ from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.settings.load import parse_config
 from collm.settings.rooms import LoraSettings, VllmSettings
-from collm.training.trainer import Interrupted, Trainer
+from collm.training.signals import Interrupted
+from collm.training.trainer import Trainer
 from collm.types import Completion, Message, Request, Sampling
 
 if importlib.util.find_spec("vllm") is None:
@@ -26,7 +27,8 @@ if importlib.util.find_spec("vllm") is None:
 
 from collm.engines.vllm import VllmEngine
 
-SETTINGS = VllmSettings(kv_cache_gib=0.25, max_model_len=1024)
+SETTINGS = VllmSettings(max_model_len=1024)
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "0.25"
 AGENTS = ("agent_0", "agent_1")
 TEXTS = (
     "You are agent_0. Name one of these colours: red, green, blue, yellow.",

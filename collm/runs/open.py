@@ -1,0 +1,187 @@
+"""A run, opened from Python: settings, metrics, episodes, and the team to ask or to export.
+
+    run = collm.open_run("runs/demo")
+    run.metrics[-1]["reward/raw"]
+    for episode in run.episodes(evaluation=True):
+        print(episode["iteration"], episode["label"], episode["score"])
+    run.answer("builder_0", "Build HE with a teammate who ...")
+
+Reading loads no torch; it is loaded with a team.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from collm.errors import EngineError, RunError
+from collm.runs.directory import checkpoints, episode_files, read_settings, run_config
+from collm.runs.read import Record, read_episodes, read_metrics
+from collm.runs.weights import (
+    export,
+    export_team,
+    find_weights,
+    load_team,
+    no_agent,
+    refuse_existing,
+    saved_agents,
+)
+from collm.settings.rooms import Config
+from collm.types import Message, Request, Sampling, encodable
+
+if TYPE_CHECKING:
+    from collm.engines.local import LocalEngine
+    from collm.models.team import Team
+
+
+def open_run(path: str | Path, *, overrides: Mapping[str, Any] | None = None) -> Run:
+    """Open a run directory, finished or not.
+
+    overrides: `{"room.key": value}`, settings that a loaded team has instead of the run's own, as `collm evaluate` takes them;
+    the device is otherwise the best that is here. A run that plays an environment of its own needs `env.name` here where its
+    agents are known from the environment alone: a run directory may come from elsewhere, and an environment is code.
+    Raises: RunError where `path` is not a run directory, or its settings are damaged.
+    """
+    folder = Path(path)
+    return Run(folder, read_settings(folder), overrides)
+
+
+class Run:
+    """A run directory. What was read once is not read again: open a run that goes on anew.
+
+    Weights are named "final", "best" (by held-out reward), "start" (untrained) or by a number of iterations.
+    """
+
+    folder: Path
+    config: Record
+    """All settings, as `config.json` has them: room -> setting -> value."""
+
+    def __init__(self, folder: Path, config: Record, overrides: Mapping[str, Any] | None = None):
+        self.folder = folder
+        self.config = config
+        self._overrides = dict(overrides or {})
+        self._loaded: tuple[str, LocalEngine] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Run {str(self.folder)!r}: {self.config['env']['name']}, {self.config['algorithm']['name']}>"
+
+    @property
+    def name(self) -> str:
+        return encodable(self.folder.resolve().name)
+
+    @property
+    def planned(self) -> int:
+        """Iterations the run is to have."""
+        return int(self.config["run"]["iterations"])
+
+    @cached_property
+    def metrics(self) -> list[Record]:
+        """One record per iteration; the first, number 0, is before training. Raises RunError where the file is damaged."""
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Numbers of iterations after which all weights were kept."""
+        return [int(path.name) for path in checkpoints(self.folder)]
+
+    def evaluations(self) -> dict[int, Path]:
+        """Iterations after which the held-out tasks were played, in order, with their episodes' file."""
+        return episode_files(self.folder, evaluation=True)
+
+    def training_episodes(self) -> dict[int, Path]:
+        """Iterations of which training episodes were kept, in order, with their file."""
+        return episode_files(self.folder, evaluation=False)
+
+    def episodes(self, iteration: int | None = None, *, evaluation: bool = False) -> Iterator[Record]:
+        """The recorded episodes in order, failed ones too, each a record with its "iteration" first.
+
+        iteration: of this one alone. evaluation: those of held-out evaluations instead of training; their iteration is the
+        number done before them. Raises RunError where none of that iteration were kept, or a file is damaged.
+        """
+        files = self.evaluations() if evaluation else self.training_episodes()
+        if iteration is not None and iteration not in files:
+            kind = "held-out evaluation after" if evaluation else "training episodes of"
+            kept = ", ".join(map(str, files)) or "none"
+            raise RunError(
+                f"run {str(self.folder)!r} has kept no {kind} iteration {iteration}; kept: {kept}. Choose one of these, or "
+                "leave it out for all."
+            )
+        chosen = files if iteration is None else {iteration: files[iteration]}
+        return ({"iteration": number, **episode} for number, path in chosen.items() for episode in read_episodes(path))
+
+    def cost(self) -> dict[str, Any]:
+        """What training took so far: joint actions, seconds without evaluations, tokens that the agents sampled."""
+        seconds = [record.get(name) or 0.0 for record in self.metrics for name in ("seconds/collect", "seconds/learn")]
+        return {
+            "joint_actions": self.metrics[-1]["joint_actions"] if self.metrics else 0,
+            "seconds": round(math.fsum(seconds), 3),
+            "tokens": sum(record.get("tokens/sampled") or 0 for record in self.metrics),
+        }
+
+    def team(self, checkpoint: str | int = "final") -> Team:
+        """Load the team. Frozen team-mates on servers are not in it. Raises RunError or ConfigError."""
+        return self._load(checkpoint)
+
+    def answer(
+        self,
+        agent: str,
+        prompt: str | Sequence[Message],
+        *,
+        checkpoint: str | int = "final",
+        sampling: Sampling | None = None,
+        seed: int = 0,
+    ) -> str:
+        """What an agent answers to a prompt, or to a chat that ends with one. The team stays loaded for the next answer.
+
+        sampling: default: that of the run's evaluations, greedy unless it says otherwise. seed: decides what is sampled.
+        Raises: RunError or ConfigError as `team`, EngineError where the prompt is too long.
+        """
+        from collm.engines.local import LocalEngine
+        from collm.training.evaluate import plan_of
+
+        if self._loaded is None or self._loaded[0] != str(checkpoint):
+            self._loaded = None  # two teams may not fit
+            self._loaded = str(checkpoint), LocalEngine(self.team(checkpoint))
+        engine, config = self._loaded[1], self._settings()
+        if agent not in engine.team.policies:
+            raise no_agent(config, agent, engine.team.agents)
+        messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
+        sampling = sampling or plan_of(config, "eval").sampling
+        (completion,) = engine.generate([Request(agent, messages, sampling, seed)])
+        if completion.error:
+            raise EngineError(f"{agent} cannot answer: {completion.error}.")
+        return completion.text
+
+    def export(
+        self, folder: str | Path, agent: str | None = None, *, checkpoint: str | int = "final", merged: bool = False
+    ) -> Path:
+        """Write an agent as an ordinary Hugging Face folder, which transformers loads without collm; without `agent`, one such
+        folder for every agent, named after it.
+
+        merged: write an adapter and its base as one whole model. Raises RunError, also where `folder` exists, or ConfigError.
+        """
+        target = Path(folder)
+        refuse_existing(target)
+        if agent is None:
+            export_team(self._load(checkpoint, device="cpu"), target, merged=merged)
+        else:
+            export(self._load(checkpoint, (agent,), device="cpu").policies[agent], target, merged=merged)
+        return target
+
+    def _load(self, checkpoint: str | int, agents: Sequence[str] = (), *, device: str = "auto") -> Team:
+        """The team, or some agents of it. The environment is asked who plays only where no files of weights tell."""
+        weights, _ = find_weights(self.folder, str(checkpoint))
+        config = self._settings(device)
+        shared = config.team.shared
+        agents = agents or saved_agents(weights or self.folder / "final", shared=shared)
+        if not agents and self.checkpoints and not shared:
+            agents = saved_agents(checkpoints(self.folder)[-1])
+        if agents:
+            return load_team(config, weights, agents=agents)
+        return load_team(self._settings(device, playing=True), weights)
+
+    def _settings(self, device: str = "auto", *, playing: bool = False) -> Config:
+        return run_config(self.folder, {"run.device": device, **self._overrides}, playing=playing)
