@@ -9,7 +9,7 @@ from pathlib import Path
 
 from collm.cli.main import settings_text
 from collm.errors import ConfigError
-from collm.runs.directory import check_named, command, read_settings
+from collm.runs.directory import RESUMABLE, check_named, command, read_settings
 from collm.runs.output import complain
 from collm.settings.load import load_config
 
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "--resume continues a run with the settings it began with; leave out the recipe, or start a new run with "
                 "another --run.name."
             )
-        from collm.training.trainer import RESUMABLE, Trainer
+        from collm.training.trainer import Trainer
 
         overrides = dict(arguments.overrides)
         if set(overrides) <= {*RESUMABLE, "env.name", "team.api_key_env"}:  # others are refused before a file is read

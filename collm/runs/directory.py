@@ -30,6 +30,8 @@ CHECKPOINTS = "checkpoints"
 EMPTY = frozenset({"lock", CHECKPOINTS})
 """What may lie in a folder in which no run has begun yet: a start that was killed leaves these."""
 _EPISODES = re.compile("([0-9]{6,})(-evaluation)?[.]jsonl")
+RESUMABLE = ("run.iterations", "run.device", "run.threads")
+"""Settings that a run may be resumed with."""
 CHANGEABLE = ("env.", "evaluation.", "rollout.", "run.threads", "run.device", "run.seed", "team.compute", "team.api_key_env")
 """Settings (or their beginnings) of a trained run that its evaluation may change."""
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -110,11 +112,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return former.translate(_settings_file(folder))
 
 
-def lost_settings(folder: Path) -> list[str]:
-    """Settings, as "name=value", that the run learned with and this version does not have."""
-    return former.lost(_settings_file(folder))
-
-
 def _settings_file(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise RunError(f"there is no run {str(folder)!r}: the folder does not exist.")
@@ -171,6 +168,25 @@ def check_named(folder: Path, values: Mapping[str, Any], named: Mapping[str, Any
             f"run {str(folder)!r} sends the API key in the environment variable {key!r} to servers that it names itself. If "
             f"you trust them, name the variable again: --team.api_key_env {key}"
         )
+
+
+def resumed_config(folder: Path, overrides: Mapping[str, Any]) -> Config:
+    """The settings that a run goes on with. Raises ConfigError where an override is not one of `RESUMABLE`, or where the run
+    learned with settings that do not exist any more."""
+    for name in overrides:
+        if name not in RESUMABLE:
+            raise ConfigError(
+                f"{name!r} cannot change when a run is resumed: these can: {', '.join(RESUMABLE)}. Start a new run for other "
+                "settings: collm train RECIPE --run.name NAME."
+            )
+    values = read_settings(folder)
+    if gone := former.lost(_settings_file(folder)):
+        raise ConfigError(
+            f"run {str(folder)!r} began with {', '.join(gone)}, which this version of collm does not have: it would not go on "
+            "exactly. Continue with the version that began it, or start a new run from the models in its folder final."
+        )
+    apply_overrides(values, overrides)
+    return parse_resolved(values)
 
 
 def run_config(folder: Path, overrides: Mapping[str, Any], *, playing: bool = True) -> Config:

@@ -14,7 +14,7 @@ from collm.runs.directory import read_file
 from collm.runs.files import refuse_links, replacing
 from collm.runs.output import complain
 from collm.studies.grid import Grid, Study, read_grid, write_results
-from collm.studies.jobs import Job, run_jobs
+from collm.studies.jobs import StudyJob, run_jobs
 from collm.studies.recipe import read_plan
 from collm.studies.result import RESULTS
 
@@ -69,9 +69,9 @@ class Schedule:
     folder: Path
     workers: int
     """Runs at a time."""
-    wanted: Sequence[Job]
+    wanted: Sequence[StudyJob]
     """The runs asked for, seed by seed: if it is stopped early, all methods have the same seeds."""
-    waiting: Sequence[Job]
+    waiting: Sequence[StudyJob]
     """Those of them that have not finished."""
 
     @property
@@ -109,7 +109,7 @@ def default_folder(recipe: Path) -> Path:
     return Path("runs") / f"compare-{recipe.stem}"
 
 
-def _failure(failed: Sequence[Job], waiting: Sequence[Job]) -> str:
+def _failure(failed: Sequence[StudyJob], waiting: Sequence[StudyJob]) -> str:
     last = read_file(failed[0].log).decode(errors="replace").strip().split("\n")[-1]
     return (
         f"{len(failed)} of {len(waiting)} runs failed and are missing from the results, the first with: {last} Start again to "

@@ -30,7 +30,7 @@ from collm.studies.series import REWARD
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class StudyJob:
     """One cell and how it is made."""
 
     cell: Cell
@@ -80,15 +80,15 @@ def digest(settings: Mapping[str, Any], trained: bool) -> str:
 
 
 def run_jobs(
-    jobs: Sequence[Job], workers: int, *, after_each: Callable[[], Any], say: Callable[[str], None] = lambda text: None
-) -> list[Job]:
+    jobs: Sequence[StudyJob], workers: int, *, after_each: Callable[[], Any], say: Callable[[str], None] = lambda text: None
+) -> list[StudyJob]:
     """Run the jobs, `workers` at a time, and return those that failed.
 
     after_each: called whenever a run has ended. say: takes a line of progress. Raises RunError when a signal stops it.
     """
     started, done = time.monotonic(), 0
-    failed: list[Job] = []
-    running: dict[subprocess.Popen[bytes], Job] = {}
+    failed: list[StudyJob] = []
+    running: dict[subprocess.Popen[bytes], StudyJob] = {}
     queue = list(jobs)
     with _stoppable(running):
         while queue or running:
@@ -109,7 +109,7 @@ def run_jobs(
     return failed
 
 
-def _start(job: Job) -> subprocess.Popen[bytes]:
+def _start(job: StudyJob) -> subprocess.Popen[bytes]:
     """Begin or continue one cell in a process that dies with this one."""
     folder = job.cell.folder
     write_text(job.settings, json.dumps(job.config.resolved(), indent=1))
@@ -128,7 +128,7 @@ def _die_with_parent() -> None:
 
 
 @contextmanager
-def _stoppable(running: Mapping[subprocess.Popen[bytes], Job]) -> Iterator[None]:
+def _stoppable(running: Mapping[subprocess.Popen[bytes], StudyJob]) -> Iterator[None]:
     """Ctrl-C, SIGTERM and SIGHUP reach the runs, which save; then this process leaves, too."""
 
     def stop(signum: int, frame: FrameType | None) -> None:

@@ -18,7 +18,7 @@ from collm.settings.checks import CRITIC_ONLY
 from collm.settings.load import apply_overrides, parse_config
 from collm.settings.presets import ALGORITHMS, CRITIC_BASELINES
 from collm.settings.rooms import Config
-from collm.studies.jobs import Job, digest
+from collm.studies.jobs import StudyJob, digest
 from collm.studies.result import Cell
 
 UNTRAINED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,7 +56,7 @@ class StudySettings(BaseModel):
     """Task -> held-out reward; the table says after how many joint actions a method reaches it."""
 
 
-def read_plan(recipe: Path, folder: Path, overrides: Mapping[str, Any] | None = None) -> tuple[StudySettings, list[Job]]:
+def read_plan(recipe: Path, folder: Path, overrides: Mapping[str, Any] | None = None) -> tuple[StudySettings, list[StudyJob]]:
     """The recipe's plan and every run it asks for. Raises ConfigError before anything is started.
 
     overrides: `{"room.key": value}` on top of the settings of all tasks, beneath those of [methods.NAME]; "compare.KEY"
@@ -102,7 +102,7 @@ def read_plan(recipe: Path, folder: Path, overrides: Mapping[str, Any] | None = 
         for rate, seed in itertools.product(rates, plan.seeds):
             cell = Cell(task, method, rate, seed, folder / task / _name(method, rate, seed))
             config = _settings(recipe, values.get("settings") or {}, tasks[task], methods, cell, changes)
-            jobs.append(Job(replace(cell, settings=digest(config.resolved(), trained)), config, trained))
+            jobs.append(StudyJob(replace(cell, settings=digest(config.resolved(), trained)), config, trained))
     return plan, jobs
 
 

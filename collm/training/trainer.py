@@ -15,9 +15,8 @@ from collm.learning.learner import Learner
 from collm.models.team import Team
 from collm.rollout.collector import Collector
 from collm.runs import checkpoint
-from collm.runs.directory import begin, checkpoints, lock, lost_settings, read_settings, write_config
+from collm.runs.directory import begin, checkpoints, lock, resumed_config, write_config
 from collm.runs.log import RunLog, describe
-from collm.settings.load import apply_overrides, parse_resolved
 from collm.settings.rooms import Config
 from collm.training.alarms import alarms, gaps
 from collm.training.assemble import assemble, prepare
@@ -31,8 +30,6 @@ KEPT = 2
 """Last checkpoints that are kept; the best one by held-out reward is kept, too."""
 EPISODES_SAVED = 4
 """Training episodes written to the run directory per iteration."""
-RESUMABLE = ("run.iterations", "run.device", "run.threads")
-"""Settings that a run may be resumed with."""
 
 
 class Trainer:
@@ -62,24 +59,11 @@ class Trainer:
     ) -> Trainer:
         """Continue a run from its last checkpoint (from its start, if it has none yet).
 
-        overrides: new values of `RESUMABLE` settings; the run directory keeps them. Raises ConfigError for any other, and for a
-        run whose settings do not exist any more. replaced: team, engine, collector or learner, as for a new run.
+        overrides: new values of `RESUMABLE` settings; the run directory keeps them. replaced: team, engine, collector or
+        learner, as for a new run. Raises ConfigError as `resumed_config`.
         """
-        for name in overrides or {}:
-            if name not in RESUMABLE:
-                raise ConfigError(
-                    f"{name!r} cannot change when a run is resumed: these can: {', '.join(RESUMABLE)}. Start a new run for "
-                    "other settings: collm train RECIPE --run.name NAME."
-                )
-        values = read_settings(folder)
-        if gone := lost_settings(folder):
-            raise ConfigError(
-                f"run {str(folder)!r} began with {', '.join(gone)}, which this version of collm does not have: it would not go "
-                "on exactly. Continue with the version that began it, or start a new run from its final/ folders."
-            )
-        apply_overrides(values, overrides or {})
         trainer = cls.__new__(cls)
-        trainer._setup(parse_resolved(values), replaced, quiet)
+        trainer._setup(resumed_config(folder, overrides or {}), replaced, quiet)
         trainer.folder = folder
         trainer.changed = bool(overrides)
         return trainer

@@ -70,7 +70,6 @@ def test_what_a_model_is_made_with(tiny: Policy, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
     assert model_options(Path("here"), [tiny], VllmSettings(), share=1)["kv_cache_memory_bytes"] == 3 * 2**30
     long = model_options(Path("here"), [tiny], VllmSettings(max_model_len=1 << 20), share=1)
-    assert long["kv_cache_memory_bytes"] == 2**28
     assert long["max_model_len"] == tiny.max_positions == 4096
 
 
