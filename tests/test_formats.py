@@ -11,7 +11,7 @@ from gymnasium.spaces.utils import flatdim, flatten, flatten_space, unflatten
 from collm.envs.base import TextSpace
 from collm.models.policy import spell_as_before
 from collm.runs.log import RunLog, episode_record
-from collm.training.evaluate import alarms
+from collm.training.alarms import alarms
 from collm.types import Annotation, Completion, Episode, Turn
 
 

@@ -217,8 +217,8 @@ def test_the_baseline_is_level_with_v_however_returns_rise(tmp_path: Path) -> No
         values_ENT = text.values_ENT + residual.predict_returns(regressions.metrics, features_ETM, text.read_ENT)
         G_ENT = batch.rewards_ET[:, None].expand_as(batch.live_ENT)
         changes, known = residual.teammates_changes(batch, features_ETM, ("e",))
-        baselines_ENT = residual.predict_teammates(regressions.teammates, changes, known, values_ENT)
-        residual.learn_teammates(regressions.teammates, changes, known, values_ENT, G_ENT)
+        baselines_ENT = residual.predict_teammates(regressions.teammates, changes, known, values_ENT[..., :-1])
+        residual.learn_teammates(regressions.teammates, changes, known, values_ENT[..., :-1], G_ENT)
         residual.learn_returns(regressions.metrics, features_ETM, batch, values_ENT, text.read_ENT, gamma=0.9, kind="V")
         moved_EN = (baselines_ENT - values_ENT[..., :1])[..., 0]
         assert moved_EN.mean(0).tolist() == pytest.approx([0.0, 0.0], abs=1e-5)
@@ -245,7 +245,7 @@ def test_where_silence_has_no_finite_number_the_baseline_is_v(tmp_path: Path) ->
     batch = Batch.of(groups, trainer.team.agents)
     values_ENT = next(values for values in trainer.learner.hands.all("values", batch) if values is not None).values_ENT
     changes, known = residual.teammates_changes(batch, residual.features(batch, ("e",)), ("e",))
-    baselines_ENT = residual.predict_teammates(regressions.teammates, changes, known, values_ENT)
+    baselines_ENT = residual.predict_teammates(regressions.teammates, changes, known, values_ENT[..., :-1])
     assert baselines_ENT[3, 0, 0] == values_ENT[3, 0, 0]
     assert baselines_ENT[2, 0, 0] != values_ENT[2, 0, 0]
     assert baselines_ENT[3, 1, 0] != values_ENT[3, 1, 0]

@@ -162,8 +162,8 @@ def test_the_wrong_variant_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     trainer = make_trainer(tmp_path, "collm-cc", 2, 0, run={"iterations": 20})
     assign = learner.assign_values
 
-    def wrong(*arguments: Any) -> Assignment:
-        assigned = assign(*arguments)
+    def wrong(*arguments: Any, **options: Any) -> Assignment:
+        assigned = assign(*arguments, **options)
         return replace(assigned, credit=replace(assigned.credit, advantages_ENT=-assigned.credit.advantages_ENT))
 
     monkeypatch.setattr(learner, "assign_values", wrong)

@@ -41,11 +41,11 @@ max_tokens = 4
 [algorithm]
 name = "collm-cc"
 lam = 0.5
+teammates = "replay"
 [critic]
 lr = 1e-3
 normalize_targets = true
 metrics = true
-difference = true
 [learner]
 lr = 1e-3
 schedule = "cosine"
