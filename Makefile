@@ -9,7 +9,7 @@ RUN ?= runs/demo
 help:
 	@echo "make demo       install, train two tiny builders (at most 5 minutes), show before and after"
 	@echo "make test       install, check style and types, run the quick tests"
-	@echo "make test-slow  the long checks (at most an hour)"
+	@echo "make test-slow  the long checks (at most half an hour)"
 	@echo "make fuzz       20,000 hostile answers to all worlds (make test plays 2,000)"
 	@echo "make test-vllm  the vLLM engine, run on the CPU in an environment of its own (3.5 GB; 5 minutes)"
 	@echo "make tiny       make the tiny language model anew into build/tiny (about 35 minutes on one core)"
@@ -38,10 +38,10 @@ test: $(BIN)/collm bubblewrap
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(BIN)/collm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 -v
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal -v -rs
 
 fuzz: $(BIN)/collm
 	COLLM_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/envs/test_fuzz.py -v

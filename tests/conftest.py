@@ -15,6 +15,19 @@ from collm.types import Group, Sampling
 
 torch.set_num_threads(1)
 
+LONGEST_FIRST = (
+    "test_the_plan_is_within_15_percent_of_what_training_takes",
+    "test_its_recipe_gives_the_same_weights_twice",
+    "test_killed_twenty_times_five_of_them_inside_a_save",
+    "test_killed_in_the_middle_it_repeats_nothing_and_ends_the_same",
+)
+"""Tests of minutes begin first, so that two workers end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.name, len(order)))
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,13 @@ def weights(learner: Learner) -> dict[str, torch.Tensor]:
     for critic in critic_parts(learner):
         found |= {f"{critic.name}.{n}": p.detach() for n, p in critic.critic.named_parameters()}
     return found
+
+
+def again(run: Path) -> Trainer:
+    """The trainer of a finished run as it was at the end: tests that share the run may change it, each its own."""
+    trainer = Trainer.resume(run, quiet=True)
+    trainer.run()
+    return trainer
 
 
 def one_more(trainer: Trainer, groups: list[Any] | None = None) -> tuple[Batch, Update]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from learners import advantages_of, one_more
+from learners import advantages_of, again, one_more
 from test_learning import make_trainer
 
 from collm.algorithms.advantages import discounted_returns
@@ -39,12 +39,27 @@ def luck(folder: Path, name: str = "collm-cc", **critic: Any) -> tuple[Trainer, 
     return trainer, read_metrics(trainer.folder / "metrics.jsonl")[-1]
 
 
+@pytest.fixture(scope="module")
+def lucky(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `luck` whose critic knows the numbers."""
+    return luck(tmp_path_factory.mktemp("luck"), metrics=True)[0].folder
+
+
+@pytest.fixture(scope="module")
+def echoing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `echo` whose baseline is the difference."""
+    return echo(tmp_path_factory.mktemp("echo"), difference=True).folder
+
+
 @pytest.mark.parametrize(("name", "label"), [("collm-cc", "critic"), ("collm-dc", "agent_1/critic")])
-def test_with_the_worlds_numbers_a_critic_explains_what_no_text_tells(tmp_path: Path, name: str, label: str) -> None:
+def test_with_the_worlds_numbers_a_critic_explains_what_no_text_tells(
+    tmp_path: Path, lucky: Path, name: str, label: str
+) -> None:
     trainer, blind = luck(tmp_path / "blind", name, metrics=False)
     assert blind[f"{label}/explained_within_tasks_turn_1"] < 0.2
     assert trainer.learner.regressions.metrics is None
-    trainer, seeing = luck(tmp_path / "seeing", name, metrics=True)
+    trainer = again(lucky) if name == "collm-cc" else luck(tmp_path / "seeing", name, metrics=True)[0]
+    seeing = read_metrics(trainer.folder / "metrics.jsonl")[-1]
     assert trainer.learner.regressions.metric_names == ("luck",)
     assert seeing[f"{label}/explained_within_tasks_turn_1"] > 0.9
     assert abs(seeing[f"{label}/explained_within_tasks_turn_0"]) < 0.2  # nobody knows yet
@@ -54,8 +69,8 @@ def test_with_the_worlds_numbers_a_critic_explains_what_no_text_tells(tmp_path: 
     assert seeing["agent_1/advantage_deviation"] < blind["agent_1/advantage_deviation"]
 
 
-def test_values_are_the_regression_plus_what_the_text_says(tmp_path: Path) -> None:
-    trainer, _ = luck(tmp_path, metrics=True)
+def test_values_are_the_regression_plus_what_the_text_says(lucky: Path) -> None:
+    trainer = again(lucky)
     batch = Batch.of(trainer.collect(), trainer.team.agents)
     text = next(values for values in trainer.learner.hands.all("values", batch) if values is not None)
     features_ETM = residual.features(batch, ("luck",))
@@ -69,9 +84,9 @@ def test_values_are_the_regression_plus_what_the_text_says(tmp_path: Path) -> No
     assert values == pytest.approx((text.values_ENT + predicted_ENT)[:, 0, 1].tolist(), abs=1e-5)
 
 
-def test_the_text_learns_what_the_regression_leaves_after_its_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_learns_what_the_regression_leaves_after_its_own_step(lucky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were both to learn the old difference, their sum would move twice as far as the returns did."""
-    trainer, _ = luck(tmp_path, metrics=True)
+    trainer = again(lucky)
     taught: list[torch.Tensor] = []
     assign = learner_module.assign_values
 
@@ -88,8 +103,8 @@ def test_the_text_learns_what_the_regression_leaves_after_its_own_step(tmp_path:
     assert torch.allclose(taught[0], left_ET[:, None].expand_as(taught[0]), atol=1e-5)
 
 
-def test_what_the_world_counted_before_a_turn_is_recorded_with_it(tmp_path: Path) -> None:
-    trainer, _ = luck(tmp_path, metrics=True)
+def test_what_the_world_counted_before_a_turn_is_recorded_with_it(lucky: Path) -> None:
+    trainer = again(lucky)
     batch = Batch.of(trainer.collect(), trainer.team.agents)
     for episode, row in zip(batch.episodes, residual.features(batch, ("luck",)), strict=True):
         assert [turn.metrics for turn in episode.turns] == [{}, {"luck": episode.metrics["luck"]}]
@@ -116,9 +131,9 @@ def test_a_metric_that_is_no_number_stops_the_run_and_is_named(tmp_path: Path) -
     trainer.learner.update(groups, 0)
 
 
-def test_an_episode_that_was_cut_off_is_expected_to_go_on(tmp_path: Path) -> None:
+def test_an_episode_that_was_cut_off_is_expected_to_go_on(lucky: Path) -> None:
     """Half the episodes earn 10 at their second turn and end, half are cut off there: V of their end is no 0."""
-    trainer, _ = luck(tmp_path, metrics=True)
+    trainer = again(lucky)
     regression = TurnRegression(3, 4, strength=0.0)
     groups = trainer.collect()
     episodes = [episode for group in groups for episode in group.episodes]
@@ -157,7 +172,7 @@ def echo(folder: Path, *, agents: int = 2, name: str = "collm-cc", difference: b
     return trainer
 
 
-def test_what_a_team_mate_did_in_the_turn_counts_neither_for_nor_against_an_answer(tmp_path: Path) -> None:
+def test_what_a_team_mate_did_in_the_turn_counts_neither_for_nor_against_an_answer(tmp_path: Path, echoing: Path) -> None:
     """The reward is own half + mate's half: with the baseline an advantage is the own half less its mean, whatever the mate
     said. Without it, the mate's half is in the advantage."""
 
@@ -170,12 +185,12 @@ def test_what_a_team_mate_did_in_the_turn_counts_neither_for_nor_against_an_answ
     def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
         return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
 
-    advantages, own, mates = parts(echo(tmp_path / "with", difference=True))
+    advantages, own, mates = parts(again(echoing))
     assert own.std() > 0.05
     assert mates.std() > 0.05
     assert abs(correlation(advantages, mates) - correlation(own, mates)) < 0.1
     assert correlation(advantages, own) > 0.95
-    without, own, mates = parts(echo(tmp_path / "without", difference=False))
+    without, own, mates = parts(echo(tmp_path, difference=False))
     assert correlation(without, mates) > 0.4
     assert without.std() > 1.2 * advantages.std()
 
@@ -202,9 +217,9 @@ def test_agents_may_have_any_name_under_the_difference(tmp_path: Path) -> None:
     assert trainer.team.agents == ("a.1", "train")
 
 
-def test_the_baseline_is_level_with_v_however_returns_rise(tmp_path: Path) -> None:
+def test_the_baseline_is_level_with_v_however_returns_rise(echoing: Path) -> None:
     """V follows rising returns by itself. Were the baseline to follow too, right answers would be punished for it."""
-    trainer = echo(tmp_path, difference=True)
+    trainer = again(echoing)
     regressions = Regressions(("e",), 2, critic=True, metrics=True, teammates=True)
     for iteration in range(4):
         groups = trainer.collect()
@@ -236,8 +251,8 @@ def test_one_who_acts_alone_learns_with_the_difference_as_without(tmp_path: Path
         )
 
 
-def test_where_silence_has_no_finite_number_the_baseline_is_v(tmp_path: Path) -> None:
-    trainer = echo(tmp_path, difference=True)
+def test_where_silence_has_no_finite_number_the_baseline_is_v(echoing: Path) -> None:
+    trainer = again(echoing)
     regressions = trainer.learner.regressions
     groups = trainer.collect()
     turn = groups[3].episodes[0].turns[0]

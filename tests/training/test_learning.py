@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from learners import optimizers
 from collm import seeds
 from collm.learning import learner
 from collm.learning.credit import Assignment
+from collm.learning.learner import Update
 from collm.rollout.collect import collect
 from collm.runs.log import read_metrics
 from collm.settings.load import parse_config
 from collm.training.trainer import Trainer
+from collm.types import Group
 
 MONTE_CARLO = ("magrpo", "marloo", "maremax", "mareinforce", "grpo")
 
@@ -40,17 +43,38 @@ def score(trainer: Trainer, episodes: int = 256) -> float:
     """Share of the optimum: mean reward per turn of sampled play."""
     plan = replace(trainer.plan, group_size=1, tree=False, resamples=0, no_op=False)
     tasks = [index % trainer.num_tasks for index in range(episodes)]
-    groups = collect(plan, trainer.engine, tasks, [seeds.derive("score", index) for index in range(episodes)])
+    return reward_per_turn(collect(plan, trainer.engine, tasks, [seeds.derive("score", index) for index in range(episodes)]))
+
+
+def reward_per_turn(groups: list[Group]) -> float:
     played = [episode for group in groups for episode in group.episodes]
     return sum(turn.raw_reward for e in played for turn in e.turns) / sum(len(e.turns) for e in played)
 
 
+def end_when_solved(trainer: Trainer, *, level: float = 0.95, window: int = 3) -> None:
+    """Makes the iteration the last one at which `window` iterations in a row have earned `level` of the optimum on average."""
+    update = trainer.learner.update
+    recent: deque[float] = deque(maxlen=window)
+
+    def watched(groups: list[Group], iteration: int) -> Update:
+        recent.append(reward_per_turn(groups))
+        if len(recent) == window and sum(recent) >= level * window:
+            run = trainer.config.run.model_copy(update={"iterations": iteration + 1})
+            trainer.config = trainer.config.model_copy(update={"run": run})
+        return update(groups, iteration)
+
+    trainer.learner.update = watched  # type: ignore[method-assign]
+
+
 def solves(trainer: Trainer) -> None:
+    """Trains until the task is solved, or to the last iteration; sampled play before and after is what is judged."""
     before = score(trainer)
     assert before <= 0.4
+    end_when_solved(trainer)
     trainer.run()
     after = score(trainer)
-    print(f"{trainer.config.algorithm.name} {trainer.team.agents} seed {trainer.config.run.seed}: {before:.2f} -> {after:.2f}")
+    told = f"{trainer.config.algorithm.name} {trainer.team.agents} seed {trainer.config.run.seed}"
+    print(f"{told}: {before:.2f} -> {after:.2f} in {trainer.iteration} iterations")
     assert after >= 0.9
 
 
@@ -158,8 +182,9 @@ def count_steps(trainer: Trainer) -> dict[str, int]:
 
 
 def test_the_wrong_variant_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With advantages of the wrong sign the same recipe unlearns: the test above can fail."""
-    trainer = make_trainer(tmp_path, "collm-cc", 2, 0, run={"iterations": 20})
+    """With advantages of the wrong sign the same recipe unlearns, in more iterations than it takes to learn: the test above can
+    fail."""
+    trainer = make_trainer(tmp_path, "collm-cc", 2, 0, run={"iterations": 10})
     assign = learner.assign_values
 
     def wrong(*arguments: Any, **options: Any) -> Assignment:

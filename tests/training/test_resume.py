@@ -95,10 +95,19 @@ def finish(run: Path) -> None:
     assert process.returncode == 0, err
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of six iterations."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    process = collm(*start(folder, "whole", 6))
+    assert process.wait(timeout=300) == 0
+    return folder / "whole"
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(tmp_path: Path, signum: int, code: int) -> None:
-    whole = collm(*start(tmp_path, "whole", 6))
-    assert whole.wait(timeout=300) == 0
+def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, whole: Path, signum: int, code: int
+) -> None:
     part = collm(*start(tmp_path, "part", 6))
     metrics = tmp_path / "part" / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
@@ -110,15 +119,16 @@ def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(tmp_path: P
     assert "--resume" in err
     assert "Traceback" not in err
     finish(tmp_path / "part")
-    assert outcome(tmp_path / "part") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "part") == outcome(whole)
 
 
 @pytest.mark.parametrize("at", [0, 3, 6])
-def test_stopped_in_an_evaluation_it_is_evaluated_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+def test_stopped_in_an_evaluation_it_is_evaluated_once_more(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
     """The first, one in the middle, and the last; the episodes trained on stay, and the best is known in the end."""
-    process = collm(*start(tmp_path, "whole", 6))
-    assert process.wait(timeout=300) == 0
     recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(iterations=6))
     part = Trainer(load_config(recipe, overrides={"run.folder": str(tmp_path), "run.name": "part"}), quiet=True)
     real = trainer_module.evaluate
 
@@ -132,7 +142,7 @@ def test_stopped_in_an_evaluation_it_is_evaluated_once_more(tmp_path: Path, monk
         part.run()
     monkeypatch.undo()
     Trainer.resume(part.folder, quiet=True).run()
-    assert outcome(part.folder) == outcome(tmp_path / "whole")
+    assert outcome(part.folder) == outcome(whole)
 
 
 @pytest.mark.slow

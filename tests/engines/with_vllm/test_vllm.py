@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_learning import end_when_solved
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from collm import tiny
@@ -217,6 +218,7 @@ def test_seeds_limits_and_training(tmp_path: Path) -> None:
     np.testing.assert_array_equal(fine.token_ids, together[0].token_ids)
 
     before = score(trainer)
+    end_when_solved(trainer)
     trainer.run()
     after = score(trainer)
     print(f"agree through vLLM: {before:.2f} -> {after:.2f}")
