@@ -212,6 +212,11 @@ def test_no_file_is_named_after_nothing():
     assert not {p.stem for p in FILES} & {"utils", "util", "common", "helpers", "manager", "misc", "legacy"}
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_no_file_is_long(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= (200 if path.name == "trainer.py" else 400)
+
+
 def test_every_public_name_can_be_had():
     import collm
 
