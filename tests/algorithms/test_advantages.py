@@ -16,7 +16,7 @@ from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.settings.load import parse_config
 from collm.training.assemble import make_learner
-from collm.types import Annotation, Completion, Episode, Group, Sampling, Turn
+from collm.types import Annotation, Completion, Counterfactual, Episode, Group, Sampling, Turn
 
 
 def close(left, right, tolerance=1e-12):
@@ -474,3 +474,30 @@ def test_the_difference_by_hand():
     live = torch.tensor([[[1.0, 1.0], [1.0, 0.0]]])
     found = A.difference(torch.tensor([[[3.0, 1.0], [3.0, 1.0]]]), torch.tensor([[[1.0, 2.0], [2.5, 7.0]]]), live)
     assert found.tolist() == [[[2.0, -1.0], [0.5, 0.0]]]
+
+
+@pytest.mark.parametrize("baseline", ["group_mean", "none"])
+def test_the_difference_baseline_of_a_group_method_by_hand(tiny, baseline):
+    """Four siblings return 4, 2, 1, 1; replayed without agent_0 the turn pays 3, 1, 1, -1: its team-mate's effect, d = 2, 0, 0,
+    -2 around the mean, stands in both features (reward so far and last raw reward).
+
+    Nothing is subtracted in the first iteration. It leaves Var(d) = 2 and Cov(d, A) = 6/4 over 4 samples, whose slopes are
+    shrunk by 20 / 4 = 5 beside the correlations 1 + 1 of the two features: beta . Delta = 2 Cov / (Var (2 + 5)) d = 3/14 d.
+    """
+    episodes = [played([reward]) for reward in (4, 2, 1, 1)]
+    for episode, alone in zip(episodes, (3, 1, 1, -1)):
+        episode.turns[0].no_op["agent_0"] = Counterfactual(alone, alone, {})
+    algorithm = {"name": "magrpo", "baseline": baseline, "teammates": "replay"}
+    config = parse_config({"env": {"name": "agree"}, "algorithm": algorithm})
+    policies = [Policy(copy.deepcopy(tiny.model), tiny.tokenizer) for _ in range(2)]
+    learner = make_learner(Team(dict(zip(("agent_0", "agent_1"), policies))), config, Sampling())
+    first, second = (learner.update([Group(0, episodes)], iteration) for iteration in range(2))
+    plain = [2, 0, -1, -1] if baseline == "group_mean" else [4, 2, 1, 1]
+
+    def trained(update, agent):
+        return [update.annotations[e][0, agent].advantage for e in range(4)]
+
+    assert trained(first, "agent_0") == trained(first, "agent_1") == pytest.approx(plain)
+    assert trained(second, "agent_1") == pytest.approx(plain), "its no-op counterfactual is unknown"
+    assert trained(second, "agent_0") == pytest.approx([a - 3 / 14 * d for a, d in zip(plain, (2, 0, 0, -2))])
+    assert first.metrics["critic/replayed"] == 0.5

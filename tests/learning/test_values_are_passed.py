@@ -4,6 +4,7 @@ steps of an update."""
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,25 +22,27 @@ def assigned(method: ast.FunctionDef) -> dict[str, int]:
         targets: list[ast.expr] = []
         if isinstance(node, ast.Assign):
             targets = node.targets
-        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
-            targets = [node.target]
-        elif isinstance(node, ast.For):
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign | ast.For | ast.NamedExpr):
             targets = [node.target]
         elif isinstance(node, ast.With):
             targets = [item.optional_vars for item in node.items if item.optional_vars is not None]
-        elif isinstance(node, ast.NamedExpr):
-            targets = [node.target]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
             owner = node.args[0] if node.args else None
             if isinstance(owner, ast.Name) and owner.id == "self":
                 found["setattr"] = node.lineno
-        for target in targets:
-            for part in ast.walk(target):
-                if isinstance(part, ast.Subscript):
-                    part = part.value
-                if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == "self":
-                    found[part.attr] = part.lineno
+        found |= dict(written(targets))
     return found
+
+
+def written(targets: list[ast.expr]) -> Iterator[tuple[str, int]]:
+    """(attribute of `self`, line) of what is written: the attribute, or something in it. An index is only read."""
+    for target in targets:
+        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self":
+            yield target.attr, target.lineno
+        elif isinstance(target, ast.Attribute | ast.Subscript | ast.Starred):
+            yield from written([target.value])
+        elif isinstance(target, ast.Tuple | ast.List):
+            yield from written(target.elts)
 
 
 def left_on_objects(source: str) -> list[str]:
@@ -61,6 +64,7 @@ def test_no_method_leaves_a_value_for_another(path: Path) -> None:
     [
         "self.known = batch", "self.known: int = 1", "self.known += 1", "self.known['a'] = 1", "a, self.known = batch",
         "setattr(self, 'known', 1)", "for self.known in batch: pass", "with batch as self.known: pass",
+        "self.known.a = 1", "[a, *self.known] = batch",
     ],
 )  # fmt: skip
 def test_a_planted_one_is_found(line: str) -> None:

@@ -125,6 +125,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "rollout": {"tasks": 24},
         "learner": {"lr": 2e-4},
     },
+    "difference baseline of MAGRPO": {"algorithm": {"name": "magrpo", "teammates": "replay"}},
+    "difference baseline of MAGRPO, three turns": {
+        "algorithm": {"name": "magrpo", "teammates": "replay"},
+        "env": {"turns": 3},
+        "rollout": {"tasks": 8},
+    },
     "turn tree": {"algorithm": {"name": "magrpo", "tree": True, "group_size": 3}, "env": {"turns": 3}, "rollout": {"tasks": 2}},
     "ratio per token": {"algorithm": {"loss": "ppo_clip", "epochs": 3}, "learner": {"lr": 2e-4}},
     "ratio per answer": {"algorithm": {"loss": "sequence_clip", "epochs": 3, "normalize": "agent"}},
