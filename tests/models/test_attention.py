@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config, Qwen3ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from collm import tiny
 from collm.engines.local import decode
-from collm.models import attention, tiny
+from collm.models import attention
 from collm.models.policy import Policy
 from collm.types import Sampling
 

@@ -132,10 +132,10 @@ def test_stopped_in_an_evaluation_it_is_evaluated_once_more(
     part = Trainer(load_config(recipe, overrides={"run.folder": str(tmp_path), "run.name": "part"}), quiet=True)
     real = trainer_module.evaluate
 
-    def interrupted(config: Any, engine: Any, *, stop: Callable[[], None], **rest: Any) -> Any:
+    def interrupted(config: Any, collector: Any, **rest: Any) -> Any:
         if part.iteration == at:
-            part.signal = signal.SIGTERM
-        return real(config, engine, stop=stop, **rest)
+            part.signals.received = signal.SIGTERM
+        return real(config, collector, **rest)
 
     monkeypatch.setattr(trainer_module, "evaluate", interrupted)
     with pytest.raises(Interrupted):
