@@ -184,6 +184,18 @@ class Blueprint:
             difference_baseline=config.algorithm.teammates == "replay",
         )
 
+    def rates(self, config: Config) -> dict[str, float]:
+        """Learning rate of every policy, under its agents' names, and of every critic, as metrics name it."""
+        policies = {", ".join(policy.agents): policy.rate(config) for policy in self.policies}
+        owners = {policy.name: policy for policy in self.policies}
+        critics = {
+            critic.label: critic.rate(config)
+            if critic.body != "policy"
+            else config.critic.lr or owners[critic.policy].rate(config)
+            for critic in self.critics
+        }
+        return {**policies, **critics}
+
     def policy_of(self, agent: str) -> PolicySpec:
         """The policy that answers for an agent. Raises KeyError where none does."""
         return _owners(self.policies)[agent]

@@ -42,6 +42,8 @@ class Assembly:
     """How training episodes are played."""
     num_tasks: int
     """Training tasks of the environment."""
+    rates: dict[str, float]
+    """Learning rate by policy and critic, as the settings or their defaults have it."""
 
 
 def prepare(config: Config) -> Config:
@@ -88,7 +90,8 @@ def assemble(
     if learner is None:
         reads = config.algorithm.has_critic or config.algorithm.teammates != "none"
         learner = make_learner(team, config, plan.sampling, metric_names(config) if reads else ())
-    return Assembly(team, engine, collector or LocalCollector(engine, stop=stop), learner, plan, total)
+    rates = Blueprint.around(config, team.agents, team.specs).rates(config)
+    return Assembly(team, engine, collector or LocalCollector(engine, stop=stop), learner, plan, total, rates)
 
 
 def resolve_device(device: str) -> str:

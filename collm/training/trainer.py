@@ -72,7 +72,7 @@ class Trainer:
         self.config, self.quiet, self.signals = prepare(config), quiet, Signals()
         made = assemble(self.config, **given, stop=self.signals.check)
         self.team, self.engine, self.collector, self.learner = made.team, made.engine, made.collector, made.learner
-        self.plan, self.num_tasks = made.plan, made.num_tasks
+        self.plan, self.num_tasks, self.rates = made.plan, made.num_tasks, made.rates
         self.iteration = self.joint_actions = 0
         self.best: tuple[float, int] | None = None
         self.pending: dict[str, Any] | None = {"iteration": 0, "joint_actions": 0}
@@ -95,6 +95,7 @@ class Trainer:
                 pending=self.pending is not None,
             )
             display = Display(self.config.run.iterations, done=self.iteration, quiet=self.quiet)
+            display.say("learning rates: " + ", ".join(f"{name} {rate:g}" for name, rate in self.rates.items()))
             try:
                 if self.pending is not None:
                     self._complete(self.pending, log, display)

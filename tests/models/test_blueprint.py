@@ -297,3 +297,26 @@ def test_a_team_of_ones_own_is_described_by_the_policies_it_holds() -> None:
 def test_no_torch_is_loaded() -> None:
     code = "import sys; import collm.models.blueprint; assert not {'torch', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [
+        ({}, {"agent_0": 5e-4, "agent_1": 5e-4, "agent_2": 5e-4, "critic": 5e-4}),
+        ({"team.model": "some/model"}, {"agent_0": 5e-6, "agent_1": 5e-6, "agent_2": 5e-6, "critic": 5e-6}),
+        ({"team.model": "some/model", **LORA}, {"agent_0": 5e-4, "agent_1": 5e-4, "agent_2": 5e-4, "critic": 1e-4}),
+        ({**LORA, "team.lora.agents": ["agent_1"], "team.model": "some/model"}, {"agent_0": 5e-6, "agent_1": 5e-4, "agent_2": 5e-6, "critic": 1e-4}),
+        ({"learner.lr": 3e-3, **LORA}, {"agent_0": 3e-3, "agent_1": 3e-3, "agent_2": 3e-3, "critic": 1e-4}),
+        ({"learner.lr": 3e-3}, {"agent_0": 3e-3, "agent_1": 3e-3, "agent_2": 3e-3, "critic": 3e-3}),
+        ({"learner.lr": 3e-3, "critic.lr": 2e-3, **LORA}, {"agent_0": 3e-3, "agent_1": 3e-3, "agent_2": 3e-3, "critic": 2e-3}),
+        ({"team.shared": True, "algorithm.name": "magrpo"}, {"agent_0, agent_1, agent_2": 5e-4}),
+        (
+            {"algorithm.name": "collm-dc", "critic.body": "policy", "learner.lr": 1e-3},
+            {"agent_0": 1e-3, "agent_1": 1e-3, "agent_2": 1e-3, "agent_0/critic": 1e-3, "agent_1/critic": 1e-3, "agent_2/critic": 1e-3},
+        ),
+    ],
+)  # fmt: skip
+def test_learning_rates_fit_what_learns(changes: dict[str, Any], rates: dict[str, float]) -> None:
+    """5e-4 for adapters and the tiny model, 5e-6 for other whole models; critics follow, but for adapters, which have 1e-4."""
+    config = config_of(**changes)
+    assert Blueprint.of(config, AGENTS).rates(config) == rates
