@@ -305,14 +305,17 @@ def test_no_torch_is_loaded() -> None:
         ({}, {"agent_0": 5e-4, "agent_1": 5e-4, "agent_2": 5e-4, "critic": 5e-4}),
         ({"team.model": "some/model"}, {"agent_0": 5e-6, "agent_1": 5e-6, "agent_2": 5e-6, "critic": 5e-6}),
         ({"team.model": "some/model", **LORA}, {"agent_0": 5e-4, "agent_1": 5e-4, "agent_2": 5e-4, "critic": 1e-4}),
-        ({**LORA, "team.lora.agents": ["agent_1"], "team.model": "some/model"}, {"agent_0": 5e-6, "agent_1": 5e-4, "agent_2": 5e-6, "critic": 1e-4}),
+        (
+            {**LORA, "team.lora.agents": ["agent_1"], "team.model": "some/model"},
+            {"agent_0": 5e-6, "agent_1": 5e-4, "agent_2": 5e-6, "critic": 1e-4},
+        ),
         ({"learner.lr": 3e-3, **LORA}, {"agent_0": 3e-3, "agent_1": 3e-3, "agent_2": 3e-3, "critic": 1e-4}),
         ({"learner.lr": 3e-3}, {"agent_0": 3e-3, "agent_1": 3e-3, "agent_2": 3e-3, "critic": 3e-3}),
         ({"learner.lr": 3e-3, "critic.lr": 2e-3, **LORA}, {"agent_0": 3e-3, "agent_1": 3e-3, "agent_2": 3e-3, "critic": 2e-3}),
         ({"team.shared": True, "algorithm.name": "magrpo"}, {"agent_0, agent_1, agent_2": 5e-4}),
         (
             {"algorithm.name": "collm-dc", "critic.body": "policy", "learner.lr": 1e-3},
-            {"agent_0": 1e-3, "agent_1": 1e-3, "agent_2": 1e-3, "agent_0/critic": 1e-3, "agent_1/critic": 1e-3, "agent_2/critic": 1e-3},
+            {**dict.fromkeys(AGENTS, 1e-3), **dict.fromkeys([f"{agent}/critic" for agent in AGENTS], 1e-3)},
         ),
     ],
 )  # fmt: skip
