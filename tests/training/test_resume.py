@@ -210,12 +210,12 @@ def test_what_is_wrong_with_the_held_out_tasks_is_said_before_the_run_begins(tmp
 
 @pytest.mark.slow
 def test_killed_twenty_times_five_of_them_inside_a_save(tmp_path: Path) -> None:
-    iterations = 80
-    whole = collm(*start(tmp_path, "whole", iterations))
+    iterations, few = 80, ("--rollout.tasks", "2")
+    whole = collm(*start(tmp_path, "whole", iterations), *few)
     assert whole.wait(timeout=600) == 0
     run = tmp_path / "part"
     rng = random.Random(0)
-    process = collm(*start(tmp_path, "part", iterations))
+    process = collm(*start(tmp_path, "part", iterations), *few)
     inside = 0
     for kills in range(20):
         lines = num_lines(run)
