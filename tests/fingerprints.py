@@ -177,14 +177,15 @@ def machine() -> str:
 
 
 def of_commit(commit: str) -> dict[str, Any]:
-    """The fingerprints of another commit, which is checked out into a temporary folder."""
+    """The fingerprints of another commit, which is checked out into a temporary folder, by its own script: settings may have had
+    other names there."""
     here = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
         checkout = Path(folder) / "checkout"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(checkout), commit], cwd=here, check=True)
         try:
             environment = {**os.environ, "PYTHONPATH": str(checkout)}
-            command = [sys.executable, __file__]
+            command = [sys.executable, str(checkout / "tests" / Path(__file__).name)]
             done = subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.PIPE, text=True)
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(checkout)], cwd=here, check=True)
