@@ -177,8 +177,8 @@ def machine() -> str:
 
 
 def of_commit(commit: str) -> dict[str, Any]:
-    """The fingerprints of another commit, which is checked out into a temporary folder, by its own script: settings may have had
-    other names there."""
+    """The fingerprints of another commit, which is checked out into a temporary folder, by its own script: settings may have
+    had other names there."""
     here = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
         checkout = Path(folder) / "checkout"

@@ -16,8 +16,11 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+from transformers import AutoConfig, AutoTokenizer
 
 from collm.errors import ConfigError
+from collm.models.loading import load_pretrained, max_positions_of, stop_ids_of
+from collm.models.sources import base_named_by, is_adapter
 from collm.types import Ids, Message
 
 _OPEN, _CLOSE = "\ue000", "\ue001"
@@ -33,7 +36,9 @@ class Chat:
     and including the mark after which the model answers. keep_thoughts: whatever the template does, as critics want it.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: Iterable[int] = (), *, keep_thoughts: bool = False):
+    def __init__(
+        self, tokenizer: Any, stop_ids: Iterable[int] = (), *, max_positions: int = 1 << 30, keep_thoughts: bool = False
+    ):
         if tokenizer.chat_template is None:
             raise ConfigError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; add chat_template.jinja to its folder "
@@ -45,10 +50,22 @@ class Chat:
             )
         self.tokenizer = tokenizer
         self.keep_thoughts = keep_thoughts
-        self._stops = {tokenizer.eos_token_id, *stop_ids}
+        self.max_positions = max_positions
+        self.stop_ids = sorted({*stop_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
         self._plain = lru_cache(maxsize=65536)(self._encode_plain)
         self._markup = lru_cache(maxsize=4096)(self._encode_markup)
         self._frames = lru_cache(maxsize=1024)(self._render_frames)
+
+    @classmethod
+    def from_pretrained(cls, source: str) -> Chat:
+        """Chat template, stop ids and limit of a model, read from its folder or hub name without its weights.
+
+        An engine that runs elsewhere, or a server, needs no more of a model. For an adapter they are those of its base.
+        Raises ConfigError where they cannot be loaded.
+        """
+        source = base_named_by(source) if is_adapter(source) else source
+        config = load_pretrained(AutoConfig, source)
+        return cls(load_pretrained(AutoTokenizer, source), stop_ids_of(source, config), max_positions=max_positions_of(config))
 
     def encode(self, messages: Sequence[Message], *, answer: bool = True) -> Ids:
         """Token ids of a history; with `answer`, up to the mark after which the model is to answer."""
@@ -59,7 +76,7 @@ class Chat:
             following = self._markup(frame)
             said = self._earlier(message) if message.role == "assistant" and i < newest else self._said(message)
             ids.extend(said)
-            if message.token_ids is not None and said and said[-1] in self._stops and said[-1] in following:
+            if message.token_ids is not None and said and said[-1] in self.stop_ids and said[-1] in following:
                 following = following[following.index(said[-1]) + 1 :]  # the end mark was sampled: not a second time
             ids.extend(following)
         return np.asarray(ids, dtype=np.int32)
@@ -105,7 +122,7 @@ class Chat:
         else:
             instead = ""  # it leaves the line breaks: so do we
         said = self._said(message)
-        end = said[-1:] if message.token_ids is not None and said and said[-1] in self._stops else []
+        end = said[-1:] if message.token_ids is not None and said and said[-1] in self.stop_ids else []
         kept = self._tail_that_reads(said[: len(said) - len(end)], answer)
         return [*self._markup(instead), *(self._plain(answer) if kept is None else kept), *end]
 

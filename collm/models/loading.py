@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from collm.errors import ConfigError
@@ -21,9 +21,9 @@ def load_pretrained(auto_class: Any, source: str, **options: Any) -> Any:
     Code that lies beside the weights is never run, and weights are safetensors: nothing pickled is loaded. A local folder is
     checked before anything is built from it; whatever a folder makes the libraries raise is a ConfigError.
     """
-    place, is_model = resolve(source), not issubclass(auto_class, AutoTokenizer)
+    place, is_model = resolve(source), not issubclass(auto_class, (AutoTokenizer, AutoConfig))
     try:
-        if Path(place).is_dir() and source != "tiny" and not (is_model and is_adapter(place)):
+        if auto_class is not AutoConfig and Path(place).is_dir() and source != "tiny" and not (is_model and is_adapter(place)):
             (folders.check_weights if is_model else folders.check_tokenizer)(Path(place))
         if is_model:
             options |= {"use_safetensors": True, "output_loading_info": True}
@@ -51,6 +51,20 @@ def load_pretrained(auto_class: Any, source: str, **options: Any) -> Any:
             "critic needs a whole model."
         )
     return loaded
+
+
+def stop_ids_of(source: str, config: Any) -> list[int]:
+    """The ids that end an answer, as the model's generation_config.json has them, or its config where there is none."""
+    try:
+        stops = GenerationConfig.from_pretrained(resolve(source)).eos_token_id
+    except OSError:
+        stops = GenerationConfig.from_model_config(config).eos_token_id
+    return [i for i in (stops if isinstance(stops, list) else [stops]) if i is not None]
+
+
+def max_positions_of(config: Any) -> int:
+    """The longest sequence, in tokens, that a model was made for."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
 def _check_loaded(model: Any, about: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from collm.models import attention
 from collm.models.adapters import Adapter, Base
 from collm.models.blueprint import BaseSpec, base_of
 from collm.models.chat import Chat
-from collm.models.loading import load_pretrained
+from collm.models.loading import load_pretrained, max_positions_of
 from collm.models.sources import is_adapter, resolve
 from collm.settings.rooms import LoraSettings
 from collm.types import Sampling
@@ -63,8 +63,7 @@ class Policy:
                 f"model {str(model.name_or_path)!r} does not fit its tokenizer: {what} lies beyond its {size} embeddings. "
                 "Take both from one place."
             )
-        self.stop_ids = sorted({int(i) for i in [*stops, tokenizer.eos_token_id] if i is not None})
-        self.chat = Chat(tokenizer, self.stop_ids)
+        self.chat = Chat(tokenizer, [i for i in stops if i is not None], max_positions=max_positions_of(model.config))
 
     @classmethod
     def from_pretrained(
@@ -101,7 +100,12 @@ class Policy:
     @property
     def max_positions(self) -> int:
         """The longest sequence, in tokens, that the model was made for."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+        return self.chat.max_positions
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The ids that end an answer."""
+        return self.chat.stop_ids
 
     @property
     def body(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import families
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 from collm import tiny as tiny_package
 from collm.errors import ConfigError
 from collm.models.chat import Chat
+from collm.models.policy import Policy
 from collm.types import Message
 
 PAD, USER, ASSISTANT, END = 0, 1, 2, 3
@@ -292,3 +294,17 @@ def test_a_tokenizer_without_a_template_is_refused():
 def test_texts_are_decoded_without_special_tokens_and_unchanged():
     assert TINY.decode([*TINY.text_ids(" a , b . \n"), END]) == " a , b . \n"
     assert TINY.decode([END]) == ""
+
+
+@pytest.mark.parametrize("family", ["tiny", *families.FAMILIES])
+def test_chat_stops_and_limit_are_those_of_the_policy_without_its_weights(tmp_path, family):
+    """An engine elsewhere reads no more of a model: its folder without weight files is enough."""
+    made = None if family == "tiny" else Policy(families.model(family), families.tokenizer(family))
+    policy = made or Policy.from_pretrained("tiny")
+    policy.save(tmp_path / "whole")
+    for weights in (tmp_path / "whole").glob("*.safetensors"):
+        weights.unlink()
+    chat = Chat.from_pretrained(str(tmp_path / "whole"))
+    assert (chat.stop_ids, chat.max_positions) == (policy.stop_ids, policy.max_positions)
+    messages = (Message("user", "Name a colour."), Message("assistant", "red"), Message("user", "Again."))
+    assert chat.encode(messages).tolist() == policy.chat.encode(messages).tolist()
