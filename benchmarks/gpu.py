@@ -1,21 +1,21 @@
-"""Teams of models with the shapes of Qwen3-0.6B, 1.7B and 4B on one GPU: tokens and joint actions a second, and memory.
+"""Teams of models with the shapes of Qwen3-0.6B, 1.7B and 4B on one GPU: tokens and joint actions per second, and memory.
 
     python benchmarks/gpu.py                                           # whole models, this package's own engine
     python benchmarks/gpu.py --adapters --engines local vllm --reference
-    python benchmarks/gpu.py --limit-seconds 400 --out FOLDER          # start no measurement after so long; go on later
+    python benchmarks/gpu.py --limit-seconds 400 --out FOLDER          # start no measurement after that time; continue later
     python benchmarks/gpu.py --device cpu --models tiny                # the same code, small enough for any machine
 
-Two agents and a joint critic train with `collm-cc` for a few iterations. Every agent reads 67 tokens and answers with
+Two agents and a centralized critic train with `collm-cc` for a few iterations. Every agent reads 67 tokens and answers with
 --answer-tokens tokens sampled from the whole vocabulary at temperature 1, in one turn. Weights are random, of the named
-model's shape and vocabulary size, so that nothing is downloaded; they make every answer full length, and each side checks it.
+model's shape and vocabulary size, so that nothing is downloaded; they make every answer full length, and each side checks this.
 
     collm-local, collm-vllm    this package's trainer, with its own engine or vLLM
-    reference                  comlrl 1.3.6's MAAC as it comes: one answer a call of `generate`
-    reference-wide             the same, asked for up to 32 answers to one prompt in a call
+    reference                  comlrl 1.3.6's MAAC, unchanged: one answer per call of `generate`
+    reference-wide             the same, with up to 32 answers to one prompt per call
 
-One measurement (a model, its form, a side) is a process of its own, and its result a JSON file in --out. What is there already
-is not measured again, so the command can be cut off and repeated; what failed is tried again, last. To run out of memory is a
-result. Optimizer steps lie inside the measured time; loading and a warm-up do not.
+One measurement (a model, its form, a side) is a process of its own, and its result a JSON file in --out. Existing results are
+not measured again, so the command can be stopped and repeated; failed measurements are repeated last. Running out of memory is
+a result. The measured time includes optimizer steps; it excludes loading and a warm-up.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     "1.7B": _QWEN3 | {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144},
     "4B": _QWEN3 | {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728},
 }
-"""What Qwen3's published configurations say. "tiny" is the shape of the model that the package ships."""
+"""Numbers of Qwen3's published configurations. "tiny" is the shape of the model that the package ships."""
 NUM_AGENTS = 2
 LETTERS = string.ascii_uppercase
-"""What answers and observations consist of: one token each, whatever stands beside it."""
+"""The characters of answers and observations: one token each, in any context."""
 OBSERVATION_LETTERS = 64
 WIDE = 32
 REFERENCE_TASKS = 8
-"""Joint actions measured of the reference as it comes: as many as it learns from at once by default."""
+"""Joint actions measured for the unchanged reference: as many as it learns from at once by default."""
 SHORT_OF_MEMORY = ("out of memory", "No available memory", "less than desired GPU memory")
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One measurement, with everything that it depends on."""
+    """One measurement, with all its settings."""
 
     model: str
     form: str
@@ -87,18 +87,18 @@ class Cell:
 
 
 def observation(task: int, agent: int, turn: int = 0) -> str:
-    """What the world tells an agent: 64 letters, different for every task and agent."""
+    """The observation of an agent: 64 letters, different for every task and agent."""
     return "".join(random.Random(f"{task} {agent} {turn}").choices(LETTERS, k=OBSERVATION_LETTERS))
 
 
 def prompt(tokenizer: Any, task: int, agent: int) -> str:
-    """The observation as the chat template renders it, up to where the agent answers."""
+    """The observation as the chat template renders it, up to the beginning of the answer."""
     chat = [{"role": "user", "content": observation(task, agent)}]
     return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
 
 def make_world(answer_tokens: int, split: str = "train") -> ParallelEnv:
-    """The benchmark's world for collm."""
+    """The benchmark's environment for collm."""
     return matched.make_world(NUM_AGENTS, 1, observation, answer_tokens)
 
 
@@ -115,7 +115,7 @@ def shape(name: str) -> Any:
 
 
 def build_model(name: str, folder: Path, device: str) -> None:
-    """Save a random model in bfloat16 that writes capital letters whatever it reads, with the shipped model's tokenizer."""
+    """Save a random model in bfloat16 that writes capital letters for any input, with the shipped model's tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -134,7 +134,7 @@ def only_write(model: Any, tokens: list[int]) -> None:
     """Change a Qwen3 model, its embeddings tied or not, so that every other token has probability 0 in float32.
 
     Two dimensions of the residual stream are taken. Every embedding has 10 in dimension 1. From it, one neuron of the first
-    layer writes a number into dimension 0 that outweighs all else, so that the last normalization leaves about the root of
+    layer writes a number into dimension 0 that exceeds all others, so that the last normalization leaves about the root of
     the width there. In the vocabulary head dimension 0 is negative for every other token: about -140 in logits, below the
     -104 at which a float32 probability vanishes. No other neuron or head writes to the two dimensions. A few small updates
     do not change that.
@@ -214,7 +214,7 @@ def measure_collm(cell: Cell, model: Path) -> Row:
             "tasks": cell.episodes,
             "max_tokens": cell.answer_tokens,
         },
-        "algorithm": {"name": "collm-cc", "teammates": "none"},  # the reference replays nothing
+        "algorithm": {"name": "collm-cc", "teammates": "none"},  # the reference has no difference baseline
         "learner": {"micro_batch_tokens": cell.micro_batch_tokens},
         "evaluation": {"every": 0},
     }
@@ -248,7 +248,7 @@ def measure_collm(cell: Cell, model: Path) -> Row:
 
 
 def check_prompts(groups: Any, tokenizer: Any) -> int:
-    """How many tokens agents read, who must all have read what the reference's agents read."""
+    """The number of tokens that agents read, which must be the tokens that the reference's agents read."""
     for episode in (episode for group in groups for episode in group.episodes):
         for number, completion in enumerate(episode.turns[0].completions.values()):
             expected = tokenizer(prompt(tokenizer, episode.task, number))["input_ids"]
@@ -263,7 +263,7 @@ def check_prompts(groups: Any, tokenizer: Any) -> int:
 def measure_reference(cell: Cell, model: Path) -> Row:
     """One call of comlrl's MAACTrainer.train(), after one of warm-up.
 
-    Its settings are its defaults but for: one turn, sampling from the whole vocabulary, no early end, no evaluation. It knows
+    Its settings are its defaults except: one turn, sampling from the whole vocabulary, no early end, no evaluation. It has
     one number format for everything: with "bfloat16", weights, gradients and optimizer state are bfloat16 too.
     """
     import torch
@@ -332,7 +332,7 @@ def measure_reference(cell: Cell, model: Path) -> Row:
 
 
 def short_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is that memory was not enough."""
+    """Whether an error or its cause is a lack of memory."""
     while error is not None:
         if isinstance(error, MemoryError) or any(sign in str(error) for sign in SHORT_OF_MEMORY):
             return True
@@ -341,7 +341,7 @@ def short_of_memory(error: BaseException | None) -> bool:
 
 
 def measure(cell: Cell, model: Path) -> Row:
-    """A cell's result: what was measured, or that memory was not enough, and the peak of memory in either case."""
+    """A cell's result: the measurement, or that memory was not enough, with the peak of memory in either case."""
     import torch
     import transformers
 
@@ -364,7 +364,7 @@ def measure(cell: Cell, model: Path) -> Row:
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
-    """What was asked for, in the order of its being measured: small models first. The reference has no adapters."""
+    """The requested cells, in the order of measurement: small models first. The reference has no adapters."""
     engines = [f"collm-{engine}" for engine in options.engines]
     reference = [] if options.reference is None else ["reference", "reference-wide"]
     forms = {"whole": [*engines, *reference]} | ({"adapters": engines} if options.adapters else {})
@@ -375,7 +375,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 
 
 def read(cell: Cell, out: Path) -> Row | None:
-    """What is known of a cell: nothing, if its file is missing, broken or of other settings."""
+    """The stored result of a cell; None if its file is missing, broken or has other settings."""
     try:
         found = json.loads((out / f"{cell.name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -384,7 +384,7 @@ def read(cell: Cell, out: Path) -> Row | None:
 
 
 def ready_model(name: str, options: argparse.Namespace) -> Path:
-    """The folder of a model, which is built where it is missing."""
+    """The folder of a model, which is built if it is missing."""
     folder = options.work.resolve() / "models" / name
     if not folder.exists():
         print(f"building {folder}", file=sys.stderr)
@@ -396,7 +396,7 @@ def ready_model(name: str, options: argparse.Namespace) -> Path:
 
 
 def run_cell(cell: Cell, python: Path, model: Path, options: argparse.Namespace) -> Row:
-    """Measure one cell in a process of its own and write down what came of it; its messages go to a log beside the result."""
+    """Measure one cell in a process of its own and write its result; its messages go to a log beside the result."""
     log = options.out / f"{cell.name}.log"
     command = [python, __file__, "--cell", json.dumps(asdict(cell)), "--model", model]
     env = surroundings(1 if cell.device == "cpu" else None, gpu=cell.device == "cuda")
@@ -408,7 +408,7 @@ def run_cell(cell: Cell, python: Path, model: Path, options: argparse.Namespace)
                 command, env=env, stdout=subprocess.PIPE, stderr=messages, text=True, check=False, timeout=options.cell_seconds
             )
         said = [line for line in done.stdout.splitlines() if line.startswith('{"outcome"')]
-        if said:  # a library that crashes at the very end spoils nothing
+        if said:  # a library may crash at exit, after the result is written
             row = json.loads(said[-1])
         elif done.returncode == -signal.SIGKILL:
             row = {"outcome": "out of memory", "reason": "killed by the system, as it does where a machine's own memory ends"}
@@ -426,7 +426,7 @@ def run_cell(cell: Cell, python: Path, model: Path, options: argparse.Namespace)
 
 
 def told(row: Mapping[str, Any]) -> str:
-    """A result in one line."""
+    """A result as one line."""
     if row["outcome"] != "measured":
         return f"{row['outcome']}: {row['reason']}"
     phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["seconds_by_phase"].items())
@@ -435,7 +435,7 @@ def told(row: Mapping[str, Any]) -> str:
 
 
 def show(rows: list[Row], left: list[str]) -> None:
-    """All results as one plain table."""
+    """All results as a plain table."""
     layout = "{:<6} {:<9} {:<15} {:<9} {}"
     for place in sorted({row.get("on", "no result") for row in rows}):
         print(place)
@@ -462,8 +462,8 @@ def main() -> int:
     add("--episodes", type=int, default=64, help="joint actions in one iteration of collm (default: 64)")
     add("--iterations", type=int, default=2, help="measured iterations of collm (default: 2)")
     add("--micro-batch-tokens", type=int, default=4096, help="tokens in one pass of collm's learner (default: 4096)")
-    add("--limit-seconds", type=float, default=math.inf, help="start no measurement after so long (default: no limit)")
-    add("--cell-seconds", type=float, default=240, help="give a measurement up after so long (default: 240)")
+    add("--limit-seconds", type=float, default=math.inf, help="start no measurement after that time (default: no limit)")
+    add("--cell-seconds", type=float, default=240, help="end a measurement after that time (default: 240)")
     add("--out", type=Path, default=here / "gpu", metavar="FOLDER", help="where results are kept")
     add("--work", type=Path, default=here, metavar="FOLDER", help="where models and the reference lie")
     add("--json", action="store_true", help="print one JSON object instead of a table")
@@ -484,14 +484,14 @@ def main() -> int:
 
 
 def no_gpu() -> str:
-    """Why there is no GPU to measure on; nothing, if there is one."""
+    """The reason why no GPU can be used; None if one can."""
     import torch
 
     return "" if torch.cuda.is_available() else f"no GPU: torch {torch.__version__} sees none on this machine"
 
 
 def measure_all(options: argparse.Namespace) -> int:
-    """Measure what is missing, as long as time allows, and show all there is. Exit code 1 if something failed."""
+    """Measure what is missing, within the time limit, and show all results. Exit code 1 if a measurement failed."""
     deadline = time.monotonic() + options.limit_seconds
     options.out.mkdir(parents=True, exist_ok=True)
     if "vllm" in options.engines and importlib.util.find_spec("vllm") is None:

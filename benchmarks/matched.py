@@ -1,6 +1,6 @@
-"""What the benchmarks share: answers of a fixed length and their reward, stopwatches, processes of their own, the reference.
+"""What the benchmarks share: answers of a fixed length and their reward, stopwatches, separate processes, the reference.
 
-Runs in the reference's environment too, so nothing here imports collm.
+It also runs in the reference's virtual environment, so it does not import collm.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ REFERENCE = ("comlrl==1.3.6", "torch==2.13.0")
 
 Row = dict[str, Any]
 Observe = Callable[[int, int, int], str]
-"""(task, agent's number, turn) -> what the agent is told."""
+"""(task, agent's number, turn) -> the agent's observation."""
 
 
 def team_reward(answers: Sequence[str], length: int) -> float:
-    """Share of places at which all answers have the same letter. Every answer must have exactly `length` letters."""
+    """Fraction of positions at which all answers have the same letter. Every answer must have exactly `length` letters."""
     for answer in answers:
         if len(answer) != length or not answer.isalpha():
             raise AssertionError(f"an answer of {len(answer)} characters instead of {length} letters: {answer!r}")
@@ -34,7 +34,7 @@ def team_reward(answers: Sequence[str], length: int) -> float:
 
 
 def make_world(num_agents: int, turns: int, observe: Observe, answer_length: int) -> Any:
-    """A world for collm that shows `observe(task, agent, turn)` and pays `team_reward`."""
+    """An environment for collm with the observation `observe(task, agent, turn)` and the reward `team_reward`."""
     from collm.envs.base import Outcome, TextEnv
 
     class World(TextEnv):
@@ -44,7 +44,7 @@ def make_world(num_agents: int, turns: int, observe: Observe, answer_length: int
             return self.say()
 
         def play(self, answers: dict[str, str]) -> Outcome:
-            asked = not any(answers.values())  # by the trainer, once, which numbers a turn reports
+            asked = not any(answers.values())  # by the trainer, once, for the names of the metrics
             reward = 0.0 if asked else team_reward(list(answers.values()), answer_length)
             return Outcome(reward, {}, self.say(self.turn + 1))
 
@@ -55,7 +55,7 @@ def make_world(num_agents: int, turns: int, observe: Observe, answer_length: int
 
 
 def count_turns(groups: Sequence[Any], answer_length: int) -> int:
-    """Joint actions in groups of collm's episodes, none of which may have failed; every answer must have that many tokens."""
+    """Number of joint actions in groups of collm's episodes; raises if an episode failed or an answer has another length."""
     turns = 0
     for episode in (episode for group in groups for episode in group.episodes):
         if episode.failure:
@@ -92,7 +92,7 @@ def peak_memory_mb() -> float:
 
 
 def surroundings(threads: int | None = None, *, gpu: bool = False) -> dict[str, str]:
-    """Environment variables of a measuring process: quiet, offline, so many threads, and no GPU unless asked."""
+    """Environment variables of a measuring process: quiet, offline, `threads` threads, and no GPU by default."""
     env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     env |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     if threads is not None:
@@ -101,7 +101,7 @@ def surroundings(threads: int | None = None, *, gpu: bool = False) -> dict[str, 
 
 
 def in_a_process(command: Sequence[Any], threads: int) -> Any:
-    """What a measurement in a process of its own, on the CPU, says on its last line."""
+    """Run a measurement in a process of its own, on the CPU; returns the JSON value on its last line."""
     done = subprocess.run(command, env=surroundings(threads), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"exit code {done.returncode}: {' '.join(map(str, command))}")
@@ -109,7 +109,7 @@ def in_a_process(command: Sequence[Any], threads: int) -> Any:
 
 
 def make_reference(folder: Path) -> Path:
-    """The Python of the reference's virtual environment, which is made where it is missing or incomplete."""
+    """The Python of the reference's virtual environment, which is made if it is missing or incomplete."""
     wanted = [*REFERENCE, f"transformers=={metadata.version('transformers')}"]
     python, stamp = folder / "bin" / "python", folder / "installed.txt"
     if not (stamp.exists() and stamp.read_text().split() == wanted and python.exists()):

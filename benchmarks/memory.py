@@ -1,13 +1,13 @@
-"""How near `collm plan` comes to the memory that training really takes, on this machine's CPU.
+"""Compares the memory that `collm plan` computes with the memory that training takes, on this machine's CPU.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --cases whole adapters --json
 
-Every case trains a team of random models for two iterations in a process of its own. Their tokens are words, so that what they
-write reads back as the tokens it was, as a trained model's text nearly always does. Measured is the process's highest resident
-memory minus what it had after importing everything; planned is the peak of `collm plan` for the same recipe. The C library is
-told to give every freed block of 64 KiB or more back to the system (MALLOC_MMAP_THRESHOLD_), as otherwise the measure holds
-what it keeps for later.
+Every case trains a team of random models for two iterations in a process of its own. Their tokens are words, so that their
+text is tokenized to the ids that were sampled, as a trained model's text nearly always is. "Measured" is the process's highest
+resident memory minus that after all imports; "planned" is the peak of `collm plan` for the same recipe. The C library returns
+every freed block of 64 KiB or more to the system (MALLOC_MMAP_THRESHOLD_); otherwise the measurement would include blocks that
+it keeps.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
-    """Train one case here and now."""
+    """Train one case in this process."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -131,15 +131,15 @@ def words(size: int) -> Any:
 
 
 def memory(field: str) -> int:
-    """Bytes of this process: VmRSS is resident now, VmHWM the most there was."""
+    """Bytes of this process: VmRSS is resident now, VmHWM the maximum so far."""
     for line in Path("/proc/self/status").read_text().split("\n"):
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise SystemExit("this benchmark reads /proc, so it runs on Linux alone.")
+    raise SystemExit("this benchmark reads /proc, so it runs on Linux only.")
 
 
 def reset_peak() -> None:
-    """Let VmHWM count from here."""
+    """Reset VmHWM."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

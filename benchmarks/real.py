@@ -1,11 +1,11 @@
-"""A real pre-trained model on one device: does the learner score what the engine sampled, and does a team learn within minutes?
+"""A pre-trained model on one device: gap between the engine's and the learner's log-probs, and learning within minutes.
 
     python benchmarks/real.py MODEL --data POSTS.jsonl                    # on a GPU; at most --minutes (6) in all
-    python benchmarks/real.py tiny --data POSTS.jsonl --device cpu --iterations 1 --limit 4    # the same code anywhere
+    python benchmarks/real.py tiny --data POSTS.jsonl --device cpu --iterations 1 --limit 4    # the same code on any machine
 
-MODEL is a Hugging Face folder or hub name of a small chat model. Two writers each see the first 20 words of a post and are
-asked to repeat part of it, in 14 tokens each, without seeing each other; the reward is the share of the post's words, stop
-words apart, that somebody wrote. Each measurement is written to --out as JSON as soon as it is there, the most important first:
+MODEL is a Hugging Face folder or hub name of a small chat model. Two writers each see the first 20 words of a post and repeat
+part of it, in 14 tokens each, without seeing each other's answers; the reward is the fraction of the post's words, without stop
+words, that at least one of them wrote. Each result is written to --out as JSON at once, the most important first:
 
     gap-*.json      |log-prob of the engine - log-prob of the learner| of fresh samples, before and after an update, for whole
                     models and adapters, in float32 and bfloat16
@@ -36,7 +36,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 class Cover(TextEnv):
-    """Two writers repeat parts of a post. Reward: share of its words, stop words apart, that some writer wrote; optimum 1."""
+    """Two writers repeat parts of a post. Reward: fraction of its words, without stop words, that a writer wrote; optimum 1."""
 
     def __init__(self, data: str, length: int = 20, split: str = "train"):
         super().__init__(["first", "second"], turns=1)
@@ -58,7 +58,7 @@ class Cover(TextEnv):
 
 
 def settings(options: argparse.Namespace, form: str, algorithm: str, precision: str, folder: str) -> dict[str, Any]:
-    """A run's settings; 64 joint actions an iteration whatever the algorithm."""
+    """A run's settings; 64 joint actions per iteration with every algorithm."""
     groups = algorithm == "magrpo"
     rooms = {room: dict(values) for room, values in FORMS[form].items()}
     lora = rooms.pop("lora", None)
@@ -153,7 +153,7 @@ def main() -> int:
     add("--iterations", type=int, default=30, help="of each learning run (default: 30)")
     add("--joint-actions", type=int, default=64, help="in one iteration (default: 64)")
     add("--limit", type=int, default=HELD_OUT, help=f"held-out posts (default: {HELD_OUT})")
-    add("--minutes", type=float, default=6.0, help="start nothing more after so long (default: 6)")
+    add("--minutes", type=float, default=6.0, help="start no further measurement after that time (default: 6)")
     add("--dry-run", action="store_true", help="list what would be measured, and stop")
     options = parser.parse_args()
     options.data = options.data.resolve()
@@ -180,7 +180,7 @@ def main() -> int:
         began = time.monotonic()
         try:
             record = measure()
-        except Exception as error:  # the others are still worth their time
+        except Exception as error:  # the other measurements continue
             record = {"error": repr(error)}
         record |= {"on": place, "torch": torch.__version__, "seconds": round(time.monotonic() - began, 2)}
         (options.out / f"{name}.json").write_text(json.dumps(record, indent=1))

