@@ -88,7 +88,7 @@ class Moments(nn.Module):
         return slopes
 
 
-class Yardstick(nn.Module):
+class MetricCeiling(nn.Module):
     """What least squares on some numbers explains of the returns' variance within tasks, turn by turn, in recent iterations.
 
     Unlike a critic's expectation, these slopes have seen the returns they explain; the count of numbers is corrected for.

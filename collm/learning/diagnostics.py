@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from collm.algorithms.advantages import discounted_returns
-from collm.algorithms.regression import Yardstick
+from collm.algorithms.regression import MetricCeiling
 from collm.algorithms.stats import explained_variance, without_task_means
 from collm.learning.batch import Batch
 from collm.types import Metrics
 
 
-def measure_ceiling(ceiling: Yardstick | None, batch: Batch, features_ETM: Tensor, *, gamma: float) -> Metrics:
+def measure_ceiling(ceiling: MetricCeiling | None, batch: Batch, features_ETM: Tensor, *, gamma: float) -> Metrics:
     """Per turn, the variance within tasks that least squares on the environment metrics explains in recent iterations, and the
     sum of squared deviations of returns from their task's mean: what there is to explain."""
     metrics: Metrics = {}
@@ -24,7 +24,7 @@ def measure_ceiling(ceiling: Yardstick | None, batch: Batch, features_ETM: Tenso
     for t in range(returns_ET.shape[1]):
         chosen = batch.complete_ET[:, t]
         returns, tasks = returns_ET[chosen, t], batch.tasks_E[chosen]
-        metrics[f"yardstick_turn_{t}"] = ceiling.measure(t, features_ETM[chosen, t], returns, tasks)
+        metrics[f"ceiling_turn_{t}"] = ceiling.measure(t, features_ETM[chosen, t], returns, tasks)
         metrics[f"spread_turn_{t}"] = without_task_means(returns, tasks).square().sum().item()
     return metrics
 

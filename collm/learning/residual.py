@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from collm.algorithms.advantages import discounted_returns
-from collm.algorithms.regression import TurnRegression, Yardstick
+from collm.algorithms.regression import MetricCeiling, TurnRegression
 from collm.errors import TrainingError
 from collm.learning.batch import Batch
 
@@ -36,7 +36,7 @@ class Regressions:
         width = 2 + len(self.metric_names)
         self.metrics = TurnRegression(width, TURNS) if metrics else None
         self.teammates = nn.ModuleList(TurnRegression(width, TURNS) for _ in range(num_agents if teammates else 0))
-        self.ceiling = Yardstick(width, TURNS) if critic else None
+        self.ceiling = MetricCeiling(width, TURNS) if critic else None
 
     def modules(self) -> dict[str, nn.Module]:
         """By file name, all that a checkpoint keeps."""
