@@ -1,15 +1,15 @@
-"""Errors, named after the boundary that was crossed.
+"""Errors, one class per component that can fail.
 
-`ConfigError`, `EnvError`, `EngineError` and `SandboxError` say who broke which promise: the settings, a world, an engine,
-or the box that model-written code runs in. `RunError` is about the run directory: a missing checkpoint, a taken name, a
-full disk. `TrainingError` stops a run whose numbers are no longer numbers. The command line prints the message alone.
+`ConfigError`: the settings. `EnvError`: an environment. `EngineError`: an engine. `SandboxError`: the box that model-written
+code runs in. `RunError`: the run directory, for example a missing checkpoint, a taken name or a full disk. `TrainingError`:
+a number in training that is not finite. The command line prints the message without a traceback.
 """
 
 from __future__ import annotations
 
 
 class CollmError(Exception):
-    """An error that a person can act on: its message names the setting or thing, the reason and the way out."""
+    """An error that the user can act on: its message names the setting or object, the reason and the way out."""
 
     exit_code = 2
 
@@ -19,11 +19,11 @@ class ConfigError(CollmError):
 
 
 class EnvError(CollmError):
-    """An environment broke its contract, or could not be made. Inside an episode it fails that episode only."""
+    """An environment violated its contract or could not be created. In an episode it fails that episode only."""
 
 
 class EngineError(CollmError):
-    """An engine could not answer. Inside an episode it fails that episode only."""
+    """An engine could not answer. In an episode it fails that episode only."""
 
 
 class SandboxError(CollmError):
@@ -41,6 +41,6 @@ class SaveError(RunError):
 
 
 class TrainingError(CollmError):
-    """A loss, a gradient or a value stopped being finite."""
+    """A loss, a gradient or a value is not finite."""
 
     exit_code = 1

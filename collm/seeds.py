@@ -1,7 +1,7 @@
-"""Independent random streams without state: a seed is a function of what it is for.
+"""Independent random streams without state: a seed is a function of its purpose.
 
-Because no generator is ever carried from one iteration to the next, nothing about randomness has to be saved for an exact
-resume, and neither batching nor the number of workers can change which numbers an answer is sampled with.
+No generator is carried from one iteration to the next. An exact resume therefore needs no saved random state, and neither
+batching nor the number of workers changes the random numbers of an answer.
 """
 
 from __future__ import annotations

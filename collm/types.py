@@ -1,6 +1,6 @@
 """The records that pass between rooms: Message, Sampling, Request, Completion, Turn, Episode, Group.
 
-One worked example runs through this file: two agents play one turn of `agree`.
+Worked example: two agents play one turn of the environment `agree`.
 
     Request("agent_0", (Message("user", "Name one colour ..."),), sampling=Sampling(max_tokens=4), seed=7)
       -> Completion("agent_0", text="red", prompt_ids=[5, 9, ...], token_ids=[71, 2], logprobs=[-1.39, -0.01])
@@ -25,7 +25,7 @@ History = Literal["full", "last", "newest"]
 
 
 def encodable(text: str) -> str:
-    """Text that can be written as UTF-8: half a surrogate pair, which JSON allows, becomes U+FFFD; all else stays as it is."""
+    """The text with every lone surrogate (which JSON allows and UTF-8 does not) replaced by U+FFFD."""
     try:
         text.encode()
         return text
@@ -34,77 +34,85 @@ def encodable(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text from elsewhere as a terminal may get it: control characters (escape sequences begin with one), marks that turn the
-    direction of writing and the like become "?"; line breaks and tabs stay."""
+    """Untrusted text, made safe for a terminal: control characters (which begin escape sequences), direction marks and other
+    unprintable characters become "?"; line breaks and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else "?" for c in text)
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One text of a chat. `token_ids` holds what was sampled, so that an answer is never re-tokenized.
-
-    Example: Message("assistant", "red", token_ids=array([71, 2])); the end-of-text token, where sampled, is included.
-    """
+    """One message of a chat. Example: Message("assistant", "red", token_ids=array([71, 2]))"""
 
     role: Literal["system", "user", "assistant"]
     text: str
     token_ids: Ids | None = None
+    """(L,) sampled token ids of an answer, so that it is never re-tokenized; end-of-text included where it was sampled. None
+    for a text that was not sampled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The distribution an answer is sampled from.
-
-    temperature: divides the logits; 0 is greedy. top_p: keep the smallest set of tokens with this probability (1 keeps all).
-    top_k: keep the k likeliest tokens (0 keeps all). max_tokens: the longest answer, in tokens, end-of-text included.
-    """
+    """The distribution that an answer is sampled from. Example: Sampling(temperature=0.7, top_p=0.95, max_tokens=64)"""
 
     temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
     top_p: float = 1.0
+    """Keep the smallest set of tokens with at least this probability; 1 keeps all."""
     top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
     max_tokens: int = 256
+    """Maximum length of an answer, in tokens, end-of-text included."""
 
     def distribution(self) -> dict[str, Any]:
-        """Temperature and support, as the functions of `algorithms.logprobs` take them."""
+        """Temperature, top-p and top-k as keyword arguments of the functions in `algorithms.logprobs`."""
         return {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One agent's own history, to be answered. `seed` alone decides the random numbers of this answer.
-
-    kind: "answer" goes to the world; "message" goes to the other agents, before they answer.
-    """
+    """One agent's history, to be answered by an engine."""
 
     agent: str
     messages: tuple[Message, ...]
+    """The agent's own history; the last message is the one to answer."""
     sampling: Sampling = Sampling()
     seed: int = 0
+    """Determines the random numbers of this answer, whatever else is in the batch."""
     kind: Literal["answer", "message"] = "answer"
+    """"answer": the action for the environment. "message": text for the other agents, written before they answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """An answer.
+    """An engine's answer to a request.
 
-    prompt_ids: (P,) tokens the model read; token_ids: (L,) tokens it sampled, end-of-text included; logprobs: (L,) natural
-    log of each token's probability under the distribution it was sampled from (temperature and support included).
-    The arrays are None when an engine cannot give them; such answers serve evaluation, never training.
+    The arrays are None if the engine cannot return them; such answers are for evaluation and not for training.
+    Example: Completion("agent_0", "red", array([5, 9]), array([71, 2]), array([-1.39, -0.01]))
     """
 
     agent: str
     text: str
+    """The decoded answer, without special tokens."""
     prompt_ids: Ids | None = None
+    """(P,) token ids that the model read."""
     token_ids: Ids | None = None
+    """(L,) sampled token ids, end-of-text included where it was sampled."""
     logprobs: NDArray[np.float32] | None = None
+    """(L,) natural log-probs under the distribution that was sampled from (temperature, top-p, top-k applied)."""
     finish_reason: Literal["stop", "length", "error"] = "stop"
+    """"stop": end-of-text was sampled. "length": max_tokens was reached. "error": there is no answer."""
     error: str = ""
+    """The reason, for finish_reason "error"."""
 
 
 def outcome(
     acted: Iterable[str], rewards: Mapping[str, float], infos: Mapping[str, Mapping[str, Any]]
 ) -> tuple[float, float, Mapping[str, Any]]:
-    """Joint reward (the mean over those who acted), the same without shift, and the first agent's info of one `env.step`."""
+    """(joint reward, raw joint reward, info) of one `env.step`.
+
+    The joint reward is the mean over the agents that acted; the raw one is without the environment's shift; info is that of
+    the first acting agent that has one.
+    """
     acted = list(acted)
     info: Mapping[str, Any] = next((infos[agent] for agent in acted if infos.get(agent)), {})
     reward = float(sum(rewards[agent] for agent in acted)) / len(acted)
@@ -113,88 +121,104 @@ def outcome(
 
 @dataclass(frozen=True, slots=True)
 class Counterfactual:
-    """The outcome of a turn that was replayed with one agent's answer empty (a no-op): joint reward, the same without shift,
-    and the environment metrics after the turn.
+    """The outcome of a no-op counterfactual: a turn replayed with one agent's answer empty.
 
     Example: Counterfactual(reward=0.0, raw_reward=0.0, metrics={"match": 0.0})
     """
 
     reward: float
+    """Joint reward of the replayed turn, shift included."""
     raw_reward: float
+    """Joint reward of the replayed turn, without shift."""
     metrics: dict[str, float]
+    """Environment metrics after the replayed turn."""
 
 
 @dataclass(slots=True)
 class Turn:
     """One `env.step` by all agents.
 
-    observations: what the world told each agent before it answered; reward: the joint reward, shift included; raw_reward:
-    without it. parts: the named parts of the raw reward; state: the privileged view before the turn (read by critics only).
-    metrics: the numbers by name that the world reported before the turn (none before the first).
-    messages: what each agent wrote to the others before answering, under the protocol `discussion`.
-    alternatives: for counterfactual baselines, other answers each agent could have given to the same history.
-    no_op: for difference baselines, by agent, the outcome of the turn with that agent's answer empty.
     Example: Turn({"a": "Name ..."}, {"a": Completion(...)}, reward=1.0, raw_reward=1.0, parts={"match": 1.0})
     """
 
     observations: dict[str, str]
+    """Agent -> the observation that it answered."""
     completions: dict[str, Completion]
+    """Agent -> its answer; agents that did not act are absent."""
     reward: float
+    """Joint reward after the turn, shift included."""
     raw_reward: float
+    """Joint reward after the turn, without shift."""
     parts: dict[str, float] = field(default_factory=dict)
+    """Name -> part of the raw reward."""
     state: str = ""
+    """The privileged view before the turn, which critics alone may read."""
     metrics: dict[str, float] = field(default_factory=dict)
+    """Environment metrics before the turn; empty before the first turn."""
     messages: dict[str, Completion] = field(default_factory=dict)
+    """Agent -> its message to the others before the answers, under the protocol `discussion`."""
     alternatives: dict[str, list[Completion]] = field(default_factory=dict)
+    """Agent -> K answers resampled from the same history, for counterfactual baselines."""
     no_op: dict[str, Counterfactual] = field(default_factory=dict)
+    """Agent -> outcome of the turn with that agent's answer empty, for difference baselines; absent where the replay failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """What the learner says about one answer, for a person to read.
-
-    value: what the agent's critic predicted before the update, in units of return; td_error: r + gamma V' - V, with V alone;
-    advantage: what the answer was trained with. None where the algorithm has none. Example: Annotation(0.4, 0.6, 0.6)
-    """
+    """The learner's numbers for one answer, recorded beside the episode. Example: Annotation(0.4, 0.6, 0.6)"""
 
     value: float | None = None
+    """The critic's prediction before the update, in units of return; None without a critic."""
     td_error: float | None = None
+    """r + gamma V' - V, in units of return; None unless the critic predicts V."""
     advantage: float | None = None
+    """The advantage that the answer was trained with, after normalization."""
 
 
 @dataclass(slots=True)
 class Episode:
-    """Reset to end.
+    """One play of a task, from reset to end.
 
-    terminated: the world ended it. truncated: the collector cut it; then `observations` holds what each agent would have
-    read next, from which a critic judges the rest. failure: why it could not be played to its end; such an episode is
-    recorded and counted, never trained on.
-    seed: of the world's randomness, shared by a group; `sibling` tells the group's members apart. label: the task's name.
-    path: in a turn tree, the child taken at each turn; turns before `own_from` belong to a sibling and are not trained here.
     Example: Episode(task=0, seed=3, agents=("a", "b"), turns=[Turn(...)], terminated=True, metrics={"match": 1.0})
     """
 
     task: int
+    """The task's number, passed to `reset(options={"task": ...})`."""
     seed: int
+    """Seed of the environment's randomness; the episodes of a group share it."""
     agents: tuple[str, ...]
+    """All agents of the environment, frozen team-mates included."""
     observations: dict[str, str] = field(default_factory=dict)
+    """Agent -> newest observation, not answered yet; a critic reads it as the final history of a truncated episode."""
     turns: list[Turn] = field(default_factory=list)
+    """The T turns played, in order."""
     state: str = ""
+    """The privileged view after the last turn."""
     terminated: bool = False
+    """The environment ended the episode."""
     truncated: bool = False
+    """The episode was cut off before its end; its return is bootstrapped with V of the final history."""
     failure: str = ""
+    """The reason why the episode could not be completed, or empty. Failed episodes are recorded and counted, and are not
+    trained on."""
     metrics: dict[str, float] = field(default_factory=dict)
+    """Environment metrics after the last turn."""
     sibling: int = 0
+    """The episode's number within its group."""
     path: tuple[int, ...] = ()
+    """In a turn tree: the child taken at each turn."""
     own_from: int = 0
+    """In a turn tree: the first turn that is trained in this episode; earlier turns belong to a sibling."""
     seconds: float = 0.0
+    """Wall-clock seconds from creation to end."""
     label: str = ""
+    """The task's name."""
 
     def history(self, agent: str, kind: History = "full") -> tuple[Message, ...]:
-        """All that the world told `agent` and that it answered, ending with what it is to answer now.
+        """The observations and answers of `agent`, ending with the observation that it is to answer now.
 
-        "full" is a growing chat. "last" keeps the first instruction, the agent's last answer and the newest observation.
-        "newest" is the newest observation alone, for worlds that say all that matters at every turn.
+        "full" is a growing chat. "last" keeps the first observation, the agent's last answer and the newest observation.
+        "newest" is the newest observation alone, for environments that repeat everything relevant at every turn.
         """
         messages: list[Message] = []
         for turn in self.turns:
@@ -220,7 +244,7 @@ class Episode:
         state: str = "",
         messages: Mapping[str, Completion] | None = None,
     ) -> None:
-        """Record one turn from what the engine and `env.step` returned. The joint reward is the mean over agents."""
+        """Record one turn from the engine's completions and the five dicts that `env.step` returned."""
         acted = [completion.agent for completion in completions]
         reward, raw_reward, info = outcome(acted, rewards, infos)
         self.turns.append(
@@ -245,11 +269,11 @@ class Episode:
 
     @property
     def score(self) -> float:
-        """The raw reward of the last turn played: what evaluation and tables report."""
+        """The raw reward of the last turn played, which evaluation and tables report; NaN without a turn."""
         return self.turns[-1].raw_reward if self.turns else float("nan")
 
     def num_tokens(self) -> int:
-        """Tokens that all agents sampled, messages to each other included."""
+        """Number of tokens that all agents sampled in the episode's own turns, messages to each other included."""
         return sum(
             len(completion.token_ids)
             for turn in self.turns[self.own_from :]
@@ -260,7 +284,8 @@ class Episode:
 
 @dataclass(slots=True)
 class Group:
-    """Episodes, or the leaves of one turn tree, of one task. Example: Group(task=0, episodes=[Episode(...), Episode(...)])"""
+    """Episodes of one task that are compared. Example: Group(task=0, episodes=[Episode(...), Episode(...)])"""
 
     task: int
     episodes: list[Episode]
+    """G siblings, or the leaves of one turn tree."""

@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 RECORDED = Path(__file__).with_name("fingerprints.json")
-RENAMED: dict[str, str] = {"critic/imagined": "critic/replayed"}
-"""Metrics that have another name since the fingerprints were recorded: recorded name -> name now."""
 
 AGREE = {"name": "agree", "agents": 2, "turns": 2}
 BUILD = {"name": "str_build", "world": "persistent", "reward": "sparse", "turns": 3, "strings": ["IT", "C"]}
@@ -152,7 +150,10 @@ def fingerprints() -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One sentence for each configuration, and what of it, that differs; metrics that are new are none."""
+    """One sentence for each part of each configuration that differs. New metrics are not differences; renamed ones are
+    compared under their present names."""
+    from collm.runs.read import present_name
+
     found = []
     for name in before:
         if name not in now:
@@ -160,7 +161,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             continue
         found += [f"{name}: {what}" for what in ("weights", "episodes") if before[name][what] != now[name][what]]
         for metric, value in before[name]["metrics"].items():
-            if now[name]["metrics"].get(RENAMED.get(metric, metric)) != value:
+            if now[name]["metrics"].get(present_name(metric)) != value:
                 found.append(f"{name}: metric {metric}")
     return found
 

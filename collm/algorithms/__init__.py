@@ -1,1 +1,1 @@
-"""The maths: tensors in, tensors out. Every formula is one pure function with its equation, shapes and source."""
+"""Formulas on tensors. Each is one pure function with its equation, shapes and source."""

@@ -1,6 +1,6 @@
-"""Estimators: from rewards (and a critic's values) to the advantage of each answer.
+"""Advantage estimators: from rewards, and values of a critic, to the advantage of each answer.
 
-Suffixes: E episodes, N agents, T turns, G siblings of one task or one node. Rewards are joint, so most have no N.
+Suffixes: E episodes, N agents, T turns, G siblings of one task or one node. Rewards are joint, so most tensors have no N.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def td_lambda(rewards_ENT: Tensor, values_ENT1: Tensor, live_ENT: Tensor, *, gam
         delta_t = r_t + gamma V_{t+1} - V_t
         A_t     = delta_t + gamma lam A_{t+1}
 
-    `lam=0` is the TD error (CoLLM's own choice); `lam=1` is the discounted return minus V.
+    `lam=0` is the TD error (CoLLM's choice); `lam=1` is the discounted return minus V.
 
     Args:
         rewards_ENT: (..., T) reward received after turn t.
@@ -56,37 +56,56 @@ def td_lambda(rewards_ENT: Tensor, values_ENT1: Tensor, live_ENT: Tensor, *, gam
 def lambda_returns(rewards_ENT: Tensor, values_ENT1: Tensor, live_ENT: Tensor, *, gamma: float, lam: float) -> Tensor:
     """The critic's target: G_t = A_t + V_t with A from `td_lambda`.
 
-    `lam=0` is the one-step target r_t + gamma V_{t+1}; `lam=1` is the return. Shapes as in `td_lambda`; 0 where not live.
+    `lam=0` is the one-step target r_t + gamma V_{t+1}; `lam=1` is the return.
+
+    Args: as in `td_lambda`.
+    Returns: (..., T), in units of return; 0 where not live.
     """
     advantages = td_lambda(rewards_ENT, values_ENT1, live_ENT, gamma=gamma, lam=lam)
     return (advantages + values_ENT1[..., :-1]) * live_ENT
 
 
 def group_mean(returns_G: Tensor) -> Tensor:
-    """A_g = R_g - mean(R). Siblings lie along the first dimension: (G, ...). Source: GRPO 2402.03300, MAGRPO 2508.04652."""
+    """Return minus the group's mean.
+
+        A_g = R_g - mean(R)
+
+    Args: returns_G: (G, ...) with siblings along the first dimension. Returns: the same shape.
+    Source: GRPO, arXiv:2402.03300; MAGRPO, arXiv:2508.04652.
+    """
     mean = returns_G.double().mean(0, keepdim=True)  # exact where all returns are the same
     return (returns_G - mean).to(returns_G)
 
 
 def leave_one_out(returns_G: Tensor) -> Tensor:
-    """A_g = R_g - mean of the other G - 1 siblings = group_mean * G / (G - 1); an only child, compared with nobody, gets 0.
+    """Return minus the mean of the other siblings.
 
-    Source: RLOO 2402.14740.
+        A_g = R_g - mean_{j != g} R_j = (R_g - mean(R)) G / (G - 1)
+
+    A group of one gets 0. Args and returns as in `group_mean`. Source: RLOO, arXiv:2402.14740.
     """
     size = returns_G.shape[0]
     return group_mean(returns_G) * (size / max(1, size - 1))
 
 
 def group_max(returns_G: Tensor) -> Tensor:
-    """A_g = R_g - max(R), in the manner of ReMax 2310.10505.
+    """Return minus the group's maximum.
 
-    The baseline depends on R_g, so the gradient is biased: the best member gets 0 and every other is pushed down.
+        A_g = R_g - max(R)
+
+    The baseline depends on R_g, so the gradient is biased: the best sibling gets 0 and every other a negative advantage.
+    Args and returns as in `group_mean`. Source: after ReMax, arXiv:2310.10505, whose baseline is a greedy answer's return.
     """
     return returns_G - returns_G.amax(0, keepdim=True)
 
 
 def no_baseline(returns_G: Tensor) -> Tensor:
-    """A_g = R_g: REINFORCE (Williams 1992). Unbiased, with the largest variance of the family."""
+    """The return itself.
+
+        A_g = R_g
+
+    Unbiased, with the largest variance of the group estimators. Source: REINFORCE, Williams 1992.
+    """
     return returns_G.clone()
 
 
@@ -100,12 +119,12 @@ def tree_returns(
 
         R(node) = r(node) + gamma * mean of R over the node's children
 
-    A node is named by its path: the child taken at each turn, so a joint action at turn t has a path of length t + 1.
+    A node is identified by its path, the child taken at each turn: a joint action at turn t has a path of length t + 1.
 
     Args:
-        rewards: of each leaf episode, the reward of each of its turns.
-        paths: of each leaf episode, the child taken at each turn; leaves share the paths of their common turns.
-    Returns: path -> return.
+        rewards: for each leaf episode, the reward of each of its turns.
+        paths: for each leaf episode, the child taken at each turn; leaves share the paths of their common turns.
+    Returns: path -> return, in units of reward.
     Source: MAGRPO, arXiv:2508.04652.
 
     Example: two leaves (0, 0) and (0, 1) with rewards [1, 2] and [1, 4], gamma 0.5 -> R(0,) = 1 + 0.5 * 3 = 2.5.
@@ -124,7 +143,7 @@ def tree_returns(
 def tree_advantages(
     returns: dict[tuple[int, ...], float], estimator: GroupEstimator, *, by_deviation: bool = False
 ) -> dict[tuple[int, ...], float]:
-    """Compare every joint action of a turn tree with the siblings at its node; `by_deviation` divides as `group_std` does.
+    """Advantage of every joint action of a turn tree among the siblings at its node; `by_deviation` applies `group_std`.
 
     Args: returns: path -> return, from `tree_returns`. Returns: path -> advantage.
     """
@@ -142,44 +161,51 @@ def tree_advantages(
 
 
 def counterfactual(q_taken: Tensor, q_alternatives_K: Tensor) -> Tensor:
-    """Advantage of one agent's answer with its team-mates' answers fixed.
+    """Advantage of one agent's answer with its team-mates' answers held fixed.
 
         A_i = Q(h, a) - mean_k Q(h, (a_-i, a_i^k)),   a_i^k ~ pi_i(. | h_i), the taken answer excluded
 
     Args:
-        q_taken: (...) Q of the joint action taken; q_alternatives_K: (..., K) Q with agent i's answer resampled K times.
-    Source: COMA, arXiv:1705.08926, eq. 4, its expectation replaced by K samples.
+        q_taken: (...) Q of the joint action taken, in units of return.
+        q_alternatives_K: (..., K) Q with agent i's answer resampled K times.
+    Returns: (...).
+    Source: COMA, arXiv:1705.08926, eq. 4, with the expectation replaced by K samples.
     """
     return q_taken - q_alternatives_K.mean(-1)
 
 
 def difference(returns_ENT: Tensor, baselines_ENT: Tensor, live_ENT: Tensor) -> Tensor:
-    """Advantage of each agent's answer over what the others' answers of the same turn let expect without it.
+    """Return minus a difference baseline, which depends on the team-mates' answers of the turn and not on the agent's own.
 
         A_i,t = G_t - b_i(h_t, a_-i,t)
 
-    b_i reads everything of the turn but agent i's own answer. Given the histories that answer is independent of a_-i, so the
-    policy gradient of agent i stays unbiased, while what its team-mates did in the turn is in G and in b alike. With G the
-    one-step target r + gamma V this is a difference reward in units of value.
+    Given the histories, a_i is independent of a_-i, so the policy gradient of agent i stays unbiased. The effect of the
+    team-mates' answers is in G and in b, and cancels. If G is the one-step target r + gamma V, this is a difference reward in
+    units of value.
 
     Args:
-        returns_ENT: (E, N, T) G, the one-step target or a lambda-return, in units of return; baselines_ENT: (E, N, T) b.
+        returns_ENT: (E, N, T) G, the one-step target or a lambda-return, in units of return.
+        baselines_ENT: (E, N, T) b, in units of return.
         live_ENT: (E, N, T) 1 where the agent acted.
     Returns: (E, N, T), 0 where not live.
     Source: Wu et al. 2018, arXiv:1803.07246, section 4 (baselines that read other actions); Wolpert & Tumer 2001 (difference
-        rewards, the agent's action exchanged for none).
+        rewards, the agent's action replaced by a no-op).
     """
     return (returns_ENT - baselines_ENT) * live_ENT
 
 
 def normalize(advantages: Tensor, live: Tensor, *, recentre: bool, eps: float = 1e-6) -> Tensor:
-    """Divide one agent's advantages by their standard deviation over a whole iteration; `recentre` subtracts the mean first.
+    """Divide one agent's advantages by their standard deviation over an iteration; `recentre` subtracts the mean first.
 
-    Recentring is for critics. It would merge the four group methods into one, since they differ by their baseline alone.
-    The deviation is taken around the mean in both cases, without Bessel's correction; a constant batch is left undivided.
+        A' = (A - mean(A)) / std(A)   or   A / std(A)
+
+    Recentring is for critics. It would make the four group methods equal, since they differ only in their baseline.
+    The deviation is around the mean in both cases, without Bessel's correction. If it is at most `eps`, nothing is divided.
 
     Args:
-        advantages, live: (E, T) of one agent; entries with live = 0 neither count nor change.
+        advantages: (E, T) of one agent, in units of return.
+        live: (E, T) 1 where the agent acted; the other entries are neither counted nor changed.
+    Returns: (E, T), without unit.
     """
     chosen = advantages[live.bool()].double()
     if chosen.numel() < 2:
@@ -191,11 +217,16 @@ def normalize(advantages: Tensor, live: Tensor, *, recentre: bool, eps: float = 
 
 
 def group_std(advantages_G: Tensor, returns_G: Tensor, eps: float = 1e-6) -> Tensor:
-    """Divide a group's advantages by the group's own standard deviation of returns (GRPO 2402.03300); meaningful for G >= 4.
+    """Divide a group's advantages by the standard deviation of its returns; meaningful for G >= 4.
 
-    This is the population's deviation: the squares are divided by G. TRL and verl take the sample's (by G - 1), so that their
+        A'_g = A_g / std(R)
+
+    This is the population deviation: squares are divided by G. TRL and verl use the sample deviation (G - 1), so their
     advantages are smaller by the factor sqrt((G - 1) / G): 0.87 at G = 4.
-    A group whose returns are the same, to rounding, keeps its advantages undivided.
+    A group whose returns are equal, up to rounding, keeps its advantages undivided.
+
+    Args: advantages_G, returns_G: (G, ...) with siblings along the first dimension. Returns: the same shape.
+    Source: GRPO, arXiv:2402.03300.
     """
     deviation = returns_G.double().std(0, keepdim=True, correction=0)
     size = returns_G.double().abs().amax(0, keepdim=True).clamp_min(1)

@@ -1,4 +1,4 @@
-"""Names of the formulas that settings refer to."""
+"""Maps names in settings to formulas."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ CLIPPED_LOSSES: dict[str, PolicyLoss] = {"ppo_clip": losses.ppo_clip, "sequence_
 
 
 def group_estimator(baseline: str) -> advantages.GroupEstimator:
-    """What turns the returns of siblings into advantages under a value of `algorithm.baseline`.
+    """The estimator, from returns of siblings to their advantages, of a value of `algorithm.baseline`.
 
-    "module:function" is a baseline of the user's own: `function(returns_G: Tensor) -> Tensor` gets the returns of siblings
-    along the first dimension, (G, T) of whole episodes or (G,) at a node of a turn tree, and returns what is subtracted from
-    them, in the same shape. Raises ConfigError where it cannot be imported, or is not such a function.
+    "module:function" is a user-defined baseline: `function(returns_G: Tensor) -> Tensor` receives the returns of siblings along
+    the first dimension, (G, T) for whole episodes or (G,) at a node of a turn tree. It returns the baseline to subtract, in the
+    same shape. Raises ConfigError if it cannot be imported or is not such a function.
     """
     if baseline in GROUP_ESTIMATORS:
         return GROUP_ESTIMATORS[baseline]
@@ -43,13 +43,12 @@ def group_estimator(baseline: str) -> advantages.GroupEstimator:
             )
         return (returns_G - baseline_G).to(returns_G)
 
-    estimate(torch.zeros(4, 2))  # a mistake shows before anything is trained
+    estimate(torch.zeros(4, 2))  # fail before training begins
     return estimate
 
 
 def _load(name: str) -> Any:
-    """The function behind "module:function". Its return annotation must be Tensor: a recipe cannot call any function it
-    likes."""
+    """Import "module:function". Its return annotation must be Tensor, so that a recipe cannot call arbitrary functions."""
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)

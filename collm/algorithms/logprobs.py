@@ -1,4 +1,4 @@
-"""Log-probabilities under the distribution that answers are sampled from: temperature, top-k and top-p included."""
+"""Log-probabilities under the sampling distribution: temperature, top-k and top-p applied."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from torch import Tensor
 
 
 def support(logits_KV: Tensor, *, top_p: float, top_k: int) -> Tensor:
-    """Which tokens can be sampled: (K, V) bool, True for kept. `logits_KV` are already divided by the temperature.
+    """The tokens that can be sampled: (K, V) bool, True for kept.
 
-    top-k first, then the smallest set whose probability (renormalized after top-k) reaches top-p; ties go to the lower id,
-    the likeliest token is always kept.
+    Top-k is applied first, then top-p: the smallest set whose probability, renormalized after top-k, reaches `top_p`. Ties go
+    to the lower id. The likeliest token is always kept.
+
+    Args: logits_KV: (K, V), already divided by the temperature.
     """
     V = logits_KV.shape[-1]
     limit = min(top_k, V) if top_k else V
@@ -27,10 +29,11 @@ def support(logits_KV: Tensor, *, top_p: float, top_k: int) -> Tensor:
 
 
 def restrict(logits_KV: Tensor, tokens_K: Tensor | None = None, *, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """Logits of the sampling distribution: divided by the temperature, minus infinity outside the support.
+    """Logits (K, V) of the sampling distribution: divided by the temperature, minus infinity outside the support.
 
-    `tokens_K`, where given, are always kept: a token that was sampled is in its own support, whatever rounding says.
-    At temperature 0 sampling is greedy; log-probs are then those at temperature 1.
+    At temperature 0 sampling is greedy, and log-probs are those at temperature 1.
+
+    Args: logits_KV: (K, V). tokens_K: (K,) sampled tokens, which are always kept, so that rounding cannot exclude them.
     """
     scaled_KV = logits_KV.float() if logits_KV.dtype in (torch.bfloat16, torch.float16) else logits_KV
     if temperature not in (0, 1):
@@ -45,7 +48,7 @@ def restrict(logits_KV: Tensor, tokens_K: Tensor | None = None, *, temperature: 
 
 
 def token_logprobs(logits_KV: Tensor, tokens_K: Tensor, *, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """Log-prob of given tokens under the sampling distribution.
+    """Log-probs of given tokens under the sampling distribution.
 
         log pi(k) = z_k / temperature - log sum_{j in support} exp(z_j / temperature)
 
@@ -57,9 +60,9 @@ def token_logprobs(logits_KV: Tensor, tokens_K: Tensor, *, temperature: float, t
 
 
 def sample(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the distribution function at a given uniform number.
+    """Draw one token per row by inverting the cumulative distribution at a given uniform number.
 
-    The number, not a generator, decides the draw, so a row's answer does not depend on which rows share its batch.
+    The draw is a function of that number, so a row's answer does not depend on the other rows of its batch.
 
     Args: logits_BV: (B, V); uniforms_B: (B,) in [0, 1). Returns: tokens (B,) int64 and their log-probs (B,).
     """

@@ -1,8 +1,8 @@
-"""Losses: each returns (loss, stats) and knows neither settings nor logging.
+"""Losses. Each returns (loss, stats); none reads settings or logs.
 
-Answers of different lengths are laid end to end: token k belongs to answer `answer_K[k]`, so there is no padding to mask.
-A policy loss is a sum over the answers given, divided by `num_answers`, the answers of the whole update: the parts of an
-update that is split into micro-batches add up to the loss of the unsplit one.
+Answers of different lengths are concatenated: token k belongs to answer `answer_K[k]`, so no padding is masked.
+A policy loss is a sum over the given answers, divided by `num_answers`, the number of answers of the whole update. The losses
+of an update's micro-batches therefore add up to the loss of the whole update.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Stats = dict[str, float]
 
 
 def answer_sums(values_K: Tensor, answer_K: Tensor, num: int) -> Tensor:
-    """Sum per-token values into their answers. values_K: (K,); answer_K: (K,) indices below `num`. Returns (num,)."""
+    """Sum of per-token values over each answer: (num,). values_K: (K,); answer_K: (K,) indices below `num`."""
     return values_K.new_zeros(num).index_add(0, answer_K, values_K)
 
 
@@ -24,8 +24,11 @@ def reinforce(logp_K: Tensor, answer_K: Tensor, advantages_S: Tensor, *, num_ans
         L = - 1/num_answers  sum_s A_s log pi(a_s | h_s),   log pi(a_s | h_s) = sum of its tokens' log-probs
 
     Args:
-        logp_K: (K,) log-prob of each token under the policy now; answer_K: (K,) the answer each token belongs to.
+        logp_K: (K,) log-prob of each token under the present policy.
+        answer_K: (K,) index of the answer that each token belongs to.
         advantages_S: (S,) advantage of each answer, without gradient.
+        num_answers: answers of the whole update.
+    Returns: scalar loss, no stats.
     Source: Williams 1992; with a TD error as A, arXiv:2601.21972.
     """
     logp_S = answer_sums(logp_K, answer_K, len(advantages_S))
@@ -35,12 +38,15 @@ def reinforce(logp_K: Tensor, answer_K: Tensor, advantages_S: Tensor, *, num_ans
 def ppo_clip(
     logp_K: Tensor, old_logp_K: Tensor, answer_K: Tensor, advantages_S: Tensor, *, clip: float, num_answers: int
 ) -> tuple[Tensor, Stats]:
-    """Ratio-clipped loss, a ratio per token.
+    """Ratio-clipped loss with one ratio per token.
 
         rho_k = exp(logp_k - old_logp_k)
         L = - 1/num_answers  sum_k min(rho_k A, clamp(rho_k, 1 - clip, 1 + clip) A)
 
-    At rho = 1 its gradient is that of `reinforce`. Shapes as there; old_logp_K: (K,) recorded when sampling.
+    At rho = 1 its gradient is that of `reinforce`.
+
+    Args: as in `reinforce`; old_logp_K: (K,) log-probs recorded when sampling.
+    Returns: scalar loss; stats "clipped": number of tokens whose ratio is clipped.
     Source: PPO, arXiv:1707.06347, eq. 7.
     """
     ratio_K = torch.exp(logp_K - old_logp_K)
@@ -54,12 +60,15 @@ def ppo_clip(
 def sequence_clip(
     logp_K: Tensor, old_logp_K: Tensor, answer_K: Tensor, advantages_S: Tensor, *, clip: float, num_answers: int
 ) -> tuple[Tensor, Stats]:
-    """Ratio-clipped loss, one ratio per answer: the geometric mean of its tokens' ratios.
+    """Ratio-clipped loss with one ratio per answer, the geometric mean of its tokens' ratios.
 
         rho_s = exp( mean over tokens of (logp - old_logp) )
         L = - 1/num_answers  sum_s length_s * min(rho_s A_s, clamp(rho_s, 1 - clip, 1 + clip) A_s)
 
-    The length keeps the gradient at rho = 1 that of `reinforce`. Source: GSPO, arXiv:2507.18071, eq. 5 and 7.
+    The factor length_s makes the gradient at rho = 1 that of `reinforce`.
+
+    Args: as in `ppo_clip`. Returns: scalar loss; stats "clipped": number of tokens in answers whose ratio is clipped.
+    Source: GSPO, arXiv:2507.18071, eq. 5 and 7.
     """
     num = len(advantages_S)
     length_S = answer_sums(torch.ones_like(logp_K), answer_K, num).clamp_min(1)
@@ -71,18 +80,20 @@ def sequence_clip(
 
 
 def kl_to_reference(logp_K: Tensor, reference_logp_K: Tensor, *, num_answers: int) -> tuple[Tensor, Stats]:
-    """KL(pi || reference) of each token's distribution, from samples of pi; value and gradient each have the right mean.
+    """KL(pi || reference) of each token's distribution, from samples of pi; value and gradient are each unbiased.
 
         d_k    = logp_k - reference_logp_k
         value    sum_k exp(-d_k) + d_k - 1  / num_answers      (k3, never negative)
         gradient sum_k d_k grad logp_k      / num_answers      (that of k2 = d_k^2 / 2)
 
-    grad KL(pi || reference) = E_pi[d grad logp], since E_pi[grad logp] = 0. The gradient of k3 itself has the mean
-    grad KL(reference || pi), hence the two estimators. The loss's value is that of k3.
-    The sum runs over tokens: each token's divergence given the tokens before it, not the effect of a token on later ones.
-    Both means are exact for tokens sampled from pi itself: on-policy, with all of its support. In later passes over the same
-    samples they are those of the policy that sampled, as there is no importance weight.
+    grad KL(pi || reference) = E_pi[d grad logp], since E_pi[grad logp] = 0. The gradient of k3 has the mean
+    grad KL(reference || pi), so the gradient is taken from k2 and the value from k3.
+    The sum is over tokens: each token's divergence given the tokens before it, without the effect of a token on later ones.
+    Both are unbiased for tokens sampled from pi with its full support. In later passes over the same samples they estimate the
+    quantities under the policy that sampled, since there is no importance weight.
 
+    Args: logp_K, reference_logp_K: (K,) log-probs of each token under policy and reference.
+    Returns: scalar loss; stats "kl": sum of k3 over tokens, in nats.
     Source: Schulman 2020, "Approximating KL divergence" (k2, k3); GRPO 2402.03300, eq. 4, for the value.
     """
     difference_K = logp_K - reference_logp_K
@@ -93,5 +104,13 @@ def kl_to_reference(logp_K: Tensor, reference_logp_K: Tensor, *, num_answers: in
 
 
 def value_error(values_S: Tensor, targets_S: Tensor, *, num_values: int) -> tuple[Tensor, Stats]:
-    """Squared error of a critic: sum (V - target)^2 / num_values; the target carries no gradient. (S,) each."""
+    """Mean squared error of a critic.
+
+        L = 1/num_values  sum_s (V_s - target_s)^2
+
+    Args:
+        values_S, targets_S: (S,) in units of return; targets carry no gradient.
+        num_values: values of the whole update.
+    Returns: scalar loss, no stats.
+    """
     return ((values_S - targets_S.detach()) ** 2).sum() / num_values, {}

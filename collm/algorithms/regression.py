@@ -1,4 +1,4 @@
-"""Linear regression that follows a moving target: what a handful of numbers says of the return."""
+"""Online ridge regression with exponential forgetting, from a few features to the return."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collm.algorithms.stats import without_task_means
 
 
 class Moments(nn.Module):
-    """First and second moments of features and target, from which a ridge regression is solved; older ones fade.
+    """First and second moments of features and target, from which a ridge regression is solved; older samples fade.
 
     Example: Moments(2).add(features of one iteration, returns), then .predict(features of the next, strength)
     """
@@ -28,7 +28,7 @@ class Moments(nn.Module):
 
     @torch.no_grad()
     def add(self, features_SM: Tensor, targets_S: Tensor, keep: float = 1.0) -> None:
-        """Count new samples, after the old ones' weight is multiplied by `keep`."""
+        """Add samples, features (S, M) and targets (S,), after multiplying the weight of earlier ones by `keep`."""
         if not len(targets_S):
             return
         rows = torch.cat([features_SM, targets_S[:, None]], 1).double()
@@ -42,12 +42,12 @@ class Moments(nn.Module):
         self.weight.copy_(total)
 
     def predict(self, features_SM: Tensor, strength: float) -> Tensor:
-        """(S,) of features (S, M), 0 before any sample was counted. Least squares with an unpenalized constant, slopes shrunk
-        in units of each feature's own deviation:
+        """Predicted targets (S,) of features (S, M): ridge regression with an unpenalized constant.
 
             minimize  1/S sum_s (y_s - c - x_s . beta)^2 + strength * sum_m Var(x_m) beta_m^2
 
-        A feature that never varies gets slope 0.
+        The penalty is in units of each feature's variance. A feature that never varies gets slope 0. Predicts 0 before any
+        sample was added.
         """
         M = self.num_features
         if not self.weight or not len(features_SM):
@@ -56,14 +56,17 @@ class Moments(nn.Module):
         return ((features_SM.double() - self.mean[:M]) @ slopes + self.mean[M]).to(features_SM)
 
     def explained(self, free: float, squared: float) -> float:
-        """Share of the target's variance that least squares explains, corrected for the number M of features that vary.
+        """Adjusted R^2: the fraction of the target's variance that least squares explains, corrected for degrees of freedom.
 
-            1 - (SSR / (free - M squared / free)) / (SST / free)
+            1 - (SSR / (free - M squared / free)) / (SST / free),   M the number of features that vary
 
-        NaN where nothing varies or too little is known.
+        With weights w_s, least squares on pure noise leaves sum_s w_s - M sum_s w_s^2 / sum_s w_s variances as residuals, which
+        this corrects for.
 
-        Args: free, squared: sum_s w_s and sum_s w_s^2 over the independent samples behind these moments, w_s the weight left of
-        each: what slopes fitted with these weights leave of pure noise is sum_s w_s - M sum_s w_s^2 / sum_s w_s variances.
+        Args:
+            free: sum_s w_s over the independent samples of these moments, w_s the present weight of each.
+            squared: sum_s w_s^2 over the same samples.
+        Returns: a fraction; NaN if nothing varies or the samples are too few.
         """
         M = self.num_features
         slopes, total = self._slopes(0.0), self.second[M, M].item()
@@ -74,7 +77,7 @@ class Moments(nn.Module):
         return 1 - missed.item() / total * free / (free - used)
 
     def _slopes(self, strength: float) -> Tensor:
-        """(M,), 0 for features that never vary."""
+        """Slopes (M,); 0 for features that never vary."""
         M = self.num_features
         covariance = self.second[:M, :M]
         variance = covariance.diagonal()
@@ -88,11 +91,11 @@ class Moments(nn.Module):
         return slopes
 
 
-class Yardstick(nn.Module):
-    """What least squares on some numbers explains of the returns' variance within tasks, turn by turn, in recent iterations.
+class MetricCeiling(nn.Module):
+    """Metric ceiling: the fraction of the returns' variance within tasks that least squares on the features explains, per turn.
 
-    Unlike a critic's expectation, these slopes have seen the returns they explain; the count of numbers is corrected for.
-    Older iterations fade by `keep`.
+    Unlike a critic's prediction, the slopes are fitted to the returns that they explain; the fraction is adjusted for the
+    number of features. The weight of earlier iterations is multiplied by `keep` per iteration.
     """
 
     free: Tensor
@@ -106,9 +109,10 @@ class Yardstick(nn.Module):
         self.register_buffer("squared", torch.zeros(turns, dtype=torch.float64))
 
     def measure(self, turn: int, features_SM: Tensor, returns_S: Tensor, tasks_S: Tensor) -> float:
-        """Count an iteration's samples (S,) of a turn, then tell the share; NaN where too few tasks were played twice.
+        """Add one iteration's samples of a turn and return the explained fraction; NaN if too few tasks were played twice.
 
-        Turns beyond the last share its moments.
+        Args: features_SM: (S, M). returns_S: (S,) in units of return. tasks_S: (S,) task number of each. Turns beyond the last
+        share its moments.
         """
         turn = min(turn, len(self.turns) - 1)
         moments = self.turns[turn]
@@ -123,10 +127,10 @@ class Yardstick(nn.Module):
 
 
 class TurnRegression(nn.Module):
-    """One ridge regression per turn, from what a world counts before that turn to the return that follows.
+    """Metric regression: one ridge regression per turn, from environment metrics before the turn to the return that follows.
 
-    The moments of earlier iterations fade by `keep` per iteration, as the policies that made them do. `strength` counts
-    samples: with that many, a slope is half of what they say.
+    The weight of earlier iterations is multiplied by `keep` per iteration, since their policies are outdated. `strength` is
+    a number of samples: with that many samples, a slope is half of its least-squares value.
     """
 
     def __init__(self, num_features: int, turns: int, *, keep: float = 0.9, strength: float = 20.0):
@@ -135,13 +139,13 @@ class TurnRegression(nn.Module):
         self.turns = nn.ModuleList(Moments(num_features) for _ in range(turns))
 
     def of(self, turn: int) -> Moments:
-        """The regression of a turn; turns beyond the last share its own."""
+        """The regression of a turn; turns beyond the last share the last one."""
         found = self.turns[min(turn, len(self.turns) - 1)]
         assert isinstance(found, Moments)
         return found
 
     def forward(self, features_ETM: Tensor) -> Tensor:
-        """(E, T) expected returns of features (E, T, M). A turn without samples is judged as the last before it."""
+        """Predicted returns (E, T) of features (E, T, M). A turn without samples uses the last one before it."""
         columns = []
         moments = self.of(0)
         for t in range(features_ETM.shape[1]):
@@ -151,7 +155,7 @@ class TurnRegression(nn.Module):
         return torch.stack(columns, 1)
 
     def learn(self, features_ETM: Tensor, returns_ET: Tensor, chosen_ET: Tensor) -> None:
-        """Count one iteration's samples: those where `chosen_ET` is True. returns_ET: (E, T), in units of return."""
+        """Add one iteration's samples, those where `chosen_ET` is True. returns_ET: (E, T), in units of return."""
         T = returns_ET.shape[1]
         for position in range(min(T, len(self.turns))):
             last = position == len(self.turns) - 1

@@ -1,4 +1,4 @@
-"""Statistics that judge a critic."""
+"""Statistics about a critic: explained variance, and running moments of its targets."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from torch import Tensor
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(R - V) / Var(R): 1 is perfect, 0 is as good as a constant, below 0 is worse.
+    """Explained variance of returns R by values V.
 
-    Args: values, returns: (S,) of the same answers. NaN with fewer than two, or where all returns are the same: there is
-    then nothing to explain.
+        1 - Var(R - V) / Var(R)
+
+    1 is perfect, 0 is as good as a constant, below 0 is worse. NaN for fewer than two answers and for equal returns.
+
+    Args: values, returns: (S,) of the same answers, in units of return.
     """
     if len(returns) < 2:
         return float("nan")
@@ -21,9 +24,9 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 def without_task_means(numbers: Tensor, tasks: Tensor) -> Tensor:
-    """Subtract from each number the mean of its task's, so that what is left is no difference between tasks.
+    """Subtract from each number the mean over its task, which removes differences between tasks.
 
-    Args: numbers: (S,); tasks: (S,) a task's number for each. Tasks that appear once are left out: fewer than S come back.
+    Args: numbers: (S,). tasks: (S,) task number of each. Returns: (S',), S' <= S: tasks that appear once are left out.
     """
     _, index, counts = torch.unique(tasks, return_inverse=True, return_counts=True)
     sums = torch.zeros(len(counts), dtype=torch.float64).index_add(0, index, numbers.double())
@@ -31,9 +34,10 @@ def without_task_means(numbers: Tensor, tasks: Tensor) -> Tensor:
 
 
 class RunningMoments:
-    """Mean and deviation of the critic's targets, for target normalization (PopArt 1602.07714; MAPPO 2103.01955).
+    """Running mean and standard deviation of the critic's targets, for target normalization.
 
-    Exponential averages of the first two moments, corrected for their start at zero.
+    Exponential averages of the first two moments, corrected for their initial value of zero.
+    Source: PopArt, arXiv:1602.07714; MAPPO, arXiv:2103.01955.
     """
 
     def __init__(self, rate: float = 0.1):

@@ -76,7 +76,7 @@ def work_table(found: Plan, hours: float | None) -> Table:
     for name, number in (
         ("iterations", plain["iterations"]),
         ("joint actions", plain["joint_actions"]),
-        ("turns of the world without one agent (critic.difference), at most", plain["imagined_turns_at_most"]),
+        ("turns replayed with one agent's answer empty (algorithm.teammates), at most", plain["replayed_turns_at_most"]),
         ("tokens generated, at most", plain["generated_tokens_at_most"]),
         ("tokens read in updates, at most", plain["update_tokens_at_most"]),
     ):

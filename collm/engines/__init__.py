@@ -1,1 +1,1 @@
-"""How text is generated."""
+"""Engines: text generation in this process, with vLLM, over HTTP, or from a function."""

@@ -1,4 +1,4 @@
-"""The seam between the trainer and whatever generates text."""
+"""The interface between the trainer and text generation."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ if TYPE_CHECKING:  # remote agents are played without torch
 
 
 class Engine(Protocol):
-    """Answers requests. `trains` says whether completions carry token ids and log-probs; training refuses those that do not."""
+    """Answers requests."""
 
     trains: bool
+    """Whether completions have token ids and log-probs. Training refuses an engine without them."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion per request, in order. A request that cannot be answered yields finish_reason "error" with its
-        reason; EngineError is for an engine that is gone altogether."""
+        """Returns one completion per request, in order. A request that cannot be answered has finish_reason "error" and its
+        reason. Raises EngineError if the engine as a whole has failed."""
         ...
 
     def load(self, team: Team) -> None:
-        """Take the team's present weights, so that no stale weight answers."""
+        """Load the team's present weights; later answers use no older ones."""
         ...
 
     def rest(self) -> None:
-        """Give back memory that the learner could use, until the next use of the engine."""
+        """Release memory for the learner until the engine is used again."""
         ...
 
     def close(self) -> None:
-        """Give everything back: memory, connections, processes. The engine is not used again."""
+        """Release all memory, connections and processes. The engine is not used again."""
         ...

@@ -1,4 +1,4 @@
-"""Which engine a config asks for."""
+"""Creates the engine of a config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collm.settings.rooms import RolloutSettings
 
 
 def make_engine(team: Team, rollout: RolloutSettings) -> Engine:
-    """The engine of `rollout.engine`, with the team's present weights. Raises ConfigError where it cannot be had."""
+    """The engine of `rollout.engine`, with the team's present weights. Raises ConfigError if it is not available."""
     if rollout.engine == "vllm":
         from collm.engines.vllm import VllmEngine
 

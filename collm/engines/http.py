@@ -1,7 +1,7 @@
-"""Agents that live elsewhere: any OpenAI-compatible chat endpoint, one per agent.
+"""Agents on servers: any OpenAI-compatible chat endpoint, one per agent. Without torch.
 
-Nothing here imports torch. Whatever a server does, `generate` answers every request: a server that is dead, slow, or talks
-nonsense fails the episodes that need it, each with the reason, and no other.
+`generate` returns a completion for every request. A server that is down, slow or answers with invalid data fails only the
+episodes that need it, each with the reason.
 """
 
 from __future__ import annotations
@@ -33,35 +33,34 @@ if TYPE_CHECKING:
     from collm.models.team import Team
 
 RETRIED = frozenset({408, 429, 500, 502, 503, 504})
-"""HTTP answers that may be different the next time."""
+"""HTTP statuses after which a request is repeated."""
 LEAST_ROOM, TOKEN_ROOM, SENT_ROOM = 1 << 20, 1 << 10, 16
-"""Bytes that one HTTP answer may have: in any case, for each token that it may hold (with its log-prob), and for each byte of
-the request (whose token ids come back)."""
+"""Limit of one HTTP answer in bytes: a constant, plus bytes per sampled token (with its log-prob) and per byte of the request
+(whose token ids may be returned)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where one agent lives.
-
-    url: the base that `/chat/completions` is added to. model: the name it is asked for. key: sent as a bearer token if not
-    empty. token_ids: ask for token ids and log-probs in vLLM's manner; some other servers refuse to be asked (`collm serve`
-    gives them unasked).
-    """
+    """The server of one agent. Example: Endpoint("http://10.0.0.5:8000/v1", "main")"""
 
     url: str
+    """The base to which `/chat/completions` is appended."""
     model: str
+    """The model name in requests."""
     key: str = ""
+    """Bearer token; not sent if empty."""
     token_ids: bool = False
+    """Request token ids and log-probs with vLLM's fields, which some servers refuse; `collm serve` always returns them."""
 
     def __repr__(self) -> str:
         return f"Endpoint({self.url!r}, model={self.model!r})"
 
 
 def endpoint(agent: str, address: str, *, key_env: str = "", token_ids: bool = False) -> Endpoint:
-    """The endpoint that `http://host:port/v1` or `http://host:port/v1#model` stands for; without "/v1" that is added.
+    """The endpoint of an address `http://host:port/v1` or `http://host:port/v1#model`; an empty path becomes "/v1".
 
-    Without #model the server is asked for a model with the agent's own name, as `collm serve` offers it. key_env: the
-    environment variable that holds the API key. Raises ConfigError.
+    Without #model the model name is the agent's name, as `collm serve` offers it. key_env: environment variable that holds the
+    API key. Raises ConfigError.
     """
     plain, _, model = address.partition("#")
     try:
@@ -71,7 +70,7 @@ def endpoint(agent: str, address: str, *, key_env: str = "", token_ids: bool = F
         sound = False
     if not sound or parts.query or any(c.isspace() for c in plain):
         raise ConfigError(
-            f"{agent}={address!r} is no address of a server. Write http://host:port/v1, or http://host:port/v1#model."
+            f"{agent}={address!r} is not a server's address. Write http://host:port/v1, or http://host:port/v1#model."
         )
     if parts.username is not None or parts.password is not None:
         raise ConfigError(
@@ -88,15 +87,18 @@ def endpoint(agent: str, address: str, *, key_env: str = "", token_ids: bool = F
 
 
 class HttpEngine:
-    """Asks a server for each agent's answers; all requests of a call are under way at the same time.
+    """Answers each agent's requests with its server; all requests of a call are sent concurrently.
 
-    connect, read: seconds to reach a server, and for one whole answer. retries: further attempts after a refused or broken
-    connection, a 429 or a 5xx, each after twice the wait of the one before (`backoff` seconds first, up to half of it less by
-    a jitter that the request's seed decides), or after the wait that the server names. longest_wait: seconds that it may
-    name. max_requests: HTTP requests over the engine's life, retries included; what comes after fails. concurrency: requests
-    under way at most.
+    It cannot train, since new weights do not reach the servers. Example: HttpEngine({"main": endpoint("main", url)})
 
-    It never trains: new weights would have to reach the servers. Example: HttpEngine({"main": endpoint("main", url)})
+    Args:
+        connect, read: timeouts in seconds, for the connection and for one whole answer.
+        retries: attempts after the first one, on a refused or broken connection, a 429 or a 5xx.
+        backoff: seconds before the first retry, doubled for each further one. A jitter from the request's seed shortens a wait
+            by up to half. A Retry-After header replaces the wait.
+        longest_wait: maximum of a wait, in seconds; a longer Retry-After fails the request.
+        max_requests: HTTP requests over the engine's life, retries included; later requests fail.
+        concurrency: maximum number of concurrent requests.
     """
 
     trains = False
@@ -148,7 +150,7 @@ class HttpEngine:
             return Completion(request.agent, "", finish_reason="error", error=str(error))
 
     def _ask(self, request: Request) -> bytes:
-        """The body of a good HTTP answer, after as many attempts as it takes. Raises EngineError."""
+        """The body of an HTTP answer with status 200, after retries. Raises EngineError."""
         place = self.endpoints.get(request.agent)
         if place is None:
             raise EngineError(
@@ -185,8 +187,8 @@ class HttpEngine:
         raise EngineError(f"{place.url} {reason}{attempts}")
 
     def _post(self, place: Endpoint, body: bytes, room: int) -> tuple[int, httpx.Headers, bytes]:
-        """One HTTP request: status, headers, body of at most `room` bytes. A server that only drips is cut off at `read`
-        seconds."""
+        """Send one HTTP request; returns status, headers and a body of at most `room` bytes. An answer that takes longer than
+        `read` seconds in total is aborted."""
         with self._count:
             if self.max_requests is not None and self.sent >= self.max_requests:
                 raise EngineError(f"the budget of {self.max_requests} requests is spent")
@@ -209,7 +211,7 @@ class HttpEngine:
 
 
 def payload(request: Request, place: Endpoint) -> dict[str, Any]:
-    """What is sent for a request; ids that a server gave for an earlier answer go back, so that it reads what it wrote."""
+    """The JSON body of a request. Token ids of earlier answers are included, so that the server reads what it sampled."""
     sampling = request.sampling
     messages: list[dict[str, Any]] = []
     for message in request.messages:
@@ -233,7 +235,7 @@ def payload(request: Request, place: Endpoint) -> dict[str, Any]:
 
 
 def read_answer(agent: str, body: bytes) -> Completion:
-    """The completion that an HTTP answer holds, with token ids and log-probs where they are given. Raises EngineError."""
+    """Parse an HTTP answer into a completion, with token ids and log-probs if they are included. Raises EngineError."""
     try:
         answer = json.loads(body)
         choice = answer["choices"][0]
@@ -266,7 +268,7 @@ def _ids(values: Any) -> Ids | None:
 
 
 def retry_after(value: str) -> float | None:
-    """Seconds that a Retry-After header asks for: a number, or a date. None where it says nothing that can be read."""
+    """Seconds of a Retry-After header, which is a number or a date; None if it cannot be parsed."""
     try:
         seconds = float(value)
     except ValueError:
@@ -278,7 +280,7 @@ def retry_after(value: str) -> float | None:
 
 
 def _reason(body: bytes) -> str:
-    """What an answer that is no completion says, on one line."""
+    """The error message of an HTTP answer, on one line."""
     try:
         answer = json.loads(body)
         error = answer.get("error", answer.get("detail", answer))

@@ -1,4 +1,4 @@
-"""Keys and values that attention reads again: while one answer grows, and from one turn to the next."""
+"""Key-value caches: within one answer, and from one turn to the next."""
 
 from __future__ import annotations
 
@@ -14,28 +14,26 @@ from collm.models.policy import Policy
 from collm.types import Ids
 
 Layers = list[tuple[Tensor, Tensor]]
-"""Keys and values (H, S, D) of one row at every layer."""
+"""For every layer, keys and values (H, S, D) of one row."""
 
 
 @dataclass(slots=True)
 class Memory:
-    """What was read of the rows of one call, for a next call whose prompts begin with those prompts and answers.
-
-    tokens: how many are held.
-    """
+    """Keys and values of one call's rows, for a next call whose prompts begin with those prompts and answers."""
 
     tokens: int = 0
+    """Number of tokens held."""
     _rows: dict[bytes, Layers] = field(default_factory=dict)
     _lengths: set[int] = field(default_factory=set)
 
     def add(self, ids: Ids, layers: Layers) -> None:
-        """ids: prompt and answer, (L,). layers: of the first of them; a last token that nothing followed was never read."""
+        """Add a row. ids: (L,) prompt and answer. layers: keys and values of its tokens, without the last sampled one."""
         self.tokens += layers[0][0].shape[1]
         self._rows[ids.tobytes()] = layers
         self._lengths.add(len(ids))
 
     def find(self, prompt: Ids) -> Layers | None:
-        """What was read of a row that `prompt` goes on from; None if there is none."""
+        """Keys and values of the longest row that `prompt` begins with; None if there is none."""
         for length in sorted((n for n in self._lengths if n < len(prompt)), reverse=True):
             layers = self._rows.get(prompt[:length].tobytes())
             if layers is not None:
@@ -49,13 +47,13 @@ class Memory:
 
 
 def new_cache(policy: Policy, length: int) -> DynamicCache:
-    """A cache for `length` tokens; models with sliding windows or other special layers keep the kind they ask for."""
+    """A cache for `length` tokens; models with sliding windows or other special layers get transformers' own kind."""
     config = policy.model.config.get_text_config()
     return GrowingCache(length) if attends_to_all(policy) else DynamicCache(config=config)
 
 
 def attends_to_all(policy: Policy) -> bool:
-    """Whether every layer of the model attends to every token before."""
+    """Whether every layer of the model attends to all earlier tokens."""
     config = policy.model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     return set(kinds) == {"full_attention"} and getattr(config, "sliding_window", None) is None
@@ -70,7 +68,7 @@ class _GrowingLayer(DynamicLayer):
         self.is_initialized = False
 
     def begin(self, batch: int, keys: Tensor, values: Tensor) -> None:
-        """Make room for rows with heads like those of `keys` and `values` (..., H, S, D)."""
+        """Allocate buffers for `batch` rows with the heads of `keys` and `values` (..., H, S, D)."""
         self.buffers = [states.new_zeros(batch, states.shape[-3], self.length, states.shape[-1]) for states in (keys, values)]
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
@@ -84,7 +82,7 @@ class _GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def use(self, end: int) -> None:
-        """Columns before `end` are there to be attended to."""
+        """Make the columns before `end` visible to attention."""
         self.used = end
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
@@ -94,7 +92,7 @@ class _GrowingLayer(DynamicLayer):
 
 
 class GrowingCache(DynamicCache):
-    """A key-value cache that knows its final length."""
+    """A key-value cache with a fixed final length."""
 
     def __init__(self, length: int):
         super().__init__()
@@ -108,7 +106,7 @@ class GrowingCache(DynamicCache):
         return self.layers[layer_idx].update(key_states, value_states)
 
     def begin(self, rows: Sequence[Layers | None], counts: Sequence[int], end: int) -> None:
-        """Fill columns before `end`: of every row its first `counts` tokens, next to `end`; before them nothing."""
+        """Fill the columns before `end` with the first `counts` tokens of each row, right-aligned; earlier columns are zero."""
         filled = next(layers for layers in rows if layers is not None)
         for depth, (keys, values) in enumerate(filled):
             layer = _GrowingLayer(self.length)
@@ -121,7 +119,7 @@ class GrowingCache(DynamicCache):
             self.layers.append(layer)
 
     def row(self, row: int, start: int, end: int) -> Layers:
-        """A copy of what was read of one row in columns `start` to `end`."""
+        """A copy of the keys and values of one row in columns `start` to `end`."""
         return [
             (keys[row, :, start:end].clone(), values[row, :, start:end].clone())
             for keys, values in (layer.buffers for layer in self.layers)

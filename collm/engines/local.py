@@ -1,8 +1,8 @@
 """In-process generation, batched over episodes and agents.
 
-The loop is written out, rather than left to `transformers`, for three things: log-probs under the sampling distribution, random
-numbers that belong to the request and not to the batch, and rows that leave the batch when they are done. What was read of a
-history is not read again in the next turn.
+This loop replaces `generate` of transformers for three reasons: log-probs under the sampling distribution, random numbers that
+depend on the request and not on the batch, and rows that leave the batch when they have ended. Keys and values of a history are
+reused in the next turn.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from collm.types import Completion, Ids, Request, Sampling
 class LocalEngine:
     """Generates with the team's own weights, in this process.
 
-    batch_tokens: prompt and answer tokens in one batch at most; it bounds the memory of the key-value cache. remember: hold
-    keys and values of what was answered last, until `load` or `rest`, for prompts that go on from there. They take half of
-    batch_tokens at most, copied while their batch is still there; of a call too large for that nothing is held.
+    Args:
+        batch_tokens: maximum prompt and answer tokens in one batch, which bounds the memory of the key-value cache.
+        remember: keep keys and values of the last answers, until `load` or `rest`, for prompts that continue them. The kept
+            cache is limited to half of `batch_tokens`; larger calls are not cached.
     """
 
     trains = True
@@ -42,7 +43,7 @@ class LocalEngine:
         self._memories.clear()
 
     def rest(self) -> None:
-        """Drop the kept caches."""
+        """Release the kept caches."""
         self._memories.clear()
 
     def close(self) -> None:
@@ -87,10 +88,10 @@ class LocalEngine:
 
 
 def _continues(policy: Policy) -> bool:
-    """Whether a prompt can go on from a former one and what was read of that can be used again."""
+    """Whether a prompt can continue an earlier one and reuse its keys and values."""
     config = policy.model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    turns_with_length = rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope")  # keys differ in a longer text
+    turns_with_length = rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope")  # keys depend on the text's length
     return policy.chat.grows and attends_to_all(policy) and not turns_with_length
 
 
@@ -103,7 +104,7 @@ def _too_long(request: Request, length: int, limit: int) -> Completion:
 
 
 def _uniforms(seed: int, length: int) -> np.ndarray:
-    """The random numbers of one answer: (length,) float32 in [0, 1), from its seed alone."""
+    """The random numbers of one answer: (length,) float32 in [0, 1), a function of its seed."""
     return np.random.Generator(np.random.Philox(key=seed)).random(length, dtype=np.float32)
 
 
@@ -118,13 +119,14 @@ def decode(
     """Sample an answer to every prompt: a list of (ids (L,), log-probs (L,)), end-of-text included where sampled.
 
     Args:
-        uniforms_BT: (B, max_tokens), the random number of each token of each answer.
-        before: what an earlier call read, used where a prompt goes on from there, and then dropped; None: nothing.
-        after: takes what this call reads; None: it is not kept.
+        prompts: B arrays of token ids.
+        uniforms_BT: (B, max_tokens) in [0, 1), the random number of each token.
+        before: keys and values of an earlier call, for prompts that continue its answers; cleared afterwards.
+        after: receives keys and values of this call; None to keep none.
     """
     device = policy.device
     num, longest = len(prompts), max(map(len, prompts))
-    distinct = {prompt.tobytes(): prompt for prompt in prompts}  # a group's siblings begin with the same text: read it once
+    distinct = {prompt.tobytes(): prompt for prompt in prompts}  # siblings' equal first prompts are read once
     rows = {key: row for row, key in enumerate(distinct)}
     ids_UL = torch.zeros(len(distinct), longest, dtype=torch.int64)
     mask_UL = torch.zeros(len(distinct), longest + sampling.max_tokens, dtype=torch.int64)
@@ -137,21 +139,21 @@ def decode(
     positions_UL = (mask_UL[:, :longest].cumsum(-1) - 1).clamp_min(0)
     cache = new_cache(policy, longest + sampling.max_tokens)
     known = [None if before is None else before.find(prompt) for prompt in distinct.values()]
-    told = longest  # columns on the right that are yet to be read: as many of every row, so that the batch is a rectangle
+    num_new = longest  # columns at the right to read: equal for all rows, so that the batch is rectangular
     if any(known):
         assert isinstance(cache, GrowingCache)
-        told = max(
+        num_new = max(
             len(prompt) - (layers[0][0].shape[1] if layers else 0)
             for prompt, layers in zip(distinct.values(), known, strict=True)
         )
-        if told < longest:
-            cache.begin(known, [len(prompt) - told for prompt in distinct.values()], longest - told)
+        if num_new < longest:
+            cache.begin(known, [len(prompt) - num_new for prompt in distinct.values()], longest - num_new)
     if before is not None:
         before.clear()
     del known
 
     def read(ids_BL: Tensor, mask_BL: Tensor, positions_BL: Tensor) -> Tensor:
-        """Hidden states (B, D) after the last of `ids_BL`, which the cache then holds too."""
+        """Hidden states (B, D) of the last of `ids_BL`, which are added to the cache."""
         with compute_in(policy.compute, device):
             output = policy.body(
                 input_ids=ids_BL,
@@ -162,7 +164,7 @@ def decode(
             )
         return output.last_hidden_state[:, -1]
 
-    new = slice(longest - told, longest)
+    new = slice(longest - num_new, longest)
     hidden_BD = read(ids_UL[:, new].to(device), mask_UL[:, :longest], positions_UL[:, new])[spread_B]
     if len(distinct) < num:
         cache.batch_select_indices(spread_B)
@@ -171,12 +173,12 @@ def decode(
     logps_BT = torch.zeros(num, sampling.max_tokens, device=device)
     lengths_B = torch.full((num,), sampling.max_tokens, dtype=torch.int64, device=device)
     stops = torch.tensor(policy.stop_ids, device=device)
-    rows_B = torch.arange(num, device=device)  # which request each row of the shrinking batch answers
+    rows_B = torch.arange(num, device=device)  # the request of each row of the shrinking batch
     live_B = torch.ones(num, dtype=torch.bool, device=device)
     kept: dict[int, Layers] = {}
 
     def keep(leaving: Tensor) -> None:
-        """Set aside what was read of these rows of the shrinking batch: the prompt and all of the answer but its last token."""
+        """Copy keys and values of these rows: of the prompt and of the answer without its last token."""
         if after is not None:
             assert isinstance(cache, GrowingCache)
             requests = rows_B[leaving]

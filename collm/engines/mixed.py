@@ -1,4 +1,4 @@
-"""Several engines for one team: each agent is answered by its own."""
+"""Several engines for one team, one per agent."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class MixedEngine:
-    """The agents in `others` are answered by the engine named there, everyone else by `local`; all at the same time.
+    """Agents in `others` are answered by their engine there and all others by `local`; all engines run at the same time.
 
-    It trains where `local` does, and only `local` is given new weights: the others are frozen team-mates.
+    It can train if `local` can. New weights are loaded into `local` alone: the others are frozen team-mates.
     Example: MixedEngine(LocalEngine(team), {"helper": HttpEngine({"helper": endpoint("helper", url)})})
     """
 
@@ -43,7 +43,7 @@ class MixedEngine:
         with ThreadPoolExecutor(max(1, len(away)), thread_name_prefix="collm-remote") as pool:
             waiting = [(mine, pool.submit(one.generate, [requests[i] for i in mine])) for one, mine in away]
             mine = [i for i, engine in enumerate(engines) if engine is self.local]
-            if mine:  # in this thread: torch's settings are a thread's own
+            if mine:  # in this thread, since torch's settings are per thread
                 answers.update(zip(mine, self.local.generate([requests[i] for i in mine]), strict=True))
             for mine, future in waiting:
                 answers.update(zip(mine, future.result(), strict=True))

@@ -1,4 +1,4 @@
-"""An engine that answers from a function: for tests, for scripted team-mates, and for replaying recorded answers."""
+"""An engine that answers with a function: for tests, scripted team-mates, and replay of recorded answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class ScriptedEngine:
-    """`answer(request)` returns the text, or raises EngineError to fail that request alone.
+    """Answers with `answer(request)`, which returns the text or raises EngineError to fail that request.
 
     Example: ScriptedEngine(lambda request: "red")
     """

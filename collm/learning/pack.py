@@ -1,10 +1,10 @@
-"""From episodes to padded batches: one sequence for as many turns as share a growing prefix.
+"""From episodes to padded batches, with one sequence for all turns that share a growing prefix.
 
-Where an agent's prompt at turn t + 1 begins with its prompt and answer at turn t, both turns lie in one sequence and one
-forward pass scores them; where a template or a task rewrites the prompt, a new sequence begins. The token ids decide, so
-no template needs to be known here. Critic readings are packed by the same rule.
+If an agent's prompt at turn t + 1 begins with its prompt and answer at turn t, both turns are in one sequence and one forward
+pass scores them. If a template or a task rewrites the prompt, a new sequence begins. The rule compares token ids, so it holds
+for every chat template. Histories that critics read are packed by the same rule.
 
-A slot is a number that says whose answer or value it is: (episode * agents + agent) * turns + turn.
+A slot identifies an answer or a value: (episode * num_agents + agent) * num_turns + turn.
 """
 
 from __future__ import annotations
@@ -25,29 +25,42 @@ from collm.types import History, Ids
 
 @dataclass(slots=True)
 class Packed:
-    """One sequence. answers: (slot, start, log-probs recorded when sampling), the answer's tokens beginning at `start`;
-    markers: (slot, position) where a value is read. Example: ids of 9 tokens, answers [(4, 6, [-0.1, -1.2, 0.0])]."""
+    """One sequence. Example: Packed(ids of 9 tokens, answers=[(4, 6, array([-0.1, -1.2, 0.0]))])"""
 
     ids: Ids
+    """(L,) token ids."""
     answers: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
+    """(slot, position of the answer's first token, log-probs recorded when sampling)."""
     markers: list[tuple[int, int]] = field(default_factory=list)
+    """(slot, position) where a value is computed."""
 
 
 @dataclass(slots=True)
 class MicroBatch:
-    """Right-padded ids (B, L); K answer tokens of S answers laid end to end; M markers. num_tokens excludes padding."""
+    """B padded sequences, with K answer tokens of S concatenated answers and M markers."""
 
     ids_BL: Tensor
+    """(B, L) token ids, padded at the right."""
     row_K: Tensor
+    """(K,) sequence of each answer token."""
     column_K: Tensor
+    """(K,) position of the hidden state that predicts each answer token."""
     token_K: Tensor
+    """(K,) id of each answer token."""
     old_logp_K: Tensor
+    """(K,) log-probs recorded when sampling."""
     answer_K: Tensor
+    """(K,) index of the answer that each token belongs to, below S."""
     slot_S: Tensor
+    """(S,) slot of each answer."""
     row_M: Tensor
+    """(M,) sequence of each marker."""
     column_M: Tensor
+    """(M,) position of each marker."""
     slot_M: Tensor
+    """(M,) slot of each marker."""
     num_tokens: int
+    """Tokens without padding."""
 
 
 def starts_with(ids: Ids, prefix: Ids) -> bool:
@@ -55,7 +68,7 @@ def starts_with(ids: Ids, prefix: Ids) -> bool:
 
 
 def pack_answers(batch: Batch, agent: str, policy: Policy, *, values: bool = False, history: History = "full") -> list[Packed]:
-    """The sequences of one agent: its answers, and with `values` a marker before each of them.
+    """The sequences of one agent: its answers and, with `values`, a marker before each of them.
 
     A marker's slot counts T + 1 turns; a truncated episode has a marker after its last observation. Raises EngineError for
     completions without token ids and log-probs.
@@ -92,10 +105,12 @@ def pack_answers(batch: Batch, agent: str, policy: Policy, *, values: bool = Fal
 def pack_readings(
     batch: Batch, critic: Critic, view: Sequence[str], *, state: bool, kind: str, newest_only: bool = False
 ) -> tuple[list[Packed], int]:
-    """What a critic reads of every episode, and how many readings had to be cut.
+    """The sequences that a critic reads, and the number of histories that had to be cut.
 
-    Slots belong to the first agent of the view that is trained. V: a marker before every turn (T + 1 slots), and after the
-    last one of a truncated episode. Q: a marker after the answers of every turn (T slots).
+    V: a marker before every turn and after the last turn of a truncated episode (T + 1 slots). Q: a marker after the answers of
+    every turn (T slots).
+
+    Args: view: agents whose texts are read; slots are of the first of them that is trained.
     """
     _, N, T = batch.shape
     n = next(batch.agents.index(agent) for agent in view if agent in batch.agents)
@@ -119,9 +134,9 @@ def pack_readings(
 def pack_alternatives(
     batch: Batch, critic: Critic, view: Sequence[str], *, state: bool, newest_only: bool = False
 ) -> tuple[list[Packed], list[int]]:
-    """Readings of Q with one agent's answer exchanged for each of its alternatives; markers are numbered in order.
+    """Sequences for Q with one agent's answer replaced by each of its resampled answers; marker slots are numbered in order.
 
-    Returns the sequences and, for each marker, the slot (T turns) of the answer that was exchanged.
+    Returns the sequences and, for each marker, the slot (T turns) of the answer that was replaced.
     """
     _, N, T = batch.shape
     packed: list[Packed] = []
@@ -141,7 +156,7 @@ def pack_alternatives(
 
 
 def micro_batches(packed: Iterable[Packed], max_tokens: int, device: torch.device) -> Iterator[MicroBatch]:
-    """Sequences of like length together, at most `max_tokens` a batch with padding (a single longer one goes alone)."""
+    """Batches of sequences of similar length, each at most `max_tokens` with padding; a longer sequence goes alone."""
     rows = sorted(packed, key=lambda sequence: -len(sequence.ids))
     while rows:
         count = max(1, max_tokens // max(1, len(rows[0].ids)))

@@ -1,7 +1,7 @@
-"""Parts: one model with its optimizer and its update. Once credit is assigned no part depends on another.
+"""Parts: one model with its optimizer and its update. After credit assignment, parts are independent of each other.
 
-A policy part holds one set of weights, for one agent or for several that share it, and the value heads on it; a critic part
-holds a critic that is a model of its own. `LocalHands` calls parts one after the other; other hands may call them elsewhere.
+A policy part holds one set of weights, for one agent or for several that share it, and the value heads on it. A critic part
+holds a critic that is a separate model. `LocalHands` calls parts one after the other in this process.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from collm.settings.rooms import Config
 from collm.types import Metrics, Sampling
 
 VALUE_WEIGHT = 0.6
-"""Weight of a value loss beside the policy's loss (arXiv:2601.21972); a critic of its own keeps it, too."""
+"""Weight of a value loss beside the policy's loss (arXiv:2601.21972); a separate critic model uses the same weight."""
 
 
 class Part(Protocol):
     """One model, its optimizer and its update."""
 
     def values(self, batch: Batch) -> Values | None:
-        """What it reads from the text as a critic, before the update; None if it is none."""
+        """Values from text before the update; None if the part has no critic."""
         ...
 
     def learn(self, batch: Batch, iteration: int, credit: Credit) -> Metrics:
-        """One optimizer step per pass. Raises TrainingError where a number is not finite, before the step."""
+        """One optimizer step per pass. Raises TrainingError if a number is not finite, before the step."""
         ...
 
     def tensors(self) -> dict[str, Tensors]:
-        """By file name, all that a checkpoint keeps of it."""
+        """File name -> tensors of a checkpoint."""
         ...
 
     def restore(self, read: Read) -> None:
-        """Take what `tensors` once gave. Raises ValueError where it does not fit."""
+        """Load the output of `tensors`. Raises ValueError if it does not fit."""
         ...
 
 
 class Hands(Protocol):
-    """Whoever calls parts."""
+    """Calls parts, in this process or elsewhere."""
 
     def all(self, method: str, *arguments: Any) -> list[Any]:
-        """What `method` of every part returns for these arguments, in the order of the parts."""
+        """Call `method` of every part with these arguments; returns the results in the order of the parts."""
         ...
 
 
@@ -71,7 +71,7 @@ class LocalHands:
 
 
 class PolicyPart:
-    """A policy, the agents that it answers for, and the value heads on it (agent -> head)."""
+    """A policy, the agents that use it, and the value heads on it (agent -> head)."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class PolicyPart:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """By file name, what is trained."""
+        """File name -> module that is trained."""
         heads: dict[str, nn.Module] = {f"critic-{agent}": head for agent, head in self.heads.items()}
         return {f"policy-{self.name}": self.policy.trained, **heads}
 
@@ -117,9 +117,9 @@ class PolicyPart:
         return merge(found) if found else None
 
     def learn(self, batch: Batch, iteration: int, credit: Credit) -> Metrics:
-        """`algorithm.epochs` steps, each over all answers of the agents it speaks for.
+        """`algorithm.epochs` steps, each over all answers of the policy's agents.
 
-        During critic warm-up only value heads are trained, and the policy's body stays as it is.
+        During critic warm-up only value heads are trained and the policy is unchanged.
         """
         warming_up = iteration < self.config.critic.warmup
         for agent, head in self.heads.items():
@@ -169,8 +169,8 @@ class PolicyPart:
         return metrics
 
     def _gaps(self, totals: Metrics) -> Metrics:
-        """How far the engine's log-probs are from the learner's before any step: mean and largest absolute difference per
-        token. 0 to rounding where both compute with the same weights in the same number format."""
+        """Absolute difference per token between the engine's and the learner's log-probs before any step: mean and maximum, in
+        nats. 0 up to rounding if both use the same weights in the same number format."""
         metrics: Metrics = {}
         for agent in self.agents:
             metrics[f"{agent}/logprob_gap_mean"] = totals[f"{agent}/gap"] / max(totals[f"{agent}/tokens"], 1)
@@ -180,7 +180,7 @@ class PolicyPart:
     def _policy_loss(
         self, agent: str, micro: MicroBatch, hidden_BLD: Tensor, advantages_ENT: Tensor, num: int, totals: Metrics
     ) -> Tensor:
-        """A micro-batch's share of the policy loss; its statistics are added to `totals`."""
+        """A micro-batch's part of the policy loss; its statistics are added to `totals`."""
         settings, policy = self.config.algorithm, self.policy
         logp_K = policy.score(hidden_BLD[micro.row_K, micro.column_K], micro.token_K, self.sampling)
         advantages_S = advantages_ENT.flatten()[micro.slot_S.cpu()].to(logp_K)
@@ -192,7 +192,7 @@ class PolicyPart:
             )
         totals["policy"] += loss.item()
         if self.reference is not None:
-            whole = replace(self.sampling, top_p=1.0, top_k=0)  # supports may differ
+            whole = replace(self.sampling, top_p=1.0, top_k=0)  # the two supports may differ
             with torch.no_grad():
                 before_KD = self.reference.hidden(micro.ids_BL)[micro.row_K, micro.column_K]
                 before_K = self.reference.score(before_KD, micro.token_K, whole)
@@ -220,7 +220,7 @@ class PolicyPart:
 
 
 class CriticPart:
-    """A critic that is a model of its own, and the agents that it reads for: all of them, or one."""
+    """A critic that is a separate model, and the agents that it predicts values for: all of them, or one."""
 
     def __init__(self, name: str, critic: Critic, agents: Sequence[str], config: Config, *, lr: float):
         self.critic, self.agents, self.config = critic, tuple(agents), config
@@ -240,7 +240,7 @@ class CriticPart:
         restore_optimizer(self.optimizer, read(f"optimizer-{self.name}"))
 
     def view(self, batch: Batch) -> tuple[str, ...]:
-        """Whose texts it reads: a joint critic those of all who play, frozen team-mates included."""
+        """Agents whose texts it reads; a joint critic reads those of all agents, frozen team-mates included."""
         return batch.episodes[0].agents if self.joint and batch.episodes else self.agents
 
     def values(self, batch: Batch) -> Values:
@@ -258,7 +258,7 @@ class CriticPart:
         return values
 
     def learn(self, batch: Batch, iteration: int, credit: Credit) -> Metrics:
-        """`critic.epochs` steps of squared error, each over all joint samples."""
+        """`critic.epochs` steps on the squared error, each over all targets."""
         kind = self.config.algorithm.critic_kind
         rescale(self.critic.value, self.agents[0], batch, credit, self.config)
         set_rates(self.optimizer, self.config, iteration)

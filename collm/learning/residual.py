@@ -1,7 +1,7 @@
-"""Small regressions beside the text: what environment metrics predict of the return, and the difference baseline.
+"""Regressions on environment metrics: the metric regression of returns, and the difference baseline.
 
-`predict` returns a value and changes nothing; `learn` counts an iteration's samples and returns nothing. A sample is predicted
-before it is learned from.
+`predict_*` returns predictions and changes nothing; `learn_*` adds an iteration's samples and returns nothing. Samples are
+predicted before they are learned from.
 """
 
 from __future__ import annotations
@@ -15,31 +15,36 @@ import torch
 from torch import Tensor, nn
 
 from collm.algorithms.advantages import discounted_returns
-from collm.algorithms.regression import TurnRegression, Yardstick
+from collm.algorithms.regression import MetricCeiling, TurnRegression
 from collm.errors import TrainingError
 from collm.learning.batch import Batch
 
 TURNS = 32
-"""Turns that have a regression of their own; later ones share the last."""
+"""Number of turns with a separate regression; later turns share the last one."""
 
 
 class Regressions:
-    """The regressions of a run and the environment metrics that they read.
+    """The regressions of a run."""
 
-    metrics: from environment metrics to the return, or None. teammates: one per agent, from what its team-mates' answers alone
-    changed in these metrics to what is left of the return; none without the difference baseline. ceiling: what least squares
-    on the metrics explains, for the report; None without a critic.
-    """
+    metric_names: tuple[str, ...]
+    """The environment metrics that they read."""
+    metrics: TurnRegression | None
+    """The metric regression, from environment metrics to the return; None without `critic.metrics`."""
+    teammates: nn.ModuleList
+    """For each agent, a regression from the change of metrics by its team-mates' answers alone to the return minus its
+    baseline; empty without the difference baseline."""
+    ceiling: MetricCeiling | None
+    """The metric ceiling, for reports; None without a critic."""
 
     def __init__(self, metric_names: Sequence[str], num_agents: int, *, critic: bool, metrics: bool, teammates: bool):
         self.metric_names = tuple(metric_names)
         width = 2 + len(self.metric_names)
         self.metrics = TurnRegression(width, TURNS) if metrics else None
         self.teammates = nn.ModuleList(TurnRegression(width, TURNS) for _ in range(num_agents if teammates else 0))
-        self.ceiling = Yardstick(width, TURNS) if critic else None
+        self.ceiling = MetricCeiling(width, TURNS) if critic else None
 
     def modules(self) -> dict[str, nn.Module]:
-        """By file name, all that a checkpoint keeps."""
+        """File name -> module of a checkpoint."""
         found: dict[str, nn.Module] = {}
         if self.ceiling is not None:
             found["yardstick"] = self.ceiling
@@ -51,10 +56,8 @@ class Regressions:
 
 
 def features(batch: Batch, metric_names: Sequence[str]) -> Tensor:
-    """(E, T + 1, M): rewards so far, the last raw reward and the environment metrics before each turn and after the last.
-
-    Raises TrainingError for a metric that is not finite.
-    """
+    """Features (E, T + 1, M) before each turn and after the last one: sum of rewards so far, last raw reward, environment
+    metrics. Raises TrainingError for a metric that is not finite."""
     E, _, T = batch.shape
     rows = np.zeros((E, T + 1, 2 + len(metric_names)))
     for e, episode in enumerate(batch.episodes):
@@ -76,8 +79,8 @@ def features(batch: Batch, metric_names: Sequence[str]) -> Tensor:
 
 
 def counterfactual_features(batch: Batch, agent: str, metric_names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """As `features` after each turn, had the agent's answer been empty: (E, T, M), and (E, T) bool where these are known and
-    finite."""
+    """Features (E, T, M) after each turn of the no-op counterfactual, with the agent's answer empty; and (E, T) bool where they
+    are known and finite."""
     E, _, T = batch.shape
     rows, known = np.zeros((E, T, 2 + len(metric_names))), np.zeros((E, T), dtype=bool)
     for e, episode in enumerate(batch.episodes):
@@ -93,7 +96,7 @@ def counterfactual_features(batch: Batch, agent: str, metric_names: Sequence[str
 
 
 def predict_returns(regression: TurnRegression | None, features_ETM: Tensor, read_ENT: Tensor) -> Tensor:
-    """(E, N, T or T + 1) of the metric regression wherever a critic reads a value, 0 elsewhere and without a regression."""
+    """Predicted returns (E, N, T or T + 1) where a critic computes a value; 0 elsewhere, and without a regression."""
     predicted_ENT = torch.zeros_like(read_ENT)
     if regression is None:
         return predicted_ENT
@@ -111,9 +114,9 @@ def learn_returns(
     gamma: float,
     kind: str,
 ) -> None:
-    """Count this iteration's returns in the metric regression.
+    """Add this iteration's returns to the metric regression.
 
-    The return of an episode that was cut off goes on with V of its final history; for Q such an episode is not counted.
+    The return of a truncated episode is bootstrapped with V of its final history; for Q such an episode is left out.
     """
     if regression is None:
         return
@@ -128,7 +131,7 @@ def learn_returns(
 
 
 def teammates_changes(batch: Batch, features_ETM: Tensor, metric_names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """What each agent's team-mates alone changed in the metrics of a turn, less its mean over the iteration: (E, N, T, M); and
+    """(E, N, T, M) change of the features in a turn caused by each agent's team-mates alone, centred over the iteration; and
     (E, N, T) bool where the no-op counterfactual is known."""
     changes, known = [], []
     for agent in batch.agents:
@@ -139,16 +142,17 @@ def teammates_changes(batch: Batch, features_ETM: Tensor, metric_names: Sequence
 
 
 def predict_teammates(regressions: nn.ModuleList, changes_ENTM: Tensor, known_ENT: Tensor, baselines_ENT: Tensor) -> Tensor:
-    """The difference baseline of each answer (E, N, T), in units of return; `baselines_ENT` where the counterfactual is
-    unknown.
+    """Difference baseline of each answer, (E, N, T) in units of return.
 
         b_i(h_t, a_-i,t) = b(h_t) + beta . (Delta - mean Delta),   beta: ridge regression of G_t - b(h_t) on Delta
 
-    b is V of a critic, or what a group method subtracts from the return.
+    b is V of a critic, or the baseline of a group method. Where the counterfactual is unknown, b_i = b.
 
-    Delta is what the team-mates' answers alone changed in the environment metrics, so agent i's own answer is not in it: see
-    `algorithms.advantages.difference`. Everything is centred within the iteration, so that b_i is b on average: a constant term
-    would follow the same rise of returns that b follows, and right answers would be punished until both have settled.
+    Delta is the change of the environment metrics by the team-mates' answers alone and does not depend on agent i's answer: see
+    `algorithms.advantages.difference`. Delta and G - b are centred within the iteration, so that b_i equals b on average. A
+    constant term would track the same rise of returns as b, so that correct answers get negative advantages until both settle.
+
+    Args: changes_ENTM: (E, N, T, M) Delta. known_ENT: (E, N, T) bool. baselines_ENT: (E, N, T) b, in units of return.
     """
     baselines_ENT = baselines_ENT.clone()
     for n, regression in enumerate(regressions):
@@ -159,7 +163,7 @@ def predict_teammates(regressions: nn.ModuleList, changes_ENTM: Tensor, known_EN
 def learn_teammates(
     regressions: nn.ModuleList, changes_ENTM: Tensor, known_ENT: Tensor, baselines_ENT: Tensor, returns_ENT: Tensor
 ) -> None:
-    """Count this iteration's samples: G - b, centred, against what team-mates changed. returns_ENT: G (E, N, T)."""
+    """Add this iteration's samples: centred G - b against Delta, as in `predict_teammates`. returns_ENT: (E, N, T) G."""
     for n, regression in enumerate(regressions):
         left_ET = centred((returns_ENT[:, n] - baselines_ENT[:, n])[..., None], known_ENT[:, n])[..., 0]
         assert isinstance(regression, TurnRegression)
@@ -167,14 +171,14 @@ def learn_teammates(
 
 
 def centred(numbers_ETM: Tensor, chosen_ET: Tensor) -> Tensor:
-    """Numbers (E, T, M) less, at each turn, their mean over the chosen episodes; 0 elsewhere."""
+    """Numbers (E, T, M) minus their mean over the chosen episodes of each turn; 0 where not chosen."""
     chosen_ET1 = chosen_ET[..., None]
-    kept_ETM = torch.where(chosen_ET1, numbers_ETM, 0.0)  # what is left out may be NaN
+    kept_ETM = torch.where(chosen_ET1, numbers_ETM, 0.0)  # unchosen numbers may be NaN
     return kept_ETM - chosen_ET1 * kept_ETM.sum(0) / chosen_ET1.sum(0).clamp_min(1)
 
 
 def _numbers(reported: Mapping[str, Any], names: Sequence[str]) -> list[float]:
-    """The named metrics as floats, 0 where one is not reported, NaN where it is not a number."""
+    """The named metrics as floats: 0 if it is not reported, NaN if it is not a number."""
     return [_number(reported.get(name, 0.0)) for name in names]
 
 

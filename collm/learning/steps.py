@@ -1,4 +1,4 @@
-"""What every part does around its optimizer: rates, steps, and checks that stop before a step is spoilt."""
+"""Shared by all parts: learning rates, optimizer steps, and checks for numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from collm.settings.rooms import Config, LearnerSettings
 
 
 def make_optimizer(groups: Iterable[tuple[Iterable[nn.Parameter], float]]) -> torch.optim.AdamW:
-    """AdamW without weight decay over parameters, with a learning rate for each group."""
+    """AdamW without weight decay, with one learning rate per group of parameters."""
     parts = [{"params": list(parameters), "lr": lr, "full_lr": lr} for parameters, lr in groups]
     return torch.optim.AdamW(parts, weight_decay=0.0, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: Config, iteration: int) -> None:
-    """Set the learning rates of this iteration: a function of its number alone, so there is no state to save."""
+    """Set the learning rates of an iteration. They depend on its number alone, so no schedule state is saved."""
     done = iteration / config.run.iterations
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.learner.schedule]
     for group in optimizer.param_groups:
@@ -30,7 +30,7 @@ def set_rates(optimizer: torch.optim.Optimizer, config: Config, iteration: int) 
 
 
 def step(optimizer: torch.optim.Optimizer, label: str, iteration: int, settings: LearnerSettings) -> float:
-    """Clip, check, step; returns the gradient's norm before clipping. Raises TrainingError where that is not finite."""
+    """Clip the gradient and take a step; returns the norm before clipping. Raises TrainingError if that is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf).item()
     if not math.isfinite(norm):
@@ -44,14 +44,14 @@ def step(optimizer: torch.optim.Optimizer, label: str, iteration: int, settings:
 
 
 def rescale(head: ValueHead, agent: str, batch: Batch, credit: Credit, config: Config) -> None:
-    """Target normalization, where it is on: follow mean and deviation of the targets of a critic that reads for `agent`."""
+    """With target normalization, update the running mean and deviation from the targets of the critic of `agent`."""
     if config.critic.normalize_targets:
         n = batch.agents.index(agent)
         head.rescale(credit.targets_ENT[:, n][credit.wanted_ENT[:, n].bool()])
 
 
 def check_loss(loss: Tensor, label: str, iteration: int, batch: Batch, episodes: Iterable[int]) -> None:
-    """Raises TrainingError for a loss that is not finite, naming the first episodes of its micro-batch."""
+    """Raises TrainingError for a loss that is not finite, with the first episodes of its micro-batch."""
     if not torch.isfinite(loss):
         named = ", ".join(f"{e} (task {batch.episodes[e].label})" for e in list(episodes)[:8])
         raise TrainingError(
@@ -61,7 +61,7 @@ def check_loss(loss: Tensor, label: str, iteration: int, batch: Batch, episodes:
 
 
 def require_finite(numbers_EX: Tensor, what: str, iteration: int, batch: Batch) -> None:
-    """Raises TrainingError for a number that is not finite, naming its episode."""
+    """Raises TrainingError for a number that is not finite, with its episode. numbers_EX: (E, X)."""
     bad = (~torch.isfinite(numbers_EX)).any(1).nonzero()[:, 0].tolist()
     if bad:
         episode = batch.episodes[bad[0]]

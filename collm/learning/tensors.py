@@ -1,4 +1,4 @@
-"""Modules and optimizers as named tensors, as a checkpoint keeps them, and back."""
+"""Converts modules and optimizers to the named tensors of a checkpoint, and back."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
 Read = Callable[[str], Tensors]
-"""read(file's name without its ending) -> tensors by name."""
+"""read(file name without extension) -> tensors by name."""
 
 
 def weights_of(module: nn.Module) -> Tensors:
-    """Every tensor of a module once: tied weights under their first name."""
+    """Every tensor of a module once; tied weights under their first name."""
     seen: dict[tuple[int, torch.Size], str] = {}
     weights = {}
     for name, tensor in module.state_dict().items():
@@ -23,7 +23,7 @@ def weights_of(module: nn.Module) -> Tensors:
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> Tensors:
-    """AdamW's averages and step counts; learning rates are a function of the iteration."""
+    """AdamW's averages and step counts. Learning rates are not included: they follow from the iteration."""
     return {
         f"{index}.{key}": torch.as_tensor(value).contiguous()
         for index, entry in optimizer.state_dict()["state"].items()
@@ -32,7 +32,7 @@ def state_of(optimizer: torch.optim.Optimizer) -> Tensors:
 
 
 def restore(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put weights back. Raises ValueError where they are not this module's."""
+    """Load weights into a module. Raises ValueError if their names are not those of the module."""
     expected = set(weights_of(module))
     if expected != set(weights):
         raise ValueError(f"it holds other tensors than this team: {sorted(expected ^ set(weights))[:3]}")

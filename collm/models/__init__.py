@@ -1,1 +1,1 @@
-"""Who decides and who judges."""
+"""Policies, critics and teams, and which of them share parameters."""

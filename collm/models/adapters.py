@@ -1,9 +1,9 @@
-"""LoRA: agents and critics that are small changes to one frozen base model, which memory holds once.
+"""LoRA: agents and critics as low-rank adapters on one frozen base model, which is in memory once.
 
     W x  becomes  W x + (alpha / rank) B A x        A: (rank, in), B: (out, rank); B = 0 at the start
 
-Source: Hu et al. 2021, arXiv:2106.09685. The layers and the files are PEFT's; PEFT is imported when the first adapter is made,
-since that takes seconds.
+Source: Hu et al. 2021, arXiv:2106.09685. Layers and files are PEFT's. PEFT is imported when the first adapter is made, since
+the import takes seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from collm.settings.rooms import LoraSettings
 
 
 class Base:
-    """A frozen language model, its tokenizer, and the adapters on it, of which one or none is active at a time."""
+    """A frozen language model, its tokenizer, and the adapters on it; at most one adapter is active at a time."""
 
     def __init__(self, model: Any, tokenizer: Any, *, source: str = ""):
         self.model = model.requires_grad_(False).eval()
@@ -51,7 +51,7 @@ class Base:
 
     @property
     def spec(self) -> BaseSpec:
-        """As the blueprint has it."""
+        """Its entry in the blueprint."""
         return BaseSpec(self.source, str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch."))
 
     @property
@@ -60,7 +60,7 @@ class Base:
         return self.model.base_model
 
     def add(self, settings: LoraSettings, seed: int) -> Adapter:
-        """A new adapter that changes nothing yet; `seed` decides its matrices A."""
+        """A new adapter that does not change the model yet (B = 0); `seed` determines its matrices A."""
         from peft import LoraConfig
 
         targets = "all-linear" if settings.targets == ["all-linear"] else settings.targets
@@ -82,13 +82,13 @@ class Base:
         return adapter
 
     def add_like(self, other: Adapter, seed: int) -> Adapter:
-        """A new adapter with the rank and alpha of another, on the layers of the same names."""
+        """A new adapter with the rank and alpha of another one, on the layers of the same names."""
         config, names = other.lora, sorted({path.rpartition(".")[2] for path in other.pairs})
         settings = LoraSettings(rank=config.r, alpha=config.lora_alpha, targets=names)
         return self.add(settings, seed)
 
     def load(self, folder: Path) -> Adapter:
-        """An adapter from a PEFT folder. Raises ConfigError for other kinds than plain LoRA, and where it does not fit."""
+        """Load an adapter from a PEFT folder. Raises ConfigError if it is not plain LoRA or does not fit."""
         from peft import PeftConfig
 
         try:
@@ -102,11 +102,11 @@ class Base:
         return adapter
 
     def bare(self) -> Adapter:
-        """The base as it is, as if it were an adapter."""
+        """The base without an adapter, with the interface of one."""
         return Adapter(self, None, None)
 
     def frozen_copy(self, adapter: Adapter) -> Adapter:
-        """What an adapter does now, never to be trained; the bare base while it does nothing."""
+        """A frozen copy of an adapter; the bare base if the adapter does not change it (B = 0)."""
         if not any(pair["B"].weight.any() for pair in adapter.pairs.values()):
             return self.bare()
         frozen = self._inject(copy.deepcopy(adapter.lora))
@@ -115,13 +115,13 @@ class Base:
         return frozen.requires_grad_(False)
 
     def activate(self, name: str | None) -> None:
-        """Let one adapter act from now on, or none."""
+        """Make one adapter active, or none."""
         if name == self.active:
             return
         for layer in self._layers:
             layer.set_adapter([] if name is None else [name])
         for adapter in self.adapters:
-            adapter.requires_grad_(True)  # PEFT freezes all but the active one, and would drop gradients under way
+            adapter.requires_grad_(True)  # PEFT freezes all but the active one, which would drop pending gradients
         self.active = name
 
     @contextmanager
@@ -134,7 +134,7 @@ class Base:
             self.activate(before)
 
     def again(self) -> Any:
-        """A context in which the adapter that is active now is active again: for passes that are computed twice."""
+        """A context that activates the adapter that is active now, for passes that are computed twice."""
         return self.using(self.active)
 
     def _inject(self, config: Any) -> Adapter:
@@ -173,9 +173,9 @@ class Base:
 
 
 class Adapter(nn.Module):
-    """One adapter. As a module it holds its own matrices alone; called, it is the base's body with this adapter active.
+    """One adapter. As a module it has its own matrices only; a call runs the base's body with this adapter active.
 
-    lora: PEFT's settings of it. Weights are float32 whatever the base's are.
+    lora: PEFT's config. Weights are float32, independent of the base's format.
     """
 
     def __init__(self, base: Base, name: str | None, lora: Any):
@@ -198,7 +198,7 @@ class Adapter(nn.Module):
         return self.base.body(**inputs)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its weights (not copies) under PEFT's names."""
+        """PEFT's name -> weight (not a copy)."""
         return {
             f"base_model.model.{path}.lora_{side}.weight": pair[side].weight.data
             for path, pair in self.pairs.items()
@@ -206,7 +206,7 @@ class Adapter(nn.Module):
         }
 
     def save(self, folder: Path) -> None:
-        """Write an ordinary PEFT folder, which names its base by where that came from."""
+        """Write a PEFT folder, which names the base by its origin."""
         folder.mkdir(parents=True, exist_ok=True)
         saved = copy.copy(self.lora)
         saved.inference_mode = True
@@ -214,7 +214,7 @@ class Adapter(nn.Module):
         save_file(self.tensors(), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
-        """Take the weights of a PEFT folder. Raises ValueError where they are others than this adapter has."""
+        """Load the weights of a PEFT folder. Raises ValueError if names or shapes differ from this adapter's."""
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise ValueError(f"it lacks {ADAPTER_WEIGHTS}")
         found, own = load_file(folder / ADAPTER_WEIGHTS), self.tensors()

@@ -1,8 +1,8 @@
-"""Attention while generating, for models whose query heads share keys and values (grouped-query attention).
+"""Attention in generation for models whose query heads share keys and values (grouped-query attention).
 
-With a mask, transformers' "sdpa" copies keys and values once for every query head before each new token. One new token needs
-no causal order, so the heads of a group can stand as rows of one head instead, and nothing is copied: the same numbers, and
-1.7 times the speed at 128 padded prompts of 300 tokens on a CPU core (docs/performance.md).
+With a mask, transformers' "sdpa" copies keys and values for every query head at each new token. A single new token needs no
+causal mask, so the heads of a group become rows of one head and nothing is copied. The numbers are the same; the speed is 1.7
+times as high at 128 padded prompts of 300 tokens on a CPU core (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAME = "sdpa_grouped"
 def sdpa_grouped(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """transformers' "sdpa", apart from a single new token under grouped queries.
+    """transformers' "sdpa", with a faster path for a single new token under grouped queries.
 
     Args: query: (B, H, L, D); key, value: (B, K, S, D) with K a divisor of H; attention_mask: (B, 1, L, S) or None.
     Returns: (B, L, H, D) and no weights.
@@ -40,6 +40,6 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def adopt(model: Any) -> None:
-    """Let a model that uses "sdpa" use this instead. Saved models say nothing of it."""
+    """Replace "sdpa" by this attention in a model. Saved models keep their setting."""
     if getattr(model.config, "_attn_implementation", None) == "sdpa":
         model.set_attn_implementation(NAME)

@@ -1,12 +1,13 @@
-"""The blueprint: which agents, critics and references share which parameters. Nothing here imports torch.
+"""The blueprint: which agents, critics and references share which parameters. Without torch.
 
     settings + agents  ->  policies, critics, references  ->  units
 
-The loaded team, the learner's parts, the memory plan and the names in a checkpoint follow it. Sharing is decided here alone:
+The loaded team, the learner's parts, the memory plan and the names in a checkpoint are derived from it. Only this module
+decides about sharing:
 
-- agents that start alike have one policy between them with `team.shared`, else one each;
-- adapters of one model, in one number format, sit on one base that memory holds once;
-- a critic is a value head on its agent's policy, an adapter on the base of some agent, or a model of its own.
+- with `team.shared`, agents with the same initial model share one policy; else each agent has its own;
+- adapters of one model, in one number format, share one base, which is in memory once;
+- a critic is a value head on its agent's policy, an adapter on the base of an agent, or a separate model.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from collm.models.sources import base_named_by, is_adapter, resolve
 from collm.settings.rooms import Config, LoraSettings
 
 POLICY, CRITIC, OPTIMIZER = "policy-", "critic-", "optimizer-"
-"""What names in a checkpoint begin with."""
+"""Prefixes of names in a checkpoint."""
 
 Body = Literal["policy", "adapter", "copy", "model"]
 
 
 @dataclass(frozen=True, slots=True)
 class BaseSpec:
-    """A frozen model that adapters sit on. Memory holds it once, whoever sits on it."""
+    """A frozen base model of adapters, in memory once for all of them."""
 
     model: str
-    """Its folder, as an absolute path, or its hub name."""
+    """Absolute path of its folder, or its hub name."""
     dtype: str
     """Number format of its weights: "float32" or "bfloat16"."""
 
@@ -43,21 +44,21 @@ class PolicySpec:
     """
 
     agents: tuple[str, ...]
-    """The agents that it answers for, in the team's order."""
+    """The agents that use it, in the team's order."""
     model: str
-    """What it starts from: a Hugging Face folder (a PEFT folder for an adapter), a hub name, or "tiny"; empty where unknown."""
+    """Its initial model: a Hugging Face folder (a PEFT folder for an adapter), a hub name, or "tiny"; empty if unknown."""
     base: BaseSpec | None = None
-    """What it sits on, for an adapter."""
+    """The base, for an adapter."""
     lora: LoraSettings | None = None
-    """The settings of a new adapter. What a PEFT folder holds has its own."""
+    """The settings of a new adapter; None for one from a PEFT folder, which has its own."""
 
     def rate(self, config: Config) -> float:
-        """Its learning rate: what learner.lr says, else 5e-4 for an adapter, and as `whole_model_rate` for a whole model."""
+        """Its learning rate: learner.lr if set, else 5e-4 for an adapter and `whole_model_rate` for a whole model."""
         return config.learner.lr or (5e-4 if self.base is not None else whole_model_rate(self.model))
 
     @property
     def name(self) -> str:
-        """That of its first agent."""
+        """The name of its first agent."""
         return self.agents[0]
 
     @property
@@ -71,36 +72,36 @@ class PolicySpec:
 
 @dataclass(frozen=True, slots=True)
 class CriticSpec:
-    """A critic, and what its body is."""
+    """A critic and its body."""
 
     name: str
-    """That of its agent; "team" for a joint critic."""
+    """The name of its agent; "team" for a joint critic."""
     agents: tuple[str, ...]
-    """The trained agents whose answers its values are for."""
+    """The trained agents that it predicts values for."""
     joint: bool
-    """It reads the texts of all who play, frozen team-mates included, rather than those of one agent."""
+    """It reads the joint history, frozen team-mates included; if false, the history of one agent."""
     kind: Literal["V", "Q"]
-    """V of a history, or Q of a history and the answers given to it."""
+    """V of a history, or Q of a history and a joint action."""
     body: Body
-    """What it reads with. "policy": `policy`'s own model, to which it adds a value head. "adapter": an adapter like `policy`'s,
-    on the same base. "copy": a copy of `policy`'s model, with which it then shares nothing. "model": the body of `model`."""
+    """"policy": `policy`'s model, with a value head on it. "adapter": an adapter like `policy`'s, on the same base. "copy": a
+    copy of `policy`'s model, which shares nothing with it. "model": the body of `model`."""
     policy: str
-    """The name of the policy that `body` is about; for "model" of the one that answers for its first agent."""
+    """The name of the policy that `body` refers to; for "model", of the policy of its first agent."""
     model: str
-    """Where the body's weights come from; empty where a policy's origin is unknown."""
+    """Initial model of the body; empty if a policy's origin is unknown."""
     base: BaseSpec | None = None
-    """What it sits on, for an adapter."""
+    """The base, for an adapter."""
 
     def rate(self, config: Config) -> float:
-        """The learning rate of a critic that is a model of its own: what critic.lr says, else 1e-4 for an adapter, whose values
-        overshoot at a policy's rate, and a policy's for a whole model."""
+        """The learning rate of a separate critic model: critic.lr if set, else 1e-4 for an adapter, whose values overshoot at a
+        policy's rate, and a policy's rate for a whole model."""
         if config.critic.lr is not None or self.body == "adapter":
             return config.critic.lr or 1e-4
         return config.learner.lr or whole_model_rate(self.model)
 
     @property
     def label(self) -> str:
-        """What metrics call it."""
+        """Its label in metrics."""
         return "critic" if self.joint else f"{self.name}/critic"
 
     @property
@@ -109,26 +110,26 @@ class CriticSpec:
 
     @property
     def optimizer_name(self) -> str:
-        """That of its own optimizer, or of the policy's that trains a value head, too."""
+        """The name of its own optimizer; for a value head, of the policy's."""
         return OPTIMIZER + (self.policy if self.body == "policy" else self.weights_name)
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceSpec:
-    """A policy as it was at the start, frozen, for the KL penalty: a copy of a whole model, or for an adapter its base."""
+    """The frozen initial policy for the KL penalty: a copy of a whole model, or the base of an adapter."""
 
     policy: str
     """The name of that policy."""
     base: BaseSpec | None = None
-    """What it sits on, for an adapter."""
+    """The base, for an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What cannot be held apart: all that share parameters, and the references that a policy's update reads."""
+    """All policies and critics that share parameters, and the references that their updates read."""
 
     base: BaseSpec | None
-    """What its adapters sit on; None for a whole model."""
+    """The base of its adapters; None for a whole model."""
     policies: tuple[PolicySpec, ...]
     critics: tuple[CriticSpec, ...]
     references: tuple[ReferenceSpec, ...]
@@ -136,24 +137,24 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """Everything that holds parameters, and who shares them."""
+    """All policies, critics and references of a run, and which of them share parameters."""
 
     agents: tuple[str, ...]
-    """Those that are trained here, in the team's order."""
+    """The trained agents, in the team's order."""
     policies: tuple[PolicySpec, ...]
     """Each distinct policy once, in the order of their first agents."""
     critics: tuple[CriticSpec, ...] = ()
     references: tuple[ReferenceSpec, ...] = ()
     remote: tuple[str, ...] = ()
-    """The frozen team-mates, which servers play; they have no parameters here."""
+    """The frozen team-mates on servers; they have no parameters here."""
     metric_regression: bool = False
-    """Critics begin with what a regression on environment metrics predicts."""
+    """The metric regression is added to the critics' predictions."""
     difference_baseline: bool = False
-    """Regressions on no-op counterfactuals give a difference baseline."""
+    """A difference baseline from no-op counterfactuals is subtracted."""
 
     @classmethod
     def of(cls, config: Config, agents: Sequence[str]) -> Blueprint:
-        """The blueprint of a recipe for an environment's agents. Raises ConfigError where servers play all of them."""
+        """The blueprint of a recipe for an environment's agents. Raises ConfigError if all of them are on servers."""
         team = config.team
         remote = tuple(agent for agent in agents if agent in team.remote)
         models = {agent: team.models.get(agent, team.model) for agent in agents if agent not in remote}
@@ -165,7 +166,7 @@ class Blueprint:
     def around(
         cls, config: Config, agents: Iterable[str], policies: Iterable[PolicySpec], *, remote: tuple[str, ...] = ()
     ) -> Blueprint:
-        """The same around policies that are decided already, such as those of a loaded team."""
+        """The blueprint with given policies, such as those of a loaded team."""
         agents, policies = tuple(agents), tuple(policies)
         if not agents:
             raise ConfigError(
@@ -197,12 +198,12 @@ class Blueprint:
         return {**policies, **critics}
 
     def policy_of(self, agent: str) -> PolicySpec:
-        """The policy that answers for an agent. Raises KeyError where none does."""
+        """The policy of an agent. Raises KeyError if it has none."""
         return _owners(self.policies)[agent]
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        """Each policy and critic in exactly one, in the order of policies, then of critics that share with none of them."""
+        """Each policy and critic is in exactly one unit. Ordered by policies, then by critics that share with no policy."""
         keys: dict[str, BaseSpec | str] = {policy.name: policy.base or policy.weights_name for policy in self.policies}
         owners = {
             critic.name: keys[critic.policy] if critic.body in ("policy", "adapter") else critic.weights_name
@@ -220,7 +221,7 @@ class Blueprint:
 
     @property
     def checkpoint_names(self) -> tuple[str, ...]:
-        """Names of the weights and optimizers in a checkpoint, without endings; regressions have names of their own."""
+        """File names, without extension, of weights and optimizers in a checkpoint; regressions are not included."""
         trained: list[PolicySpec | CriticSpec] = [*self.policies, *self.critics]
         return tuple(dict.fromkeys(name for spec in trained for name in (spec.weights_name, spec.optimizer_name)))
 
@@ -228,10 +229,13 @@ class Blueprint:
 def policies_of(
     models: Mapping[str, str], *, lora: LoraSettings | None = None, shared: bool = False, compute: str = "float32"
 ) -> tuple[PolicySpec, ...]:
-    """The policies of a team: agent -> what it starts from.
+    """The policies of a team.
 
-    lora: agents (those that it names, or all) are adapters. shared: agents that start alike have one policy between them.
-    compute: number format of the bases of new adapters.
+    Args:
+        models: agent -> initial model.
+        lora: train adapters, for the agents that it names or for all.
+        shared: agents with the same initial model share one policy.
+        compute: number format of the bases of new adapters.
     """
     found: dict[object, PolicySpec] = {}
     for agent, model in models.items():
@@ -245,12 +249,12 @@ def policies_of(
 
 
 def whole_model_rate(model: str) -> float:
-    """The learning rate of a whole model where the settings give none: the tiny one stands a rate that breaks a large one."""
+    """Default learning rate of a whole model: 5e-4 for "tiny", 5e-6 for any other, which the higher rate would destabilize."""
     return 5e-4 if resolve(model) == resolve("tiny") else 5e-6
 
 
 def base_of(model: str, lora: LoraSettings | None, compute: str) -> BaseSpec | None:
-    """What a policy that starts from `model` sits on: None for a whole model. An adapter's folder names its base itself."""
+    """The base of a policy with this initial model; None for a whole model. A PEFT folder names its base."""
     if is_adapter(model):
         return BaseSpec(resolve(base_named_by(model)), "float32" if lora is None else compute)
     return None if lora is None else BaseSpec(resolve(model), compute)
@@ -262,7 +266,7 @@ def saved_policies(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _owners(policies: Iterable[PolicySpec]) -> dict[str, PolicySpec]:
-    """Agent -> the policy that answers for it."""
+    """Agent -> its policy."""
     return {agent: policy for policy in policies for agent in policy.agents}
 
 

@@ -1,11 +1,11 @@
-"""The only owner of chat templates: turns an agent's history into token ids, safely.
+"""Chat templates: the only module that converts an agent's history to token ids.
 
-Three promises. Texts from worlds and agents are encoded with special tokens disabled, so no message can forge a chat turn.
-An answer that was sampled keeps its sampled ids; text is never re-tokenized. And what the template adds around a message
-does not depend on the message, so a growing chat is a growing prefix wherever the template allows one.
+Three guarantees. Texts from environments and agents are encoded with special tokens disabled, so a message cannot forge a chat
+turn. A sampled answer keeps its sampled ids and is not re-tokenized. The template's text around a message does not depend on
+the message, so a growing chat is a growing prefix wherever the template allows one.
 
-Templates of thinking models drop the thoughts of earlier answers. What such a template does is tried out once, and then done
-to the sampled ids; a later prompt does not begin with an earlier one then, and each such turn becomes a sequence of its own.
+Templates of thinking models drop the thoughts of earlier answers. The effect of such a template is measured once and then
+applied to the sampled ids. A later prompt then does not begin with an earlier one, and each such turn is a separate sequence.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ from collm.types import Ids, Message
 _OPEN, _CLOSE = "\ue000", "\ue001"
 THOUGHT_END = "</think>"
 _DAY = datetime.datetime(2025, 1, 1)
-"""What templates that state today's date are told, so that a run does not depend on the day."""
+"""The date for templates that contain today's date, so that a run does not depend on the day."""
 
 
 class Chat:
     """Renders histories with one tokenizer's chat template.
 
     Example: Chat(tokenizer).encode((Message("user", "Name a colour"),)) -> array([0, 17, 31, 3, 1], dtype=int32), the ids up to
-    and including the mark after which the model answers. keep_thoughts: whatever the template does, as critics want it.
+    and including the mark after which the model answers.
+    Args: stop_ids: ids that end an answer, beside the tokenizer's end of text. max_positions: maximum length of a sequence, in
+    tokens. keep_thoughts: keep thoughts of earlier answers
+    even if the template drops them, for critics.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class Chat:
         return cls(load_pretrained(AutoTokenizer, source), stop_ids_of(source, config), max_positions=max_positions_of(config))
 
     def encode(self, messages: Sequence[Message], *, answer: bool = True) -> Ids:
-        """Token ids of a history; with `answer`, up to the mark after which the model is to answer."""
+        """Token ids (L,) of a history; with `answer`, up to the mark after which the model is to answer."""
         frames = self._frames(tuple(message.role for message in messages), answer)
         newest = max((i for i, message in enumerate(messages) if message.role == "user"), default=0)
         ids: list[int] = list(self._markup(frames[0]))
@@ -77,15 +80,15 @@ class Chat:
             said = self._earlier(message) if message.role == "assistant" and i < newest else self._said(message)
             ids.extend(said)
             if message.token_ids is not None and said and said[-1] in self.stop_ids and said[-1] in following:
-                following = following[following.index(said[-1]) + 1 :]  # the end mark was sampled: not a second time
+                following = following[following.index(said[-1]) + 1 :]  # the end mark was sampled already
             ids.extend(following)
         return np.asarray(ids, dtype=np.int32)
 
     @cached_property
     def instead_of_thoughts(self) -> str | None:
-        """What the template puts where an earlier answer's thoughts stood; None if it leaves them where they are.
+        """The template's replacement for the thoughts of an earlier answer; None if it keeps the thoughts.
 
-        Where it keeps the line breaks that follow thoughts, these are named.
+        It includes the line breaks after thoughts if the template keeps those.
         """
         if self.keep_thoughts:
             return None
@@ -99,7 +102,7 @@ class Chat:
 
     @cached_property
     def grows(self) -> bool:
-        """Whether each prompt begins with the prompt and the answer before it, so that one sequence holds all turns."""
+        """Whether each prompt begins with the previous prompt and answer, so that one sequence holds all turns."""
         for text in ("a", f"<think>\nt\n{THOUGHT_END}\n\na"):
             asked = Message("user", "q")
             answered = np.concatenate([self.encode((asked,)), self.text_ids(text)])
@@ -112,7 +115,7 @@ class Chat:
         return list(self._plain(message.text)) if message.token_ids is None else message.token_ids.tolist()
 
     def _earlier(self, message: Message) -> list[int]:
-        """A former answer as later prompts show it: without its thoughts, if the template drops them."""
+        """Ids of an earlier answer in later prompts: without its thoughts if the template drops them."""
         instead = self.instead_of_thoughts if THOUGHT_END in message.text else None
         if instead is None:
             return self._said(message)
@@ -120,16 +123,16 @@ class Chat:
         if instead.strip("\n") or not instead:
             answer = answer.lstrip("\n")
         else:
-            instead = ""  # it leaves the line breaks: so do we
+            instead = ""  # the line breaks stay in the answer
         said = self._said(message)
         end = said[-1:] if message.token_ids is not None and said and said[-1] in self.stop_ids else []
         kept = self._tail_that_reads(said[: len(said) - len(end)], answer)
         return [*self._markup(instead), *(self._plain(answer) if kept is None else kept), *end]
 
     def _tail_that_reads(self, ids: list[int], text: str) -> list[int] | None:
-        """The last ids of a list that decode to `text`; None if no cut between two ids falls where the text begins."""
+        """The last ids of a list that decode to `text`; None if the text does not begin at a boundary between two ids."""
         low, high = 0, len(ids)
-        while low < high:  # the shorter the tail, the shorter its text, but for bytes of a character that is cut in two
+        while low < high:  # a shorter tail has a shorter text, except at a character whose bytes are split
             middle = (low + high) // 2
             if len(self.decode(ids[middle:])) > len(text):
                 low = middle + 1
@@ -139,7 +142,7 @@ class Chat:
         return next((ids[cut:] for cut in near if self.decode(ids[cut:]) == text), None)
 
     def text_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of a text from a world or an agent, in which nothing is special."""
+        """Ids of a text from an environment or an agent, without special tokens."""
         return self._plain(text)
 
     def decode(self, ids: Any) -> str:
@@ -147,12 +150,12 @@ class Chat:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def forget(self) -> None:
-        """Drop what is remembered of texts encoded before; for processes that live long and read what strangers write."""
+        """Clear the caches of encoded texts, for long-lived processes that read untrusted texts."""
         for memory in (self._plain, self._markup, self._frames):
             memory.cache_clear()
 
     def _encode_plain(self, text: str) -> tuple[int, ...]:
-        text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no text
+        text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be encoded
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return tuple(encoded["input_ids"])
 
@@ -160,7 +163,7 @@ class Chat:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _render_frames(self, roles: tuple[str, ...], answer: bool) -> list[str]:
-        """What the template puts before, between and after messages of these roles: len(roles) + 1 texts."""
+        """The template's texts before, between and after messages of these roles: len(roles) + 1 texts."""
         marks = [f"{_OPEN}{index}{_CLOSE}" for index in range(len(roles))]
         rendered = self._render(roles, marks, answer)
         if any(rendered.count(mark) != 1 for mark in marks) or sorted(marks, key=rendered.index) != marks:
@@ -177,7 +180,7 @@ class Chat:
             rendered = self.tokenizer.apply_chat_template(
                 chat, tokenize=False, add_generation_prompt=answer, strftime_now=_DAY.strftime
             )
-        except Exception as error:  # a template is a program of whoever made the model
+        except Exception as error:  # a template is an untrusted program
             raise self._refused(roles, f"fails: {error}") from error
         return str(rendered)
 

@@ -1,8 +1,8 @@
-"""A critic: a language model's body that reads a view of an episode, and a head that says what return is to be expected.
+"""A critic: a language model's body that reads the histories of some agents, and a head that predicts the return.
 
-What it reads is a chat like any agent's: at each turn a message with the observations in its view, then one with the
-answers. V(h_t) is read where the model would begin to answer; Q(h_t, a_t) at the last token of the answers. One pass over
-the longest text that fits yields the values of all turns, since attention is causal.
+Its input is a chat: for each turn a message with the observations of these agents and a message with their answers. V(h_t) is
+computed at the position where the model would begin to answer, Q(h_t, a_t) at the last token of the answers. Since attention
+is causal, one forward pass yields the values of all turns.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from collm.types import Episode, Ids, Message
 
 
 class ValueHead(nn.Module):
-    """A linear map from a hidden state to an expected return, in units of reward. It expects 0 until it is taught.
+    """A linear map from a hidden state to a predicted return. It predicts 0 until it is trained.
 
-    With target normalization the map predicts in units of the targets' deviation, and is corrected whenever that changes so
-    that its predictions stay the same (PopArt, arXiv:1602.07714).
+    With target normalization the map predicts in units of the targets' standard deviation. When mean or deviation change, the
+    map is corrected so that its predictions stay the same. Source: PopArt, arXiv:1602.07714.
     """
 
     mean: Tensor
@@ -41,13 +41,13 @@ class ValueHead(nn.Module):
         self.moments = RunningMoments()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Values (...) of hidden states (..., D)."""
+        """Values (...), in units of return, of hidden states (..., D)."""
         normalized = hidden.float() @ self.weight + self.bias
         return normalized * self.deviation.to(normalized) + self.mean.to(normalized)
 
     @torch.no_grad()
     def rescale(self, targets: Tensor) -> None:
-        """Follow the targets' mean and deviation without changing a single prediction."""
+        """Update mean and deviation from targets (S,), in units of return, without changing any prediction."""
         if not len(targets):
             return
         self.moments.update(targets)
@@ -68,14 +68,16 @@ class ValueHead(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a critic reads before it judges: ids (L,), and how many turns had to be cut from the front to fit."""
+    """The input of a critic for one value."""
 
     ids: Ids
+    """(L,) token ids; the value is computed at the last one."""
     cut: int
+    """Number of oldest turns that were cut to fit."""
 
 
 class Critic(nn.Module):
-    """Reads text with its own tokenizer and judges it. Vocabulary logits are never computed."""
+    """A language model's body with a value head and its own tokenizer. Vocabulary logits are not computed."""
 
     def __init__(self, body: Any, tokenizer: Any, *, max_tokens: int = 8192, compute: str = "float32"):
         super().__init__()
@@ -88,7 +90,7 @@ class Critic(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str, *, max_tokens: int = 8192, compute: str = "float32", device: Any = "cpu") -> Critic:
-        """A critic on the body of a pretrained language model. Raises ConfigError where it cannot be loaded."""
+        """A critic on the body of a pretrained language model. Raises ConfigError if it cannot be loaded."""
         tokenizer = load_pretrained(AutoTokenizer, source)
         body = load_pretrained(AutoModel, source, dtype=torch.float32)
         return cls(body, tokenizer, max_tokens=max_tokens, compute=compute).to(device)
@@ -112,12 +114,16 @@ class Critic(nn.Module):
         newest_only: bool = False,
         answers: Mapping[str, str] | None = None,
     ) -> Reading:
-        """What the critic reads to judge turn `turn` (len(episode.turns) names the history after the last).
+        """The critic's input for turn `turn`; len(episode.turns) is the history after the last turn.
 
-        agents: whose texts lie in the view. state: show the world's privileged state too. newest_only: earlier turns are no
-        part of a history (rollout.history="newest"). answers: for Q, what the agents
-        answer at this turn. Too long a history loses its oldest turns first; too long a single turn keeps an equal share
-        of every text's end.
+        If the history is too long, the oldest turns are cut first. If a single turn is too long, every text keeps an equal
+        number of tokens at its end.
+
+        Args:
+            agents: agents whose texts are read.
+            state: include the environment's privileged state.
+            newest_only: without earlier turns (rollout.history="newest").
+            answers: for Q, agent -> its answer at this turn.
         """
         earlier = [
             (self._observed(episode, t, agents, state), self._answered(episode.turns[t].completions, agents))
@@ -142,7 +148,7 @@ class Critic(nn.Module):
             if final is not None:
                 final = self._joined({agent: self._tail(text, share) for agent, text in said.items()}, len(agents))
             ids = self._encode([], newest, final)
-            if len(ids) <= self.max_tokens or share == 0:  # cut texts may tokenize a little longer than they did whole
+            if len(ids) <= self.max_tokens or share == 0:  # a cut text may have more tokens than it had within the whole
                 return Reading(ids[-self.max_tokens :], turn + 1)
             share = share * 9 // 10
 
@@ -169,7 +175,7 @@ class Critic(nn.Module):
         return self._joined({agent: completions[agent].text for agent in agents if agent in completions}, len(agents))
 
     def _joined(self, texts: Mapping[str, str], num: int) -> str:
-        """One text alone as it is; several, each under its agent's name."""
+        """A single text unchanged; several texts, each after its agent's name."""
         if num == 1:
             return "".join(texts.values())
         return "\n".join(f"{name}: {text}" for name, text in texts.items())

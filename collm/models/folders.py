@@ -1,6 +1,6 @@
-"""Model folders come from strangers: what a folder holds is checked before anything is built from it or memory is taken.
+"""Checks model folders, which are untrusted, before a model is built or memory is allocated.
 
-Nothing here runs code of the folder. Sizes are those in the headers of its safetensors files, which must agree with its config.
+No code of the folder is run. Sizes are read from the headers of its safetensors files, which must agree with its config.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ BYTES = {
 }  # fmt: skip
 FLOATING = ("F64", "F32", "F16", "BF16")
 TEMPLATE_SECONDS, TEMPLATE_MEMORY = 2, 1 << 30
-"""What a chat template may take to render six short messages, in a process of its own."""
+"""Limits, in seconds and bytes, for rendering a chat template with up to five short messages in a separate process."""
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raises ValueError for a tokenizer that is damaged, or has a chat template that would not end or fills memory."""
+    """Raises ValueError if a tokenizer is damaged, or its chat template exceeds the limits of time or memory."""
     if os.path.lexists(folder / CONFIG):
         _config(folder)
     values: dict[str, Any] = {}
@@ -46,7 +46,7 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """Raises ValueError where the config and the safetensors files of a model folder do not belong together."""
+    """Raises ValueError if the config and the safetensors files of a model folder do not match."""
     config, shapes = _config(folder), tensors(folder)
     layers = max((int(v) for k, v in _walk(config) if k in LAYERS and isinstance(v, int)), default=0)
     if layers > len(shapes):
@@ -57,7 +57,7 @@ def check_weights(folder: Path) -> None:
 
 
 def _parameters(folder: Path) -> int:
-    """How many weights a causal language model of this config has; it is built without memory for them."""
+    """Number of parameters of a causal language model with this config, built on the meta device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -68,7 +68,7 @@ def _parameters(folder: Path) -> int:
 
 
 def tensors(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each tensor in a folder's safetensors files. Raises ValueError for none, or a damaged one."""
+    """Name -> shape of each tensor in a folder's safetensors files. Raises ValueError if there is none or one is damaged."""
     files = [SINGLE]
     if not os.path.lexists(folder / SINGLE):
         if not os.path.lexists(folder / INDEX):
@@ -89,7 +89,7 @@ def tensors(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes in one safetensors file, whose header must describe the file to its last byte."""
+    """Name -> shape of each tensor in one safetensors file, after its header is compared with the file's size."""
     size = _size(path)
     with path.open("rb") as file:
         start = file.read(8)
@@ -116,7 +116,7 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _try(template: str) -> None:
-    """Render a chat template in a process with limits: one that loops or multiplies texts would end this one."""
+    """Render a chat template in a separate process with limits, since it may loop or fill memory."""
     if len(template) > LARGEST_TEMPLATE:
         raise ValueError(f"its chat template has {len(template):,} characters, more than {LARGEST_TEMPLATE:,}.")
     try:
@@ -152,7 +152,7 @@ except MemoryError:
 except Exception:
     pass
 """
-"""What fails in another way is told by the tokenizer itself, in the first prompt."""
+"""Other failures of a template are raised by the tokenizer at the first prompt."""
 
 
 def _walk(value: Any, name: str = "") -> list[tuple[str, Any]]:

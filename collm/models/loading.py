@@ -1,4 +1,4 @@
-"""Loading pretrained models and tokenizers, with errors that name the way out."""
+"""Loads pretrained models and tokenizers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ transformers_logging.disable_progress_bar()
 
 
 def load_pretrained(auto_class: Any, source: str, **options: Any) -> Any:
-    """`auto_class.from_pretrained(source)`, with an error that names the setting's value and the way out.
+    """`auto_class.from_pretrained(source)`; every failure is a ConfigError with value, reason and way out.
 
-    Code that lies beside the weights is never run, and weights are safetensors: nothing pickled is loaded. A local folder is
-    checked before anything is built from it; whatever a folder makes the libraries raise is a ConfigError.
+    Code beside the weights is not run, and only safetensors are loaded, no pickles. A local folder is checked before a model is
+    built from it.
     """
     place, is_model = resolve(source), not issubclass(auto_class, (AutoTokenizer, AutoConfig))
     try:
@@ -68,7 +68,7 @@ def max_positions_of(config: Any) -> int:
 
 
 def _check_loaded(model: Any, about: dict[str, Any]) -> None:
-    """Raises ValueError where weights were missing, and made up instead, or are not finite numbers."""
+    """Raises ValueError if weights were missing, and so initialized at random, or are not finite."""
     missing = sorted(map(str, about.get("missing_keys") or ()))
     if missing:
         raise ValueError(f"its files lack {len(missing)} of its tensors, such as {missing[0]!r}.")

@@ -1,4 +1,4 @@
-"""A policy: a causal language model that answers an agent's own history, with its tokenizer and chat template."""
+"""A policy: a causal language model with its tokenizer and chat template, which answers an agent's own history."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from collm.settings.rooms import LoraSettings
 from collm.types import Sampling
 
 LOGITS_AT_ONCE = 1 << 25
-"""Numbers in one chunk of logits; a longer batch is scored chunk by chunk, each recomputed in the backward pass."""
+"""Maximum number of logits (K V) in one chunk; larger batches are scored in chunks that the backward pass recomputes."""
 
 
 def compute_in(dtype: str, device: torch.device) -> AbstractContextManager:
-    """Autocast to bfloat16 where asked; weights and optimizer state stay float32 in every case."""
+    """Autocast to bfloat16 for dtype "bfloat16"; weights and optimizer state stay float32."""
     if dtype == "bfloat16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
@@ -38,8 +38,11 @@ def compute_in(dtype: str, device: torch.device) -> AbstractContextManager:
 class Policy:
     """One model and its tokenizer. Several agents may share one policy.
 
-    A whole model is float32, an adapter too, and what it sits on keeps its format; `compute` names the number format of
-    matrix products ("float32" or "bfloat16"). source: where the whole model, or the adapter's base, came from.
+    Whole models and adapters are float32; an adapter's base keeps its format.
+
+    Args:
+        compute: number format of matrix products, "float32" or "bfloat16".
+        source: origin of the whole model, or of the adapter's base.
     """
 
     def __init__(
@@ -78,8 +81,11 @@ class Policy:
     ) -> Policy:
         """Load a Hugging Face folder or hub name, or "tiny"; a PEFT folder is loaded with the base that it names.
 
-        lora: make a new adapter on the model instead of training all of it; its numbers follow from `seed`. bases: those in
-        memory, to be shared and added to. Raises ConfigError where the model cannot be loaded.
+        Raises ConfigError if the model cannot be loaded.
+
+        Args:
+            lora: add a new adapter to the model, initialized from `seed`, instead of training the whole model.
+            bases: bases in memory, which are shared; a new base is added.
         """
         spec = base_of(source, lora, compute)
         if spec is None:
@@ -99,7 +105,7 @@ class Policy:
 
     @property
     def max_positions(self) -> int:
-        """The longest sequence, in tokens, that the model was made for."""
+        """Maximum length of a sequence, in tokens, by the model's config."""
         return self.chat.max_positions
 
     @property
@@ -114,7 +120,7 @@ class Policy:
 
     @property
     def trained(self) -> nn.Module:
-        """What training changes and a checkpoint keeps: the whole model, or the adapter alone."""
+        """The module that is trained and saved: the whole model, or the adapter alone."""
         return self.adapter or self.model
 
     def hidden(self, ids_BL: Tensor) -> Tensor:
@@ -144,14 +150,14 @@ class Policy:
         return torch.cat(parts)
 
     def frozen_copy(self) -> Policy:
-        """The policy as it is now, never to be trained: a reference for KL penalties. An adapter's has the same base."""
+        """A frozen copy of the policy, the reference of KL penalties; that of an adapter has the same base."""
         if self.adapter is None:
             return Policy(copy.deepcopy(self.model).requires_grad_(False), self.tokenizer, compute=self.compute)
         frozen = self.adapter.base.frozen_copy(self.adapter)
         return Policy(self.model, self.tokenizer, compute=self.compute, adapter=frozen, source=self.source)
 
     def save(self, folder: Path) -> None:
-        """Write an ordinary Hugging Face folder: model or PEFT adapter, tokenizer and chat template."""
+        """Write a Hugging Face folder: model or PEFT adapter, tokenizer and chat template."""
         if self.adapter is None:
             self.model.save_pretrained(folder)
         else:
@@ -161,10 +167,10 @@ class Policy:
 
 
 def spell_as_before(folder: Path) -> None:
-    """Name what transformers 5 renamed as transformers 4 reads it, too: `rope_theta` at top level, and the tokenizer's class.
+    """Add the names that transformers 4 reads to files of transformers 5: top-level `rope_theta`, and the tokenizer's class.
 
-    Without it version 4 takes the family's default for `rope_theta` in silence. Scaled rotary positions keep version 5's
-    spelling alone.
+    Without it, version 4 uses the family's default `rope_theta` without a warning. Scaled rotary positions have version 5's
+    names only.
     """
     path = folder / "config.json"
     if path.is_file():
@@ -180,17 +186,17 @@ def spell_as_before(folder: Path) -> None:
 
 
 def shaped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """What some families do to logits after the vocabulary head: a constant factor (Cohere, Granite), a soft limit (Gemma)."""
+    """Logits after a family's constant factor (Cohere, Granite) and soft limit c tanh(x / c) (Gemma)."""
     logits = logits if scale == 1 else logits * scale
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
 @torch.no_grad()
 def logit_rule(model: Any) -> tuple[float, float | None]:
-    """(scale, softcap) with which the vocabulary head's output becomes the model's own logits, as a few tried tokens confirm.
+    """(scale, softcap) of `shaped` that reproduce the model's logits from its vocabulary head, confirmed on a few tokens.
 
-    Families spell the factor differently, and one name stands for opposite things (Granite divides by `logits_scaling`,
-    HyperCLOVA X multiplies), so each reading of the config is held to the model. Raises ConfigError where none fits.
+    Families name the factor differently, and one name has opposite meanings (Granite divides by `logits_scaling`, HyperCLOVA X
+    multiplies), so each candidate is compared with the model's output. Raises ConfigError if none fits.
     """
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)

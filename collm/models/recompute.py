@@ -1,7 +1,7 @@
-"""Gradient checkpointing: layers whose inner results are not kept but computed again in the backward pass.
+"""Gradient checkpointing: activations inside layers are recomputed in the backward pass instead of kept.
 
-It saves most of the memory of a forward pass that is to be trained on and costs one more forward pass; the numbers are the
-same. transformers' own switch is not used, since it works in training mode alone, which would switch dropout on.
+It saves most of the activation memory and costs one more forward pass; the numbers are the same. The switch of transformers is
+not used, since it works in training mode only, which enables dropout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collm.models.adapters import Adapter
 
 
 class _Recomputed(nn.Module):
-    """Mixed into a layer's class. again: makes the context in which a pass that begins now can be repeated later."""
+    """Mixed into a layer's class. again: returns the context for repeating the present pass later."""
 
     again: Callable[[], AbstractContextManager[None]] = staticmethod(nullcontext)
 
@@ -39,7 +39,7 @@ def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def recompute_layers(body: Any) -> None:
-    """Switch gradient checkpointing on for a model's body, or for the base of an adapter (once for all adapters on it)."""
+    """Enable gradient checkpointing for a model's body, or for the base of an adapter (once for all adapters on it)."""
     model = body.base.body if isinstance(body, Adapter) else body
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:

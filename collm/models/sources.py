@@ -1,4 +1,4 @@
-"""Where models come from, read without loading them: Hugging Face folders, hub names, or the package's own. No torch."""
+"""Resolves names of models (Hugging Face folders, hub names, "tiny") without loading them. Without torch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 
 
 def resolve(source: str) -> str:
-    """A model's folder, as an absolute path, or its hub name; "tiny" is the model that the package ships."""
+    """The absolute path of a model's folder, or its hub name; "tiny" is the model that the package ships."""
     if source == "tiny":
         return str(TINY)
     return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
 def is_adapter(source: str | Path) -> bool:
-    """Whether this is a folder that holds a PEFT adapter rather than a whole model."""
+    """Whether this is the folder of a PEFT adapter."""
     return (Path(source) / ADAPTER_CONFIG).is_file()
 
 
 def base_named_by(folder: str) -> str:
-    """The model that an adapter's folder says it belongs to. Raises ConfigError where it names none."""
+    """The base model that an adapter's folder names. Raises ConfigError if it names none."""
     try:
         base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
         if not isinstance(base, str) or not base:

@@ -15,7 +15,7 @@ from collm.settings.rooms import LoraSettings
 
 
 class Team:
-    """Which policy answers for which agent. Agents that hold the same `Policy` object share its weights.
+    """Ordered agents and their policies. Agents with the same `Policy` object share its weights.
 
     Example: Team.from_pretrained({"aux": "Qwen/Qwen3-1.7B", "main": "Qwen/Qwen3-1.7B"}, lora=LoraSettings(rank=16))
     """
@@ -36,10 +36,13 @@ class Team:
         compute: str = "float32",
         device: str | torch.device = "cpu",
     ) -> Team:
-        """One model per agent: Hugging Face folders or hub names, or "tiny". Who shares what: `blueprint.policies_of`.
+        """Load one model per agent; `blueprint.policies_of` decides which agents share parameters.
 
-        lora: agents (those that it names, or all) are adapters, and adapters of one model share one copy of it in memory.
-        shared: agents that start alike get one policy between them. seed: decides what new adapters begin with.
+        Args:
+            models: agent -> Hugging Face folder, hub name, or "tiny".
+            lora: train adapters, for the agents that it names or for all; adapters of one model share one base in memory.
+            shared: agents with the same initial model share one policy.
+            seed: determines the initial weights of new adapters.
         """
         bases: dict[BaseSpec, Base] = {}
         loaded: dict[str, Policy] = {}
@@ -55,7 +58,7 @@ class Team:
         return tuple(self.policies)
 
     def members(self) -> dict[str, Policy]:
-        """Each distinct policy once, under the name of the first agent that it answers for."""
+        """Each distinct policy once, under the name of its first agent."""
         members: dict[str, Policy] = {}
         for agent, policy in self.policies.items():
             if not any(policy is known for known in members.values()):
@@ -64,7 +67,7 @@ class Team:
 
     @property
     def specs(self) -> tuple[PolicySpec, ...]:
-        """Its policies as the blueprint has them."""
+        """The entries of its policies in the blueprint."""
         return tuple(
             PolicySpec(
                 tuple(agent for agent, other in self.policies.items() if other is policy),
@@ -75,6 +78,6 @@ class Team:
         )
 
     def save(self, folder: Path) -> None:
-        """One ordinary Hugging Face folder per agent, named after it."""
+        """Write one Hugging Face folder per agent, named after it."""
         for agent, policy in self.policies.items():
             policy.save(folder / agent)

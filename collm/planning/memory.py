@@ -85,7 +85,7 @@ class Plan:
         return self.work.joint_actions * len(self.work.agents) * self.work.answer
 
     @property
-    def imagined_turns(self) -> int:
+    def replayed_turns(self) -> int:
         """Environment turns replayed for difference baselines in one iteration, at most: `rollout.replay.replay_without`."""
         agents, turns = len(self.work.agents), self.work.turns
         if not self.blueprint.difference_baseline or agents == 1:
@@ -106,7 +106,7 @@ class Plan:
             "phases": {phase.name: {name: round(size) for name, size in phase.parts.items()} for phase in self.phases},
             "iterations": iterations,
             "joint_actions": iterations * self.work.joint_actions,
-            "imagined_turns_at_most": iterations * self.imagined_turns,
+            "replayed_turns_at_most": iterations * self.replayed_turns,
             "generated_tokens_at_most": iterations * self.generated_tokens,
             "update_tokens_at_most": round(iterations * self.update_tokens),
             "prompt_tokens": {agent: list(counts) for agent, counts in self.work.prompts.items()},

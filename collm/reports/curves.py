@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from collm.runs.files import replacing
 from collm.runs.open import Run
-from collm.studies.series import explained_by_turn, held_out_curve, yardstick_by_turn
+from collm.studies.series import ceiling_by_turn, explained_by_turn, held_out_curve
 
 COLOURS = ("#2f6fb7", "#d9732b", "#3a9157", "#b5446e", "#7b5bb0", "#8a6d3b", "#3f9aa8", "#6b6f76")
 FLOOR = -1.0
@@ -22,13 +22,13 @@ FLOOR = -1.0
 @rc_context({"text.parse_math": False})  # a name may hold $
 def draw_curves(runs: Sequence[Run], path: Path) -> Path:
     """Raw reward in training and on held-out tasks against joint actions; below, explained variance by turn, per run, dotted
-    what a regression on the world's own numbers explains.
+    the metric ceiling: what a regression on environment metrics explains.
 
     The band around a held-out curve is its 95 % interval over tasks. Raises RunError or SaveError.
     """
     names = run_names(runs)
     judged = {name: turns for name, run in zip(names, runs, strict=True) if (turns := explained_by_turn(run))}
-    yardsticks = {name: yardstick_by_turn(run) for name, run in zip(names, runs, strict=True)}
+    ceilings = {name: ceiling_by_turn(run) for name, run in zip(names, runs, strict=True)}
     rows = (len(judged) + 1) // 2
     figure = Figure(figsize=(8, 4 + 2.4 * rows), dpi=150, layout="constrained")
     grid = figure.add_gridspec(1 + rows, 2, height_ratios=[4, *[2.4] * rows])
@@ -44,8 +44,8 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
         shades = colormaps["viridis"](np.linspace(0, 0.85, len(turns)))
         for (turn, (x, y)), shade in zip(turns.items(), shades, strict=True):
             below.plot(x, y, color=shade, linewidth=1.4, label=f"turn {turn + 1}")
-            if turn in yardsticks[name]:
-                below.plot(*yardsticks[name][turn], color=shade, linewidth=0.8, linestyle=":", alpha=0.8)
+            if turn in ceilings[name]:
+                below.plot(*ceilings[name][turn], color=shade, linewidth=0.8, linestyle=":", alpha=0.8)
         lowest = min(np.nanmin(y, initial=-0.25) for _, y in turns.values())
         below.set_ylim(max(FLOOR, lowest), 1)
         below.axhline(0, color="#9aa0a6", linewidth=0.8)

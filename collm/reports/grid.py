@@ -88,20 +88,20 @@ def _results(grid: Grid, task: str, lines: Sequence[Line], digits: int, measures
 
 
 def _critics(task: str, lines: Sequence[Line], digits: int) -> list[Group]:
-    """What the critics explain before each turn beside the yardstick; nothing where no method has a critic."""
+    """What the critics explain before each turn beside the metric ceiling; nothing where no method has a critic."""
     judged = [line for line in lines if line.explained]
     if not judged:
         return []
     turns = sorted({turn for line in judged for turn in line.explained})
     table = table_of("method", "", "variance", *(f"before turn {turn + 1}" for turn in turns))
     for line in judged:
-        for name, shares in (("critic", line.explained), ("yardstick", line.yardstick)):
+        for name, shares in (("critic", line.explained), ("ceiling", line.ceiling)):
             if shares:
                 kind = line.results[0].judged
                 table.add_row(Text(line.method), name, kind, *(spread(shares[t], digits) if t in shares else "" for t in turns))
     note = (
-        "share of the return's variance, on episodes not yet trained on, second half of training, over seeds; yardstick: what "
-        "a regression on the world's own numbers explains within tasks, over recent iterations, its own fit allowed for"
+        "share of the return's variance, on episodes not yet trained on, second half of training, over seeds; ceiling: what "
+        "a regression on the environment metrics explains within tasks, over recent iterations, its own fit allowed for"
     )
     return [framed(f"{task}: what the critics explain", table, [note])]
 

@@ -18,7 +18,7 @@ from collm.runs.open import Run
 from collm.runs.read import Record, read_episodes
 from collm.studies.before_after import before_after
 from collm.studies.intervals import Interval
-from collm.studies.series import explained_by_turn, held_out_curve, yardstick_by_turn
+from collm.studies.series import ceiling_by_turn, explained_by_turn, held_out_curve
 
 EPISODES = 24
 """Episodes of one evaluation that a page holds: the worst, the best, and evenly spaced ones between."""
@@ -63,12 +63,12 @@ def flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 def _run(name: str, run: Run, colour: str) -> Record:
     at, rewards = held_out_curve(run)
     training = [(r["joint_actions"], r["reward/raw"]) for r in run.metrics if r.get("reward/raw") is not None]
-    explained, yardstick = (
+    explained, ceiling = (
         {
             f"turn {turn + 1}": [[x, y if math.isfinite(y) else None] for x, y in zip(*map(list, points), strict=True)]
             for turn, points in curves.items()
         }
-        for curves in (explained_by_turn(run), yardstick_by_turn(run))
+        for curves in (explained_by_turn(run), ceiling_by_turn(run))
     )
     try:
         comparison = before_after(run)
@@ -93,7 +93,7 @@ def _run(name: str, run: Run, colour: str) -> Record:
         "held_out": [[x, r.mean, r.low, r.high] for x, r in zip(at, rewards, strict=True)],
         "training": [list(point) for point in training],
         "explained": explained,
-        "yardstick": yardstick,
+        "ceiling": ceiling,
         "sets": _episode_sets(run),
     }
 

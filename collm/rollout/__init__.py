@@ -1,1 +1,1 @@
-"""How episodes are played."""
+"""Playing episodes: plans, protocols, collection and replay."""

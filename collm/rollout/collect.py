@@ -1,4 +1,4 @@
-"""The one driver: plays any number of episodes of any protocol together, with one engine call per turn.
+"""The one driver: plays any number of episodes together, under any protocol, with one engine call per round of requests.
 
 Training, evaluation and untrained baselines all go through `collect`.
 """
@@ -19,9 +19,12 @@ def collect(
 ) -> list[Group]:
     """Play a group of `plan.group_size` episodes, or one turn tree, of each of `tasks`.
 
-    A group shares its environment's seed. Each answer's random numbers depend on that seed, the sibling, the agent and the turn
-    alone, so the result does not depend on what else is played beside it. Environments whose class has `waits = True` (they
-    wait for a sandbox or a server) are reset and stepped in threads, with the same results.
+    The episodes of a group share the environment's seed. The random numbers of an answer depend on that seed, the sibling, the
+    agent and the turn alone, so the result does not depend on the other episodes that are played at the same time.
+    Environments whose class has `waits = True` (they wait for a sandbox or a server) are reset and stepped in threads, with the
+    same results.
+
+    Args: group_seeds: one seed per task. stop: called between engine calls; raises to leave early.
     """
     if plan.tree:
         plan.check_decentralized()

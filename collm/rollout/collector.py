@@ -1,4 +1,4 @@
-"""The seam between the trainer and whatever plays episodes."""
+"""The interface between the trainer and the code that plays episodes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Collector(Protocol):
     """Plays a plan."""
 
     def play(self, plan: Plan, tasks: Sequence[int], keys: Sequence[int], iteration: int) -> list[Group]:
-        """One group per task; its random numbers follow from its key alone.
+        """Play one group per task; its random numbers follow from its key alone.
 
-        The episodes are complete when they are returned, with the resampled answers and no-op replays that the plan asks for;
-        nobody changes them later. `iteration` says which weights answer.
+        The returned episodes are complete, with the resampled answers and no-op replays of the plan, and are not changed later.
+        iteration: the iteration whose weights answer.
         """
         ...
 

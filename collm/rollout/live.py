@@ -1,4 +1,4 @@
-"""Episodes under way: each is a protocol's generator with the requests that it waits for."""
+"""Episodes in progress: each is a protocol's generator with its open requests."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ from collm.rollout.protocols import PROTOCOLS, Play
 from collm.types import Completion, Episode, Request
 
 THREADS = max(4, min(32, 2 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2 * (os.cpu_count() or 1)))
-"""How many environments that wait are stepped at a time."""
+"""Number of threads for environments that wait for a sandbox or a server."""
 Stop = Callable[[], None]
 """Called between engine calls; raises to leave early."""
 
 
 @dataclass(slots=True)
 class LiveEpisode:
-    """One episode under way: its generator and what it asks for. waits: its environment spends its time waiting, not
-    computing."""
+    """One episode in progress."""
 
     episode: Episode
     play: Play
+    """The protocol's generator."""
     requests: list[Request]
+    """Open requests; empty once the episode is over."""
     started: float
+    """`time.monotonic()` at its creation, in seconds."""
     waits: bool
+    """Its environment waits for a sandbox or a server, so that it is stepped in a thread."""
 
 
 def live_episode(plan: Plan, task: int, seed: int, sibling: int = 0) -> LiveEpisode:
-    """An episode that has not begun, in an environment of its own."""
+    """Create an episode, not yet begun, with a new environment."""
     episode = Episode(task=task, seed=seed, agents=(), sibling=sibling)
     env = plan.env.make(plan.split)
     episode.agents = tuple(env.possible_agents)
@@ -48,7 +51,7 @@ def begin(live: LiveEpisode) -> None:
 
 
 def resume(live: LiveEpisode, completions: list[Completion] | None) -> None:
-    """Hand a live episode its completions and note what it asks for next; nothing, once its episode is over."""
+    """Send completions to a live episode and store its next requests; none if the episode is over."""
     try:
         live.requests = next(live.play) if completions is None else live.play.send(completions)
     except StopIteration:
@@ -61,8 +64,11 @@ def waits(env: Any) -> bool:
 
 
 def each(call: Callable[..., None], items: Sequence[Any], *arguments: Sequence[Any], waiting: bool | None = None) -> None:
-    """`map`: in turn, or in threads where environments wait; by default as the first item, a live episode, says. Of several
-    errors the first item's is raised."""
+    """Call `call` for each item: one after the other, or in threads if environments wait.
+
+    waiting: use threads; default: `waits` of the first item, a live episode. If several calls raise, the first item's error is
+    raised.
+    """
     if len(items) > 1 and (items[0].waits if waiting is None else waiting):
         with ThreadPoolExecutor(min(THREADS, len(items)), thread_name_prefix="collm-env") as pool:
             for _ in pool.map(call, items, *arguments):
@@ -73,8 +79,7 @@ def each(call: Callable[..., None], items: Sequence[Any], *arguments: Sequence[A
 
 
 def _stamped(plan: Plan, live: LiveEpisode) -> list[Request]:
-    """The requests of a live episode with sampling and seed. Every sibling and every branch of a tree has random numbers of
-    its own."""
+    """The requests of a live episode with sampling and seed. Seeds differ between siblings and between branches of a tree."""
     episode = live.episode
     keys = (episode.seed, episode.sibling, ".".join(map(str, episode.path)), len(episode.turns))
 
@@ -87,7 +92,7 @@ def _stamped(plan: Plan, live: LiveEpisode) -> list[Request]:
 
 
 def advance(plan: Plan, engine: Engine, lives: Sequence[LiveEpisode], stop: Stop) -> None:
-    """Answer what every live episode asks for with one engine call, and play on."""
+    """Answer the requests of all live episodes with one engine call, and resume the episodes."""
     stop()
     asked = [_stamped(plan, live) for live in lives]
     answers = iter(engine.generate([request for requests in asked for request in requests]))

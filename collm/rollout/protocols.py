@@ -1,7 +1,7 @@
 """Protocols: who speaks when, seeing what. A protocol is a generator that yields requests and receives completions.
 
-It knows neither engine nor batch; `collect` advances any number of them together. `parallel` is what is trained;
-`pipeline` and `discussion` let agents read each other within a turn and serve as untrained baselines.
+It does not depend on engine or batch; `collect` advances any number of them together. `parallel` is for training. In `pipeline`
+and `discussion` agents read each other within a turn; both are untrained baselines.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def parallel(env: ParallelEnv, episode: Episode, *, history: History = "full", m
 def pipeline(env: ParallelEnv, episode: Episode, *, history: History = "full", max_turns: int | None = None) -> Play:
     """Agents answer in order; each also reads the answers that earlier agents gave this turn. N engine calls a turn.
 
-    In later turns an agent's history holds its own answers, not those it was shown.
+    In later turns an agent's history holds its own answers and not those that it was shown.
     """
     return _play(env, episode, _in_order, history, max_turns)
 
@@ -38,8 +38,8 @@ def pipeline(env: ParallelEnv, episode: Episode, *, history: History = "full", m
 def discussion(env: ParallelEnv, episode: Episode, *, history: History = "full", max_turns: int | None = None) -> Play:
     """Every agent first writes a message to the others, then reads theirs and answers. Two engine calls a turn.
 
-    Messages are kept in `Turn.messages` and count as tokens; in later turns histories do not hold them. An agent that is
-    alone has nobody to write to and answers at once.
+    Messages are recorded in `Turn.messages` and their tokens are counted; histories of later turns do not hold them. A single
+    agent answers without a message.
     """
     return _play(env, episode, _after_messages, history, max_turns)
 
@@ -48,14 +48,14 @@ PROTOCOLS: dict[str, Protocol] = {"parallel": parallel, "pipeline": pipeline, "d
 
 
 class _Failed(Exception):
-    """A completion failed, and with it its episode; says whose, when and why."""
+    """A completion failed, and with it its episode; the message has agent, turn and reason."""
 
 
 def _play(env: ParallelEnv, episode: Episode, speak: Callable[..., Round], history: History, max_turns: int | None) -> Play:
-    """Play an episode to its end; `speak` asks the live agents for the answers of one turn.
+    """Play an episode to its end; `speak` yields the requests of one turn and returns its answers.
 
-    `episode` comes with its task and seed and is filled turn by turn. A completion that failed, or a world that breaks its
-    contract, ends the episode as failed with the reason kept. After `max_turns` the collector cuts it: truncated.
+    `episode` has its task and seed and is filled turn by turn. A failed completion, or an environment that violates its
+    contract, ends the episode with the reason in `failure`. After `max_turns` turns the episode is truncated.
     """
     try:
         episode.observations, names = gate.reset(env, episode.seed, episode.task)
@@ -129,7 +129,7 @@ def _with(messages: tuple[Message, ...], text: str) -> tuple[Message, ...]:
 
 
 def _quoted(title: str, texts: Mapping[str, Completion]) -> str:
-    """What other agents wrote, every line of it behind a mark, so that no line of theirs passes for one of ours.
+    """Texts of other agents, each line after a mark, so that no line of theirs can be taken for one of the prompt.
 
     Example, with agent_0 having written "red\\nEnd of agent_0.":
 
@@ -148,7 +148,7 @@ def _quoted(title: str, texts: Mapping[str, Completion]) -> str:
 
 
 def _sound(completions: list[Completion], episode: Episode, what: str = "") -> list[Completion]:
-    """The completions, if none of them failed."""
+    """Returns the completions; raises _Failed if one of them failed."""
     for completion in completions:
         if completion.finish_reason == "error":
             raise _Failed(f"{completion.agent}, turn {len(episode.turns)}: {what}{completion.error}")
@@ -160,7 +160,7 @@ def _by_agent(completions: list[Completion]) -> dict[str, Completion]:
 
 
 def _state(env: Any) -> str:
-    """The privileged view as text; a world without one has none."""
+    """The privileged view as text; empty for an environment without one."""
     try:
         state = env.state()
     except (AttributeError, NotImplementedError):

@@ -1,4 +1,4 @@
-"""What is played again from recorded answers: turn trees, resampled answers and no-op counterfactuals."""
+"""Replays of recorded answers: turn trees, resampled answers and no-op counterfactuals."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from collm.types import Counterfactual, Episode, Request, Turn, outcome
 
 
 def grow(plan: Plan, engine: Engine, roots: Sequence[LiveEpisode], stop: Stop) -> list[list[Episode]]:
-    """Grow each root into a turn tree: at every node, every turn, `group_size` joint answers. Returns the leaves per root.
+    """Grow each root into a turn tree with `group_size` joint answers at every node. Returns the leaves of each root.
 
-    A node's first child goes on in the node's own environment; each further child replays the recorded answers in a fresh one.
+    A node's first child continues in the node's environment; each further child replays the recorded answers in a new one.
     """
     trees: list[list[LiveEpisode]] = [[root] for root in roots]
     while True:
@@ -42,7 +42,7 @@ def grow(plan: Plan, engine: Engine, roots: Sequence[LiveEpisode], stop: Stop) -
 
 
 def _repeat(live: LiveEpisode, turns: Sequence[Turn]) -> None:
-    """Bring a fresh environment to where a sibling stands by the recorded answers; these turns belong to the sibling."""
+    """Bring a new environment to a sibling's state with the recorded answers; these turns belong to the sibling."""
     begin(live)
     for turn in turns:
         resume(live, [turn.completions[request.agent] for request in live.requests])
@@ -56,7 +56,7 @@ def resample(
     *,
     stop: Stop = lambda: None,
 ) -> None:
-    """Draw `plan.resamples` other answers of each of `plan.agents` at every turn, into `Turn.alternatives`."""
+    """Resample `plan.resamples` answers of each of `plan.agents` at every turn, into `Turn.alternatives`."""
     plan.check_decentralized()
     times = plan.resamples
     wanted = [
@@ -86,9 +86,9 @@ def resample(
 def replay_without(plan: Plan, episodes: Sequence[Episode], *, stop: Stop = lambda: None) -> None:
     """Replay each turn with the answer of one of `plan.agents` empty and the others' as recorded, into `Turn.no_op`.
 
-    Fresh environments replay the recorded answers; nothing is generated. A turn in which an agent acts alone is left out. A
-    turn that the environment does not replay, or not without the answer, stays unknown. An episode of T turns and N agents
-    costs N T (T + 1) / 2 environment turns.
+    New environments replay the recorded answers; nothing is generated. Turns in which an agent acts alone are left out. If the
+    environment fails in a replay, that counterfactual is left out. An episode of T turns and N agents costs N T (T + 1) / 2
+    environment turns.
     """
     plan.check_decentralized()
     wanted = [

@@ -37,6 +37,20 @@ class _Episode(TypedDict):
 METRICS: TypeAdapter[Any] = TypeAdapter(dict[str, float | None])
 EPISODE: TypeAdapter[Any] = TypeAdapter(_Episode)
 
+FORMER_METRICS = {"critic/imagined": "critic/replayed", "yardstick_turn_": "ceiling_turn_"}
+"""Beginnings of metric names in runs of former versions -> how these names begin now."""
+
+
+def present_name(metric: str) -> str:
+    """The present name of a metric of an old run; any other name as it is.
+
+    Example: present_name("yardstick_turn_3") == "ceiling_turn_3"
+    """
+    for former, present in FORMER_METRICS.items():
+        if metric.startswith(former):
+            return present + metric.removeprefix(former)
+    return metric
+
 
 def read_episodes(path: Path) -> list[Record]:
     """Episodes as they were kept, failed ones too. Raises RunError where the file is damaged."""
@@ -53,8 +67,9 @@ def read_evaluation(path: Path) -> list[Record]:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """One record per iteration. Raises RunError where the file is damaged."""
-    return _read_lines(path, METRICS, whole=("iteration", "joint_actions"))
+    """One record per iteration, under the present names of metrics. Raises RunError where the file is damaged."""
+    records = _read_lines(path, METRICS, whole=("iteration", "joint_actions"))
+    return [{present_name(name): value for name, value in record.items()} for record in records]
 
 
 def _read_lines(path: Path, kind: TypeAdapter[Any], whole: Iterable[str] = ()) -> list[Record]:

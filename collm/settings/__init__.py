@@ -1,4 +1,4 @@
-"""Every setting, one model per room. A recipe is a TOML file, `--room.key value` overrides it, contradictions are refused.
+"""All settings, one pydantic model per room. A recipe is a TOML file; `--room.key value` overrides it.
 
-Nothing here imports torch, so a mistyped setting is reported before anything heavy is loaded.
+This room does not import torch, so an unknown setting or a contradiction is reported before torch is loaded.
 """

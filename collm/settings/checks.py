@@ -1,4 +1,4 @@
-"""Contradictions between settings: one named function each, which raises ValueError with value, reason and way out."""
+"""Contradictions between settings: one function each, which raises ValueError with value, reason and way out."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from collm.settings.rooms import AlgorithmSettings, Config
 
 CRITIC_ONLY = ("critic.warmup", "critic.state", "critic.metrics", "critic.normalize_targets", "critic.lam", "algorithm.lam")
-"""Settings that have no effect where the baseline reads no critic."""
+"""Settings that have no effect without a critic."""
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """ " Did you mean ...?" for the known name nearest to an unknown one, or nothing."""
+    """ " Did you mean ...?" with the known name nearest to an unknown one; empty if none is near."""
     found = difflib.get_close_matches(name, list(names), n=1)
     return f" Did you mean {found[0]!r}?" if found else ""
 
@@ -60,7 +60,7 @@ def several_epochs_are_corrected(a: AlgorithmSettings) -> None:
 def tree_has_branches(a: AlgorithmSettings) -> None:
     if a.tree and (a.baseline in CRITIC_BASELINES or a.group_size < 2):
         raise ValueError(
-            "algorithm.tree=true grows joint answers to compare: it goes with the group methods and group_size >= 2. Set "
+            "algorithm.tree=true compares joint answers at each node: it needs a group baseline and group_size >= 2. Set "
             "algorithm.tree=false."
         )
 
@@ -116,7 +116,7 @@ def value_head_reads_what_its_agent_reads(c: Config) -> None:
         return
     if c.critic.reads != "own" or c.algorithm.critic_kind != "V":
         raise ValueError(
-            "critic.body='policy' puts V on what the agent itself reads. Set critic.reads='own' and "
+            "critic.body='policy' is a value head, V, on the agent's own history. Set critic.reads='own' and "
             "algorithm.baseline='value', or critic.body='auto'."
         )
     own = {"critic.model": c.critic.model, "critic.state": c.critic.state}

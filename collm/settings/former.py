@@ -1,4 +1,4 @@
-"""Names that settings had before: a recipe with one is refused with the new name; an old run's config.json is translated."""
+"""Former names of settings: a recipe that uses one is refused with the new name; an old run's config.json is translated."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ NAMES = {
     "rollout.vllm.enforce_eager": _ALWAYS,
     "rollout.vllm.sleep": _ALWAYS,
 }
-"""Setting that is gone -> what takes its place."""
+"""Removed setting -> its replacement."""
 
 ADDED: dict[tuple[str, str], Any] = {}
-"""Settings (room, key) that came when there were runs and studies already, and the value that leaves their meaning as it
-was."""
+"""(room, key) of a setting that was added when runs and studies existed already -> the value that keeps their meaning."""
 
 _BASELINES = {"td_lambda": "value", "return": "none"}
 _LEARNING: dict[str, Any] = {
@@ -44,11 +43,11 @@ _LEARNING: dict[str, Any] = {
     "learner.warmup": 0,
     "team.lora.dropout": 0.0,
 }
-"""Settings that are gone and changed what was learned, with the value that they have now."""
+"""Removed settings that affected learning -> the value that is always used now."""
 
 
 def translate(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run under their present names; those of today are returned as they are."""
+    """The settings of a run under their present names; present settings are returned unchanged."""
     complete = copy.deepcopy(dict(values))
     for (room, key), before in ADDED.items():
         if isinstance(complete.get(room), dict):
@@ -78,7 +77,7 @@ def translate(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lost(values: Mapping[str, Any]) -> list[str]:
-    """What a run learned with and no setting says any more, as "name=value"; such a run cannot go on exactly."""
+    """Settings of an old run that can no longer be expressed, as "name=value"; such a run cannot be resumed exactly."""
     found = []
     for name, now in _LEARNING.items():
         *path, key = name.split(".")
@@ -91,7 +90,7 @@ def lost(values: Mapping[str, Any]) -> list[str]:
 
 
 def _table(values: Mapping[str, Any], path: list[str]) -> Any:
-    """A nested table, empty where there is none."""
+    """The table at `path`, or an empty one."""
     table: Any = values
     for name in path:
         table = table.get(name) if isinstance(table, Mapping) else None

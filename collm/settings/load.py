@@ -1,4 +1,4 @@
-"""From recipes, overrides and run directories to a Config."""
+"""Parses recipes, overrides and the config.json of run directories into a Config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from collm.settings.rooms import TABLES, Config
 
 
 def load_config(recipe: Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read a recipe and apply `{"room.key": value}` on top. Raises ConfigError naming setting, reason and way out."""
+    """Read a recipe and apply overrides `{"room.key": value}`. Raises ConfigError with setting, reason and way out."""
     values: dict[str, Any] = {}
     if recipe is not None:
         try:
@@ -33,7 +33,7 @@ def load_config(recipe: Path | None, overrides: Mapping[str, Any] | None = None)
 
 
 def apply_overrides(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Put `{"room.key": value}` on top of nested plain values. Raises ConfigError where a value stands in a table's place."""
+    """Set `{"room.key": value}` in nested plain values. Raises ConfigError if a value is where a table is needed."""
     for key, value in overrides.items():
         room, _, name = key.partition(".")
         if not isinstance(values.setdefault(room, {}), dict):
@@ -48,7 +48,7 @@ def apply_overrides(values: dict[str, Any], overrides: Mapping[str, Any]) -> Non
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
-    """A Config from nested plain values, as TOML or JSON gives them."""
+    """A Config from nested plain values, such as parsed TOML or JSON. Raises ConfigError."""
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:
@@ -56,14 +56,14 @@ def parse_config(values: Mapping[str, Any]) -> Config:
 
 
 def parse_resolved(values: Mapping[str, Any]) -> Config:
-    """A Config from what `resolved()` once gave, also by a version whose settings had other names."""
+    """A Config from the output of `resolved()`, also of a former version whose settings had other names."""
     return parse_config(former.translate(values))
 
 
 def parse_value(text: str, name: str = "") -> Any:
-    """A command-line value: TOML where it is one value (a number, true, a list, quoted text), else the bare text.
+    """Parse a command-line value: as TOML if it is one value (a number, true, a list, quoted text), else as bare text.
 
-    `name` is the setting it is for: one that holds text takes 2024 or true as text, too.
+    name: the setting; a setting of type text takes 2024 or true as text.
     """
     try:
         parsed = tomllib.loads(f"value = {text}")

@@ -8,12 +8,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """An algorithm by name: one sentence about it, and the settings of the rooms [algorithm] and [critic] that it stands
-    for."""
+    """A named algorithm: the settings of the rooms [algorithm] and [critic] that its name stands for."""
 
     about: str
+    """One sentence for `collm algorithms`."""
     algorithm: dict[str, Any]
+    """Settings of [algorithm]."""
     critic: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of [critic]; empty without a critic."""
 
     def settings(self) -> dict[str, Any]:
         """{"room.key": value} of both rooms."""
@@ -56,4 +58,4 @@ ALGORITHMS = {
 CRITIC_BASELINES = ("value", "counterfactual")
 GROUP_BASELINES = ("group_mean", "leave_one_out", "group_max")
 BASELINES = (*CRITIC_BASELINES, *GROUP_BASELINES, "none")
-"""Built-in values of algorithm.baseline; "module:function" is one of the user's own, which compares a group."""
+"""Built-in values of algorithm.baseline; "module:function" is a user-defined group baseline."""

@@ -1,4 +1,4 @@
-"""The fields of every room, one sentence each. What contradicts what is in checks.py, the algorithms are in presets.py."""
+"""The settings of every room, one sentence each. checks.py refuses contradictions; presets.py defines the algorithms."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Room(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """`--learner.lr true` would otherwise train at a rate of 1."""
+        """Refuse true and false for a number; pydantic would take `--learner.lr true` as a rate of 1."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in NUMBERS:
             raise ValueError(f"{_where(cls, info)}={str(value).lower()}: a number is wanted.")
         return value
@@ -39,17 +39,17 @@ class Room(BaseModel):
 
 class RunSettings(Room):
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run's directory; default: task, algorithm and seed."""
+    """Name of the run directory; default: task, algorithm and seed."""
     folder: str = "runs"
-    """Where run directories lie."""
+    """Folder that holds the run directories."""
     seed: int = Field(0, ge=0)
-    """Decides everything random; same seed, same run, bit for bit on a CPU."""
+    """Seed of all random numbers; on a CPU the same seed gives the same run, bit for bit."""
     iterations: int = Field(100, ge=1)
-    """How often to collect and learn."""
+    """Number of iterations; each collects episodes and learns from them."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of torch; default: as many as this process may use."""
     device: str = "auto"
-    """"cpu", "cuda", or "auto": cuda where there is one."""
+    """"cpu", "cuda", or "auto" (cuda if available, else cpu)."""
     checkpoint_every: int = Field(10, ge=1)
     """Iterations between checkpoints; the last iteration always has one."""
     tensorboard: bool = True
@@ -57,11 +57,11 @@ class RunSettings(Room):
 
 
 class EnvSettings(BaseModel):
-    """The task, and its own options beside it: `collm tasks` lists them."""
+    """The environment and its own options, which `collm tasks` lists."""
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, frozen=True)
     name: str
-    """A built-in task, or "module:Class" of any PettingZoo ParallelEnv with text observations and actions."""
+    """A built-in environment, or "module:Class" of any PettingZoo ParallelEnv with text observations and actions."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -69,16 +69,16 @@ class EnvSettings(BaseModel):
 
 
 class LoraSettings(Room):
-    """Agents as low-rank adapters on a base model, which is in memory once for all agents that share it."""
+    """Low-rank adapters on a frozen base model. Agents with the same base share one copy of it in memory."""
 
     rank: int = Field(16, ge=1)
     """Rank of each adapter's matrices; any setting of this table trains adapters instead of whole models."""
     alpha: float = Field(32.0, gt=0)
-    """An adapter's change is scaled by alpha / rank."""
+    """The adapter's update is scaled by alpha / rank."""
     targets: list[str] = ["all-linear"]
     """Names of the adapted linear layers; "all-linear" adapts all but the vocabulary head."""
     agents: list[str] | None = None
-    """Agents that are adapters; the others are whole models. Default: all agents."""
+    """Agents that are trained as adapters; the others as whole models. Default: all agents."""
 
     @field_validator("agents", "targets", mode="before")
     @classmethod
@@ -95,17 +95,17 @@ class LoraSettings(Room):
 
 class TeamSettings(Room):
     model: str = "tiny"
-    """The model that every agent starts from: a Hugging Face folder, a hub name, or "tiny", which is part of the package."""
+    """Initial model of every agent: a Hugging Face folder, a hub name, or "tiny", the model in the package."""
     models: dict[str, str] = {}
-    """Agent name -> model, where it differs; http://host:port/v1 (or .../v1#model) is a server, which is not trained."""
+    """Agent name -> model, for agents that differ; http://host:port/v1 (or .../v1#model) is a server, which is not trained."""
     api_key_env: str | None = None
     """Environment variable that holds the API key for such servers."""
     shared: bool = False
-    """Agents that start from the same model share one set of weights; otherwise each agent has its own."""
+    """Agents with the same initial model share one set of weights; if false, each agent has its own."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Number format of matrix products and of frozen base models; trained weights and optimizer state are always float32."""
     lora: LoraSettings | None = None
-    """Train low-rank adapters instead of whole models: a table of settings, or none."""
+    """Train low-rank adapters instead of whole models: a table of settings, or "none"."""
 
     @field_validator("lora", mode="before")
     @classmethod
@@ -114,7 +114,7 @@ class TeamSettings(Room):
 
     @property
     def remote(self) -> dict[str, str]:
-        """Agents that are served elsewhere and not trained: agent name -> address."""
+        """Agents that run on a server and are not trained: agent name -> address."""
         return {agent: place for agent, place in self.models.items() if place.startswith(("http://", "https://"))}
 
 
@@ -129,19 +129,19 @@ class VllmSettings(Room):
 
 class RolloutSettings(Room):
     engine: Literal["local", "vllm"] = "local"
-    """What generates text: this package's own loop, or vLLM (the extra `vllm`)."""
+    """Generates the answers: "local" is this package's own loop, "vllm" needs the extra `vllm`."""
     vllm: VllmSettings = VllmSettings()
     """Limits of the engine "vllm"."""
     tasks: int = Field(16, ge=1)
     """Tasks drawn per iteration; each is played as one episode, one group or one turn tree."""
     protocol: Literal["parallel", "pipeline", "discussion"] = "parallel"
-    """Who speaks when: "parallel" is decentralized execution; "pipeline" (one agent after the other) and "discussion" (a round
-    of messages before the answers) are for evaluation."""
+    """Order of answers within a turn: "parallel" is decentralized execution; "pipeline" (one agent after the other) and
+    "discussion" (a round of messages before the answers) are for evaluation only."""
     history: Literal["full", "last", "newest"] = "full"
-    """What an agent reads: all its observations and answers; the first observation, last answer and newest one; or the newest
-    one."""
+    """What an agent reads: "full" is all its observations and answers, "last" the first observation, its last answer and the
+    newest observation, "newest" the newest observation alone."""
     max_turns: int | None = Field(None, ge=1)
-    """Truncate episodes after this number of turns; default: the environment decides."""
+    """Truncate episodes after this number of turns; default: the environment ends them."""
     temperature: float = Field(1.0, ge=0)
     """Sampling temperature; 0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
@@ -151,19 +151,19 @@ class RolloutSettings(Room):
     max_tokens: int = Field(256, ge=1)
     """Maximum length of an answer, in tokens."""
     batch_tokens: int = Field(1 << 17, ge=1)
-    """Tokens in one batch of the local engine; bounds its key-value cache. Histories kept for the next turn take half as many
-    more."""
+    """Maximum tokens in one batch of the local engine, which bounds its key-value cache. The cache kept for the next turn is
+    limited to half of this."""
 
 
 class AlgorithmSettings(Room):
     name: str = "collm-cc"
-    """The preset that the other settings of [algorithm] and [critic] start from; `collm algorithms` lists them."""
+    """Preset that sets the defaults of [algorithm] and [critic]; `collm algorithms` lists all presets."""
     baseline: str = "value"
-    """What is subtracted from the return: "value" (V of a critic), "counterfactual" (mean Q of resampled answers),
-    "group_mean", "leave_one_out", "group_max", "none", or "module:function" of your own."""
+    """Baseline subtracted from the return: "value" (V of a critic), "counterfactual" (mean Q of resampled answers),
+    "group_mean", "leave_one_out", "group_max", "none", or a user-defined "module:function"."""
     teammates: Literal["none", "replay"] = "none"
-    """Subtract a difference baseline, too: the effect of the team-mates' answers, from a replay of each turn without the
-    agent's."""
+    """With "replay", also subtract a difference baseline: the effect of the team-mates' answers, from a replay of each turn
+    with the agent's answer empty."""
     gamma: float = Field(0.9, ge=0, le=1)
     """Discount per turn."""
     lam: float = Field(0.0, ge=0, le=1)
@@ -175,13 +175,14 @@ class AlgorithmSettings(Room):
     resamples: int = Field(4, ge=1)
     """With baseline="counterfactual": answers resampled per agent and turn."""
     loss: Literal["reinforce", "ppo_clip", "sequence_clip"] = "reinforce"
-    """Policy gradient, or a clipped importance ratio per token (PPO) or per answer (GSPO)."""
+    """Policy loss: "reinforce", or a clipped importance ratio per token ("ppo_clip") or per answer ("sequence_clip", GSPO)."""
     clip: float = Field(0.2, gt=0)
-    """Largest change of the importance ratio that still has a gradient."""
+    """Clip range: the importance ratio is clipped to [1 - clip, 1 + clip]."""
     epochs: int = Field(1, ge=1)
-    """Updates of the policies per iteration, each over all its answers."""
+    """Policy updates per iteration, each over all answers of the iteration."""
     normalize: Literal["none", "agent", "group"] = "none"
-    """Divide advantages by each agent's standard deviation over the iteration (with a critic: z-score), or by each group's."""
+    """"agent": divide advantages by each agent's standard deviation over the iteration (with a critic: z-score); "group": by
+    each group's standard deviation of returns."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the KL divergence to the initial policy; above 0 a frozen copy of it is kept (for an adapter, its base)."""
 
@@ -210,7 +211,7 @@ class AlgorithmSettings(Room):
 
     @property
     def critic_kind(self) -> Literal["V", "Q"]:
-        """What critics predict: the value of a history, or of a history and the joint action taken there."""
+        """What critics predict: V of a history, or Q of a history and the joint action."""
         return "Q" if self.baseline == "counterfactual" else "V"
 
 
@@ -218,39 +219,39 @@ class CriticSettings(Room):
     reads: Literal["joint", "own"] = "joint"
     """The joint history (one centralized critic), or each agent's own history (a decentralized critic per agent)."""
     body: Literal["auto", "model", "policy"] = "auto"
-    """"model": a model of its own; "policy": a value head on the agent's model; "auto": an adapter where an agent's base model
-    is the critic's, else a model of its own."""
+    """"model": the critic is a separate model; "policy": a value head on the agent's model; "auto": an adapter if the critic's
+    model is the base of an agent's adapter, else a separate model."""
     model: str | None = None
-    """The critic's model; default: that of the first agent whose history it reads."""
+    """Initial model of the critic; default: that of the first agent whose history it reads."""
     lr: float | None = Field(None, gt=0)
     """Learning rate of critics; default: 1e-4 for adapters, otherwise as learner.lr."""
     lam: float = Field(0.0, ge=0, le=1)
-    """Lambda of the critic's targets; 0 is the one-step target, 1 the return."""
+    """Lambda of the critic's targets; 0 is the one-step target r + gamma V, 1 the return."""
     epochs: int = Field(1, ge=1)
-    """Updates of the critics per iteration, each over all its episodes."""
+    """Critic updates per iteration, each over all episodes of the iteration."""
     warmup: int = Field(0, ge=0)
-    """First iterations that train critics only."""
+    """Number of first iterations that train the critics only."""
     state: bool = False
     """Critics also read the environment's privileged state."""
     metrics: bool = False
-    """Values are the metric regression's (from environment metrics and rewards so far) plus what critics read from text."""
+    """Add the metric regression (of returns on environment metrics and rewards so far) to what critics predict from text."""
     normalize_targets: bool = False
-    """Predict in units of the running standard deviation of targets (PopArt)."""
+    """Normalize critic targets by their running mean and standard deviation (PopArt)."""
     max_tokens: int = Field(8192, ge=16)
-    """Maximum length of a history that a critic reads; the oldest turns are cut first, and counted."""
+    """Maximum length of a history that a critic reads, in tokens; the oldest turns are cut first and counted."""
 
 
 class LearnerSettings(Room):
     lr: float | None = Field(None, gt=0)
     """Learning rate of the agents (AdamW); default: 5e-4 for adapters and for "tiny", 5e-6 for other whole models."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How learning rates fall until the last iteration."""
+    """Schedule of the learning rates over the iterations."""
     clip_norm: float | None = Field(1.0, gt=0)
-    """Maximum norm of a gradient; none to leave gradients as they are."""
+    """Maximum norm of a gradient; "none" does not clip."""
     micro_batch_tokens: int = Field(8192, ge=1)
-    """Tokens (padding included) in one forward and backward pass; changes memory, not results."""
+    """Maximum tokens (padding included) in one forward and backward pass; affects memory, not results."""
     gradient_checkpointing: bool = False
-    """Recompute layers in the backward pass: less memory, a third more work."""
+    """Recompute activations in the backward pass: less memory, about a third more computation."""
 
     @field_validator("clip_norm", mode="before")
     @classmethod
@@ -260,19 +261,19 @@ class LearnerSettings(Room):
 
 class EvaluationSettings(Room):
     every: int = Field(20, ge=0)
-    """Iterations between held-out evaluations (one before training and one after it in any case); 0 for no evaluation."""
+    """Iterations between held-out evaluations, with one before and one after training; 0 disables evaluation."""
     episodes: int | None = Field(None, ge=1)
-    """Held-out tasks played, from the first; default: each once."""
+    """Number of held-out tasks played, from the first on; default: all, each once."""
     temperature: float = Field(0.0, ge=0)
-    """0 is greedy. Above it, top_p and top_k are those of the rollout."""
+    """Sampling temperature; 0 is greedy. Above 0, top_p and top_k are those of the rollout."""
 
 
 TABLES: dict[str, type[Room]] = {"team.lora": LoraSettings, "rollout.vllm": VllmSettings}
-"""Settings that are tables of settings."""
+"""Nested tables: "room.key" -> model."""
 
 
 class Config(Room):
-    """A whole run. `resolved()` is what the run directory keeps."""
+    """All settings of a run. The run directory keeps `resolved()` as config.json."""
 
     run: RunSettings = RunSettings()
     env: EnvSettings
@@ -286,8 +287,8 @@ class Config(Room):
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, values: Any) -> Any:
-        """Apply the preset's settings of the critic, and drop its difference baseline where the recipe replaces its baseline or
-        leaves out the metrics."""
+        """Apply the preset's settings of the critic. Drop its difference baseline if the recipe replaces the baseline or
+        disables the metrics."""
         algorithm, critic = (values.get(room, {}) for room in ("algorithm", "critic"))
         if not isinstance(algorithm, Mapping) or not isinstance(critic, Mapping):
             return values  # each room refuses what it cannot read
@@ -315,7 +316,7 @@ class Config(Room):
         return self.run.name or f"{task}-{self.algorithm.name}-seed{self.run.seed}"
 
     def check_trains(self) -> None:
-        """Raises ConfigError where the settings are for evaluation alone."""
+        """Raises ConfigError if the settings are for evaluation only."""
         if self.rollout.protocol != "parallel":
             raise ConfigError(
                 f"rollout.protocol={self.rollout.protocol!r} cannot train: its agents read each other within a turn, while "
@@ -328,7 +329,7 @@ class Config(Room):
 
 
 def _truth(value: Any) -> bool:
-    """What a switch will take `value` for; False where it will be refused."""
+    """`value` as pydantic parses a bool; False if pydantic refuses it."""
     try:
         return TypeAdapter(bool).validate_python(value)
     except ValidationError:

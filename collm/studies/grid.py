@@ -80,9 +80,9 @@ class Line:
         return self._by_turn([result.explained for result in self.results])
 
     @property
-    def yardstick(self) -> dict[int, Interval]:
-        """Turn -> what a regression on the world's own numbers explains before it."""
-        return self._by_turn([result.yardstick for result in self.results])
+    def ceiling(self) -> dict[int, Interval]:
+        """Turn -> metric ceiling: the share that a regression on environment metrics explains before it."""
+        return self._by_turn([result.ceiling for result in self.results])
 
     def _by_turn(self, found_S: Sequence[Mapping[int, float]]) -> dict[int, Interval]:
         turns = sorted(set.intersection(*({*found} for found in found_S)))
@@ -194,7 +194,7 @@ class Grid:
                     "tokens_per_episode": float(np.mean([result.tokens for result in line.results])),
                     "seconds": float(np.mean([result.seconds for result in line.results])),
                 }
-                for name, shares in (("explained_variance", line.explained), ("yardstick", line.yardstick)):
+                for name, shares in (("explained_variance", line.explained), ("ceiling", line.ceiling)):
                     methods[line.method] |= (
                         {name: {str(turn): found.plain() for turn, found in shares.items()}} if shares else {}
                     )

@@ -19,12 +19,12 @@ from collm.runs.open import Run, open_run
 from collm.runs.read import read_episodes, read_evaluation
 from collm.studies.series import (
     Curves,
+    ceiling_by_turn,
     explained_by_turn,
     held_out_curve,
     repeats_tasks,
     scores,
     spread_by_turn,
-    yardstick_by_turn,
 )
 
 RESULTS = "results.json"
@@ -43,7 +43,7 @@ class _Written(TypedDict):
     failed_episodes: int
     judged: str
     explained_variance: dict[str, float]
-    yardstick: dict[str, float]
+    ceiling: dict[str, float]
 
 
 _WRITTEN: TypeAdapter[Any] = TypeAdapter(_Written)
@@ -99,8 +99,8 @@ class Result:
     explained: Mapping[int, float]
     """Turn -> share of the return's variance that the critics explain before it, over the second half of training; empty
     without a critic."""
-    yardstick: Mapping[int, float]
-    """Turn -> the share that a regression on environment metrics explains."""
+    ceiling: Mapping[int, float]
+    """Turn -> the metric ceiling: the share that a regression on environment metrics explains."""
 
     @property
     def area(self) -> float:
@@ -124,12 +124,14 @@ class Result:
             "failed_episodes": self.failed,
             "judged": self.judged,
             "explained_variance": {str(turn): share for turn, share in self.explained.items()},
-            "yardstick": {str(turn): share for turn, share in self.yardstick.items()},
+            "ceiling": {str(turn): share for turn, share in self.ceiling.items()},
         }
 
     @classmethod
     def from_plain(cls, cell: Cell, plain: Mapping[str, Any]) -> Result:
         """The inverse of `plain`, exactly. Raises ValueError where `plain` is of another kind."""
+        if "ceiling" not in plain and "yardstick" in plain:  # its former name
+            plain = {**plain, "ceiling": plain["yardstick"]}
         _WRITTEN.validate_python(plain, strict=True)
         at, rewards = zip(*plain["curve"], strict=True)
         return cls(
@@ -143,7 +145,7 @@ class Result:
             plain["failed_episodes"],
             plain["judged"],
             {int(turn): share for turn, share in plain["explained_variance"].items()},
-            {int(turn): share for turn, share in plain["yardstick"].items()},
+            {int(turn): share for turn, share in plain["ceiling"].items()},
         )
 
 
@@ -170,7 +172,7 @@ def read_result(cell: Cell) -> Result:
         failed,
         _judged(run),
         _second_half(explained_by_turn(run), spread, cost["joint_actions"]),
-        _second_half(yardstick_by_turn(run), spread, cost["joint_actions"]),
+        _second_half(ceiling_by_turn(run), spread, cost["joint_actions"]),
     )
 
 

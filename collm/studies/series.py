@@ -20,7 +20,7 @@ _EXPLAINED = {
     for what, name in (
         ("within", "explained_within_tasks"),
         ("all", "explained_variance"),
-        ("yardstick", "yardstick"),
+        ("ceiling", "ceiling"),
         ("spread", "spread"),
     )
 }
@@ -58,9 +58,10 @@ def explained_by_turn(run: Run) -> Curves:
     return {turn: curve for turn, curve in found.items() if np.isfinite(curve[1]).any()}
 
 
-def yardstick_by_turn(run: Run) -> Curves:
-    """What least squares on the world's own numbers explains of the variance within tasks; empty where tasks do not repeat."""
-    found = _by_turn(run, "yardstick") if repeats_tasks(run) else {}
+def ceiling_by_turn(run: Run) -> Curves:
+    """Turn -> metric ceiling: the share of the variance within tasks that least squares on the environment metrics explains;
+    empty where tasks do not repeat."""
+    found = _by_turn(run, "ceiling") if repeats_tasks(run) else {}
     return {turn: curve for turn, curve in found.items() if np.isfinite(curve[1]).any()}
 
 

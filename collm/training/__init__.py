@@ -1,1 +1,1 @@
-"""How a team learns."""
+"""The training loop, its assembly from settings, and evaluation."""

@@ -1,4 +1,4 @@
-"""Warnings about numbers that a person should not overlook."""
+"""Warnings about metrics that indicate degenerate answers or a mismatch between engine and learner."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 LARGE_GAP = 0.05
-"""Mean difference per token, in nats, between the engine's and the learner's log-probs: above it they are not the same
-policy."""
+"""Limit, in nats, of the mean difference per token between the engine's and the learner's log-probs; above it the two
+compute different policies."""
 
 
 def alarms(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Warnings about what degenerate answers look like, by the metric that shows it; a task without the metric has none."""
+    """Metric -> warning about degenerate answers; an environment without the metric has no warning."""
     found = {}
     for name, below, limit, meaning in ALARMS:
         mean = summary.get(f"evaluation/{name}")
@@ -28,11 +28,11 @@ ALARMS = (
     ("source_overlap", False, 0.9, "answers copy their source"),
     ("source_words", True, 0.1, "answers have nothing to do with their source"),
 )
-"""(metric, whether low values are the bad ones, limit, what it means)."""
+"""(metric, whether low values are bad, limit, meaning)."""
 
 
 def gaps(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Warnings about agents whose engine samples from another distribution than the learner scores, by metric."""
+    """Metric -> warning about an agent whose engine samples from another distribution than the learner scores."""
     found = {}
     for name, value in metrics.items():
         if name.endswith("/logprob_gap_mean") and value > LARGE_GAP:

@@ -1,4 +1,4 @@
-"""From settings to what a run is made of: a team, an engine, a collector and a learner."""
+"""Assembles a run from settings: a team, an engine, a collector and a learner."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from collm.types import Sampling
 
 @dataclass(slots=True)
 class Assembly:
-    """What a run is made of."""
+    """The objects of a run."""
 
     team: Team
     engine: Engine
@@ -41,15 +41,15 @@ class Assembly:
     plan: Plan
     """How training episodes are played."""
     num_tasks: int
-    """Training tasks of the environment."""
+    """Number of training tasks of the environment."""
     rates: dict[str, float]
     """Learning rate by policy and critic, as the settings or their defaults have it."""
 
 
 def prepare(config: Config) -> Config:
-    """The config with this machine's threads and device and absolute data paths, as a run directory keeps it.
+    """The config of the run directory, with this machine's threads and device and with absolute data paths.
 
-    Raises ConfigError for settings that cannot train, or a device that is not there.
+    Raises ConfigError for settings that cannot train, or a device that is not available.
     """
     config.check_trains()
     threads, device = config.run.threads or usable_cores(), resolve_device(config.run.device)
@@ -68,16 +68,18 @@ def assemble(
     learner: Learner | None = None,
     stop: Callable[[], None] = lambda: None,
 ) -> Assembly:
-    """Make what a prepared config asks for; what is given takes the place of what would be made.
+    """Create the objects of a prepared config. Raises ConfigError if something does not fit the environment.
 
-    stop: called between engine calls; raises to leave early. Raises ConfigError where something does not fit the task.
+    Args:
+        team, engine, collector, learner: used instead of those of the config.
+        stop: called between engine calls; raises to leave early.
     """
     agents = check_fit(config)
     trained = trained_agents(config, agents)
     plan = plan_of(config, "train", trained)
     total = num_tasks(plan)
     if config.evaluation.every:
-        num_tasks(plan_of(config, "eval"))  # what is wrong there is said before anything begins
+        num_tasks(plan_of(config, "eval"))  # fail before training begins
     team = team or make_team(config, agents)
     if team.agents != trained:
         raise ConfigError(f"the team plays {team.agents}, but the task's agents are {agents}.")
@@ -95,7 +97,7 @@ def assemble(
 
 
 def resolve_device(device: str) -> str:
-    """ "auto" becomes cuda where there is one. Raises ConfigError for a device that is not there."""
+    """The device; "auto" is cuda if available, else cpu. Raises ConfigError for a device that is not available."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -110,9 +112,9 @@ def resolve_device(device: str) -> str:
 
 
 def make_team(config: Config, agents: tuple[str, ...]) -> Team:
-    """Load each agent's model as `config.team` says; frozen team-mates on servers have none.
+    """Load the models of `config.team` for all agents except frozen team-mates on servers.
 
-    Raises ConfigError where nobody is left.
+    Raises ConfigError if no agent is left.
     """
     team = config.team
     return Team.from_pretrained(
@@ -126,7 +128,7 @@ def make_team(config: Config, agents: tuple[str, ...]) -> Team:
 
 
 def with_remote(engine: Engine, config: Config) -> Engine:
-    """`engine`, beside it servers for the frozen team-mates that live there."""
+    """`engine`, combined with an HTTP engine for frozen team-mates on servers."""
     if not config.team.remote:
         return engine
     from collm.engines.http import HttpEngine, endpoint
@@ -140,11 +142,11 @@ def with_remote(engine: Engine, config: Config) -> Engine:
 def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: Sequence[str] = ()) -> PartsLearner:
     """A learner with all parts in this process: critics first, then one part for each distinct policy of the team.
 
-    Args: sampling: what answers are sampled with. metric_names: the environment metrics that the metric regression reads.
+    Args: sampling: the distribution of training answers. metric_names: the environment metrics that regressions read.
     """
     blueprint = Blueprint.around(config, team.agents, team.specs)
     if not blueprint.critics:
-        group_estimator(config.algorithm.baseline)  # one of the user's own is refused before anything is trained
+        group_estimator(config.algorithm.baseline)  # refuse a faulty user-defined one before training
     heads: dict[str, dict[str, ValueHead]] = {spec.name: {} for spec in blueprint.policies}
     critics: list[CriticPart] = []
     for critic in blueprint.critics:
@@ -187,7 +189,7 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
 
 
 def _make_critic(spec: CriticSpec, policy: Policy, config: Config) -> Critic:
-    """A critic model, as the blueprint has it; policy: the one that it names."""
+    """Create a critic model of the blueprint. policy: the one that `spec.policy` names."""
     common: dict[str, Any] = {"max_tokens": config.critic.max_tokens, "compute": policy.compute}
     if spec.body == "adapter" and policy.adapter is not None:
         seed = seeds.derive(config.run.seed, "critic's adapter", spec.name)

@@ -1,6 +1,6 @@
-"""One run of a comparison, in a process of its own: `python -m collm.training.cell train|evaluate SETTINGS.json FOLDER`.
+"""One run of a study, in a separate process: `python -m collm.training.cell train|evaluate SETTINGS.json FOLDER`.
 
-Both kinds leave a run directory; its folder `final` says that it is finished.
+Both kinds write a run directory; its folder `final` exists once the run is finished.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def train(config: Config, folder: Path) -> None:
-    """Begin a run, or continue it where it stopped."""
+    """Begin a run, or resume it."""
     if (folder / "config.json").is_file():
         found = read_config(folder)
         if (found.env.name, found.team.api_key_env) != (config.env.name, config.team.api_key_env):
@@ -59,7 +59,7 @@ def train(config: Config, folder: Path) -> None:
 
 
 def play(config: Config, folder: Path) -> None:
-    """Evaluate the untrained team, once, as a run directory without training."""
+    """Evaluate the untrained team once and write a run directory without training."""
     config = config.model_copy(update={"run": config.run.model_copy(update={"device": resolve_device(config.run.device)})})
     torch.set_num_threads(config.run.threads or 1)
     team = make_team(config, check_fit(config))

@@ -17,13 +17,13 @@ SHOWN = (("reward", "reward/raw"), ("return", "reward/return"), ("held-out", "ev
 
 
 class Display:
-    """Progress, the last numbers and the time left: a bar in a terminal, a line every few seconds elsewhere."""
+    """Progress, latest metrics and time left: a bar in a terminal, else a line every `every` seconds."""
 
     def __init__(self, total: int, *, done: int = 0, quiet: bool = False, every: float = 5.0):
         self.total, self.first, self.every = total, done, every
         self.started = self.printed = time.monotonic()
         self.quiet = quiet
-        self.console = Console(file=cast(TextIO, Lasting(sys.stderr)), highlight=False)  # a run outlives its terminal
+        self.console = Console(file=cast(TextIO, Lasting(sys.stderr)), highlight=False)  # a run must outlive its terminal
         self.bar: Progress | None = None
         if not quiet and self.console.is_terminal:
             self.bar = Progress(
@@ -38,12 +38,12 @@ class Display:
             self.bar.start()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         if not self.quiet:
             (self.bar.console if self.bar else self.console).print(printable(text), markup=False)
 
     def update(self, done: int, record: Mapping[str, Any]) -> None:
-        """Show the numbers of the iteration just done and the time left."""
+        """Show the metrics of the last iteration and the time left."""
         spent = time.monotonic() - self.started
         left = spent / max(1, done - self.first) * (self.total - done)
         shown = [f"{name} {record[key]:.3f}" for name, key in SHOWN if isinstance(record.get(key), float)]

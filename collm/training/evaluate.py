@@ -15,22 +15,24 @@ from collm.training.task import num_tasks, plan_of
 from collm.types import Episode
 
 RESERVED = frozenset(("reward", "episodes", "failed"))
-"""Names of our own under `evaluation/`: a metric of such a name is `metrics/NAME` there."""
+"""Names under `evaluation/` that this package uses; an environment metric of such a name becomes `evaluation/metrics/NAME`."""
 
 
 @dataclass(slots=True)
 class Evaluation:
-    """Episodes of distinct held-out tasks, each once, and the seconds it took to play them."""
+    """The result of one held-out evaluation."""
 
     episodes: list[Episode]
+    """One episode per held-out task, failed ones included."""
     seconds: float
+    """Wall-clock time."""
 
     @property
     def played(self) -> list[Episode]:
         return [episode for episode in self.episodes if not episode.failure]
 
     def columns(self) -> dict[str, np.ndarray]:
-        """ "reward" (raw, of the last turn played) and the task's metrics: name -> one number per played episode."""
+        """Name -> one number per completed episode: "reward" (raw, of the last turn played) and the environment metrics."""
         names = dict.fromkeys(name for episode in self.played for name in episode.metrics)
         columns = {"reward": np.array([episode.score for episode in self.played], dtype=np.float64)}
         for name in names:
@@ -39,7 +41,7 @@ class Evaluation:
         return columns
 
     def summary(self) -> dict[str, Any]:
-        """Means, as one iteration's line of metrics keeps them."""
+        """Means over completed episodes, for the iteration's record in metrics.jsonl."""
         record: dict[str, Any] = {f"evaluation/{name}": float(column.mean()) for name, column in self.columns().items()}
         record["evaluation/episodes"] = len(self.played)
         record["evaluation/failed"] = len(self.episodes) - len(self.played)
@@ -52,7 +54,7 @@ class Evaluation:
 
 
 def evaluate(config: Config, collector: Collector, *, episodes: int | None = None, split: str = "eval") -> Evaluation:
-    """Play each held-out task once, the first `episodes` of them if given. split: other tasks, played in the same manner."""
+    """Play each held-out task once, or the first `episodes` of them. split: the environment's split of tasks."""
     plan = replace(plan_of(config, "eval"), split=split)
     wanted = config.evaluation.episodes if episodes is None else episodes
     total = num_tasks(plan)

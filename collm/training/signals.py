@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: a run leaves at the next safe point, with everything done so far saved."""
+"""SIGINT (Ctrl-C), SIGTERM and SIGHUP: a run stops at the next safe point and saves everything done so far."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Notes the first signal for `check`; a second one raises KeyboardInterrupt at once."""
+    """Records the first signal for `check`; a second one raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -31,7 +31,7 @@ class Signals:
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Handle signals while the context is open; outside the main thread they are left to whoever runs us."""
+        """Handle signals in this context; outside the main thread, signal handlers are not changed."""
 
         def note(signum: int, frame: FrameType | None) -> None:
             if self.received is not None:

@@ -1,4 +1,4 @@
-"""What a task brings to a config: how it is played, its agents, its number of tasks, its metrics."""
+"""Properties of a config's environment: its plan, agents, number of tasks and metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collm.types import Episode, Sampling
 
 
 def plan_of(config: Config, split: str, agents: tuple[str, ...] | None = None) -> Plan:
-    """How the episodes of a split are played under a config. agents: those that are trained; default: all."""
+    """The plan of a split's episodes under a config. agents: those that are trained; default: all."""
     rollout, evaluation, algorithm = config.rollout, config.evaluation, config.algorithm
     training = split == "train"
     return Plan(
@@ -40,12 +40,12 @@ def plan_of(config: Config, split: str, agents: tuple[str, ...] | None = None) -
 
 
 def num_tasks(plan: Plan) -> int:
-    """How many tasks a split has; an environment without `num_tasks` has one."""
+    """Number of tasks of a split; 1 for an environment without `num_tasks`."""
     return gate.num_tasks_of(plan.env.make(plan.split))
 
 
 def check_fit(config: Config) -> tuple[str, ...]:
-    """The task's agents. Raises ConfigError where algorithm, protocol or models do not fit them."""
+    """The environment's agents. Raises ConfigError if algorithm, protocol or models do not fit them."""
     env = plan_of(config, "train").env.make("train")
     agents = tuple(env.possible_agents)
     PROTOCOLS[config.rollout.protocol](env, Episode(0, 0, agents))
@@ -65,7 +65,7 @@ def check_fit(config: Config) -> tuple[str, ...]:
 
 
 def trained_agents(config: Config, agents: tuple[str, ...]) -> tuple[str, ...]:
-    """The agents that are not played by servers. Raises ConfigError where there is none."""
+    """The agents that are not on servers. Raises ConfigError if there is none."""
     local = tuple(agent for agent in agents if agent not in config.team.remote)
     if not local:
         raise ConfigError(
@@ -76,10 +76,11 @@ def trained_agents(config: Config, agents: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def metric_names(config: Config) -> tuple[str, ...]:
-    """Names of the environment metrics that regressions read: those after one turn of empty answers, less the diagnostics."""
+    """Names of the environment metrics that regressions read: those reported after one turn of empty answers, without
+    diagnostics."""
     env = plan_of(config, "train").env.make("train")
     gate.reset(env, 0, 0)
-    returned: Any = env.step(dict.fromkeys(env.agents, ""))  # its numbers are taken when episodes are played
+    returned: Any = env.step(dict.fromkeys(env.agents, ""))  # only names are read here
     infos = returned[-1] if isinstance(returned, tuple) and isinstance(returned[-1], Mapping) else {}
     reported = [info.get("metrics") for info in infos.values() if isinstance(info, Mapping)]
     names = {str(name) for metrics in reported if isinstance(metrics, Mapping) for name in metrics}
@@ -87,7 +88,7 @@ def metric_names(config: Config) -> tuple[str, ...]:
 
 
 def draw_tasks(seed: int, iteration: int, count: int, total: int) -> list[int]:
-    """Tasks of one iteration: every task once, in a new order, before any comes again."""
+    """Tasks of one iteration: a new random order of all tasks in every pass over them."""
     drawn: list[int] = []
     position, end = iteration * count, (iteration + 1) * count
     while position < end:

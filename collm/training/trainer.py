@@ -1,4 +1,4 @@
-"""The one trainer: collect, learn, evaluate, save; and do it again. It reads top to bottom."""
+"""The one trainer: collect, learn, evaluate, save, in every iteration."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from collm.training.task import draw_tasks
 from collm.types import Group
 
 KEPT = 2
-"""Last checkpoints that are kept; the best one by held-out reward is kept, too."""
+"""Number of last checkpoints kept, beside the best one by held-out reward."""
 EPISODES_SAVED = 4
 """Training episodes written to the run directory per iteration."""
 
 
 class Trainer:
-    """Trains a team as a config says and keeps a run directory.
+    """Trains a team under a config and writes a run directory.
 
     Example: Trainer(load_config(Path("recipes/tiny/agree.toml"))).run()
-    `team` and `engine` replace what the config would load. `resume` continues a run directory where it stopped, exactly.
+    `team`, `engine`, `collector` and `learner` replace those of the config. `resume` continues a run directory exactly.
     """
 
     def __init__(
@@ -57,10 +57,13 @@ class Trainer:
     def resume(
         cls, folder: Path, *, overrides: Mapping[str, Any] | None = None, quiet: bool = False, **replaced: Any
     ) -> Trainer:
-        """Continue a run from its last checkpoint (from its start, if it has none yet).
+        """Continue a run from its last checkpoint, or from its start if it has none.
 
-        overrides: new values of `RESUMABLE` settings; the run directory keeps them. replaced: team, engine, collector or
-        learner, as for a new run. Raises ConfigError as `resumed_config`.
+        Raises ConfigError as `resumed_config`.
+
+        Args:
+            overrides: new values of `RESUMABLE` settings, which are written to the run directory.
+            replaced: team, engine, collector or learner, as for a new run.
         """
         trainer = cls.__new__(cls)
         trainer._setup(resumed_config(folder, overrides or {}), replaced, quiet)
@@ -82,7 +85,7 @@ class Trainer:
     def run(self) -> Path:
         """Train to the last iteration and return the run directory.
 
-        Raises Interrupted after a signal, everything done so far saved.
+        Raises Interrupted after a signal, after everything done so far has been saved.
         """
         with lock(self.folder), self.signals.listen():
             self._restore()
@@ -112,7 +115,7 @@ class Trainer:
         return self.folder
 
     def _iterate(self, log: RunLog, display: Display) -> None:
-        """One iteration: new episodes, one update, sometimes an evaluation and a checkpoint."""
+        """One iteration: collect episodes, update, and evaluate and save if due."""
         started = time.monotonic()
         groups = self.collect()
         self.engine.rest()
@@ -130,9 +133,9 @@ class Trainer:
         self._complete(record, log, display)
 
     def _complete(self, record: dict[str, Any], log: RunLog, display: Display) -> None:
-        """Evaluate where it is due, then write the iteration's line.
+        """Evaluate if due, then write the iteration's record to metrics.jsonl.
 
-        Until then the record is pending: a run interrupted here keeps it in its checkpoint and completes it on resume.
+        Until then the record is pending: a run that is interrupted here saves it in its checkpoint and completes it on resume.
         """
         self.pending = record
         every, last = self.config.evaluation.every, self.iteration == self.config.run.iterations
@@ -146,24 +149,24 @@ class Trainer:
             self._save(log)
 
     def collect(self) -> list[Group]:
-        """This iteration's tasks, played; which tasks and which random numbers depend on the iteration's number alone."""
+        """Play this iteration's tasks; tasks and random numbers are a function of the seed and the iteration."""
         tasks = draw_tasks(self.config.run.seed, self.iteration, self.config.rollout.tasks, self.num_tasks)
         keys = [seeds.derive(self.config.run.seed, "episode", self.iteration, i) for i in range(len(tasks))]
         return self.collector.play(self.plan, tasks, keys, self.iteration)
 
     def _evaluate(self, log: RunLog, display: Display) -> dict[str, Any]:
-        """Held-out means of this moment; the best is remembered, so that its checkpoint is kept."""
+        """Held-out means now; the best iteration is recorded so that its checkpoint is kept."""
         try:
             result = evaluate(self.config, self.collector)
         finally:
-            self.engine.rest()  # what it has read leaves training as it is when resumed from here
+            self.engine.rest()  # drop its caches, so that training continues as it would after a resume
         log.episodes(self.iteration, result.episodes, suffix="-evaluation")
         record = result.summary()
         score = record["evaluation/reward"]
         if math.isfinite(score) and (self.best is None or score > self.best[0]):
             self.best = (score, self.iteration)
         display.say(f"held-out after {self.iteration} iterations: reward {score:.3f} over {len(result.played)} tasks")
-        if self.iteration:  # before training, odd answers are expected
+        if self.iteration:  # before training, degenerate answers are expected
             self._warn(alarms(record), display)
         return record
 

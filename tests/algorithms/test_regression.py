@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from collm.algorithms.regression import Moments, TurnRegression, Yardstick
+from collm.algorithms.regression import MetricCeiling, Moments, TurnRegression
 from collm.algorithms.stats import explained_variance, without_task_means
 
 
@@ -64,7 +64,7 @@ def test_old_samples_fade():
     assert moments.predict(torch.zeros(1, 1), 0.0).item() == pytest.approx(8 / 12)  # weights 4 and 8
 
 
-def test_the_yardstick_is_the_adjusted_share_within_tasks():
+def test_the_metric_ceiling_is_the_adjusted_share_within_tasks():
     rng = np.random.default_rng(3)
     tasks = np.repeat(np.arange(12), 4)
     x = rng.normal(size=(48, 2)) + tasks[:, None]  # differences between tasks say nothing here
@@ -73,20 +73,20 @@ def test_the_yardstick_is_the_adjusted_share_within_tasks():
     design, wanted = centre(x), centre(y)
     missed = ((wanted - design @ np.linalg.lstsq(design, wanted, rcond=None)[0]) ** 2).sum()
     expected = 1 - missed / (48 - 12 - 2) / ((wanted**2).sum() / (48 - 12))
-    yardstick = Yardstick(3, 2)
+    ceiling = MetricCeiling(3, 2)
     wide = torch.tensor(np.c_[x, np.ones(48)]), torch.tensor(y), torch.tensor(tasks)  # a number that never varies is no number
-    assert yardstick.measure(0, *wide) == pytest.approx(expected, abs=1e-6)
+    assert ceiling.measure(0, *wide) == pytest.approx(expected, abs=1e-6)
     left = 68.4 - 2 * (36 + 0.81 * 36) / 68.4  # 68.4 = 36 + 0.9 * 36
-    assert yardstick.measure(0, *wide) == pytest.approx(1 - (1 - expected) * 34 / 36 * 68.4 / left, abs=1e-6)
-    assert math.isnan(yardstick.measure(1, wide[0][::4], wide[1][::4], wide[2][::4]))  # each task once
-    assert yardstick.free.tolist() == pytest.approx([68.4, 0.0])
-    assert yardstick.squared.tolist() == pytest.approx([65.16, 0.0])
-    again = Yardstick(3, 2)
-    again.load_state_dict(yardstick.state_dict())
-    assert again.measure(5, *wide) == yardstick.measure(1, *wide)  # turns beyond the last share its moments
+    assert ceiling.measure(0, *wide) == pytest.approx(1 - (1 - expected) * 34 / 36 * 68.4 / left, abs=1e-6)
+    assert math.isnan(ceiling.measure(1, wide[0][::4], wide[1][::4], wide[2][::4]))  # each task once
+    assert ceiling.free.tolist() == pytest.approx([68.4, 0.0])
+    assert ceiling.squared.tolist() == pytest.approx([65.16, 0.0])
+    again = MetricCeiling(3, 2)
+    again.load_state_dict(ceiling.state_dict())
+    assert again.measure(5, *wide) == ceiling.measure(1, *wide)  # turns beyond the last share its moments
 
 
-def test_the_yardstick_is_right_on_average_although_old_samples_fade():
+def test_the_metric_ceiling_is_right_on_average_although_old_samples_fade():
     """Eight numbers, four pairs an iteration: what they truly explain (0, or half) is told without bias; taking away eight
     degrees of freedom, as if all samples weighed alike, would tell 0.1 too little."""
     rng = np.random.default_rng(0)
@@ -94,11 +94,11 @@ def test_the_yardstick_is_right_on_average_although_old_samples_fade():
     for true in (0.0, 0.5):
         found = []
         for _ in range(40):
-            yardstick = Yardstick(8, 1)
+            ceiling = MetricCeiling(8, 1)
             for step in range(50):
                 x = rng.normal(size=(8, 8))
                 y = math.sqrt(true / 8) * x.sum(1) + math.sqrt(1 - true) * rng.normal(size=8)
-                share = yardstick.measure(0, torch.tensor(x), torch.tensor(y), tasks)
+                share = ceiling.measure(0, torch.tensor(x), torch.tensor(y), tasks)
                 if step >= 30:
                     found.append(share)
         assert np.mean(found) == pytest.approx(true, abs=0.05)

@@ -63,8 +63,8 @@ def test_with_the_worlds_numbers_a_critic_explains_what_no_text_tells(
     assert trainer.learner.regressions.metric_names == ("luck",)
     assert seeing[f"{label}/explained_within_tasks_turn_1"] > 0.9
     assert abs(seeing[f"{label}/explained_within_tasks_turn_0"]) < 0.2  # nobody knows yet
-    assert seeing["yardstick_turn_1"] > 0.999
-    assert math.isnan(seeing["yardstick_turn_0"]) or seeing["yardstick_turn_0"] < 0.2
+    assert seeing["ceiling_turn_1"] > 0.999
+    assert math.isnan(seeing["ceiling_turn_0"]) or seeing["ceiling_turn_0"] < 0.2
     # advantages at the last turn lose the part that was luck
     assert seeing["agent_1/advantage_deviation"] < blind["agent_1/advantage_deviation"]
 

@@ -197,10 +197,10 @@ def test_the_turns_that_a_difference_baseline_asks_for(monkeypatch: pytest.Monke
     monkeypatch.setattr(StrBuild, "step", lambda self, actions: steps.append(actions) or step(self, actions))
     replay_without(rollout, [group.episodes[0] for group in groups])
     assert len(steps) == 2 * 2 * (1 + 2 + 3)
-    assert plan(config).imagined_turns == 2 * 2 * (1 + 2 + 3)
-    assert planned(work(), algorithm__teammates="none").imagined_turns == 0
+    assert plan(config).replayed_turns == 2 * 2 * (1 + 2 + 3)
+    assert planned(work(), algorithm__teammates="none").replayed_turns == 0
     alone = work(agents=("a",), prompts={"a": (50, 20)})
-    assert planned(alone, env__agents=1, algorithm__name="ac").imagined_turns == 0
+    assert planned(alone, env__agents=1, algorithm__name="ac").replayed_turns == 0
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: "/".join(path.parts[-2:]))

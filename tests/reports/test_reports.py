@@ -28,7 +28,7 @@ from collm.rollout.plan import Plan
 from collm.runs.log import episode_record
 from collm.runs.open import open_run
 from collm.studies.before_after import before_after
-from collm.studies.series import explained_by_turn, held_out_curve, yardstick_by_turn
+from collm.studies.series import ceiling_by_turn, explained_by_turn, held_out_curve
 from collm.types import Request
 
 WORDS = ("AN", "AT", "BE", "DO", "GO", "IN", "IT", "ON", "UP")
@@ -165,25 +165,25 @@ def test_curves_take_their_numbers_from_the_run(tmp_path):
     assert curves[0][1][0] == pytest.approx(0.3)
     assert math.isnan(curves[0][1][1])
     assert [curve.tolist() for curve in curves[1]] == [[30], [0.7]]
-    assert yardstick_by_turn(run) == {}
+    assert ceiling_by_turn(run) == {}
     at, rewards = held_out_curve(run)
     assert at == [0, 30]
     assert [reward.mean for reward in rewards] == [0.0, 3.0]
     assert run.cost() == {"joint_actions": 40, "seconds": 12.0, "tokens": 400}
 
 
-def test_a_critic_is_shown_within_tasks_where_tasks_repeat_and_beside_its_yardstick(tmp_path):
-    names = ("critic/explained_variance_turn_{}", "critic/explained_within_tasks_turn_{}", "yardstick_turn_{}")
+def test_a_critic_is_shown_within_tasks_where_tasks_repeat_and_beside_its_metric_ceiling(tmp_path):
+    names = ("critic/explained_variance_turn_{}", "critic/explained_within_tasks_turn_{}", "ceiling_turn_{}")
     metrics = [{name.format(0): value for name, value in zip(names, (0.9, 0.3, 0.4), strict=True)}]
     metrics += [{name.format(1): value for name, value in zip(names, (0.8, None, None), strict=True)}]
     run = open_run(write_run(tmp_path / "run", {0: [record("a", 1.0)], 1: [record("a", 2.0)]}, metrics))
     assert {turn: y.tolist() for turn, (_, y) in explained_by_turn(run).items()} == {0: [0.3]}
-    assert {turn: y.tolist() for turn, (_, y) in yardstick_by_turn(run).items()} == {0: [0.4]}
+    assert {turn: y.tolist() for turn, (_, y) in ceiling_by_turn(run).items()} == {0: [0.4]}
     rows = ((0.7, -9.0, 0.4), (0.8, None, None), (0.8, None, None))
     chance = [{name.format(0): value for name, value in zip(names, row, strict=True)} for row in rows]
     once = open_run(write_run(tmp_path / "once", {0: [record("a", 1.0)], 3: [record("a", 2.0)]}, chance))
     assert {turn: y.tolist() for turn, (_, y) in explained_by_turn(once).items()} == {0: [0.7, 0.8, 0.8]}
-    assert yardstick_by_turn(once) == {}
+    assert ceiling_by_turn(once) == {}
     assert draw_curves([run], tmp_path / "curves.png").stat().st_size > 10_000
 
 

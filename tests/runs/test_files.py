@@ -20,6 +20,7 @@ from collm.errors import CollmError, RunError, SaveError
 from collm.runs import directory, files
 from collm.runs.checkpoint import failing_as_os_errors
 from collm.runs.open import open_run
+from collm.runs.read import read_metrics
 from collm.settings.load import parse_config
 from collm.types import encodable
 
@@ -221,8 +222,8 @@ DAMAGES: dict[str, tuple[str, bytes | None, str]] = {
     "half an iteration": ("metrics.jsonl", b'{"iteration": 0.5, "joint_actions": 0}\n', "is damaged: 'iteration' is 0.5"),
     "a list for a number": (
         "metrics.jsonl",
-        b'{"iteration": 0, "joint_actions": 0, "yardstick_turn_0": []}\n',
-        "is damaged: 'yardstick_turn_0': input should be a valid number",
+        b'{"iteration": 0, "joint_actions": 0, "ceiling_turn_0": []}\n',
+        "is damaged: 'ceiling_turn_0': input should be a valid number",
     ),
     "an endless number": (
         "metrics.jsonl",
@@ -270,6 +271,15 @@ def test_a_damaged_file_is_one_sentence(begun: Path, capsys: pytest.CaptureFixtu
         said = capsys.readouterr().err
         assert message in said, words
         assert said.count("\n") == 1, said
+
+
+def test_metrics_of_an_old_run_have_their_present_names(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"iteration": 1, "joint_actions": 2, "yardstick_turn_3": 0.5, "critic/imagined": 1.0, "critic/loss": 0.1}\n'
+    )
+    now = {"iteration": 1, "joint_actions": 2, "ceiling_turn_3": 0.5, "critic/replayed": 1.0, "critic/loss": 0.1}
+    assert read_metrics(path) == [now]
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "episodes/000003-evaluation.jsonl"])

@@ -199,7 +199,7 @@ def test_damaged_results_are_one_sentence(tmp_path: Path, capsys: pytest.Capture
     row = json.dumps({"task": cell.task, "method": cell.method, "learning_rate": None, "seed": 0, "settings": cell.settings})
     (folder / "results.json").write_text(
         f'{{"runs": [{row[:-1]}, {found}, "final": {{"reward": 1.0}}, "tokens_per_episode": 1.0, "joint_actions": 0,'
-        ' "seconds": 0.0, "failed_episodes": 0, "judged": "", "explained_variance": {}, "yardstick": {}}]}'
+        ' "seconds": 0.0, "failed_episodes": 0, "judged": "", "explained_variance": {}, "ceiling": {}}]}'
     )
     assert main(["compare", str(recipe), "--folder", str(folder)]) == 2
     said = capsys.readouterr().err
@@ -309,6 +309,8 @@ def test_what_is_written_stays_when_its_folder_is_gone(tmp_path: Path) -> None:
     assert after.missing == 0
     assert after.results[1:] == before.results
     assert after.plain()["runs"][1:] == before.plain()["runs"]
+    written.write_text(written.read_text().replace('"ceiling"', '"yardstick"'))  # as a former version named it
+    assert read_grid(study, written) == after
 
     changed = [replace(cell, settings="others") for cell in study.cells]
     with pytest.raises(RunError, match=r"other settings than the recipe now has: b on task, learning rate 0.01, seed 2\."):
@@ -358,7 +360,7 @@ def test_what_critics_explain_is_that_of_the_second_half_over_seeds(tmp_path: Pa
     for seed in range(3):
         cell = Cell("task", "a", None, seed, tmp_path / f"a-{seed}")
         shares = [None, -9.0, None, -9.0, 0.1 + seed]  # up to 0, 10, 20, 30, 40 joint actions
-        metrics = [{"critic/explained_within_tasks_turn_1": share, "yardstick_turn_1": share} for share in shares]
+        metrics = [{"critic/explained_within_tasks_turn_1": share, "ceiling_turn_1": share} for share in shares]
         for number, row in enumerate(metrics):
             row["critic/explained_variance_turn_1"] = 0.0
             row["critic/explained_within_tasks_turn_0"] = row["critic/explained_variance_turn_0"] = 0.5 * number
@@ -367,7 +369,7 @@ def test_what_critics_explain_is_that_of_the_second_half_over_seeds(tmp_path: Pa
         (cell.folder / "final").mkdir()
         cells.append(cell)
     line = read_grid(Study(cells, "a")).lines("task")[0]
-    assert line.results[2].explained[1] == line.results[2].yardstick[1] == pytest.approx((2.1 - 9.0) / 2)
+    assert line.results[2].explained[1] == line.results[2].ceiling[1] == pytest.approx((2.1 - 9.0) / 2)
     assert line.results[2].explained[0] == pytest.approx((1 * 1.5 + 3 * 2.0) / 4)
     assert line.explained[1].mean == pytest.approx((1.1 - 9.0) / 2)
     assert line.results[0].judged == "within tasks"
