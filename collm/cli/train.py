@@ -13,6 +13,9 @@ from collm.runs.directory import RESUMABLE, check_named, command, read_settings
 from collm.runs.output import complain
 from collm.settings.load import load_config
 
+NAMED_AGAIN = (("env", "name"), ("team", "api_key_env"), ("algorithm", "baseline"))
+"""(room, setting) that a resumed run may have to name again, since it came with the run's folder."""
+
 
 def demo_recipe() -> Path:
     """The recipe that `collm train` uses when it is given none."""
@@ -32,10 +35,13 @@ def run(arguments: argparse.Namespace) -> int:
         from collm.training.trainer import Trainer
 
         overrides = dict(arguments.overrides)
-        if set(overrides) <= {*RESUMABLE, "env.name", "team.api_key_env"}:  # others are refused before a file is read
+        if set(overrides) <= {
+            *RESUMABLE,
+            *(f"{room}.{key}" for room, key in NAMED_AGAIN),
+        }:  # others are refused before a file is read
             values = read_settings(arguments.resume)
-            check_named(arguments.resume, values, overrides)
-            for room, key in (("env", "name"), ("team", "api_key_env")):  # naming again what the run has is no change
+            check_named(arguments.resume, values, overrides, training=True)
+            for room, key in NAMED_AGAIN:  # naming again what the run has is no change
                 table = values.get(room)
                 if isinstance(table, dict) and table.get(key) == overrides.get(f"{room}.{key}"):
                     overrides.pop(f"{room}.{key}", None)

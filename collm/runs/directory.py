@@ -152,9 +152,16 @@ def damage(error: Exception) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def check_named(folder: Path, values: Mapping[str, Any], named: Mapping[str, Any]) -> None:
+def check_named(folder: Path, values: Mapping[str, Any], named: Mapping[str, Any], *, training: bool = False) -> None:
     """Raises RunError where a run's settings name code or a secret of this machine that the command line (`named`, "room.key"
-    -> value) does not name again: a run folder may come from a stranger."""
+    -> value) does not name again: a run folder may come from a stranger. training: the baseline is used, too."""
+    algorithm = values.get("algorithm")
+    baseline = str(algorithm.get("baseline", "")) if isinstance(algorithm, dict) else ""
+    if training and ":" in baseline and named.get("algorithm.baseline") != baseline:
+        raise RunError(
+            f"run {str(folder)!r} subtracts the baseline {baseline!r}, which is not built in: it is Python code, and a run "
+            f"folder may come from elsewhere. If you trust it, name it again: --algorithm.baseline {baseline}"
+        )
     name = str(values["env"]["name"])
     if ":" in name and "env.name" not in named:
         raise RunError(

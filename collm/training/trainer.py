@@ -57,9 +57,7 @@ class Trainer:
     def resume(
         cls, folder: Path, *, overrides: Mapping[str, Any] | None = None, quiet: bool = False, **replaced: Any
     ) -> Trainer:
-        """Continue a run from its last checkpoint, or from its start if it has none.
-
-        Raises ConfigError as `resumed_config`.
+        """Continue a run from its last checkpoint, or from its start if it has none. Raises ConfigError as `resumed_config`.
 
         Args:
             overrides: new values of `RESUMABLE` settings, which are written to the run directory.

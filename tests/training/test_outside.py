@@ -12,6 +12,7 @@ from learners import one_more, weights
 from outside import LoggingEngine, ThreadHands
 from test_learning import make_trainer
 
+from collm.cli.main import main
 from collm.engines.base import Engine
 from collm.errors import ConfigError
 from collm.learning.learner import Learner, PartsLearner
@@ -123,3 +124,14 @@ def test_parts_called_elsewhere_give_the_same_weights(tmp_path: Path, name: str)
     trainer.run()
     for key, tensor in weights(plain.learner).items():
         assert torch.equal(tensor, weights(trainer.learner)[key]), key
+
+
+def test_a_run_s_own_baseline_must_be_named_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run folder may come from a stranger; what it names is Python code."""
+    config = config_of(tmp_path, algorithm=BASELINE)
+    Trainer(config, quiet=True).run()
+    run = str(tmp_path / "run")
+    assert main(["train", "--resume", run]) != 0
+    assert "--algorithm.baseline outside:median" in capsys.readouterr().err
+    assert main(["train", "--resume", run, "--algorithm.baseline", "outside:median"]) == 0
+    assert main(["evaluate", run, "--json"]) == 0, "evaluation does not use the baseline"
