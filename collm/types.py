@@ -100,7 +100,7 @@ class Completion:
     logprobs: NDArray[np.float32] | None = None
     """(L,) natural log-probs under the distribution that was sampled from (temperature, top-p, top-k applied)."""
     finish_reason: Literal["stop", "length", "error"] = "stop"
-    """"stop": end-of-text was sampled. "length": max_tokens was reached. "error": there is no answer."""
+    """"stop": end-of-text was sampled. "length": max_tokens was reached. "error": no answer was generated."""
     error: str = ""
     """The reason, for finish_reason "error"."""
 

@@ -90,7 +90,7 @@ def kl_to_reference(logp_K: Tensor, reference_logp_K: Tensor, *, num_answers: in
     grad KL(reference || pi), so the gradient is taken from k2 and the value from k3.
     The sum is over tokens: each token's divergence given the tokens before it, without the effect of a token on later ones.
     Both are unbiased for tokens sampled from pi with its full support. In later passes over the same samples they estimate the
-    quantities under the policy that sampled, since there is no importance weight.
+    quantities under the policy that sampled, since samples have no importance weight.
 
     Args: logp_K, reference_logp_K: (K,) log-probs of each token under policy and reference.
     Returns: scalar loss; stats "kl": sum of k3 over tokens, in nats.

@@ -1,8 +1,8 @@
 """Generation by vLLM: a paged key-value cache, continuous batching, and the adapters of one base in one batch.
 
-vLLM runs in this process. Weights are therefore not written to disk: vLLM starts with the shapes alone, and `load` passes
-it the trainer's tensors under their names in a checkpoint. Adapters, which are small, are read from a PEFT folder, the only
-way that vLLM supports. A run on a CPU is a function of its seed.
+vLLM runs in this process. Weights are therefore not written to disk: vLLM starts with the shapes alone, and `load` passes it
+the trainer's tensors under their names in a checkpoint. Adapters, which are small, are read from a PEFT folder, the only way
+that vLLM supports. A run on a CPU is a function of its seed.
 """
 
 from __future__ import annotations

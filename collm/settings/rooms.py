@@ -194,7 +194,8 @@ class AlgorithmSettings(Room):
         name = values.get("name", "collm-cc")
         if not isinstance(name, str) or name not in ALGORITHMS:
             raise ValueError(
-                f"there is no algorithm {name!r}.{checks.near(str(name), ALGORITHMS)} `collm algorithms` lists them."
+                f"algorithm.name={name!r} is not an algorithm.{checks.near(str(name), ALGORITHMS)} "
+                "`collm algorithms` lists them."
             )
         return {**ALGORITHMS[name].algorithm, **values}
 

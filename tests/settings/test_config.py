@@ -88,7 +88,7 @@ def test_unknown_presets_are_refused_with_the_nearest_name():
     assert "Did you mean 'collm-cc'?" in refused(rooms(algorithm__name="colm-cc"))
     assert "Did you mean 'magrpo'?" in refused(rooms(algorithm__name="magrp0"))
     message = refused(rooms(algorithm__name="ppo-for-everything"))
-    assert "no algorithm 'ppo-for-everything'" in message
+    assert "'ppo-for-everything' is not an algorithm" in message
     assert "collm algorithms" in message
 
 
