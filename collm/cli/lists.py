@@ -7,14 +7,14 @@ import inspect
 import json
 from typing import Any
 
-from collm.envs.catalogue import WORLDS, EnvSpec, find, make
+from collm.envs.catalogue import ENVIRONMENTS, EnvSpec, find, make
 from collm.envs.check import check_env
 from collm.errors import CollmError, ConfigError
 from collm.settings.presets import ALGORITHMS
 
 
 def tasks(arguments: argparse.Namespace) -> int:
-    rows = {name: describe_task(name) for name in WORLDS}
+    rows = {name: describe_task(name) for name in ENVIRONMENTS}
     if arguments.json:
         print(json.dumps(rows, default=str))
         return 0

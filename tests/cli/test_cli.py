@@ -12,7 +12,7 @@ from pettingzoo import ParallelEnv
 
 from collm.cli.main import main, make_parser, split_overrides
 from collm.cli.train import demo_recipe
-from collm.envs.catalogue import WORLDS, make
+from collm.envs.catalogue import ENVIRONMENTS, make
 from collm.errors import ConfigError, EnvError
 from collm.settings.load import describe, load_config
 from collm.settings.presets import ALGORITHMS
@@ -59,7 +59,7 @@ def test_help_and_lists_import_nothing_heavy():
     for name in ALGORITHMS:
         assert name in results["algorithms"][2]
     assert "env.turns" in results["tasks"][2]
-    assert set(json.loads(results["tasks --json"][2])) == set(WORLDS)
+    assert set(json.loads(results["tasks --json"][2])) == set(ENVIRONMENTS)
 
 
 def test_mistakes_in_settings_are_found_before_anything_heavy_is_loaded():
@@ -266,10 +266,10 @@ def test_tasks_says_of_every_world_what_it_is(capsys):
     assert main(["tasks"]) == 0
     shown = capsys.readouterr().out
     blocks = dict(block.split(maxsplit=1) for block in shown.strip().split("\n\n"))
-    assert list(blocks) == list(WORLDS)
+    assert list(blocks) == list(ENVIRONMENTS)
     assert main(["tasks", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert set(rows) == set(WORLDS)
+    assert set(rows) == set(ENVIRONMENTS)
     for name, row in rows.items():
         block = blocks[name]
         assert row["about"]
@@ -289,7 +289,7 @@ def test_tasks_says_of_every_world_what_it_is(capsys):
 
 
 def test_a_task_that_cannot_be_made_is_listed_with_the_reason(capsys, monkeypatch):
-    monkeypatch.setitem(WORLDS, "fussy", "test_cli:fussy")
+    monkeypatch.setitem(ENVIRONMENTS, "fussy", "test_cli:fussy")
     assert main(["tasks"]) == 0
     shown = capsys.readouterr().out
     assert (
