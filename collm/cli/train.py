@@ -15,7 +15,7 @@ from collm.settings.load import load_config
 
 
 def demo_recipe() -> Path:
-    """The recipe that `collm train` uses when it is given none."""
+    """The recipe of `collm train` without a recipe."""
     return Path(str(resources.files("collm.cli") / "demo.toml"))
 
 
@@ -32,10 +32,10 @@ def run(arguments: argparse.Namespace) -> int:
         from collm.training.trainer import Trainer
 
         overrides = dict(arguments.overrides)
-        if set(overrides) <= {*RESUMABLE, "env.name", "team.api_key_env"}:  # others are refused before a file is read
+        if set(overrides) <= {*RESUMABLE, "env.name", "team.api_key_env"}:  # other overrides are refused below
             values = read_settings(arguments.resume)
             check_named(arguments.resume, values, overrides)
-            for room, key in (("env", "name"), ("team", "api_key_env")):  # naming again what the run has is no change
+            for room, key in (("env", "name"), ("team", "api_key_env")):  # the run's own value is not a change
                 table = values.get(room)
                 if isinstance(table, dict) and table.get(key) == overrides.get(f"{room}.{key}"):
                     overrides.pop(f"{room}.{key}", None)
@@ -68,5 +68,5 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(json.dumps({"run": str(folder), **read_metrics(folder / "metrics.jsonl")[-1]}))
     else:
-        print(f"The trained team lies in {folder}/final. Next: {command('collm', 'report', folder)}")
+        print(f"The trained team is in {folder}/final. Next: {command('collm', 'report', folder)}")
     return 0

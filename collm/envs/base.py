@@ -103,7 +103,7 @@ class TextEnv(ParallelEnv[str, str, str]):
     Class attributes that a subclass may set:
         shift: added to every raw reward; minus the greatest raw reward, say, so that an early end never lowers the return.
         stop_above: the episode ends once a raw reward exceeds it (None: no early end).
-        max_reward: the greatest raw reward of a turn; scores are percentages of it (None: there is no maximum).
+        max_reward: the greatest raw reward of a turn; scores are percentages of it (None: no maximum).
         has_messages: True if agents can send each other text by the rules.
         waits: True if a turn waits (for a sandbox, a server) rather than computes; such environments are stepped in threads.
         diagnostics: names of metrics that are reported and shown but never given to a critic or to the metric regression.

@@ -126,7 +126,7 @@ def test_a_group_estimator_with_one_episode_per_task(capsys, recipe, name):
 
 def test_a_run_that_does_not_exist(capsys, tmp_path):
     message = fails(capsys, "train", "--resume", str(tmp_path / "none"))
-    assert "there is no run" in message
+    assert "is not a run directory: the folder does not exist" in message
 
 
 def test_a_missing_checkpoint(capsys, tmp_path, recipe):
@@ -293,8 +293,8 @@ def test_a_task_that_cannot_be_made_is_listed_with_the_reason(capsys, monkeypatc
     assert main(["tasks"]) == 0
     shown = capsys.readouterr().out
     assert (
-        "fussy                Makes nothing at all.\n    not to be made here: env fussy: there is no harp.\n    env.strings=7\n"
-        in shown
+        "fussy                Makes nothing at all.\n"
+        "    cannot be made on this machine: env fussy: there is no harp.\n    env.strings=7\n" in shown
     )
     assert "str_build" in shown
 

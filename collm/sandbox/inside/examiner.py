@@ -1,7 +1,7 @@
-"""The examiner: a process that runs a check, with proxies in the place of what the program defines.
+"""The examiner: a process that runs a check, with proxies for the program's definitions.
 
-The check and its set-up are trusted; the program runs elsewhere, and what it answers is decoded into plain values. Names of the
-check that nothing here defines are taken to be the program's.
+The check and its set-up are trusted. The program runs in another process, and its answers are decoded into plain values. Names
+that the check reads and that are not defined here refer to the program.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _WORDS = 400
 
 
 class Ended(Exception):
-    """The program raised at its top level, or its process has gone."""
+    """The program raised at its top level, or its process ended."""
 
 
 def examine(setup: str, check: str, entries: Iterable[str], ask: Callable[..., Any]) -> None:
@@ -62,7 +62,7 @@ class Method:
 
 
 class Examiner:
-    """Stands for the program: asks the player and makes proxies for what it defines."""
+    """Represents the program: sends requests to the player and makes proxies for the program's definitions."""
 
     def __init__(self, ask: Callable[..., Any]):
         self.ask = ask

@@ -1,7 +1,6 @@
-"""The player: a process that runs the program and then answers calls of what it defines. It never holds a check.
+"""The player: a process that runs the program and then answers calls of its definitions. It never holds a check.
 
-Everything here runs in the hands of the program, which may replace any of it; nothing here is believed. The examiner takes
-plain values alone.
+The program can replace any part of this process, so its answers are not trusted: the examiner accepts only plain values.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Plain values as they cross between the player and the examiner, and the frames that carry them.
+"""Plain values that are exchanged between the player and the examiner, and the frames that carry them.
 
 A frame is four bytes of length, big endian, then JSON. A value crosses by its exact type: None, bool, int, float, complex, str,
 bytes, list, tuple, set, frozenset, dict, built-in types, dates, times, decimals and deques of the standard library, numbers
-and arrays of numpy. A subclass of dict arrives as a dict. What else may cross, such as a handle of an object, either side
-decides. So nothing that a program defines, its own `__eq__` for example, ever reaches the examiner.
+and arrays of numpy. A subclass of dict arrives as a dict. Each side decides which other values, such as handles of objects, can
+cross. Therefore no definition of a program, such as its own `__eq__`, reaches the examiner.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""What runs inside the box: a process that is kept warm (the zygote) and forks two for every check.
+"""The process inside the box: a warm process (the zygote) that forks two processes for every check.
 
-Started by `box.py` as a script, with nothing but the standard library and numpy. For every check the pool sends three
-messages. The zygote reads the first alone, which holds a time limit, and forks a child that reads the others:
+`box.py` starts it as a script, with only the standard library and numpy. For every check the pool sends three messages. The
+zygote reads only the first, which holds a time limit, and forks a child that reads the others:
 
-- the second holds the program. The child forks the *player*, which runs it; neither has read the check by then.
-- the third holds the check. The child becomes the *examiner*, which runs it and asks the player for what the program defines.
+- the second holds the program. The child forks the *player*, which runs it; neither has read the check at that time.
+- the third holds the check. The child becomes the *examiner*, which runs it and calls the program's definitions in the player.
 
-The examiner's answer goes to the zygote by a pipe that the player does not hold. Both put limits and a filter on themselves
-before they run a line. The zygote never holds a program, a check or an answer of a program, so a fresh child finds none in its
-memory.
-Killing two processes of one thread each leaves nothing that runs.
+The examiner's answer goes to the zygote through a pipe that the player does not hold. Both install limits and a filter before
+they run any code. The zygote never holds a program, a check or an answer of a program, so a new child finds none in its memory.
+Both processes have one thread, so killing the two leaves nothing running.
 """
 
 from __future__ import annotations
@@ -75,8 +74,7 @@ def main() -> NoReturn:
         if request["heavy"] and _HEAVY[0] not in sys.modules:
             _load(_HEAVY)
         verdict = _judge(float(request["seconds"]), requests, settings, libc, program)
-        # A folder that is not trivially empty again would show the next program what this one left: a new box is cheaper
-        # than any clever clean-up.
+        # Files left in the folder would be visible to the next program; a new box is cheaper than a complete clean-up.
         send(answers, {**verdict, "clean": verdict["read"] and _cleaned()})
     os._exit(0)
 

@@ -1,4 +1,4 @@
-"""Poor players of the two worlds with messages, for pre-training.
+"""Poor players of the two environments with messages, for pre-training.
 
 They write the format nearly always correctly, but wander, build along columns of their own choice, and say little that
 helps. What one needs of the other it gets by chance.

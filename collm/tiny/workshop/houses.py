@@ -38,7 +38,7 @@ def public_row(layers: Layers, size: Size) -> dict[str, object]:
 
 
 def fill_boxes(env: HouseBuild, agent: str, rng: random.Random) -> str:
-    """Some of the blueprint's rectangles in order, whole or in part, with slips, never looking at what team-mates do."""
+    """Some of the blueprint's rectangles in order, whole or in part, with errors and without regard to team-mates."""
     width, height, depth = env.house.size
     parts = [(y, part) for y in range(height) for part in rectangles(env.house.blocks, y)]
     plans = {
