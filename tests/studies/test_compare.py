@@ -161,7 +161,7 @@ def test_single_agent_methods_get_a_task_for_one(tmp_path: Path) -> None:
     [
         ("[compare]", "[compares]", "unknown table"),
         ("seeds =", "seed =", "compare.seed"),
-        ('"collm-cc"]', '"collm-c"]', "no method 'collm-c'"),
+        ('"collm-cc"]', '"collm-c"]', "unknown method 'collm-c'"),
         ("two = 0.9", "three = 0.9", "thresholds names 'three'"),
         ("every = 1", "every = 0", "evaluation.every=0 leaves nothing to compare"),
         ("tasks = 8", "tasks = 6", "is not a multiple of the group size 4"),

@@ -42,7 +42,7 @@ _PRELOAD = """
     traceback types typing unittest urllib.parse uuid warnings xml.etree.ElementTree zipfile zoneinfo
 """
 _HEAVY = ("numpy", "numpy.random")
-"""Loaded when the first program mentions numpy: a smaller process is forked faster."""
+"""Loaded when the first program mentions numpy, since a smaller process forks faster."""
 _WORK = "/box"
 _PACKAGES = "/packages"
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _PR_SET_CHILD_SUBREAPER = 22, 2, 36
@@ -88,7 +88,7 @@ def _load(names: Iterable[str]) -> None:
 
 
 def _null() -> None:
-    """Standard streams of this process's own: flags of a shared open file would be seen by the next program."""
+    """Open separate standard streams, since the next program could see flags of a shared open file."""
     null = os.open("/dev/null", os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
@@ -134,7 +134,7 @@ def _judge(seconds: float, requests: int, settings: Any, libc: Any, program: _Fi
 
 
 def _examiner(seconds: float, requests: int, settings: Any, libc: Any, program: _Filter, answer: int) -> NoReturn:
-    """Forks the player, then runs the check, answers, and is gone: no exit hook, no finalizer, no second word."""
+    """Fork the player, run the check, answer, and exit at once, without exit hooks or finalizers."""
     leave = os._exit
     try:
         played = receive(requests)
