@@ -16,7 +16,7 @@ SAMPLING = Sampling(max_tokens=4)
 
 
 def train(iterations: int = 12, lr: float = 5e-4) -> list[float]:
-    """The mean reward of each iteration; it was played before the iteration's step."""
+    """Train and return the mean reward of each iteration, measured before the iteration's optimizer step."""
     plan = Plan(EnvSpec("agree", {"colours": 4}), sampling=SAMPLING, group_size=GROUP)
     team = Team.from_pretrained({"agent_0": "tiny", "agent_1": "tiny"})  # one model per agent
     engine = LocalEngine(team)
@@ -46,7 +46,7 @@ def train(iterations: int = 12, lr: float = 5e-4) -> list[float]:
                 advantages_S = advantages_ENT.flatten()[micro.slot_S]
                 loss, _ = ppo_clip(logp_K, micro.old_logp_K, micro.answer_K, advantages_S, clip=0.2, num_answers=num_answers)
                 loss.backward()
-            # Step: each agent has an optimizer of its own.
+            # Step: each agent has its own optimizer.
             optimizers[agent].step()
             optimizers[agent].zero_grad()
         print(f"iteration {iteration:2d}  reward {rewards[-1]:.2f}", flush=True)

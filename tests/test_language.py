@@ -23,7 +23,7 @@ INSTEAD = {
 }
 """What is refused (as a whole word, in any case) -> what the glossary has instead."""
 BANNED = re.compile(rf"\b(?:{'|'.join(INSTEAD)})\b", re.IGNORECASE)
-QUOTED = re.compile(r"```.*?```|`[^`]*`|\"[^\"\n]*\"|'[^'\n ]*'|(?<=[\"\s(.])world(?=[=\"']| = )", re.DOTALL)
+QUOTED = re.compile(r"```.*?```|`[^`]*`|\"[^\"\n]*\"|'[^'\n ]*'|(?<=[\"\s(.])world(?=[=\"']| = |: \")", re.DOTALL)
 """Code, quoted values and the option `world` keep their own words."""
 
 DOCS = sorted(

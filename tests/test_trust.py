@@ -227,10 +227,10 @@ CONFIGS: list[tuple[str, str]] = [
 HOSTILE: list[tuple[str, str, str, str]] = [
     *((command, "env", name, "name it again") for command in PLAYS for name in CODE),
     *((command, "key", "COLLM_SECRET", "name the variable again") for command in PLAYS),
-    *((command, "env", name, "there is no agent 'nobody'") for command in TAKES for name in CODE[:2]),
+    *((command, "env", name, "no agent 'nobody'") for command in TAKES for name in CODE[:2]),
     *((command, "text", text, reason) for command in ("evaluate", "serve") for text, reason in CONFIGS),
     *((command, "env", "os:system", "") for command in ("plan", "train", "compare")),
-    ("serve", "agent", "../../x", "there is no agent"), ("export", "agent", "\x1b]0;x\x07", "there is no agent"),
+    ("serve", "agent", "../../x", "no agent"), ("export", "agent", "\x1b]0;x\x07", "no agent"),
 ]  # fmt: skip
 
 

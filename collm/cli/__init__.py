@@ -1,1 +1,1 @@
-"""The command line: settings are parsed first, torch is imported after."""
+"""The command line. Settings are parsed before torch is imported."""

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measured(result: Evaluation) -> tuple[dict[str, Interval], list[str], int]:
-    """Mean and interval of the reward and each metric, what a reader must know about them, and how many tasks were played."""
+    """(mean and interval of the reward and each metric, notes on these numbers, number of distinct tasks played)."""
     tasks = [episode.label or str(episode.task) for episode in result.played]
     intervals = {name: interval(list(by_task(tasks, column).values())) for name, column in result.columns().items()}
     notes = explain(intervals)
@@ -73,7 +73,7 @@ def measured(result: Evaluation) -> tuple[dict[str, Interval], list[str], int]:
 
 
 def as_record(result: Evaluation) -> dict[str, Any]:
-    """An evaluation as plain values."""
+    """An evaluation as plain values, for JSON."""
     intervals, notes, _ = measured(result)
     record: dict[str, Any] = {
         "episodes": len(result.played),

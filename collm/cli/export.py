@@ -18,5 +18,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(record))
     else:
-        print(f"{arguments.agent} of {arguments.run} ({what}) lies in {target}; transformers loads it without collm.")
+        print(f"{arguments.agent} of {arguments.run} ({what}) is in {target}; transformers loads it without collm.")
     return 0

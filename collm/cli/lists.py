@@ -7,20 +7,20 @@ import inspect
 import json
 from typing import Any
 
-from collm.envs.catalogue import WORLDS, EnvSpec, find, make
+from collm.envs.catalogue import ENVIRONMENTS, EnvSpec, find, make
 from collm.envs.check import check_env
 from collm.errors import CollmError, ConfigError
 from collm.settings.presets import ALGORITHMS
 
 
 def tasks(arguments: argparse.Namespace) -> int:
-    rows = {name: describe_task(name) for name in WORLDS}
+    rows = {name: describe_task(name) for name in ENVIRONMENTS}
     if arguments.json:
         print(json.dumps(rows, default=str))
         return 0
     for name, row in rows.items():
         facts = [f"{key}: {', '.join(row[key])}" if key == "agents" else f"{key}: {row[key]}" for key in FACTS if key in row]
-        facts += [f"not to be made here: {row['refused']}"] if "refused" in row else []
+        facts += [f"cannot be made on this machine: {row['refused']}"] if "refused" in row else []
         options = [f"env.{key}={value!r}" for key, value in row["options"].items()]
         print(f"{name:<20} {row['about']}")
         for items in (facts, options):
@@ -33,8 +33,8 @@ FACTS = ("agents", "turns", "tasks", "max_reward")
 
 
 def describe_task(name: str) -> dict[str, Any]:
-    """What a world is about, its options with their defaults, and what it is with these: agents, turns, training tasks and
-    highest reward, or why it is refused."""
+    """The first sentence of an environment's docstring, its options with their defaults, and with these options its agents,
+    turns, number of training tasks and greatest reward, or the reason why it cannot be made."""
     world = find(name)
     options = {
         key: None if p.default is p.empty else p.default
@@ -54,14 +54,14 @@ def describe_task(name: str) -> dict[str, Any]:
 
 
 def _first_sentence(text: str) -> str:
-    """Of a docstring's first paragraph, on one line."""
+    """The first sentence of a docstring, on one line."""
     paragraph = " ".join(text.split("\n\n")[0].split())
     sentence, dot, _ = paragraph.partition(". ")
     return sentence + dot.strip()
 
 
 def _wrapped(items: list[str]) -> list[str]:
-    """Items side by side in indented lines of at most 110 characters; an item is never broken."""
+    """Items side by side in indented lines of at most 110 characters, without a line break inside an item."""
     lines = [""]
     for item in items:
         if lines[-1] and len(lines[-1]) + len(item) + 2 > 106:
@@ -83,10 +83,10 @@ def algorithms(arguments: argparse.Namespace) -> int:
 def check(arguments: argparse.Namespace) -> int:
     foreign = [key for key in arguments.overrides if not key.startswith("env.")]
     if foreign:
-        raise ConfigError(f"unknown setting {foreign[0]!r}: `collm check` takes the world's own options, --env.OPTION value.")
+        raise ConfigError(f"unknown setting {foreign[0]!r}: `collm check` takes the environment's options, --env.OPTION value.")
     options = {key.removeprefix("env."): value for key, value in arguments.overrides.items()}
     if "name" in options:
-        raise ConfigError(f"`collm check` names the world itself: collm check {options['name']}")
+        raise ConfigError(f"`collm check` takes the environment as its argument: collm check {options['name']}")
     passed = check_env(EnvSpec(arguments.env, options).make())
     if arguments.json:
         print(json.dumps({"env": arguments.env, "passed": passed}))

@@ -1,7 +1,7 @@
 """`collm`: parse the command, then import what it needs.
 
-Every command has `--help` with an example. Errors a person can act on are one message on standard error, exit code 2 (1 for a
-full disk or numbers that are no longer numbers); anything with a traceback is a bug of ours.
+Every command has `--help` with an example. An error that the user can correct is one message on standard error with exit code 2
+(1 for a full disk or for values that became NaN or infinite); a traceback is a bug of collm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path or a text that the terminal's encoding lacks is shown escaped
+        if isinstance(stream, io.TextIOWrapper):  # characters that the terminal cannot encode are printed escaped
             stream.reconfigure(errors="backslashreplace")
     try:
         words, overrides = split_overrides(arguments)
@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="collm",
-        description="Train teams of language models that act without a coordinator, and run them apart.",
-        epilog="Each command explains itself: collm train --help",
+        description="Train teams of language-model agents that act without a coordinator, and run each agent separately.",
+        epilog="Help for one command: collm train --help",
         allow_abbrev=False,
     )
     parser.set_defaults(command=None)
@@ -79,20 +79,20 @@ def make_parser() -> argparse.ArgumentParser:
 
     train = command(
         "train",
-        "Train a team as a recipe says; without a recipe, the built-in demonstration.",
+        "Train a team with the settings of a recipe; without a recipe, run the built-in demonstration.",
         "collm train recipes/tiny/agree.toml --algorithm.name magrpo --run.seed 1\n"
         "  collm train --resume runs/str_build-collm-cc-seed0",
         "collm.cli.train:run",
         settings=True,
     )
     train.add_argument("recipe", nargs="?", type=Path, help="a TOML recipe")
-    train.add_argument("--resume", type=Path, metavar="RUN", help="continue this run directory where it stopped")
-    train.add_argument("--json", action="store_true", help="print the last iteration's numbers as JSON")
-    train.add_argument("--settings", action="store_true", help="list every setting with its default, and stop")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this directory where it stopped")
+    train.add_argument("--json", action="store_true", help="print the metrics of the last iteration as JSON")
+    train.add_argument("--settings", action="store_true", help="print every setting with its default and exit")
 
     evaluate = command(
         "evaluate",
-        "Play the held-out tasks with a trained run (or a recipe's untrained team): mean and 95 % interval.",
+        "Evaluate a run's trained team, or a recipe's untrained team, on the held-out tasks: mean and 95 % interval.",
         "collm evaluate runs/demo --json",
         "collm.cli.evaluate:run",
         settings=True,
@@ -104,36 +104,36 @@ def make_parser() -> argparse.ArgumentParser:
 
     plan = command(
         "plan",
-        "Say what a recipe needs before anything starts: memory by part, steps, tokens, hours; exit code 1 if it does not fit.",
+        "Estimate what a recipe needs: memory by part, steps, tokens, hours. Exit code 1 if it does not fit.",
         "collm plan recipes/paper/tldr/collm-cc-paper.toml --memory 80GB",
         "collm.cli.plan:run",
         settings=True,
     )
     plan.add_argument("recipe", nargs="?", type=Path, help="a TOML recipe; default: the built-in demonstration")
-    plan.add_argument("--memory", metavar="SIZE", help="what there is, e.g. 24GB or 80GiB; default: this machine's")
-    for name, text in (("generated", "answers are sampled"), ("updated", "updates read")):
-        plan.add_argument(f"--{name}-per-second", type=float, metavar="N", help=f"tokens a second that {text}, for the hours")
+    plan.add_argument("--memory", metavar="SIZE", help="available memory, e.g. 24GB or 80GiB; default: this machine's")
+    for name, text in (("generated", "sampled"), ("updated", "read in updates")):
+        plan.add_argument(f"--{name}-per-second", type=float, metavar="N", help=f"tokens {text} per second, to estimate hours")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
 
     compare = command(
         "compare",
-        "Run methods x tasks x seeds as a recipe says, and compare them; starts again where it stopped.",
+        "Run all methods x tasks x seeds of a recipe and compare them. A second call continues where the first stopped.",
         "collm compare recipes/compare/agree.toml",
         "collm.cli.compare:run",
     )
     compare.add_argument("recipe", type=Path, help="a TOML recipe with a table [compare]")
-    compare.add_argument("--folder", type=Path, metavar="DIR", help="where runs and results lie; default: runs/compare-RECIPE")
+    compare.add_argument("--folder", type=Path, metavar="DIR", help="folder of runs and results; default: runs/compare-RECIPE")
     compare.add_argument(
-        "--dry-run", action="store_true", help="check every run's settings, list what is done and to do, and stop"
+        "--dry-run", action="store_true", help="check every run's settings, list finished and remaining runs, and exit"
     )
     compare.add_argument(
-        "--only", metavar="PATTERN", help="of all runs those whose TASK/NAME matches, e.g. 'words/collm-*-seed0'"
+        "--only", metavar="PATTERN", help="only runs whose TASK/NAME matches this pattern, e.g. 'words/collm-*-seed0'"
     )
     compare.add_argument("--json", action="store_true", help="print one JSON object")
 
     report = command(
         "report",
-        "Draw a run: held-out results before and after training, learning curves, builds.",
+        "Report on runs: held-out results before and after training, learning curves, pictures of builds.",
         "collm report runs/demo",
         "collm.cli.report:run",
     )
@@ -142,64 +142,64 @@ def make_parser() -> argparse.ArgumentParser:
 
     export = command(
         "export",
-        "Write one agent of a run as an ordinary Hugging Face folder, which transformers loads without collm.",
+        "Export one agent of a run as a Hugging Face folder, which transformers loads without collm.",
         "collm export runs/demo --agent builder_0 exported/builder_0",
         "collm.cli.export:run",
     )
     export.add_argument("run", type=Path, metavar="RUN", help="a run directory")
-    export.add_argument("folder", type=Path, metavar="DIR", help="where to write; must not exist")
+    export.add_argument("folder", type=Path, metavar="DIR", help="folder to write, which must not exist")
     export.add_argument("--agent", required=True, metavar="NAME", help="which agent of the team")
     export.add_argument("--checkpoint", metavar="N|best|final|start", default="final", help="which weights of the run")
-    export.add_argument("--merged", action="store_true", help="write an adapter and its base as one whole model")
+    export.add_argument("--merged", action="store_true", help="merge an adapter into its base and write one model")
     export.add_argument("--json", action="store_true", help="print one JSON object")
 
     serve = command(
         "serve",
-        "Serve one agent of a run, or an exported folder, as an OpenAI-compatible endpoint; SIGTERM or Ctrl-C ends it.",
+        "Serve one agent of a run, or an exported folder, as an OpenAI-compatible endpoint until SIGTERM or Ctrl-C.",
         "collm serve runs/demo --agent builder_0 --port 8000",
         "collm.cli.serve:run",
     )
     serve.add_argument("run", type=Path, metavar="RUN|DIR", help="a run directory or an exported folder")
     serve.add_argument(
-        "--agent", required=True, metavar="NAME", help="which agent of the team; clients ask for it as the model"
+        "--agent", required=True, metavar="NAME", help="which agent of the team; clients send it as the model's name"
     )
-    serve.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes any free one and says which")
-    serve.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone; 0.0.0.0 for the network")
+    serve.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free port and prints it")
+    serve.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only; 0.0.0.0: the network")
     serve.add_argument("--checkpoint", metavar="N|best|final|start", default="final", help="which weights of a run")
-    serve.add_argument("--api-key-env", metavar="NAME", help="ask callers for the API key that this environment variable holds")
-    serve.add_argument("--max-tokens", type=int, default=256, help="longest answer where a caller names none (default: 256)")
+    serve.add_argument("--api-key-env", metavar="NAME", help="require the API key that this environment variable holds")
+    serve.add_argument("--max-tokens", type=int, default=256, help="max_tokens of requests that set none (default: 256)")
     serve.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
-    serve.add_argument("--threads", type=int, help="CPU threads for torch; default: as many as the machine has")
-    serve.add_argument("--record", type=Path, metavar="FILE", help="append when each request began and ended, as JSON lines")
+    serve.add_argument("--threads", type=int, help="CPU threads for torch; default: all usable cores")
+    serve.add_argument("--record", type=Path, metavar="FILE", help="append begin and end of each request as JSON lines")
 
     play = command(
         "play",
-        "Play a task with agents that live elsewhere, each behind its own address: decentralized execution, no critic.",
+        "Play a task with agents behind separate endpoints: decentralized execution without a critic.",
         "collm play agree --agent agent_0=http://127.0.0.1:8000/v1 --agent agent_1=http://10.0.0.2:8000/v1",
         "collm.cli.play:run",
         settings=True,
     )
-    play.add_argument("task", metavar="TASK|RUN|RECIPE", help="a task's name; or a run or recipe, for its task and settings")
+    play.add_argument("task", metavar="TASK|RUN|RECIPE", help="name of a task, or a run or recipe with task and settings")
     play.add_argument(
         "--agent",
         action="append",
         default=[],
         metavar="NAME=URL",
-        help="where an agent lives; URL#MODEL to ask for a model's name",
+        help="the endpoint of an agent; URL#MODEL also gives the model's name",
     )
     play.add_argument("--episodes", type=int, metavar="N", help="play the first N tasks; default: each once")
-    play.add_argument("--split", choices=("eval", "train"), default="eval", help="which tasks; default: the held-out ones")
+    play.add_argument("--split", choices=("eval", "train"), default="eval", help="which tasks; default: eval (held out)")
     play.add_argument("--api-key-env", metavar="NAME", help="send the API key that this environment variable holds")
-    play.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds for one answer (default: 120)")
-    play.add_argument("--retries", type=int, default=4, metavar="N", help="more attempts after a failed one (default: 4)")
-    play.add_argument("--max-requests", type=int, metavar="N", help="HTTP requests in all, retries included; default: no limit")
-    play.add_argument("--show", action="store_true", help="print the episodes, too: what each agent read and wrote")
+    play.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for one answer (default: 120)")
+    play.add_argument("--retries", type=int, default=4, metavar="N", help="retries of a failed request (default: 4)")
+    play.add_argument("--max-requests", type=int, metavar="N", help="limit of HTTP requests, retries included; default: none")
+    play.add_argument("--show", action="store_true", help="also print the episodes: what each agent read and wrote")
     play.add_argument("--json", action="store_true", help="print one JSON object")
 
     check = command(
         "check",
-        "Hold a world to its contract: a built-in task's name, or module:Class of your own.",
-        "collm check str_build --env.world persistent\n  collm check my_task:MyEnv",
+        "Check the contract of an environment: a built-in one by name, or your own as module:Class.",
+        "collm check str_build --env.world=persistent\n  collm check my_task:MyEnv",
         "collm.cli.lists:check",
         settings=True,
     )
@@ -219,7 +219,7 @@ def _import(target: str) -> Any:
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take `--room.key value` (or `--room.key=value`) pairs out of a command line: (other words, {"room.key": value}).
+    """Split `--room.key value` (or `--room.key=value`) pairs off a command line: (other words, {"room.key": value}).
 
     Raises ConfigError for a setting without a value.
     """
@@ -241,7 +241,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
 
 
 def settings_text() -> str:
-    """All settings, one a line."""
+    """All settings, one per line."""
     return "\n".join(f"--{name:<30} {default:<14} {sentence}" for name, default, sentence in describe())
 
 

@@ -1,4 +1,4 @@
-"""`collm plan`: what a recipe needs before anything starts, and what would make it fit."""
+"""`collm plan`: the memory and work that a recipe needs, and settings with which it would fit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read_size(text: str) -> int:
     """Bytes of "24GiB", "24GB" or "24" (GiB). Raises ConfigError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if found is None or found[2] not in UNITS or not float(found[1]):
-        raise ConfigError(f"--memory {text!r} is no amount of memory. Write, for example, --memory 24GB, 24GiB or 800MB.")
+        raise ConfigError(f"--memory {text!r} is not an amount of memory. Write, for example, --memory 24GB, 24GiB or 800MB.")
     return int(float(found[1]) * UNITS[found[2]])
 
 
@@ -64,7 +64,7 @@ def memory_table(found: Plan) -> Table:
         for name, size in phase.parts.items():
             if size:
                 table.add_row(phase.name, name, gib(size))
-        table.add_row("", f"in all, while this lasts{mark}", gib(sum(found.held.values()) + phase.total))
+        table.add_row("", f"total during this phase{mark}", gib(sum(found.held.values()) + phase.total))
     return table
 
 
@@ -82,9 +82,9 @@ def work_table(found: Plan, hours: float | None) -> Table:
     ):
         table.add_row(name, f"{number:,}")
     for agent, counts in found.work.prompts.items():
-        table.add_row(f"prompt tokens of {agent}, turn by turn", " ".join(map(str, counts)))
+        table.add_row(f"prompt tokens of {agent}, per turn", " ".join(map(str, counts)))
     if hours is not None:
-        table.add_row("hours, at most, evaluations apart", f"{hours:,.1f}")
+        table.add_row("hours without evaluations, at most", f"{hours:,.1f}")
     return table
 
 
@@ -92,7 +92,7 @@ def verdict(found: Plan, limit: float | None, way_out: tuple[Mapping[str, Any], 
     """One sentence: whether it fits, and if not, with which settings it would."""
     peak = f"\nThe peak is {gib(found.peak)} GiB, in {found.largest.name}"
     if limit is None:
-        return f"{peak}. How much the device has cannot be told here: --memory 24GB compares with that."
+        return f"{peak}. The memory of the device is unknown here; give it to compare, for example --memory 24GB."
     if found.peak <= limit:
         return f"{peak}: it fits in {gib(limit)} GiB."
     if way_out is None:
@@ -101,7 +101,7 @@ def verdict(found: Plan, limit: float | None, way_out: tuple[Mapping[str, Any], 
             "bfloat16 base together. Choose a smaller model, shorter answers (rollout.max_tokens) or fewer turns."
         )
     settings = " ".join(f"--{name} {json.dumps(value).strip(chr(34))}" for name, value in way_out[0].items())
-    return f"{peak}: it does not fit in {gib(limit)} GiB. It would ({gib(way_out[1].peak)} GiB) with {settings}"
+    return f"{peak}: it does not fit in {gib(limit)} GiB. It fits ({gib(way_out[1].peak)} GiB) with {settings}"
 
 
 def gib(size: float) -> str:

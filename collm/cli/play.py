@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collm.types import Episode
 
 CHANGEABLE = ("env.", "evaluation.", "rollout.", "run.seed")
-"""Settings (or their beginnings) that mean something where nothing is trained and no model is loaded."""
+"""Settings, or prefixes of settings, that apply without training and without a loaded model."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is too few; give {least} or more.")
     if not (math.isfinite(arguments.timeout) and arguments.timeout > 0):
-        raise ConfigError(f"--timeout {arguments.timeout} is no time to wait. Give seconds above 0.")
+        raise ConfigError(f"--timeout {arguments.timeout} is not a time to wait. Give seconds above 0.")
     config = settings(arguments.task, arguments.overrides)
     env: Any = make(config.env.name, split=arguments.split, **config.env.options)
     places = endpoints(arguments.agent, env.possible_agents, arguments.api_key_env or "")
@@ -60,7 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
             console.print(told(episode))
     if result.played:
         max_reward = getattr(env, "max_reward", None)
-        show_table(f"{config.env.name}, {len(places)} agents apart", result, config, max_reward, split=arguments.split)
+        title = f"{config.env.name}, {len(places)} agents on separate endpoints"
+        show_table(title, result, config, max_reward, split=arguments.split)
     for episode in failed:
         console.print(f"failed: {name_of(episode)}: {episode.failure}")
     if not result.played:
@@ -73,11 +74,13 @@ def settings(task: str, overrides: Mapping[str, Any]) -> Config:
     for key in overrides:
         if not key.startswith(CHANGEABLE):
             raise ConfigError(
-                f"{key!r} means nothing to `collm play`, which takes env.*, rollout.*, evaluation.* and run.seed."
+                f"{key!r} does not apply to `collm play`, which takes env.*, rollout.*, evaluation.* and run.seed."
             )
     is_run = (Path(task) / "config.json").is_file()
     if "env.name" in overrides and not is_run:
-        raise ConfigError(f"`collm play` names the task itself: collm play {overrides['env.name']} --agent NAME=URL ...")
+        raise ConfigError(
+            f"`collm play` takes the task as an argument: collm play {overrides['env.name']} --agent NAME=URL ..."
+        )
     if is_run:
         return run_config(Path(task), overrides)
     if task.endswith(".toml"):
@@ -86,7 +89,7 @@ def settings(task: str, overrides: Mapping[str, Any]) -> Config:
 
 
 def endpoints(given: Sequence[str], agents: Sequence[str], key_env: str) -> dict[str, Endpoint]:
-    """NAME=URL words as endpoints, one for each of the task's agents. Raises ConfigError."""
+    """Parse NAME=URL words into endpoints, one for each of the task's agents. Raises ConfigError."""
     from collm.engines.http import endpoint
 
     places: dict[str, Endpoint] = {}
@@ -102,7 +105,7 @@ def endpoints(given: Sequence[str], agents: Sequence[str], key_env: str) -> dict
     missing = [agent for agent in agents if agent not in places]
     if missing:
         raise ConfigError(
-            f"nobody plays {', '.join(missing)}: add " + " ".join(f"--agent {name}=URL" for name in missing) + "."
+            f"no endpoint is given for {', '.join(missing)}: add " + " ".join(f"--agent {name}=URL" for name in missing) + "."
         )
     return places
 
@@ -112,7 +115,7 @@ def name_of(episode: Episode) -> str:
 
 
 def plain(episode: Episode) -> dict[str, Any]:
-    """An episode as plain values."""
+    """An episode as plain values, for JSON."""
     turns = [
         {
             "reward": turn.raw_reward,
@@ -132,7 +135,7 @@ def plain(episode: Episode) -> dict[str, Any]:
 
 
 def told(episode: Episode) -> str:
-    """An episode for people; what agents wrote stands behind a mark."""
+    """An episode as text for the terminal; lines that agents read begin with `|`, lines that they wrote with `>`."""
     from collm.types import printable
 
     lines = [f"--- {name_of(episode)}"]

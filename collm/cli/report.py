@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _name(console: Screen, files: list[Path]) -> None:
-    """Say where pictures lie, a path a line and never broken."""
+    """Print the paths of the written files, one per line, without line breaks inside a path."""
     for path in files:
         console.print(f"wrote {path}", soft_wrap=True, markup=False)
     console.print()

@@ -16,7 +16,7 @@ from collm.runs.weights import load_agent
 def run(arguments: argparse.Namespace) -> int:
     host, port, agent = arguments.host, arguments.port, arguments.agent
     if not 0 <= port < 1 << 16:
-        raise ConfigError(f"--port {port} is no port. Choose one from 1 to 65535, or 0 for any free one.")
+        raise ConfigError(f"--port {port} is not a port. Choose one from 1 to 65535, or 0 for any free one.")
     if arguments.max_tokens < 1:
         raise ConfigError(f"--max-tokens {arguments.max_tokens} allows no answer. Give 1 or more.")
     if arguments.threads is not None and arguments.threads < 1:
@@ -27,10 +27,10 @@ def run(arguments: argparse.Namespace) -> int:
         if not key:
             raise ConfigError(f"the environment variable {arguments.api_key_env!r}, which should hold the API key, is not set.")
     if arguments.record is not None:
-        append(arguments.record, "")  # what cannot be written is known at once
+        append(arguments.record, "")  # fails now if the file cannot be written
     from collm.serving import server
 
-    with server.listen(host, port) as held:  # before a model is loaded: a taken port is known at once
+    with server.listen(host, port) as held:  # before a model is loaded, so that a taken port fails at once
         import torch
 
         torch.set_num_threads(arguments.threads or usable_cores())
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         shown = f"[{shown}]" if ":" in shown else shown
         if not key and not loopback:
             print(
-                f"collm: {shown} can be reached from other machines and asks for no API key: --api-key-env NAME",
+                f"collm: {shown} can be reached from other machines without an API key; require one with --api-key-env NAME",
                 file=sys.stderr,
             )
 

@@ -18,7 +18,7 @@ NAMED_AGAIN = (("env", "name"), ("team", "api_key_env"), ("algorithm", "baseline
 
 
 def demo_recipe() -> Path:
-    """The recipe that `collm train` uses when it is given none."""
+    """The recipe of `collm train` without a recipe."""
     return Path(str(resources.files("collm.cli") / "demo.toml"))
 
 
@@ -35,13 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
         from collm.training.trainer import Trainer
 
         overrides = dict(arguments.overrides)
-        if set(overrides) <= {
-            *RESUMABLE,
-            *(f"{room}.{key}" for room, key in NAMED_AGAIN),
-        }:  # others are refused before a file is read
+        again = {f"{room}.{key}" for room, key in NAMED_AGAIN}
+        if set(overrides) <= {*RESUMABLE, *again}:  # other overrides are refused below
             values = read_settings(arguments.resume)
             check_named(arguments.resume, values, overrides, training=True)
-            for room, key in NAMED_AGAIN:  # naming again what the run has is no change
+            for room, key in NAMED_AGAIN:  # the run's own value is not a change
                 table = values.get(room)
                 if isinstance(table, dict) and table.get(key) == overrides.get(f"{room}.{key}"):
                     overrides.pop(f"{room}.{key}", None)
@@ -74,5 +72,5 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(json.dumps({"run": str(folder), **read_metrics(folder / "metrics.jsonl")[-1]}))
     else:
-        print(f"The trained team lies in {folder}/final. Next: {command('collm', 'report', folder)}")
+        print(f"The trained team is in {folder}/final. Next: {command('collm', 'report', folder)}")
     return 0

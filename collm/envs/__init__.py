@@ -1,1 +1,1 @@
-"""The worlds: text in, text out, no torch."""
+"""The environments: text in, text out. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""`agree`: the smallest cooperative world, for trying an algorithm in seconds."""
+"""`agree`: the smallest cooperative environment, for trying an algorithm in seconds."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ COLOURS = ("red", "green", "blue", "yellow", "white", "black", "brown", "pink")
 class Agree(TextEnv):
     """Agents each name a colour without seeing the others' choice.
 
-    Team reward per turn: 1 if all colours are the same, else 0. Ends after `turns` turns. Uniform play by n agents over k
-    colours returns turns / k**(n-1); perfect play returns turns. One agent alone is told a target colour, a different
-    one in each task, and earns 1 for naming it: uniform play returns turns / k.
+    Team reward per turn: 1 if all colours are the same, else 0. Ends after `turns` turns.
+    Uniform play by n agents over k colours returns turns / k**(n-1); perfect play returns turns.
+    A single agent reads a target colour, a different one in each task, and earns 1 for naming it: uniform play returns
+    turns / k.
+    Metrics: match (1 if the turn was rewarded), rejected (answers without a colour).
 
     Args:
         agents: how many agents, or their names.
-        colours: how many of the eight colours, or a list of them.
-        turns: how often they choose.
+        colours: how many of the eight colours, or a list of names.
+        turns: how many turns an episode has.
         split: "train" and "eval" hold the same tasks.
     """
 

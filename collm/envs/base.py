@@ -1,7 +1,8 @@
-"""What a world is: PettingZoo's ParallelEnv with text spaces, and a base class that leaves a new task its rules alone.
+"""The base class of environments: PettingZoo's ParallelEnv with text observations and text actions.
 
-A task of your own subclasses `TextEnv` and writes two methods: `begin` (what each agent reads first) and `play` (what the
-answers of one turn lead to). Turn counting, the reward shift, early stop and PettingZoo's bookkeeping are here.
+An environment of your own subclasses `TextEnv` and defines two methods: `begin` (the first observation of each agent) and
+`play` (the outcome of one turn's answers). `TextEnv` counts turns, shifts the reward, ends episodes early and does
+PettingZoo's bookkeeping.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ MAX_CHARACTERS = 1 << 22
 
 
 class EnvMaker(Protocol):
-    """Makes a fresh world for each episode; `EnvSpec` of the catalogue is one."""
+    """Makes a new environment for each episode; `EnvSpec` of the catalogue is one."""
 
     def make(self, split: str) -> ParallelEnv: ...
 
 
 class _AnyScript(Sequence[str]):
-    """Every character of Unicode, in order; made when it is looked up."""
+    """Every character of Unicode, in order, computed on access."""
 
     def __len__(self) -> int:
         return sys.maxunicode + 1
@@ -45,9 +46,9 @@ _ANY_SCRIPT = _AnyScript()
 
 
 class TextSpace(spaces.Text):
-    """Any string of at most `max_length` characters, in any script. Samples are short and hostile: use them to test a world.
+    """Any string of at most `max_length` characters, in any script. Samples are short and hostile, for testing environments.
 
-    Gymnasium's `flatten` makes an array (max_length,) of code points, filled up with the number behind the last one.
+    Gymnasium's `flatten` returns an array (max_length,) of code points, padded with the number after the last code point.
     """
 
     def __init__(self, max_length: int = MAX_CHARACTERS):
@@ -80,10 +81,11 @@ class TextSpace(spaces.Text):
 
 @dataclass(slots=True)
 class Outcome:
-    """What one turn led to.
+    """The outcome of one turn.
 
-    reward: the raw joint reward; parts: its named parts; observations: what each agent reads next; done: the world ended it.
-    shift: replaces the world's own shift for this turn. metrics: name -> number, reported from the last turn.
+    reward: the raw joint reward. parts: its named parts. observations: the next observation of each agent. done: whether the
+    environment ends the episode. shift: replaces the environment's `shift` for this turn. metrics: environment metrics, name ->
+    number; those of the last turn are reported.
     Example: Outcome(1.0, {"match": 1.0}, {"agent_0": "You agreed.", "agent_1": "You agreed."}, metrics={"match": 1.0})
     """
 
@@ -96,13 +98,16 @@ class Outcome:
 
 
 class TextEnv(ParallelEnv[str, str, str]):
-    """A cooperative world of texts with one joint reward.
+    """A cooperative environment of texts with one joint reward.
 
-    Class attributes a task may set: `shift` is added to every raw reward (so that stopping early never costs), `stop_above`
-    ends the episode once a raw reward exceeds it, `max_reward` is the greatest raw reward of a turn, which scores are given in
-    percent of (None: there is none), `has_messages` says that agents may send each other text on purpose, `waits` that a turn
-    spends its time waiting (for a sandbox, a server) rather than computing: such worlds are stepped side by side in threads.
-    `diagnostics` names metrics that are reported and shown, and never reach a critic (its regression on metrics).
+    Class attributes that a subclass may set:
+        shift: added to every raw reward; minus the greatest raw reward, say, so that an early end never lowers the return.
+        stop_above: the episode ends once a raw reward exceeds it (None: no early end).
+        max_reward: the greatest raw reward of a turn; scores are percentages of it (None: no maximum).
+        has_messages: True if agents can send each other text by the rules.
+        waits: True if a turn waits (for a sandbox, a server) rather than computes; such environments are stepped in threads.
+        diagnostics: names of metrics that are reported and shown but never given to a critic or to the metric regression.
+        num_tasks: how many tasks the split has.
     """
 
     shift: float = 0.0
@@ -127,18 +132,18 @@ class TextEnv(ParallelEnv[str, str, str]):
 
     @abstractmethod
     def begin(self, task: int, rng: random.Random) -> dict[str, str]:
-        """Set up task number `task` and return what each agent reads first. All randomness comes from `rng`."""
+        """Set up task number `task` and return the first observation of each agent. All randomness comes from `rng`."""
 
     @abstractmethod
     def play(self, answers: dict[str, str]) -> Outcome:
-        """Play one turn. `self.turn` counts from 0; `self.last_turn` is True on the last."""
+        """Play one turn and return its outcome. `self.turn` counts from 0; `self.last_turn` is True in the last turn."""
 
     def state(self) -> str:
-        """The privileged view: all that a critic may know and no agent needs to."""
+        """The privileged view of the present state, which a critic may read and agents do not."""
         return ""
 
     def task_name(self, task: int) -> str:
-        """What tables call this task."""
+        """The name of a task in tables and logs."""
         return str(task)
 
     @property
@@ -156,7 +161,7 @@ class TextEnv(ParallelEnv[str, str, str]):
     ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
         """Start task `options["task"]` (a number below `num_tasks`; drawn from the seed if absent).
 
-        The infos are empty: wrappers that turn infos into tensors (torchrl's) take no text. `task_name` names the task.
+        The infos are empty, since wrappers that turn infos into tensors (torchrl's) refuse text. `task_name` names the task.
         """
         rng = random.Random() if seed is None else seeds.stream(seed, "env")
         task = (options or {}).get("task")
@@ -201,7 +206,10 @@ class TextEnv(ParallelEnv[str, str, str]):
 
 
 def agent_names(agents: int | Sequence[str], stem: str) -> list[str]:
-    """`2` becomes stem_0, stem_1; a list of names is kept. Raises EnvError on no agent or on a repeated name."""
+    """The names of agents: `2` gives stem_0 and stem_1; a list of names is kept.
+
+    Raises EnvError on an empty list or a repeated name.
+    """
     names = [f"{stem}_{index}" for index in range(agents)] if isinstance(agents, int) else [str(a) for a in agents]
     if not names or len(set(names)) < len(names):
         raise EnvError(f"agents={agents!r} must name at least one agent, each once.")

@@ -1,4 +1,4 @@
-"""Names of the built-in worlds, and how any world is made from a name and options."""
+"""Names of the built-in environments, and `make`, which makes any environment from a name and options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 from collm.envs import gate
 from collm.errors import ConfigError, EnvError
 
-WORLDS = {
+ENVIRONMENTS = {
     "agree": "collm.envs.agree:Agree",
     "str_build": "collm.envs.building.str_build:StrBuild",
     "bridge_build": "collm.envs.building.bridge_build:BridgeBuild",
@@ -34,23 +34,26 @@ WORLDS = {
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """A world by name with its options; `make` gives a fresh one for each episode. Example: EnvSpec("agree", {"turns": 2})"""
+    """The name of an environment with its options. `make` returns a new environment for each episode.
+
+    Example: EnvSpec("agree", {"turns": 2})
+    """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def make(self, split: str = "train") -> ParallelEnv:
-        """A fresh world of one split. Raises ConfigError as `make` does."""
+        """A new environment of one split. Raises ConfigError as `make` does."""
         if "split" in self.options:
-            raise ConfigError("env.split is no setting: training plays the split 'train', evaluation the split 'eval'.")
+            raise ConfigError("env.split is not a setting: training plays the split 'train', evaluation the split 'eval'.")
         return make(self.name, split=split, **self.options)
 
 
 def find(name: str) -> Any:
-    """The class (or function) behind a world's name or behind "module:attribute". Raises ConfigError for an unknown one."""
-    target = WORLDS.get(name, name)
+    """The class or function of an environment, given its name or "module:attribute". Raises ConfigError for an unknown one."""
+    target = ENVIRONMENTS.get(name, name)
     if ":" not in target:
-        near = difflib.get_close_matches(name, WORLDS, n=1)
+        near = difflib.get_close_matches(name, ENVIRONMENTS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             f"unknown task {name!r}.{hint} `collm tasks` lists the built-in ones; your own is written 'module:Class'."
@@ -69,7 +72,7 @@ def find(name: str) -> Any:
 
 
 def _makes_env(found: Any) -> bool:
-    """Whether `found` is a subclass of ParallelEnv or a Python function annotated to return one: nothing else is called."""
+    """Whether `found` is a subclass of ParallelEnv or a Python function annotated to return one. Nothing is called."""
     if not inspect.isclass(found):
         if not inspect.isfunction(found):
             return False
@@ -82,11 +85,11 @@ def _makes_env(found: Any) -> bool:
 
 
 def make(name: str, split: str = "train", **options: Any) -> ParallelEnv:
-    """Make a world, for example `make("str_build", strings=["ICML"])`.
+    """Make an environment, for example `make("str_build", strings=["ICML"])`.
 
-    `name` is a built-in world or "module:attribute" of any PettingZoo ParallelEnv with text observations and actions.
-    Options are checked against the type annotations of the world's constructor, where it has them.
-    Raises ConfigError for an unknown name or option, or an option's bad value.
+    `name` is a built-in environment or "module:attribute" of any PettingZoo ParallelEnv with text observations and actions.
+    Options are checked against the type annotations of the environment's constructor, where it has them.
+    Raises ConfigError for an unknown name, an unknown option, or a bad value of an option.
     """
     factory = find(name)
     parameters = inspect.signature(factory).parameters
@@ -97,7 +100,7 @@ def make(name: str, split: str = "train", **options: Any) -> ParallelEnv:
             hint = f"Did you mean 'env.{near[0]}'?" if near else f"{name} takes: {', '.join(parameters)}."
             raise ConfigError(f"unknown setting 'env.{option}'. {hint}")
     _check_types(factory, options)
-    options = copy.deepcopy(options)  # an environment may change what it is given
+    options = copy.deepcopy(options)  # an environment may change its arguments
     if "split" in parameters or open_ended:
         options["split"] = split
     try:
@@ -117,7 +120,7 @@ def make(name: str, split: str = "train", **options: Any) -> ParallelEnv:
 
 
 def _check_types(factory: Any, options: Mapping[str, Any]) -> None:
-    """Hold options to the constructor's annotations, without converting any value."""
+    """Check options against the constructor's annotations, without converting any value. Raises ConfigError."""
     for option, value in options.items():
         adapter = _adapter(factory, option)
         if adapter is not None:
@@ -130,7 +133,7 @@ def _check_types(factory: Any, options: Mapping[str, Any]) -> None:
 
 @cache
 def _adapter(factory: Any, option: str) -> TypeAdapter[Any] | None:
-    """What checks one option's type; None where an annotation is missing or cannot be resolved: it promises nothing."""
+    """The type check of one option; None where an annotation is missing or cannot be resolved."""
     try:
         hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
         return TypeAdapter(hints[option]) if option in hints else None

@@ -1,4 +1,4 @@
-"""`check_env`: the contract of a world, as a function anyone can run on their own."""
+"""`check_env`: the contract of an environment, as a function that you can run on your own environment."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Step = tuple[Any, ...]
 
 
 def check_env(env: ParallelEnv, *, episodes: int = 4) -> list[str]:
-    """Play a few episodes of arbitrary texts and hold the world to its contract.
+    """Play a few episodes with arbitrary texts and check the environment's contract.
 
-    Returns the names of the checks passed. Raises EnvError naming the first broken promise.
+    Returns the names of the checks passed. Raises EnvError naming the first violation.
     """
     try:
-        fresh: ParallelEnv | None = copy.deepcopy(env)  # never played: what a branch of a turn tree replays in
+        fresh: ParallelEnv | None = copy.deepcopy(env)  # not played yet; turn trees replay in such copies
     except (TypeError, NotImplementedError):
-        fresh = None  # it holds a lock, a process or a socket; replays are then tried in `env` alone
+        fresh = None  # it holds a lock, a process or a socket; only `env` itself is replayed
     gate.agents_of(env)
     gate.num_tasks_of(env)
     passed = []
@@ -51,8 +51,10 @@ def check_env(env: ParallelEnv, *, episodes: int = 4) -> list[str]:
 
 
 def play(env: ParallelEnv, seed: int, secrets: Mapping[str, str] | None = None) -> tuple[Any, list[Step]]:
-    """One episode of sampled answers: (first observations, steps). An agent with a secret begins and ends its answers
-    with it, where its space allows."""
+    """Play one episode of sampled answers; returns (first observations, steps).
+
+    An agent in `secrets` begins and ends its answers with its secret, where its action space allows that.
+    """
     for index, agent in enumerate(env.possible_agents):
         env.action_space(agent).seed(1000 * seed + index)
     observations, _ = gate.reset(env, seed, None)
@@ -80,13 +82,13 @@ def _spaces(env: ParallelEnv, fresh: ParallelEnv | None, seed: int) -> None:
         for kind, space in (("observation", env.observation_space(agent)), ("action", env.action_space(agent))):
             _require(
                 isinstance(space, spaces.Text),
-                f"{agent}'s {kind} space is {type(space).__name__}, not text: collm trains worlds of text "
+                f"{agent}'s {kind} space is {type(space).__name__}, not text: collm trains text environments "
                 "(gymnasium.spaces.Text, or collm.envs.base.TextSpace for any script).",
             )
 
 
 def _pettingzoo(env: ParallelEnv, fresh: ParallelEnv | None, seed: int) -> None:
-    play(env, seed)  # the gate names the fault where PettingZoo's test would stumble over it
+    play(env, seed)  # the gate raises a clearer error than PettingZoo's test
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -110,7 +112,7 @@ def _replays(env: ParallelEnv, fresh: ParallelEnv | None, seed: int) -> None:
     _require(record == play(env, seed), f"two episodes with seed {seed} and the same answers differ.")
     _require(
         fresh is None or record == play(copy.deepcopy(fresh), seed),
-        f"an episode with seed {seed} and the same answers differs in a world that has not been played yet.",
+        f"an episode with seed {seed} and the same answers differs in an environment that has not been played yet.",
     )
 
 

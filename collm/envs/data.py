@@ -1,8 +1,8 @@
-"""Rows of a data set: a local file in its public format, or the Hugging Face hub by name.
+"""Rows of a data set: a local file in its public format, or a data set of the Hugging Face hub.
 
 A source is one string: a path (.json, .jsonl, .csv or .parquet; .json, .jsonl and .csv also .gz), `hf:NAME:SPLIT`, or
-`hf:NAME:CONFIG:SPLIT`, where NAME is a hub repository or a folder in a hub repository's layout. `[a:b]` behind it takes
-rows a to b, as Python does: "hf:trl-lib/tldr:train[:1100]". The hub needs the extra `collm[hub]`.
+`hf:NAME:CONFIG:SPLIT`, where NAME is a hub repository or a folder in a hub repository's layout. A suffix `[a:b]` takes rows a
+to b, as a Python slice does: "hf:trl-lib/tldr:train[:1100]". The hub needs the extra `collm[hub]`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 T = TypeVar("T")
 
 MOST_BAD = 0.01
-"""Share of a source's rows that may be left out because they cannot be read."""
+"""Largest fraction of a source's rows that is left out because they cannot be read; above it the source is refused."""
 
 _SLICE = re.compile(r"(.+?)\[(-?\d*):(-?\d*)\]")
 
@@ -35,8 +35,8 @@ def split_rows(
 ) -> list[Row]:
     """The rows of one split ("train" or "eval").
 
-    With `eval_data` each split has a source of its own, taken whole. With `data` alone, `train` and `held_out` are the task's
-    own parts of it; a task without fixed parts (`held_out=None`) holds out the last fifth. Raises EnvError for a source that
+    With `eval_data` each split has its own source, taken whole. With `data` alone, the slices `train` and `held_out` select the
+    rows of each split; without fixed slices (`held_out=None`) the last fifth is held out. Raises EnvError for a source that
     cannot be read, or a split without a row.
     """
     if split == "eval" and eval_data is not None:
@@ -57,7 +57,7 @@ def split_rows(
 
 
 def read_rows(source: str) -> Sequence[Row]:
-    """All rows of a source, in order. Raises EnvError naming what is wrong with it."""
+    """All rows of a source, in order. Raises EnvError with the reason if it cannot be read."""
     found = _SLICE.fullmatch(source)
     name = found[1] if found else source
     rows = _hub(name) if name.startswith("hf:") else _local(name, _modified(name))
@@ -75,7 +75,7 @@ def _modified(path: str) -> float:
 
 @lru_cache(maxsize=32)
 def _local(path: str, modified: float) -> tuple[Row, ...]:
-    """Rows of a file, kept until it changes: worlds are made anew for every episode."""
+    """Rows of a file, cached until it changes, since environments are made anew for every episode."""
     kinds = Path(path).name.lower().removesuffix(".gz").rsplit(".", 1)
     reader: Any = {"json": _json, "jsonl": _jsonl, "csv": csv.DictReader}.get(kinds[-1])
     try:
@@ -96,7 +96,7 @@ def _local(path: str, modified: float) -> tuple[Row, ...]:
     if rows and not any(isinstance(row, dict | _Bad) for row in rows):
         raise EnvError(f"data={path!r} must hold a list of objects, one for each task.")
     bad = [
-        (number, row.reason if isinstance(row, _Bad) else "it is no object")
+        (number, row.reason if isinstance(row, _Bad) else "it is not an object")
         for number, row in enumerate(rows)
         if not isinstance(row, dict)
     ]
@@ -112,7 +112,7 @@ class _Bad:
 
 
 def leave_out(data: str, bad: Sequence[tuple[int, str]], total: int) -> None:
-    """Warn once that the `bad` rows (number from 0, reason) are left out; raise EnvError where they are above 1 % of all."""
+    """Warn that the `bad` rows (number from 0, reason) are left out. Raises EnvError where they are above 1 % of all."""
     if not bad:
         return
     number, reason = bad[0]
@@ -123,7 +123,7 @@ def leave_out(data: str, bad: Sequence[tuple[int, str]], total: int) -> None:
 
 
 def read_each(rows: Sequence[Row], read: Callable[[Row], T], data: str) -> list[T]:
-    """What `read` makes of every row; rows for which it raises EnvError are left out as `leave_out` says."""
+    """Apply `read` to every row. Rows for which it raises EnvError are left out by the rule of `leave_out`."""
     good, bad = [], []
     for number, row in enumerate(rows):
         try:
@@ -135,7 +135,7 @@ def read_each(rows: Sequence[Row], read: Callable[[Row], T], data: str) -> list[
 
 
 def _json(file: IO[str]) -> list[Any]:
-    """A list of rows, or an object of them; JSON Lines under this name are read as what they are."""
+    """Rows of a JSON list or of a JSON object's values. A file that holds JSON Lines is read as such."""
     text = file.read()
     try:
         rows = json.loads(text)
@@ -172,14 +172,14 @@ def _hub(source: str) -> tuple[Row, ...]:
         raise EnvError(f"data={source!r} is read with the package datasets: pip install 'collm[hub]'.") from error
     try:
         loaded = datasets.load_dataset(name, *parts[:-1], split=parts[-1])
-    except Exception as error:  # whatever network, hub or format bring up
+    except Exception as error:  # of any type: network, hub and format raise their own
         first = str(error).strip().split("\n")[0]
         raise EnvError(f"data={source!r} cannot be loaded: {type(error).__name__}: {first}") from error
     return tuple(dict(row) for row in loaded)
 
 
 def field(row: Row, names: Sequence[str], data: str) -> str:
-    """The text under the first of `names` that the row has. Raises EnvError naming what the row has instead."""
+    """The text of the first field in `names` that the row has. Raises EnvError listing the fields that the row has."""
     for name in names:
         if isinstance(row.get(name), str):
             return str(row[name])

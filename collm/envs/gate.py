@@ -1,6 +1,6 @@
-"""The gate: everything that an environment returns is read here, once, by training, evaluation, play and `check_env` alike.
+"""The gate: checks and converts everything that an environment returns, for training, evaluation, play and `check_env`.
 
-Numbers of any kind that have a float value become floats, texts are text, agents are those that the environment named.
+Numbers of any kind that have a float value become floats. Observations must be text, and agents must be in `possible_agents`.
 Anything else raises EnvError with one sentence, which fails that episode only.
 """
 
@@ -21,17 +21,17 @@ NAME = re.compile(r"\w(?:[\w .-]{0,58}[\w-])?")
 RESERVED = frozenset(
     ("critic", "episodes", "evaluation", "iteration", "joint_actions", "loss", "reward", "seconds", "task", "team", "tokens")
 )
-"""First parts of record keys and names of files that belong to collm."""
+"""Names that collm uses as the first part of record keys or as file names; agents cannot have them."""
 MAX_TURNS = 1000
-"""After so many turns an environment that has not ended an episode, and does not state more `turns`, fails it."""
+"""An episode that has not ended after so many turns fails, unless the environment's `turns` is larger."""
 
 
 Step = tuple[dict[str, str], dict[str, float], dict[str, bool], dict[str, bool], dict[str, dict[str, Any]]]
-"""What `env.step` returns, as plain values."""
+"""What `env.step` returns, with plain values."""
 
 
 def agents_of(env: ParallelEnv) -> tuple[str, ...]:
-    """The names of `env.possible_agents`. Raises EnvError where one cannot be the name of a file and of a record's key."""
+    """The names of `env.possible_agents`. Raises EnvError where one cannot be a file name and part of a record key."""
     agents = getattr(env, "possible_agents", None)
     if not isinstance(agents, Sequence) or isinstance(agents, str) or not agents:
         raise EnvError(f"possible_agents is {_shown(agents)}; name at least one agent, in a list.")
@@ -54,7 +54,7 @@ def agents_of(env: ParallelEnv) -> tuple[str, ...]:
 
 
 def num_tasks_of(env: ParallelEnv) -> int:
-    """How many tasks there are; an environment without `num_tasks` has one. Raises EnvError on fewer than one."""
+    """How many tasks the environment has: `num_tasks`, or 1 without that attribute. Raises EnvError on fewer than one."""
     count = getattr(env, "num_tasks", 1)
     if number(count, "num_tasks") != int(count) or int(count) < 1:
         raise EnvError(f"num_tasks={_shown(count)} leaves nothing to play; give at least one task.")
@@ -78,7 +78,7 @@ def number(value: Any, what: str) -> float:
 
 
 def reset(env: ParallelEnv, seed: int | None, task: int | None) -> tuple[dict[str, str], list[Any]]:
-    """Reset; returns the first observations and the names of the task that infos give. Raises EnvError."""
+    """Reset the environment; returns the first observations and each `task_name` in the infos. Raises EnvError."""
     returned = env.reset(seed=seed, options=None if task is None else {"task": task})
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise EnvError(f"reset returned {_count(returned)}; return observations and infos.")
@@ -88,7 +88,7 @@ def reset(env: ParallelEnv, seed: int | None, task: int | None) -> tuple[dict[st
 
 
 def step(env: ParallelEnv, answers: Mapping[str, str]) -> Step:
-    """Play one turn. Raises EnvError on what breaks the contract."""
+    """Play one turn; returns checked values. Raises EnvError on a violation of the contract."""
     returned = env.step(dict(answers))
     if not isinstance(returned, tuple) or len(returned) != 5:
         raise EnvError(f"step returned {_count(returned)}; return observations, rewards, terminations, truncations and infos.")
@@ -120,7 +120,7 @@ def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def numbers(mapping: Any, what: str) -> dict[str, float]:
-    """Numbers by name. Raises EnvError naming the first that is none."""
+    """A mapping from names to floats. Raises EnvError naming the first value that is not a number."""
     _mapping(mapping, what)
     for name in mapping:
         if not isinstance(name, str) or not name.isprintable() or encodable(name) != name:
@@ -129,7 +129,7 @@ def numbers(mapping: Any, what: str) -> dict[str, float]:
 
 
 def texts(observations: Any, live: Sequence[str]) -> dict[str, str]:
-    """Observations as text that can be encoded, of the live agents at least. Raises EnvError."""
+    """Observations as text that UTF-8 can encode. Raises EnvError where one of a live agent is missing."""
     _mapping(observations, "observations")
     missing = [agent for agent in live if agent not in observations]
     if missing:
@@ -141,7 +141,7 @@ def texts(observations: Any, live: Sequence[str]) -> dict[str, str]:
 
 
 def _live(env: ParallelEnv) -> list[str]:
-    """The live agents. Raises EnvError where one was not named before the episode."""
+    """The live agents. Raises EnvError where one is not in `possible_agents` or is listed twice."""
     agents = list(env.agents) if isinstance(env.agents, Iterable) else [env.agents]
     for agent in agents:
         if agent not in env.possible_agents or agents.count(agent) > 1:
@@ -150,7 +150,7 @@ def _live(env: ParallelEnv) -> list[str]:
 
 
 def _infos(infos: Any, agents: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """The infos of some agents that hold anything."""
+    """The infos of these agents that are not empty."""
     _mapping(infos, "infos")
     found = {agent: infos[agent] for agent in agents if infos.get(agent) is not None}
     for agent, info in found.items():

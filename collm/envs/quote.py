@@ -1,4 +1,4 @@
-"""`quote`: writers share out a text that each of them sees, without seeing each other; any chat model can play it untrained."""
+"""`quote`: writers divide a text that all of them read between them. Any chat model can play it without training."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ FIELDS = ("post", "prompt", "text")
 class Quote(TextEnv):
     """Two to four writers each repeat part of a text, without seeing each other's answers.
 
-    Content words are the different words of the text's first `length` words, without stop words. An answer counts up to its
-    first `max_words` words, so that no answer can repeat the whole text. With C the share of the content words that at least
-    one writer has written by now, a turn's reward is the increase of C ("dense"), or 0 before the last turn and C at the last
-    ("sparse"). Both sum to C of the last turn. Ends after `turns` turns; the optimum is 1. Two writers who both repeat the
-    beginning earn about one half.
+    The content words are the distinct words of the text's first `length` words, without stop words. Only the first `max_words`
+    words of an answer count, so that no answer can repeat the whole text. Let C be the fraction of the content words that at
+    least one writer has written so far. Team reward per turn: the increase of C ("dense"), or C in the last turn and 0 before
+    ("sparse"). Both sum to C of the last turn. Ends after `turns` turns.
+    Perfect play returns 1. Two writers who both repeat the beginning return about one half.
 
-    Metrics, over all turns so far: covered (C); share_first, share_second, ... (share of the content words that this writer
-    has written); both (share that at least two writers have written); position_first, ... (mean position in the text of what
-    this writer has written, 0 its begin, 1 its end, 0.5 if nothing). Of the turn: foreign (counted words that the text does not
-    have); rejected (answers without a word of the text).
+    Metrics over all turns so far: covered (C); share_first, share_second, ... (fraction of the content words that this writer
+    has written); both (fraction that at least two writers have written); position_first, ... (mean position in the text of the
+    words that this writer has written: 0 the beginning, 1 the end, 0.5 if it has written none). Metrics of the turn: foreign
+    (counted words that are not in the text); rejected (answers without a word of the text).
 
     Args:
         agents: how many writers, or their names.
-        length: how many words of a text they see; shorter texts are left out.
+        length: how many words of a text are shown; shorter texts are left out.
         max_words: how many words of an answer count.
-        turns: how often they write.
+        turns: how many turns an episode has.
         reward: "dense" or "sparse".
-        view: what they read after a turn: the words that all ("all") or they themselves ("own") have covered by now.
-        data, eval_data: JSON rows with a field post, prompt or text, as in tldr; built-in texts without.
+        view: what a writer reads after a turn: the words covered so far by all writers ("all") or by itself ("own").
+        data, eval_data: JSON rows with a field post, prompt or text, as in tldr; default: built-in texts.
         split: "train" or "eval".
     """
 
@@ -127,7 +127,7 @@ class Quote(TextEnv):
 
 
 def _read(data: str | None, eval_data: str | None, split: str, length: int) -> list[str]:
-    """The first `length` words of every text that has as many, with at least one content word among several words."""
+    """The first `length` words of every text that has as many. Texts of one word or without a content word are left out."""
     rows = [] if data is None else split_rows(data, eval_data, split)
     whole = list(texts(split)) if data is None else [field(row, FIELDS, data) for row in rows]
     cut = [" ".join(text.split()[:length]) for text in whole if len(text.split()) >= length]

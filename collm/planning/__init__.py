@@ -1,1 +1,1 @@
-"""What a recipe will need, before anything starts: memory by part, steps, tokens, hours. Nothing here imports torch."""
+"""The needs of a recipe, computed before a run: memory by part, steps, tokens, hours. Nothing here imports torch."""

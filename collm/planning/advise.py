@@ -1,4 +1,4 @@
-"""What would make a recipe fit: the smallest change of settings, found by trying."""
+"""The smallest change of settings with which a recipe fits, found by trying."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collm.settings.rooms import Config
 
 
 def remedies(config: Config, longest: int) -> Iterator[dict[str, Any]]:
-    """Settings that lower the peak, the smallest change first; the first ones change memory and time, not results."""
+    """Settings that lower the peak, the smallest change first. The first ones change memory and time but not results."""
     tokens = config.learner.micro_batch_tokens
     while tokens // 2 >= longest:
         tokens //= 2
@@ -31,7 +31,7 @@ def remedies(config: Config, longest: int) -> Iterator[dict[str, Any]]:
 
 
 def advise(config: Config, limit: float) -> tuple[dict[str, Any], Plan] | None:
-    """The fewest of the remedies that bring the peak below `limit` bytes, and the plan with them; None if all do not."""
+    """The fewest remedies that bring the peak to at most `limit` bytes, and the plan with them; None if no set of them does."""
     work = work_of(config)
     longest = max(work.sequence(agent) for agent in work.agents)
     taken: dict[str, Any] = {}
@@ -47,7 +47,7 @@ def advise(config: Config, limit: float) -> tuple[dict[str, Any], Plan] | None:
                     if plan(_with(config, fewer), work).peak <= limit:
                         taken = fewer
                 except ConfigError:
-                    continue  # the others need it
+                    continue  # another remedy requires this one
             return taken, plan(_with(config, taken), work)
     return None
 

@@ -1,7 +1,7 @@
-"""Memory of a run: what is held all the time (weights, optimizer state), and what each phase adds to it.
+"""Memory of a run: the part held all the time (weights, optimizer state), and the part that each phase adds.
 
 Phases are generation, a critic's update, an agent's update, and saving; the arithmetic follows the code of each. The peak is
-what is held plus the largest phase. docs/planning.md compares it with what was measured.
+the held part plus the largest phase. docs/planning.md compares plans with measurements.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from collm.settings.rooms import Config, LoraSettings
 
 GIB = 1 << 30
 LOGITS_AT_ONCE = 1 << 25
-"""As models/policy.py has it: longer batches are scored in chunks of so many logits."""
+"""Longer batches are scored in chunks of so many logits, as in models/policy.py."""
 CUDA_RESERVE = 1 * GIB
-"""Assumed for a CUDA context, its libraries' workspaces and fragmentation."""
+"""Bytes assumed for a CUDA context, its libraries' workspaces and fragmentation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One set of weights that answers or judges: whole, or an adapter on a base that is counted elsewhere."""
+    """One set of weights of a policy or critic: a whole model, or an adapter on a base that is counted elsewhere."""
 
     name: str
     shape: Shape
     base: BaseSpec | None
-    """What it sits on, for an adapter."""
+    """The base of an adapter."""
     lora: LoraSettings | None
     """An adapter's rank and layers."""
     head: bool
-    """With the vocabulary head, or (a critic) without."""
+    """Whether the model has the vocabulary head; a critic has none."""
 
     @property
     def trained(self) -> int:
-        """Parameters that learn; all of them are float32."""
+        """Number of trained parameters; all of them are float32."""
         if self.lora is not None:
             return self.shape.adapter(self.lora)
         return self.shape.parameters if self.head else self.shape.body
@@ -49,7 +49,7 @@ class Model:
 
 @dataclass(slots=True)
 class Phase:
-    """What one phase holds beyond what is always there: part -> bytes."""
+    """Memory that one phase adds to the held memory: part -> bytes."""
 
     name: str
     parts: dict[str, float]
@@ -61,7 +61,7 @@ class Phase:
 
 @dataclass(slots=True)
 class Plan:
-    """held: part -> bytes, all the time; phases: what each adds. The peak is held plus the largest phase."""
+    """held: part -> bytes, all the time. phases: what each adds. The peak is held plus the largest phase."""
 
     config: Config
     blueprint: Blueprint
@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def generated_tokens(self) -> int:
-        """In one iteration, at most."""
+        """Tokens generated in one iteration, at most."""
         return self.work.joint_actions * len(self.work.agents) * self.work.answer
 
     @property
@@ -93,12 +93,12 @@ class Plan:
         return self.work.episodes * agents * turns * (turns + 1) // 2
 
     def hours(self, generated_per_second: float, updated_per_second: float) -> float:
-        """Of the whole run, without evaluations."""
+        """Hours of the whole run, without evaluations."""
         seconds = self.generated_tokens / generated_per_second + self.update_tokens / updated_per_second
         return self.config.run.iterations * seconds / 3600
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it; memory in bytes."""
+        """Plain values for JSON; memory in bytes."""
         iterations = self.config.run.iterations
         return {
             "peak_bytes": round(self.peak),
@@ -115,7 +115,7 @@ class Plan:
 
 
 def plan(config: Config, work: Work | None = None) -> Plan:
-    """The plan of a recipe. Raises ConfigError where a model's shape is not known."""
+    """The plan of a recipe. Raises ConfigError where a model's shape is unknown."""
     work = work or work_of(config)
     blueprint = Blueprint.of(config, work.agents)
     policies = [(policy, _policy(policy)) for policy in blueprint.policies]
@@ -157,7 +157,7 @@ def _policy(policy: PolicySpec) -> Model:
 
 
 def _critic(critic: CriticSpec, blueprint: Blueprint) -> Model:
-    """A critic with a body of its own; an adapter is like that of the policy which the blueprint names."""
+    """A critic with its own body. Its adapter has the settings of the policy that the blueprint names."""
     lora = _lora(blueprint.policy_of(critic.policy)) if critic.base is not None else None
     return Model(f"critic of {critic.name}", read_shape(critic.model), critic.base, lora, head=False)
 
@@ -167,14 +167,14 @@ def _lora(policy: PolicySpec) -> LoraSettings | None:
 
 
 def _read_by(config: Config, work: Work, critic: CriticSpec) -> tuple[int, int]:
-    """(tokens, number) of the sequences that a critic reads. V judges the last turn before it is answered."""
+    """(tokens, number) of the sequences that a critic reads. V reads the last turn before it is answered."""
     agents = work.agents if critic.joint else critic.agents
     unread = len(agents) * work.answer if critic.kind == "V" else 0
     return min(config.critic.max_tokens, work.sequence(*agents) - unread), work.sequences
 
 
 def _generation(config: Config, work: Work, model: Model, agents: Sequence[str]) -> Phase:
-    """Answering the last and longest turn: prefill, key-value cache, logits. As engines/local.py does it."""
+    """Generation of the last and longest turn: prefill, key-value cache, logits, as in engines/local.py."""
     if config.rollout.engine == "vllm":
         return Phase(f"generation ({model.name})", {})
     shape, c = model.shape, _compute_bytes(config)
@@ -196,7 +196,7 @@ def _generation(config: Config, work: Work, model: Model, agents: Sequence[str])
 
 
 def _update(config: Config, model: Model, longest: int, count: int, answer: int) -> Phase:
-    """Forward and backward of one micro-batch: activations that are kept for the backward pass, the gradient, the logits.
+    """Forward and backward of one micro-batch: activations kept for the backward pass, the gradient, the logits.
 
     longest: tokens of a sequence; count: sequences; answer: tokens scored in each (0 for a critic).
     """
@@ -223,9 +223,9 @@ def _update(config: Config, model: Model, longest: int, count: int, answer: int)
 
 
 def block_bytes(shape: Shape, c: int, lora: LoraSettings | None) -> float:
-    """Bytes per token that one block keeps for its backward pass; c: bytes of a product's number (4, or 2 for bfloat16).
+    """Bytes per token that one block keeps for its backward pass. c: bytes per number in products (4, or 2 for bfloat16).
 
-    Residual stream and norms are float32. A frozen layer does not keep its input, but an adapter on it keeps one of its own.
+    Residual stream and norms are float32. A frozen layer does not keep its input, but an adapter on it keeps its own input.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     trained = lora is None
@@ -253,7 +253,7 @@ def _has_cuda(device: str) -> bool:
 
 
 def device_memory(device: str) -> int | None:
-    """Bytes of the device that a run would use; None where that cannot be told."""
+    """Memory in bytes of the device that a run would use; None if it is unknown."""
     if _has_cuda(device):
         command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
         try:

@@ -1,4 +1,4 @@
-"""Shapes of models: what the arithmetic needs to know of one, read from its config.json alone."""
+"""Shapes of models: the numbers that planning needs, read from a model's config.json."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from collm.settings.rooms import LoraSettings
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A Llama-like language model in numbers. tied: the vocabulary head is the embedding. qk_norm: norms on queries and keys
-    (Qwen3). qkv_bias: queries, keys and values have biases (Qwen2)."""
+    """The sizes of a Llama-like language model.
+
+    tied: the vocabulary head shares the embedding's weights. qk_norm: norms on queries and keys (Qwen3). qkv_bias: biases on
+    queries, keys and values (Qwen2).
+    """
 
     layers: int
     hidden: int
@@ -59,7 +62,7 @@ class Shape:
         return self.body + self.embedding * (not self.tied)
 
     def adapter(self, lora: LoraSettings) -> int:
-        """Parameters of one LoRA adapter. Raises ConfigError for layers that are not there."""
+        """Number of parameters of one LoRA adapter. Raises ConfigError for layers that the model does not have."""
         chosen = self.linear if lora.targets == ["all-linear"] else lora.targets
         unknown = [name for name in chosen if name not in self.linear]
         if unknown:
@@ -80,13 +83,13 @@ KNOWN = {
     "Qwen/Qwen3-4B-Instruct-2507": _qwen3(36, 2560, 32, 9728),
     "Qwen/Qwen2.5-Coder-3B": Shape(36, 2048, 16, 2, 128, 11008, 151936, tied=True, qkv_bias=True),
 }
-"""Published shapes of the models that recipes name, for machines that have neither the model nor a hub."""
+"""Published shapes of the models in the recipes, for machines without the model and without access to the hub."""
 
 
 def read_shape(source: str) -> Shape:
-    """The shape of "tiny", a Hugging Face folder (an adapter's is its base's), a model in the hub's cache, or a known one.
+    """The shape of "tiny", a Hugging Face folder (for an adapter that of its base), a model in the hub's cache, or a known one.
 
-    Raises ConfigError where none is found, or where the model is not of the kind whose arithmetic is known.
+    Raises ConfigError where none is found, or for an architecture that planning does not support.
     """
     folder = folder_of(source)
     if folder is None:
@@ -134,7 +137,7 @@ def read_adapter(folder: str) -> LoraSettings:
 
 
 def folder_of(source: str) -> Path | None:
-    """Where a model's config lies on this machine, if it does."""
+    """The folder of a model's config on this machine, or None."""
     if Path(resolve(source)).is_dir():
         return Path(resolve(source))
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")

@@ -1,4 +1,4 @@
-"""How much there is to do: prompts, answers, episodes and sequences of one iteration."""
+"""The work of one iteration: prompts, answers, episodes and sequences."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from collm.planning.shapes import folder_of
 from collm.settings.rooms import Config
 
 TEMPLATE = 8
-"""Assumed of a chat template: tokens around one message and its answer."""
+"""Assumed number of tokens that a chat template adds to one message and its answer."""
 CHARACTERS_PER_TOKEN = 4.0
-"""Assumed of prompts where the model's tokenizer is not on this machine."""
+"""Assumed for prompts if the model's tokenizer is not on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One iteration in numbers, every answer as long as it may be.
+    """The size of one iteration if every answer has the greatest length.
 
-    prompts: agent -> tokens of each turn's new observation. answer: tokens of an answer. episodes: leaves of trees included.
-    joint_actions: of which something is learnt. note: what had to be assumed.
+    prompts: agent -> tokens of each turn's new observation. answer: tokens of an answer. episodes: number of episodes, leaves
+    of turn trees included. joint_actions: joint actions that are learned from. note: assumptions made.
     """
 
     agents: tuple[str, ...]
@@ -40,7 +40,7 @@ class Work:
         return len(self.prompts[self.agents[0]])
 
     def sequence(self, *readers: str) -> int:
-        """Tokens of the longest history with its answers: an agent's, or what a critic of several reads."""
+        """Tokens of the longest history with its answers: of one agent, or of all `readers` in a joint history."""
         turns = [TEMPLATE + sum(self.prompts[agent][turn] + self.answer for agent in readers) for turn in range(self.turns)]
         if self.history == "full":
             return sum(turns)
@@ -48,12 +48,12 @@ class Work:
 
     @property
     def sequences(self) -> int:
-        """Sequences per agent that one update reads: a growing chat is one, whatever its turns."""
+        """Sequences per agent that one update reads: one per episode with history "full", otherwise one per turn."""
         return self.episodes if self.history == "full" else self.episodes * self.turns
 
 
 def work_of(config: Config) -> Work:
-    """What one iteration plays: the agents' prompts as a few first tasks have them, answered with nothing."""
+    """The work of one iteration. Prompts are measured on the first four tasks, played with empty answers."""
     note, options = "", config.env.options
     data = [str(options[key]) for key in ("data", "eval_data") if options.get(key)]
     absent = [name for name in data if name.startswith("hf:") or not Path(name.split("[")[0]).exists()]
@@ -82,13 +82,13 @@ def work_of(config: Config) -> Work:
 
 
 def _observed(env: Any, task: int, turns: int) -> dict[str, list[str]]:
-    """What every agent reads at each turn of an episode in which nobody says a thing."""
+    """The observations of every agent at each turn of an episode in which all answers are empty."""
     observations, _ = env.reset(seed=0, options={"task": task})
     texts = {agent: [str(text)] for agent, text in observations.items()}
     for _ in range(turns - 1):
         try:
             observations, *_ = env.step(dict.fromkeys(env.agents, ""))
-        except CollmError:  # a world that cannot judge answers here: later turns are taken to be as long as the first
+        except CollmError:  # the environment cannot be stepped on this machine: later turns are assumed to be as long
             break
         for agent, text in observations.items():
             texts[agent].append(str(text))
@@ -98,7 +98,7 @@ def _observed(env: Any, task: int, turns: int) -> dict[str, list[str]]:
 
 
 def count_tokens(source: str, text: str) -> int:
-    """Tokens of a text: by the model's tokenizer where it lies on this machine, else by its length."""
+    """Number of tokens of a text, by the model's tokenizer if it is on this machine, otherwise estimated from its length."""
     folder = folder_of(source)
     if folder is not None and (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer

@@ -1,4 +1,4 @@
-"""Pictures of what builders built, before training and after it: in a terminal and as a PNG."""
+"""Pictures of StrBuild's builds before and after training, in a terminal and as a PNG."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BLOCKS = {
     "quartz_block": "#e6c9e2",
     "coal_block": "#5c4433",
 }
-"""Block and colour of each hexadecimal digit in a build; each pair belongs to one builder. Colours are for telling apart."""
+"""Block and colour of each hexadecimal digit in a build; each pair belongs to one builder. Colours are easy to tell apart."""
 WALL, EMPTY, MISSING, EXTRA = "#14181d", "#1e242b", "#46515e", "#ff4d4d"
 _STATE = re.compile(r"word (\S+) turn \d+ of \d+[^\n]*\ntarget:\n([#.\n]+)\nbuild:\n([\da-f.\n]+)")
 
@@ -81,7 +81,7 @@ class Gallery:
 
     @property
     def choice(self) -> str:
-        """How the words were chosen, for people to read."""
+        """A sentence on how the words were chosen."""
         if len(self.numbers) == self.num_words:
             return "all held-out words"
         listed = ", ".join(map(str, self.numbers))
@@ -89,7 +89,7 @@ class Gallery:
 
 
 def read_build(episode: Record) -> Build | None:
-    """The build that an episode's record ends with; None where its world is not a wall of pixels."""
+    """The last build in an episode's record; None if the environment is not StrBuild."""
     found = _STATE.fullmatch(episode["state"])
     if found is None or not episode["turns"] or episode["score"] is None:
         return None
@@ -102,7 +102,7 @@ def read_build(episode: Record) -> Build | None:
 
 
 def choose(before: Sequence[Record], after: Sequence[Record]) -> Gallery | None:
-    """At most three words from first to last at even steps among those built both times; None where nothing was built."""
+    """At most three evenly spaced words among those built both before and after training; None if there are none."""
     old, new = ({b.word: b for b in map(read_build, episodes) if b} for episodes in (before, after))
     words = [word for word in new if word in old]
     if not words:
@@ -113,10 +113,10 @@ def choose(before: Sequence[Record], after: Sequence[Record]) -> Gallery | None:
 
 
 def picture(gallery: Gallery, width: int) -> Group:
-    """The gallery for a terminal of `width` columns, two characters a cell.
+    """The gallery for a terminal of `width` columns, with two characters per cell.
 
-    Without colours the characters say the same: a block's digit twice, `x` and the digit where it is outside the word,
-    `..` where the word is left empty.
+    The characters are readable without colours: a block's digit twice; `x` and the digit for a block outside the word; `..` for
+    a cell of the word that is empty.
     """
     words: list[Table | Text] = []
     for old, new in zip(gallery.before, gallery.after, strict=True):
@@ -132,7 +132,7 @@ def picture(gallery: Gallery, width: int) -> Group:
 
 
 def _wall(build: Build) -> Text:
-    """Rows of two-character cells; a covered cell's digits have its own colour and show only where colours do not."""
+    """Rows of two-character cells. The digits of a filled cell have its colour, so that they show only without colours."""
     wall = Text()
     for column, row, wanted, block in build.cells():
         if column == 0 and row:
@@ -147,7 +147,7 @@ def _wall(build: Build) -> Text:
 
 
 def _legend(build: Build) -> Text:
-    """Which block each colour and digit stands for, builder by builder."""
+    """The block of each colour and digit, for every builder."""
     legend = Text()
     for agent, blocks in _palettes(build.agents).items():
         legend.append(f"{agent}: ")
@@ -164,7 +164,7 @@ def _legend(build: Build) -> Text:
 
 @rc_context({"text.parse_math": False})  # a name may hold $
 def draw_builds(gallery: Gallery, title: str, path: Path) -> Path:
-    """The gallery as a PNG: a column a word, before above after. Raises SaveError."""
+    """The gallery as a PNG: one column per word, before above after. Raises SaveError."""
     columns = [len(build.target[0]) for build in gallery.after]
     rows = len(gallery.after[0].target)
     cell = min(0.22, 10 / sum(columns))  # inches

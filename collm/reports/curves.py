@@ -1,4 +1,4 @@
-"""Learning curves of one run or several."""
+"""Learning curves of one or several runs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from collm.studies.series import ceiling_by_turn, explained_by_turn, held_out_cu
 
 COLOURS = ("#2f6fb7", "#d9732b", "#3a9157", "#b5446e", "#7b5bb0", "#8a6d3b", "#3f9aa8", "#6b6f76")
 FLOOR = -1.0
-"""Explained variance is drawn down to here: a critic that has only begun can be off by any factor."""
+"""Lower limit of the drawn explained variance, which is not bounded below at the beginning of training."""
 
 
 @rc_context({"text.parse_math": False})  # a name may hold $
 def draw_curves(runs: Sequence[Run], path: Path) -> Path:
-    """Raw reward in training and on held-out tasks against joint actions; below, explained variance by turn, per run, dotted
-    the metric ceiling: what a regression on environment metrics explains.
+    """Draw raw reward in training and on held-out tasks against joint actions; below, per run, explained variance by turn.
 
-    The band around a held-out curve is its 95 % interval over tasks. Raises RunError or SaveError.
+    A dotted line is the metric ceiling: the variance that a regression on environment metrics explains. The band around a
+    held-out curve is its 95 % interval over tasks. Raises RunError or SaveError.
     """
     names = run_names(runs)
     judged = {name: turns for name, run in zip(names, runs, strict=True) if (turns := explained_by_turn(run))}
@@ -54,8 +54,8 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure in its file's format. An SVG holds its texts as text and neither a date nor a random name: the same
-    numbers give the same bytes."""
+    """Write a figure in the format of its file name. An SVG holds its texts as text, with neither date nor random names: equal
+    data give equal bytes."""
     metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else None
     with replacing(path) as aside, rc_context({"svg.hashsalt": "collm", "svg.fonttype": "none"}):
         figure.savefig(aside, format=path.suffix.removeprefix("."), metadata=metadata)
@@ -63,13 +63,13 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """The runs' names, or their paths where names repeat."""
+    """The runs' names, or their paths if names repeat."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 
 
 def _reward(axes: Axes, run: Run, colour: str, labels: tuple[str, str | None]) -> None:
-    """One run's curves: training thin, held-out thick with its band."""
+    """Draw one run's curves: training thin, held-out thick with its band."""
     steps = [record for record in run.metrics if record.get("reward/raw") is not None]
     x, y = [record["joint_actions"] for record in steps], [record["reward/raw"] for record in steps]
     axes.plot(x, y, color=colour, alpha=0.45, linewidth=0.9, label=labels[1])
@@ -82,7 +82,7 @@ def _reward(axes: Axes, run: Run, colour: str, labels: tuple[str, str | None]) -
 
 
 def dress(axes: Axes, title: str, quantity: str) -> None:
-    """The look that all curves share."""
+    """Apply the common style of all curves."""
     axes.set_title(title, fontsize=11, loc="left", fontweight="bold")
     axes.set_xlabel("joint actions", fontsize=9)
     axes.set_ylabel(quantity, fontsize=9)

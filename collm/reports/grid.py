@@ -25,11 +25,11 @@ from collm.studies.series import REWARD
 
 _DASHES = ((0, (6, 3)), (0, (6, 2, 1, 2)), (0, (1, 2)), (0, (3, 2, 1, 2, 1, 2)))
 WIDTH = 200
-"""Columns of a table that is not for a terminal."""
+"""Width in columns of a table that is not printed on a terminal."""
 
 
 def draw_study(grid: Grid, folder: Path) -> list[Path]:
-    """Write `table.txt` and every task's `curves-TASK.svg`; the paths of the pictures. Raises SaveError."""
+    """Write `table.txt` and `curves-TASK.svg` of every task; returns the paths of the pictures. Raises SaveError."""
     pictures = [draw_grid(grid, task, folder / f"curves-{task}.svg") for task in grid.tasks]
     text = io.StringIO()
     Screen(file=text, width=WIDTH).print(*grid_tables(grid), sep="\n\n")
@@ -38,7 +38,8 @@ def draw_study(grid: Grid, folder: Path) -> list[Path]:
 
 
 def grid_tables(grid: Grid, digits: int = 3, measures: int = 4) -> list[Group]:
-    """Per task: a line a method (over seeds), then what the method compared with gains over each other, seed by seed."""
+    """The tables of each task: one line per method (over seeds), the variance that critics explain, and the differences between
+    `against` and every other method, paired by seed."""
     tables = []
     for task in grid.tasks:
         lines = grid.lines(task)
@@ -51,7 +52,7 @@ def grid_tables(grid: Grid, digits: int = 3, measures: int = 4) -> list[Group]:
 
 
 def _results(grid: Grid, task: str, lines: Sequence[Line], digits: int, measures: int) -> Group:
-    """A line a method: results after training (the first `measures` metrics), and what training cost."""
+    """One line per method: results after training (the first `measures` metrics) and the cost of training."""
     threshold = grid.study.thresholds.get(task)
     names = [name for name in lines[0].final if name != REWARD][:measures]
     table = table_of("method", "rate", "seeds", "reward", "area", *map(escape, names))
@@ -76,7 +77,7 @@ def _results(grid: Grid, task: str, lines: Sequence[Line], digits: int, measures
     notes = ["held-out mean [95 % interval] over seeds; area: mean height of the held-out curve"]
     if len({result.cell.rate for result in grid.results if result.cell.task == task} - {None}) > 1:
         notes.append(
-            "of several learning rates the one with the greatest area is shown: chosen on these very numbers, "
+            "the learning rate with the greatest area is shown; it was chosen on the same data, "
             "which favours trained methods over those without a rate"
         )
     notes += explain({line.method: line.area for line in lines})
@@ -107,7 +108,7 @@ def _critics(task: str, lines: Sequence[Line], digits: int) -> list[Group]:
 
 
 def _differences(grid: Grid, task: str, digits: int) -> list[Group]:
-    """What the method compared with gains over each other; nothing where there is no other, or it has not finished."""
+    """The differences between `against` and every other method; empty if `against` or all others have not finished."""
     differences, against = grid.differences(task), grid.study.against
     if not differences:
         return []
@@ -119,18 +120,18 @@ def _differences(grid: Grid, task: str, digits: int) -> list[Group]:
         after = "" if method not in overtaken else "never" if share is None else f"{share:.0%} of its joint actions"
         table.add_row(Text(method), *(spread(parts[name], digits, sign="+") for name in measures), after)
     note = (
-        "mean [95 % interval] of differences of the same seed; of three or five seeds the bootstrap's interval "
-        "is too narrow (it covers the truth in 75 or 84 % of cases), Student's is not if differences are normal"
+        "mean [95 % interval] of differences paired by seed; with three or five seeds the bootstrap's interval is too narrow "
+        "(it covers the true mean in 75 or 84 % of cases), Student's is not if differences are normal"
     )
     return [framed(f"{task}: {against} against the others", table, [note])]
 
 
 @rc_context({"text.parse_math": False})  # a name may hold $
 def draw_grid(grid: Grid, task: str, path: Path) -> Path:
-    """Held-out reward of every method against joint actions: mean over seeds, each seed thin behind it. Raises SaveError.
+    """Draw held-out reward of every method against joint actions: the mean over seeds, and each seed as a thin line.
 
-    A method without training is a thin broken line. The legend has the methods from best to worst, by where they end. In an
-    SVG the lines are named `METHOD` and `METHOD/seedS`.
+    A method without training is a thin dashed line. The legend lists the methods from best to worst final reward. In an SVG the
+    lines have the ids `METHOD` and `METHOD/seedS`. Raises SaveError.
     """
     figure = Figure(figsize=(9, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page about one run or several, with every episode to step through."""
+"""`report.html`: one self-contained page about one or several runs, whose episodes can be read turn by turn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from collm.studies.intervals import Interval
 from collm.studies.series import ceiling_by_turn, explained_by_turn, held_out_curve
 
 EPISODES = 24
-"""Episodes of one evaluation that a page holds: the worst, the best, and evenly spaced ones between."""
+"""Greatest number of episodes of one evaluation on a page: the worst, the best, and evenly spaced ones between."""
 
 
 def write_page(runs: Sequence[Run], path: Path) -> Path:
@@ -103,7 +103,7 @@ def _shown(found: Interval) -> list[float | None]:
 
 
 def _episode_sets(run: Run) -> list[Record]:
-    """The first and the last held-out evaluation, and the training episodes kept of the first and the last iteration."""
+    """Episodes of the first and the last held-out evaluation and of the first and the last recorded training iteration."""
     wanted = []
     for name, found in (
         ("held-out, after {} iterations", run.evaluations()),
@@ -115,7 +115,7 @@ def _episode_sets(run: Run) -> list[Record]:
 
 
 def pick(episodes: Sequence[Record]) -> list[Record]:
-    """At most `EPISODES` episodes from worst to best score, evenly spaced; failed ones come first."""
+    """At most `EPISODES` evenly spaced episodes from worst to best score; failed episodes come first."""
     ordered = sorted(episodes, key=lambda e: (-math.inf if e["score"] is None or e["failure"] else e["score"], e["task"]))
     if len(ordered) <= EPISODES:
         return ordered

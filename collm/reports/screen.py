@@ -1,4 +1,4 @@
-"""The one console that tables and messages are printed on: what others wrote is shown, never obeyed."""
+"""The console for tables and messages. Text from elsewhere is printed literally: no markup, no control characters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collm.types import printable
 
 
 class Screen(Console):
-    """A rich console on which no text is markup, and control characters of a text do not reach the terminal."""
+    """A rich console that does not interpret markup and that escapes control characters."""
 
     def __init__(self, **options: Any):
         super().__init__(highlight=False, markup=False, emoji=False, **options)

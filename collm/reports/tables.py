@@ -16,7 +16,7 @@ from collm.studies.series import REWARD
 
 
 def comparison_table(comparison: BeforeAfter, digits: int = 3) -> Group:
-    """Before and after training, a measure a line."""
+    """Results before and after training, one line per measure."""
     table = table_of("", "before", "after", "difference")
     for name, row in comparison.rows.items():
         difference = spread(row.difference, digits, sign="+") + (" *" if row.apart else "")
@@ -31,7 +31,7 @@ def comparison_table(comparison: BeforeAfter, digits: int = 3) -> Group:
 
 
 def runs_table(comparisons: Sequence[BeforeAfter], digits: int = 3, measures: int = 3) -> Group:
-    """One line a run: held-out results after training (the first `measures` that all share), and what training cost."""
+    """One line per run: held-out results after training (the first `measures` that all runs have) and the cost of training."""
     shown = [name for name in comparisons[0].rows if all(name in c.rows for c in comparisons)][:measures]
     table = table_of("run", *map(escape, shown))
     for heading in ("joint\nactions", "\nseconds", "tokens\nsampled"):
@@ -41,11 +41,11 @@ def runs_table(comparisons: Sequence[BeforeAfter], digits: int = 3, measures: in
         cost = [f"{value:,.0f}" for value in comparison.cost.values()]
         table.add_row(Text(comparison.run.name), *results, *cost)
     notes = [f"{comparison.run.name}: {note}" for comparison in comparisons for note in comparison.notes]
-    return framed("held-out mean [95 % interval] after training, and what training cost", table, notes)
+    return framed("held-out mean [95 % interval] after training, and the cost of training", table, notes)
 
 
 def evaluation_table(title: str, intervals: Mapping[str, Interval], notes: Sequence[str], max_reward: float | None) -> Group:
-    """Results of one evaluation; the reward also in % of `max_reward`, where that is known."""
+    """Results of one evaluation; the reward also in % of `max_reward`, if that is known."""
     table = table_of("", "mean [95 % interval]", *["% of maximum"] * bool(max_reward))
     for name, found in intervals.items():
         share = [spread(found, 1, scale=100 / max_reward)] if max_reward and name == REWARD else []
@@ -58,7 +58,7 @@ def held_out(num_tasks: int) -> str:
 
 
 def spread(found: Interval, digits: int = 3, *, sign: str = "", scale: float = 1.0) -> str:
-    """`0.412 [0.350, 0.470]`, or the mean alone where there is no interval. `sign`: "+" marks a positive mean."""
+    """`0.412 [0.350, 0.470]`, or only the mean without an interval. `sign`: "+" marks a positive mean."""
     mean = f"{found.mean * scale:{sign}.{digits}f}"
     if found.low is None or found.high is None:
         return mean
@@ -66,10 +66,10 @@ def spread(found: Interval, digits: int = 3, *, sign: str = "", scale: float = 1
 
 
 def table_of(*headings: str) -> Table:
-    """An empty table, in the look that all tables share."""
+    """An empty table in the common style of all tables."""
     return Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
 
 
 def framed(title: str, table: Table, notes: Sequence[str]) -> Group:
-    """A title, a table, and notes as wide as the terminal."""
+    """A title, a table and notes."""
     return Group(Text(title, style="bold"), Text(), table, *(Text(note, style="dim") for note in notes))

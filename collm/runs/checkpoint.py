@@ -1,4 +1,4 @@
-"""Checkpoints: written aside, flushed to the disk, renamed. A folder with a plain number is whole or does not exist.
+"""Checkpoints: written under another name, flushed to the disk, renamed. A folder whose name is a number is complete.
 
     checkpoints/000040/
         state.json                  how far the run is
@@ -9,7 +9,7 @@
         critic-NAME.safetensors     critic (of its adapter and head alone, if it is one) or value head, with running moments
         optimizer-NAME.safetensors  AdamW's averages and step counts
 
-There is no pickle and no random state: every random number is a function of the seed and of what it is for.
+Nothing is pickled, and no random state is saved: every random number is a function of the seed and of its purpose.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ _DAMAGE = (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError,
 
 
 def save(folder: Path, learner: Learner, state: Mapping[str, Any]) -> None:
-    """Write checkpoint `folder` atomically; of one that exists already only the state is replaced. Raises SaveError, leaving
-    no trace."""
+    """Write checkpoint `folder` atomically. If it exists already, only its state is replaced.
+
+    Raises SaveError and leaves no files behind then.
+    """
     account = json.dumps({"format": FORMAT, **state}, indent=1)
     if folder.exists():
         if (folder / STATE).read_text(encoding="utf-8") != account:
@@ -55,7 +57,7 @@ def save(folder: Path, learner: Learner, state: Mapping[str, Any]) -> None:
 
 
 def save_team(folder: Path, team: Team) -> None:
-    """Write the team's ordinary Hugging Face folders, all or nothing; what lay there before is replaced."""
+    """Write the team as Hugging Face folders, atomically; earlier files are replaced."""
     with replacing(folder) as aside, failing_as_os_errors():
         aside.mkdir()
         team.save(aside)
@@ -63,8 +65,8 @@ def save_team(folder: Path, team: Team) -> None:
 
 @contextmanager
 def failing_as_os_errors() -> Iterator[None]:
-    """Gives the failures of the Rust libraries safetensors and tokenizers (which raises a bare Exception) as the OSError that
-    lies behind them."""
+    """Convert errors of the Rust libraries safetensors and tokenizers (which raises a bare Exception) into the OSError that
+    caused them."""
     try:
         yield
     except Exception as error:
@@ -77,7 +79,8 @@ def failing_as_os_errors() -> Iterator[None]:
 
 
 def load(folder: Path, learner: Learner) -> dict[str, Any]:
-    """Restore weights, critics and optimizers, and return the state. Raises RunError where they do not fit."""
+    """Restore weights, critics and optimizers, and return the state. Raises RunError where the files cannot be read or do not
+    fit."""
     state = read_state(folder)
     try:
         learner.restore(lambda name: load_file(folder / f"{name}.safetensors"))
@@ -89,7 +92,7 @@ def load(folder: Path, learner: Learner) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """How far the run was: iteration, joint_actions, best, pending. Raises RunError where it is damaged or unknown."""
+    """The run's progress: iteration, joint_actions, best, pending. Raises RunError for a damaged file or another format."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         found = state["format"]
@@ -111,7 +114,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_policies(folder: Path, policies: Mapping[str, Any]) -> None:
-    """Restore policies alone, as evaluation and serving need. `policies`: name -> Policy."""
+    """Restore only the policies, for evaluation and serving. `policies`: name -> Policy."""
     try:
         for name, policy in policies.items():
             restore(policy.trained, load_file(folder / f"{POLICY}{name}.safetensors"))
@@ -120,7 +123,7 @@ def load_policies(folder: Path, policies: Mapping[str, Any]) -> None:
 
 
 def prune(run: Path, keep: int, best: int | None) -> None:
-    """Delete all but the last `keep` checkpoints and the best one. A folder is renamed before it is emptied."""
+    """Delete all checkpoints except the last `keep` and the best one. A folder is renamed before it is deleted."""
     for old in checkpoints(run)[:-keep]:
         if best is None or int(old.name) != best:
             doomed = old.with_name(f"{REMOVING}{old.name}")

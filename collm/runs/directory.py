@@ -1,4 +1,4 @@
-"""A run directory: begun once, held by one process at a time, never written through a link."""
+"""A run directory: created once, locked by one process at a time, never written through a link."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from collm.settings.rooms import Config
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 EMPTY = frozenset({"lock", CHECKPOINTS})
-"""What may lie in a folder in which no run has begun yet: a start that was killed leaves these."""
+"""Names that a folder may hold before a run begins in it; a start that was killed leaves them."""
 _EPISODES = re.compile("([0-9]{6,})(-evaluation)?[.]jsonl")
 RESUMABLE = ("run.iterations", "run.device", "run.threads")
-"""Settings that a run may be resumed with."""
+"""Settings that may change when a run is resumed."""
 CHANGEABLE = ("env.", "evaluation.", "rollout.", "run.threads", "run.device", "run.seed", "team.compute", "team.api_key_env")
-"""Settings (or their beginnings) of a trained run that its evaluation may change."""
+"""Settings, or prefixes of settings, that may change when a trained run is evaluated."""
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
@@ -52,7 +52,7 @@ class _Algorithm(TypedDict):
 
 
 class _Settings(TypedDict):
-    """What every reader of a run needs of its settings."""
+    """The settings that every reader of a run needs."""
 
     run: _Run
     env: _Env
@@ -75,9 +75,9 @@ def command(*words: object) -> str:
 
 
 def begin(folder: Path, config: Config) -> None:
-    """Make a run directory: its settings first, since a folder without them has not begun.
+    """Create a run directory and write its settings; a folder without them does not count as a run.
 
-    Raises RunError where a run, or anything else, lies there already, SaveError where it cannot be written.
+    Raises RunError where the folder holds a run or other files, SaveError where it cannot be written.
     """
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def _settings_file(folder: Path) -> dict[str, Any]:
     if not folder.exists():
-        raise RunError(f"there is no run {str(folder)!r}: the folder does not exist.")
+        raise RunError(f"{str(folder)!r} is not a run directory: the folder does not exist.")
     if not folder.is_dir():
         raise RunError(f"{str(folder)!r} is not a run directory: it is not a folder.")
     path = folder / CONFIG
@@ -133,7 +133,7 @@ def _settings_file(folder: Path) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> bytes:
-    """A file of a run, of ordinary kind: a pipe would never end. Raises RunError."""
+    """The content of a regular file of a run. Raises RunError, also for a pipe, whose reading might never end."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise RunError(f"{str(path)!r} cannot be read: it is not a file.")
@@ -143,7 +143,7 @@ def read_file(path: Path) -> bytes:
 
 
 def damage(error: Exception) -> str:
-    """What is wrong with a file's content, in one line."""
+    """The reason why a file's content is invalid, in one line."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
@@ -153,8 +153,8 @@ def damage(error: Exception) -> str:
 
 
 def check_named(folder: Path, values: Mapping[str, Any], named: Mapping[str, Any], *, training: bool = False) -> None:
-    """Raises RunError where a run's settings name code or a secret of this machine that the command line (`named`, "room.key"
-    -> value) does not name again: a run folder may come from a stranger. training: the baseline is used, too."""
+    """Raise RunError where a run's settings name code or a secret of this machine that the command line (`named`, "room.key" ->
+    value) does not repeat, since a run directory can come from an untrusted source. training: the baseline is used, too."""
     algorithm = values.get("algorithm")
     baseline = str(algorithm.get("baseline", "")) if isinstance(algorithm, dict) else ""
     if training and ":" in baseline and named.get("algorithm.baseline") != baseline:
@@ -178,8 +178,10 @@ def check_named(folder: Path, values: Mapping[str, Any], named: Mapping[str, Any
 
 
 def resumed_config(folder: Path, overrides: Mapping[str, Any]) -> Config:
-    """The settings that a run goes on with. Raises ConfigError where an override is not one of `RESUMABLE`, or where the run
-    learned with settings that do not exist any more."""
+    """The settings with which a run is resumed.
+
+    Raises ConfigError where an override is not in `RESUMABLE`, or where the run began with settings that no longer exist.
+    """
     for name in overrides:
         if name not in RESUMABLE:
             raise ConfigError(
@@ -199,7 +201,7 @@ def resumed_config(folder: Path, overrides: Mapping[str, Any]) -> Config:
 def run_config(folder: Path, overrides: Mapping[str, Any], *, playing: bool = True) -> Config:
     """A run's settings with `{"room.key": value}` on top. Raises RunError or ConfigError.
 
-    playing: the run's environment and servers are to be used, so those that it brings itself must be named in `overrides`.
+    playing: the run's environment and servers will be used; those that are not built in must be repeated in `overrides`.
     """
     values = read_settings(folder)
     if playing:
@@ -207,7 +209,7 @@ def run_config(folder: Path, overrides: Mapping[str, Any], *, playing: bool = Tr
     for key in overrides:
         if not key.startswith(CHANGEABLE):
             raise ConfigError(
-                f"{key!r} is no setting that the evaluation of a trained run can change: these are env.*, evaluation.*, "
+                f"{key!r} is not a setting that the evaluation of a trained run can change: these are env.*, evaluation.*, "
                 "rollout.*, run.threads, run.device, run.seed, team.compute and team.api_key_env."
             )
     apply_overrides(values, overrides)
@@ -215,14 +217,14 @@ def run_config(folder: Path, overrides: Mapping[str, Any], *, playing: bool = Tr
 
 
 def episode_files(folder: Path, *, evaluation: bool) -> dict[int, Path]:
-    """Iteration -> its file of episodes, in order; whatever else lies there is ignored."""
+    """Iteration -> its file of episodes, in order; other files are ignored."""
     places = (folder / "episodes").iterdir() if (folder / "episodes").is_dir() else ()
     named = [(_EPISODES.fullmatch(path.name), path) for path in places]
     return dict(sorted((int(name[1]), path) for name, path in named if name and bool(name[2]) == evaluation))
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """Complete checkpoints of a run, oldest first."""
     places = (folder / CHECKPOINTS).iterdir() if (folder / CHECKPOINTS).is_dir() else ()
     return sorted(path for path in places if re.fullmatch("[0-9]{6,}", path.name) and path.is_dir())
 
@@ -239,12 +241,12 @@ def with_absolute_data(options: Mapping[str, Any], root: Path) -> dict[str, Any]
 
 
 def ignored(signum: int) -> bool:
-    """Whether whoever started this process asked to ignore a signal, as nohup does with SIGHUP."""
+    """Whether the parent process made this process ignore a signal, as nohup does with SIGHUP."""
     return signum == signal.SIGHUP and signal.getsignal(signum) is signal.SIG_IGN
 
 
 def hold(handle: int, what: str, *, wait: bool = False) -> None:
-    """Lock an open file until it is closed; a file system without locks is warned of and used without one.
+    """Lock an open file until it is closed. On a file system without locks a warning is printed instead.
 
     Raises RunError where another process holds it.
     """
@@ -262,7 +264,7 @@ def hold(handle: int, what: str, *, wait: bool = False) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """One process per run directory; the lock ends with it. A file system without locks is warned of and used anyway."""
+    """Hold the lock of a run directory: one process at a time. On a file system without locks a warning is printed instead."""
     refuse_links(folder)
     with explained(folder / "lock"):
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

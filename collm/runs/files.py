@@ -1,8 +1,8 @@
-"""The one writer of files: aside, flushed, renamed. A reader finds the old file or the new one, whole, whenever the writer
-died.
+"""Atomic writing of files: a file is written under another name, flushed and renamed.
 
-What a killed writer leaves begins with `.saving-` or `.removing-`; `sweep` removes it, and every reader ignores it. Files have
-the permissions that the umask gives. Nothing is written or removed through a symbolic link inside a run directory.
+A reader finds the old file or the new one, complete, at whatever time the writer is killed. Leftovers of a killed writer begin
+with `.saving-` or `.removing-`; `sweep` removes them, and readers ignore them. Files get the permissions of the umask. Nothing
+is written or removed through a symbolic link inside a run directory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SAVING, REMOVING = ".saving-", ".removing-"
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns a failure to write `path` into a SaveError that names the reason and the way out."""
+    """Convert a failure to write `path` into a SaveError with the reason and the way out."""
     try:
         yield
     except OSError as error:
@@ -44,7 +44,7 @@ def _way_out(error: OSError) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write a file or a folder to; on success it replaces `path`, on failure it is gone.
+    """Yield a path beside `path` for a new file or folder. On success it replaces `path`; on failure it is removed.
 
     Raises SaveError where the disk or the permissions do not allow it.
     """
@@ -74,14 +74,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a small file. Raises SaveError."""
+    """Write a small text file atomically. Raises SaveError."""
     with replacing(path) as aside:
         aside.write_text(encodable(text), encoding="utf-8", newline="\n")
 
 
 def append(path: Path, text: str) -> None:
-    """Adds text to the end of a file at once; never through a link, and without waiting for the reader of a pipe. Raises
-    SaveError."""
+    """Append text to a file in one write, never through a link and without waiting for the reader of a pipe.
+
+    Raises SaveError.
+    """
     with explained(path):
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
@@ -91,7 +93,7 @@ def append(path: Path, text: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a killed writer left in a folder and in the folders below it."""
+    """Remove leftovers of a killed writer from a folder and its subfolders."""
     for place, folders, files in os.walk(folder):
         for name in [*folders, *files]:
             if is_leftover(name):
@@ -104,7 +106,7 @@ def is_leftover(name: str) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a folder or a link (never what it points to), if it is there and can be."""
+    """Remove a file, a folder or a link (not its target), if it exists and can be removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -113,7 +115,7 @@ def remove(path: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises RunError for a symbolic link anywhere inside a folder: writing there could change a file elsewhere."""
+    """Raise RunError for a symbolic link anywhere inside a folder, since writing there could change a file elsewhere."""
     for place, folders, files in os.walk(folder):
         for name in [*folders, *files]:
             path = Path(place) / name
@@ -125,7 +127,7 @@ def refuse_links(folder: Path) -> None:
 
 
 def _settle(path: Path) -> None:
-    """Brings a file, or a folder with all that is in it, to the disk, with the permissions that the umask allows."""
+    """Flush a file, or a folder with all its files, to the disk, and set the permissions of the umask."""
     if not path.is_dir():  # opened by this package, so the umask is honoured; libraries write into folders
         _flush(path)
         return

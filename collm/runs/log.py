@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics as JSON lines, TensorBoard events and full episodes."""
+"""The log of a run: metrics as JSON lines, TensorBoard events and full episodes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ NOTHING = Annotation()
 def episode_record(episode: Episode, annotations: Mapping[tuple[int, str], Annotation] = EMPTY) -> dict[str, Any]:
     """An episode as plain values: every text, the reward by part, values, TD errors, tokens and seconds.
 
-    Every key has one type in every file, so that readers which infer types (pyarrow, `datasets`) take the files of several
-    runs of a task at once: nothing is null. `learned` names which of `value`, `td_error` and `advantage` exist, with spaces
-    between; the others are 0. An agent that sent no message has an empty one, whose `finish` is empty, too. The score of an
-    episode without a turn is 0; its `failure` says why.
+    Every key has one type in every file and no value is null, so that readers that infer types (pyarrow, `datasets`) can read
+    the files of several runs of a task together. `learned` lists which of `value`, `td_error` and `advantage` exist, separated
+    by spaces; the others are 0. For an agent that sent no message, `message` has an empty text and an empty `finish`. The score
+    of an episode without a turn is 0; `failure` has the reason.
 
-    Args: annotations: (turn, agent) -> what the learner says about that answer.
+    Args: annotations: (turn, agent) -> the learner's annotation of that answer.
     """
     return {
         "task": episode.task,
@@ -68,7 +68,7 @@ def episode_record(episode: Episode, annotations: Mapping[tuple[int, str], Annot
 
 
 def _written(completion: Completion) -> dict[str, Any]:
-    """A text as plain values, with its tokens."""
+    """A text as plain values, with its number of tokens."""
     num_tokens = 0 if completion.token_ids is None else len(completion.token_ids)
     return {"wrote": completion.text, "finish": completion.finish_reason, "tokens": num_tokens}
 
@@ -77,19 +77,19 @@ NO_MESSAGE = {"wrote": "", "finish": "", "tokens": 0}
 
 
 def _learned(said: Annotation) -> dict[str, Any]:
-    """What the learner found about an answer, and by `learned` which of these numbers exist."""
+    """The learner's numbers for an answer; `learned` lists which of them exist."""
     found = {"value": said.value, "td_error": said.td_error, "advantage": said.advantage}
     numbers = {name: float(number or 0.0) for name, number in found.items()}
     return numbers | {"learned": " ".join(name for name, number in found.items() if number is not None)}
 
 
 def _floats(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Whole numbers as floats; what is no number stays, for `check` to name."""
+    """Whole numbers as floats; other values are unchanged."""
     return {name: float(value) if isinstance(value, int) else value for name, value in numbers.items()}
 
 
 def describe(episodes: list[Episode]) -> dict[str, Any]:
-    """Means over an iteration's episodes; failed ones are counted apart."""
+    """Means over an iteration's episodes; failed episodes are counted and left out of the means."""
     played = [episode for episode in episodes if not episode.failure and episode.turns]
     record: dict[str, Any] = {
         "episodes": len(episodes),
@@ -115,8 +115,11 @@ def describe(episodes: list[Episode]) -> dict[str, Any]:
 
 
 class RunLog:
-    """Writes a run directory. What lies past `resumed_at` iterations is dropped, since it will be written again; while that
-    iteration is `pending`, so are its line and its evaluation, but not the episodes it was trained on."""
+    """Writes the logs of a run directory.
+
+    On resume, records of iterations after `resumed_at` are dropped, since they will be written again. If that iteration is
+    `pending`, its line and its evaluation are dropped too, but not the episodes that it was trained on.
+    """
 
     def __init__(self, folder: Path, *, tensorboard: bool, resumed_at: int = -1, pending: bool = False):
         self.folder = folder
@@ -135,8 +138,8 @@ class RunLog:
         self.writer = self._tensorboard(kept) if tensorboard else None
 
     def _tensorboard(self, kept: list[dict[str, Any]]) -> Any:
-        """Events are made anew from the metrics, so that a resumed run has each step once."""
-        from torch.utils.tensorboard import SummaryWriter  # its scalars are plain ones, which every reader of events finds
+        """Events are written again from the metrics, so that a resumed run has each step once."""
+        from torch.utils.tensorboard import SummaryWriter  # writes plain scalars, which all readers support
 
         events = self.folder / "tensorboard"
         with explained(events):
@@ -164,14 +167,14 @@ class RunLog:
     def episodes(
         self, iteration: int, episodes: Iterable[Episode], annotations: Annotations = EMPTY, *, suffix: str = ""
     ) -> None:
-        """Write full episodes of one iteration to their own file, with what the learner says about their answers."""
+        """Write the full episodes of one iteration to their own file, with the learner's annotations."""
         path = self.folder / "episodes" / f"{iteration:06d}{suffix}.jsonl"
         lines = "".join(_line(episode_record(e, annotations.get(number, EMPTY))) for number, e in enumerate(episodes))
         if lines:
             write_text(path, lines)
 
     def flush(self) -> None:
-        """Bring all lines to the disk, as before a checkpoint."""
+        """Flush all lines to the disk."""
         with explained(self.path):
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -179,7 +182,7 @@ class RunLog:
             self.writer.flush()
 
     def close(self) -> None:
-        """Close the files; on a full disk the error that led here says more than another one would."""
+        """Close the files. Errors are ignored, so that on a full disk the first error is the one reported."""
         with contextlib.suppress(OSError):
             self.file.close()
         if self.writer is not None:
@@ -188,6 +191,6 @@ class RunLog:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    """One JSON line; a number that does not exist (no variance to explain, say) is null."""
+    """One JSON line; NaN and infinite numbers (explained variance without variance, say) become null."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(plain, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""A run, opened from Python: settings, metrics, episodes, and the team to ask or to export.
+"""A run opened from Python: settings, metrics, episodes, and the team, to generate answers or to export.
 
     run = collm.open_run("runs/demo")
     run.metrics[-1]["reward/raw"]
@@ -6,7 +6,7 @@
         print(episode["iteration"], episode["label"], episode["score"])
     run.answer("builder_0", "Build HE with a teammate who ...")
 
-Reading loads no torch; it is loaded with a team.
+Torch is imported only when a team is loaded.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 def open_run(path: str | Path, *, overrides: Mapping[str, Any] | None = None) -> Run:
     """Open a run directory, finished or not.
 
-    overrides: `{"room.key": value}`, settings that a loaded team has instead of the run's own, as `collm evaluate` takes them;
-    the device is otherwise the best that is here. A run that plays an environment of its own needs `env.name` here where its
-    agents are known from the environment alone: a run directory may come from elsewhere, and an environment is code.
+    overrides: `{"room.key": value}`, settings that replace the run's own when a team is loaded, as in `collm evaluate`. The
+    device defaults to the best one of this machine. If the environment is not built in and the agents' names are not known
+    from saved weights, `env.name` must be given here: an environment is code, and a run directory can come from elsewhere.
     Raises: RunError where `path` is not a run directory, or its settings are damaged.
     """
     folder = Path(path)
@@ -50,14 +50,14 @@ def open_run(path: str | Path, *, overrides: Mapping[str, Any] | None = None) ->
 
 
 class Run:
-    """A run directory. What was read once is not read again: open a run that goes on anew.
+    """A run directory. Metrics are read once and cached; to see the progress of a live run, open it again.
 
     Weights are named "final", "best" (by held-out reward), "start" (untrained) or by a number of iterations.
     """
 
     folder: Path
     config: Record
-    """All settings, as `config.json` has them: room -> setting -> value."""
+    """All settings of `config.json`: room -> setting -> value."""
 
     def __init__(self, folder: Path, config: Record, overrides: Mapping[str, Any] | None = None):
         self.folder = folder
@@ -74,32 +74,33 @@ class Run:
 
     @property
     def planned(self) -> int:
-        """Iterations the run is to have."""
+        """Number of iterations of the whole run, `run.iterations`."""
         return int(self.config["run"]["iterations"])
 
     @cached_property
     def metrics(self) -> list[Record]:
-        """One record per iteration; the first, number 0, is before training. Raises RunError where the file is damaged."""
+        """One record per iteration; record 0 is before training. Raises RunError where the file is damaged."""
         return read_metrics(self.folder / "metrics.jsonl")
 
     @property
     def checkpoints(self) -> list[int]:
-        """Numbers of iterations after which all weights were kept."""
+        """Iterations after which a checkpoint was kept."""
         return [int(path.name) for path in checkpoints(self.folder)]
 
     def evaluations(self) -> dict[int, Path]:
-        """Iterations after which the held-out tasks were played, in order, with their episodes' file."""
+        """Iteration -> file of the held-out episodes that were played after it, in order."""
         return episode_files(self.folder, evaluation=True)
 
     def training_episodes(self) -> dict[int, Path]:
-        """Iterations of which training episodes were kept, in order, with their file."""
+        """Iteration -> file of its training episodes, in order, where they were kept."""
         return episode_files(self.folder, evaluation=False)
 
     def episodes(self, iteration: int | None = None, *, evaluation: bool = False) -> Iterator[Record]:
-        """The recorded episodes in order, failed ones too, each a record with its "iteration" first.
+        """The recorded episodes in order, failed ones included. Each is a record whose first key is "iteration".
 
-        iteration: of this one alone. evaluation: those of held-out evaluations instead of training; their iteration is the
-        number done before them. Raises RunError where none of that iteration were kept, or a file is damaged.
+        iteration: only episodes of this iteration. evaluation: held-out episodes instead of training episodes; their iteration
+        is the number of iterations done before. Raises RunError where no episodes of that iteration were kept, or a file is
+        damaged.
         """
         files = self.evaluations() if evaluation else self.training_episodes()
         if iteration is not None and iteration not in files:
@@ -113,7 +114,7 @@ class Run:
         return ({"iteration": number, **episode} for number, path in chosen.items() for episode in read_episodes(path))
 
     def cost(self) -> dict[str, Any]:
-        """What training took so far: joint actions, seconds without evaluations, tokens that the agents sampled."""
+        """The cost of training so far: joint actions, seconds without evaluations, tokens sampled by the agents."""
         seconds = [record.get(name) or 0.0 for record in self.metrics for name in ("seconds/collect", "seconds/learn")]
         return {
             "joint_actions": self.metrics[-1]["joint_actions"] if self.metrics else 0,
@@ -122,7 +123,7 @@ class Run:
         }
 
     def team(self, checkpoint: str | int = "final") -> Team:
-        """Load the team. Frozen team-mates on servers are not in it. Raises RunError or ConfigError."""
+        """Load the team, without frozen team-mates on servers. Raises RunError or ConfigError."""
         return self._load(checkpoint)
 
     def answer(
@@ -134,9 +135,9 @@ class Run:
         sampling: Sampling | None = None,
         seed: int = 0,
     ) -> str:
-        """What an agent answers to a prompt, or to a chat that ends with one. The team stays loaded for the next answer.
+        """Generate an agent's answer to a prompt, or to a chat that ends with one. The team stays loaded.
 
-        sampling: default: that of the run's evaluations, greedy unless it says otherwise. seed: decides what is sampled.
+        sampling: default: the sampling of the run's evaluations, which is greedy by default. seed: the seed of the sampling.
         Raises: RunError or ConfigError as `team`, EngineError where the prompt is too long.
         """
         from collm.engines.local import LocalEngine
@@ -158,10 +159,10 @@ class Run:
     def export(
         self, folder: str | Path, agent: str | None = None, *, checkpoint: str | int = "final", merged: bool = False
     ) -> Path:
-        """Write an agent as an ordinary Hugging Face folder, which transformers loads without collm; without `agent`, one such
-        folder for every agent, named after it.
+        """Write an agent as a Hugging Face folder, which transformers loads without collm. Without `agent`, write one folder
+        for every agent, named after it.
 
-        merged: write an adapter and its base as one whole model. Raises RunError, also where `folder` exists, or ConfigError.
+        merged: write an adapter merged into its base. Raises RunError, also where `folder` exists, or ConfigError.
         """
         target = Path(folder)
         refuse_existing(target)
@@ -172,7 +173,7 @@ class Run:
         return target
 
     def _load(self, checkpoint: str | int, agents: Sequence[str] = (), *, device: str = "auto") -> Team:
-        """The team, or some agents of it. The environment is asked who plays only where no files of weights tell."""
+        """The team, or some agents of it. The environment is made only if the saved weights do not tell the agents' names."""
         weights, _ = find_weights(self.folder, str(checkpoint))
         config = self._settings(device)
         shared = config.team.shared

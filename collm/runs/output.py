@@ -1,4 +1,4 @@
-"""Standard output and error, which may go away: a terminal is closed, a pipe has no reader, a device is full."""
+"""Standard output and error that can fail: the terminal is closed, a pipe has no reader, a device is full."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collm.types import printable
 
 
 def forgo(stream: TextIO) -> None:
-    """Writes nothing more to where a standard stream led: neither now nor when the process ends."""
-    with suppress(OSError, ValueError):  # ValueError: a stream that is no file
+    """Redirect a standard stream to the null device, so that later writes and the flush at exit cannot fail."""
+    with suppress(OSError, ValueError):  # ValueError: the stream is not a file
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
 
 
 class Lasting:
-    """A stream that takes text whether or not anybody can still read it.
+    """A stream whose writes never fail; after the first failure it discards text.
 
     Example: print("half done", file=Lasting(sys.stderr))
     """
@@ -45,5 +45,5 @@ class Lasting:
 
 
 def complain(text: str) -> None:
-    """A message on standard error, if that is still there; text from elsewhere in it cannot steer the terminal."""
+    """Print a message on standard error, if it is still open. Control characters in the text are escaped."""
     print(printable(text), file=Lasting(sys.stderr), flush=True)

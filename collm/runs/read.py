@@ -22,7 +22,7 @@ class _Answers(TypedDict):
 
 
 class _Episode(TypedDict):
-    """What readers use of an episode's record."""
+    """The keys of an episode's record that readers use."""
 
     task: int
     label: str
@@ -53,7 +53,7 @@ def present_name(metric: str) -> str:
 
 
 def read_episodes(path: Path) -> list[Record]:
-    """Episodes as they were kept, failed ones too. Raises RunError where the file is damaged."""
+    """The recorded episodes, failed ones included. Raises RunError where the file is damaged."""
     return _read_lines(path, EPISODE)
 
 
@@ -73,9 +73,9 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def _read_lines(path: Path, kind: TypeAdapter[Any], whole: Iterable[str] = ()) -> list[Record]:
-    """JSON objects, one a line; a last line that is still being written is left out. Raises RunError where one is damaged.
+    """JSON objects, one per line. An incomplete last line is left out. Raises RunError where a line is damaged.
 
-    kind: what every object must be; whole: its keys that must hold counts.
+    kind: the type of every object. whole: keys that must hold counts.
     """
     records = []
     for number, line in enumerate(read_file(path).split(b"\n")[:-1], start=1):

@@ -1,4 +1,4 @@
-"""Weights of a run: which there are, a team or one agent loaded from them, and an agent as an ordinary Hugging Face folder."""
+"""Weights of a run: finding them, loading a team or one agent, and exporting agents as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch is loaded where a model is
 
 
 def find_weights(run: Path, which: str) -> tuple[Path | None, str]:
-    """The folder of a run's weights, None for the untrained team, and what to call them.
+    """(folder of a run's weights or None for the untrained team, description of the weights).
 
     `which`: "final", "best" (by held-out reward), "start", or a number of iterations. Raises RunError or ConfigError.
     """
@@ -53,10 +53,10 @@ def find_weights(run: Path, which: str) -> tuple[Path | None, str]:
 
 
 def best_iteration(run: Path, saved: list[Path]) -> int:
-    """When the held-out reward was best, by the newest checkpoint's account. Raises RunError where it does not say."""
+    """The iteration with the best held-out reward, from the newest checkpoint's state. Raises RunError if it is not there."""
     if not saved:
         raise RunError(
-            f"run {str(run)!r} has no checkpoint yet: let it go on with `{command('collm', 'train', '--resume', run)}`."
+            f"run {str(run)!r} has no checkpoint yet: continue it with `{command('collm', 'train', '--resume', run)}`."
         )
     path = saved[-1] / "state.json"
     try:
@@ -72,7 +72,7 @@ def best_iteration(run: Path, saved: list[Path]) -> int:
 def load_team(config: Config, weights: Path | None, *, agents: Sequence[str] | None = None) -> Team:
     """The team of a config, untrained or with weights of a run's `final` or checkpoint folder. Raises RunError or ConfigError.
 
-    agents: load these alone; neither environment nor data are needed then.
+    agents: load only these agents; environment and data are not needed then.
     """
     from safetensors import SafetensorError
 
@@ -100,7 +100,7 @@ def load_team(config: Config, weights: Path | None, *, agents: Sequence[str] | N
 
 
 def _load_final(config: Config, final: Path, agents: tuple[str, ...]) -> Team:
-    """Whole models from their own folders, adapters on the run's own base, wherever that lies now."""
+    """The team of a `final` folder: whole models from their folders, adapters on the base that the run's settings name."""
     from collm.models.sources import is_adapter
     from collm.training.assemble import make_team
 
@@ -118,7 +118,7 @@ def _load_final(config: Config, final: Path, agents: tuple[str, ...]) -> Team:
 
 
 def _check_agents(config: Config, weights: Path | None, agents: Sequence[str]) -> None:
-    """Raises ConfigError where one of the agents is not a trained one of the run, as far as these are known."""
+    """Raise ConfigError where an agent is not one of the run's trained agents, if these are known."""
     everyone = agents if weights is None else saved_agents(weights, shared=config.team.shared)
     for agent in agents:
         if agent in config.team.remote or (everyone and agent not in everyone):
@@ -128,12 +128,15 @@ def _check_agents(config: Config, weights: Path | None, agents: Sequence[str]) -
 def no_agent(config: Config, agent: str, everyone: Iterable[str]) -> ConfigError:
     """The error for an agent that is not one of `everyone`, the run's trained agents."""
     elsewhere = f" (on a server: {', '.join(config.team.remote)})" if config.team.remote else ""
-    return ConfigError(f"there is no agent {agent!r} in this run; its agents are {', '.join(everyone)}{elsewhere}.")
+    return ConfigError(f"no agent {agent!r} in this run; its agents are {', '.join(everyone)}{elsewhere}.")
 
 
 def saved_agents(weights: Path, *, shared: bool = False) -> tuple[str, ...]:
-    """Agents whose weights a run's `final` or checkpoint folder holds. Of agents that share weights a checkpoint names only the
-    first: then the names are those in `final`, and none (they are not known) before there is one."""
+    """The agents whose weights a run's `final` or checkpoint folder holds.
+
+    A checkpoint names only the first of several agents that share weights. With `shared` the names are therefore read from
+    `final`; they are unknown (empty) before it exists.
+    """
     final = weights if weights.name == "final" else weights.parents[1] / "final"
     if weights.name == "final" or shared:
         places = sorted(final.iterdir()) if final.is_dir() else []
@@ -146,18 +149,18 @@ def _policies(checkpoint: Path) -> tuple[str, ...]:
 
 
 def _saved_as(config: Config, agent: str, weights: Path) -> str:
-    """Under whose name a checkpoint holds an agent's weights: its own, or that of the first who shares them."""
+    """The name under which a checkpoint holds an agent's weights: its own, or that of the first agent that shares them."""
     saved = _policies(weights)
     return agent if agent in saved else Blueprint.of(config, (*saved, agent)).policy_of(agent).name
 
 
 def load_agent(source: Path, agent: str, checkpoint: str, *, device: str = "") -> tuple[Policy, str]:
-    """One agent of a run directory, or the model of an exported folder, and what to call its weights.
+    """(policy, description of its weights) of one agent of a run directory, or of an exported folder.
 
-    device: instead of the run's own. Raises RunError or ConfigError.
+    device: replaces the run's own. Raises RunError or ConfigError.
     """
     if not source.is_dir():
-        raise RunError(f"there is no run directory or exported folder {str(source)!r}.")
+        raise RunError(f"{str(source)!r} is neither a run directory nor an exported folder.")
     if (source / "tokenizer_config.json").is_file():
         from collm.models.policy import Policy
         from collm.training.assemble import resolve_device
@@ -173,15 +176,15 @@ def load_agent(source: Path, agent: str, checkpoint: str, *, device: str = "") -
 
 
 def refuse_existing(target: Path) -> None:
-    """Raises RunError where something lies already that an export would replace."""
+    """Raise RunError if the folder that an export would write exists already."""
     if os.path.lexists(target):
         raise RunError(f"{str(target)!r} exists already; name a folder that does not.")
 
 
 def export(policy: Policy, target: Path, *, merged: bool = False) -> None:
-    """An ordinary Hugging Face folder, all or nothing: a whole model, or an adapter in PEFT's manner, which names its base.
+    """Write a Hugging Face folder atomically: a whole model, or an adapter in PEFT's format, which names its base.
 
-    merged: a whole model in any case, an adapter being added into its base. Raises SaveError.
+    merged: write a whole model in any case; an adapter is merged into its base. Raises SaveError.
     """
     from collm.runs.checkpoint import failing_as_os_errors
 
@@ -190,7 +193,7 @@ def export(policy: Policy, target: Path, *, merged: bool = False) -> None:
 
 
 def export_team(team: Team, target: Path, *, merged: bool = False) -> None:
-    """One such folder for every agent, named after it, all or nothing. Raises SaveError."""
+    """Write one such folder for every agent, named after it, atomically. Raises SaveError."""
     from collm.runs.checkpoint import failing_as_os_errors
 
     with replacing(target) as aside, failing_as_os_errors():
@@ -208,7 +211,7 @@ def _write(policy: Policy, folder: Path, merged: bool) -> None:
 
 
 def _merge(policy: Policy, folder: Path) -> None:
-    """Write an adapter and its base as one whole float32 model."""
+    """Write an adapter merged into its base as one float32 model."""
     import torch
     from peft import AutoPeftModelForCausalLM
 

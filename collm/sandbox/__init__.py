@@ -1,4 +1,4 @@
-"""The box for programs that a model wrote: `judge` says which checks they pass."""
+"""The sandbox for programs that a model wrote: `judge` returns which checks they pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One box: a bubblewrap process with a warm interpreter inside, the channel to it, and the self-test that it must pass."""
+"""One box: a bubblewrap process with a warm interpreter inside, the channel to it, and its self-test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from collm.sandbox.job import Job, free_names, one_line
 from collm.sandbox.seccomp import seccomp_filter
 
 _START_SECONDS = 30.0
-_GRACE_SECONDS = 5.0  # beyond a check's own limit, before its whole box is given up
+_GRACE_SECONDS = 5.0  # after a check's own limit; then the whole box is replaced
 
 
 class Box:
@@ -103,11 +103,11 @@ class Box:
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """Ends the box from any thread; its owner still has to close it."""
+        """End the box from any thread; its owner still has to close it."""
         self._process.kill()
 
     def close(self) -> None:
-        """Ends the box: an idle one by itself, so that each process is waited for by its parent; a busy one is killed."""
+        """End the box: an idle one exits by itself, so that each parent waits for its child; a busy one is killed."""
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:
@@ -121,13 +121,13 @@ class Box:
             self._process.stdout.close()
 
 
-# Tried once when a sandbox starts: (what must hold, program, check). All is well if the check passes.
+# Tried once when a sandbox starts: (property that must hold, program, check). The property holds if the check passes.
 _REFUSED = "try:\n    {}\nexcept {}:\n    pass\nelse:\n    raise SystemExit"
 _FORGED = "try:\n    f()\nexcept RuntimeError:\n    pass\nexcept TypeError:\n    pass\nelse:\n    raise SystemExit"
 PROBES = (
     ("a right program passes", "x = 1", "assert x == 1"),
-    ("there is no socket", "import socket\n" + _REFUSED.format("socket.socket()", "PermissionError"), "pass"),
-    ("there is no second process", "import os\n" + _REFUSED.format("os.fork()", "PermissionError"), "pass"),
+    ("sockets are refused", "import socket\n" + _REFUSED.format("socket.socket()", "PermissionError"), "pass"),
+    ("a second process is refused", "import os\n" + _REFUSED.format("os.fork()", "PermissionError"), "pass"),
     (
         "no other program starts",
         "import os, sys\n" + _REFUSED.format("os.execv(sys.executable, ['python'])", "PermissionError"),
@@ -143,7 +143,7 @@ PROBES = (
     ("nothing is written outside the work folder", _REFUSED.format("open('/dev/shm/x', 'w')", "OSError"), "pass"),
     ("the environment is empty", "import os\nassert not os.environ", "pass"),
     ("memory is limited", _REFUSED.format("bytearray(1 << 44)", "MemoryError"), "pass"),
-    ("a check sees plain values alone", "class E:\n    def __eq__(self, other): return True\ndef f(): return E()", _FORGED),
+    ("a check sees only plain values", "class E:\n    def __eq__(self, other): return True\ndef f(): return E()", _FORGED),
 )
 
 

@@ -1,4 +1,4 @@
-"""The command line of bubblewrap: what a box holds of the machine that it runs on."""
+"""The command line of bubblewrap, which determines the parts of the machine that are visible inside a box."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WAY_OUT = (
 
 
 def command_line(disk_mb: int) -> list[str]:
-    """The call of bubblewrap: an empty, read-only world with the system's libraries, one Python and a small work folder."""
+    """The call of bubblewrap: a read-only file system with the system's libraries, one Python and a small work folder."""
     if sys.platform != "linux":
         raise SandboxError(f"the sandbox needs Linux, but this is {sys.platform}. Choose a task that runs no code.")
     bubblewrap = shutil.which("bwrap")
@@ -43,12 +43,12 @@ def command_line(disk_mb: int) -> list[str]:
     if not (base / "lib").is_relative_to("/usr/lib"):
         command += ["--ro-bind", str(base / "lib"), str(base / "lib")]
     command += ["--ro-bind", str(python), str(python)]
-    # What the user installed is not the program's business.
+    # The user's installed packages are hidden.
     for name in ("purelib", "platlib"):
         packages = Path(sysconfig.get_path(name, vars={"base": str(base), "platbase": str(base)}))
         if packages.is_dir():
             command += ["--tmpfs", str(packages), "--remount-ro", str(packages)]
-    # But numpy is every programmer's, and some of the public classes need it.
+    # Except numpy, which some of the public classes need.
     for package in _numpy_folders():
         command += ["--ro-bind", str(package), f"/packages/{package.name}"]
     command += ["--dev", "/dev", "--remount-ro", "/dev"]
@@ -59,6 +59,6 @@ def command_line(disk_mb: int) -> list[str]:
 
 
 def _numpy_folders() -> list[Path]:
-    """numpy, and the libraries that its wheel brings beside it."""
+    """The folders of numpy and of the libraries in its wheel."""
     package = Path(np.__file__).resolve().parent
     return [folder for folder in (package, package.with_name("numpy.libs")) if folder.is_dir()]

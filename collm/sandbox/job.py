@@ -1,4 +1,4 @@
-"""What is judged, a program and its checks, and what came of each check."""
+"""A job, which is a program with its checks, and the verdict on each check."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Job:
     program: str
     """Source, executed in a fresh process for every check, as a module named "solution"."""
     checks: tuple[str, ...]
-    """Each a source text that runs in another process; it passes if neither it nor the program raises. Names that it reads and
-    that nothing else defines are the program's: functions, classes and plain values."""
+    """Source texts, each run in another process; a check passes if neither it nor the program raises. Names that a check reads
+    and does not define refer to the program: its functions, classes and plain values."""
     seconds: float = 10.0
     """Wall-clock limit of one check in seconds, the program included."""
     max_timeouts: int = 3
-    """After so many checks that timed out, the rest is not run and counts as failed."""
+    """After so many checks timed out, the remaining checks are not run and count as failed."""
     entries: tuple[str, ...] = ()
-    """More names that are the program's, for example one that Python defines, too."""
+    """Additional names that refer to the program, for example one that Python also defines."""
     setup: str = ""
     """Trusted source that runs before each check: imports and functions that the problem itself gives."""
 
@@ -44,11 +44,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of one check."""
+    """The verdict on one check."""
 
     passed: bool
     error: str = ""
-    """Why not, in one line of printable ASCII, at most 200 characters; the words of an exception are the program's own."""
+    """The reason of a failure in one line of at most 200 printable ASCII characters. An exception's text is the program's."""
 
 
 def key_of(job: Job) -> bytes:
@@ -64,7 +64,7 @@ def one_line(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def free_names(setup: str, check: str) -> tuple[str, ...]:
-    """Names that a check reads and that neither it, its set-up nor Python defines: they are the program's."""
+    """Names that a check reads and that neither it, its set-up nor Python defines; they refer to the program."""
     read: set[str] = set()
     bound: set[str] = set()
     for source in (setup, check):

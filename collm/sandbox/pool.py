@@ -1,10 +1,10 @@
-"""Runs programs that a model wrote, and says which checks they pass.
+"""Runs programs that a model wrote, and returns which checks they pass.
 
     verdicts = judge([Job(program="def add(a, b):\n    return a + b", checks=("assert add(1, 2) == 3",))])
 
-A program runs inside bubblewrap, apart from the user's files, environment, processes and network, with limits on time,
-memory, disk and processes. Whatever it does costs that program its points and nothing else. Where the isolation cannot be
-had there is no fallback: `SandboxError` says why and what to do. docs/sandbox.md says what is and is not promised.
+A program runs inside bubblewrap, isolated from the user's files, environment, processes and network, with limits on time,
+memory, disk and processes. A failure or attack affects only that program's own verdicts. If the isolation is not available,
+programs are not run: `SandboxError` gives the reason and the way out. docs/sandbox.md lists the guarantees.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _PROGRAM_CHARACTERS = 1_000_000
 class Sandbox:
     """A pool of warm boxes; use it as a context manager, or call `close`.
 
-    Every box is a bubblewrap process owned by a thread of its own. They start at once; the first one must pass a
-    self-test, in which forbidden things are tried and must fail. A box that dies is replaced.
+    Every box is a bubblewrap process owned by its own thread. All start at the same time; the first one must pass a
+    self-test, in which forbidden operations are tried and must fail. A box that dies is replaced.
 
     Args:
-        workers: Boxes, that is checks running at the same time; the machine's usable cores if left out.
+        workers: Number of boxes, that is of checks running at the same time; default: the machine's usable cores.
         memory_mb: Address space of one check in MiB.
-        disk_mb: Size of a box's work folder, and of one file in it, in MiB; it lies in memory.
-        cache: How many jobs' verdicts are kept. A job of which a check timed out, or was killed, is not kept:
-            that may have been the machine's fault.
+        disk_mb: Size of a box's work folder, and of one file in it, in MiB; the folder is in memory.
+        cache: Number of jobs whose verdicts are cached. Jobs with a check that timed out or was killed are not cached,
+            since the machine may have caused that.
 
     Raises:
-        SandboxError: Programs cannot be isolated here.
+        SandboxError: Programs cannot be isolated on this machine.
         EnvError: An argument is out of range.
     """
 
@@ -102,7 +102,7 @@ class Sandbox:
         return [list(known[key]) for key in keys]
 
     def close(self) -> None:
-        """Ends all boxes and waits until they are gone; who waits for verdicts gets an error. A second call does nothing."""
+        """End all boxes and wait for them; pending calls of `judge` raise SandboxError. A second call does nothing."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -120,7 +120,7 @@ class Sandbox:
         self.close()
 
     def _serve(self, started: Future[None], first: bool) -> None:
-        """One thread's life. It owns its box: bubblewrap's --die-with-parent means the thread that started it."""
+        """The main function of a thread. It owns its box, since --die-with-parent refers to the thread that started it."""
         box: Box | None = None
         try:
             box = self._new_box()
@@ -155,7 +155,7 @@ class Sandbox:
         return box
 
     def _drop(self, box: Box | None) -> None:
-        """Closes a box that is still ours; a second call does nothing."""
+        """Close a box of this pool; a second call does nothing."""
         with self._lock:
             if box is None or box not in self._boxes:
                 return
@@ -163,7 +163,7 @@ class Sandbox:
         box.close()
 
     def _judge_one(self, job: Job, box: Box | None) -> tuple[list[Verdict], Box | None, bool]:
-        """The job's verdicts, the box to go on with, and whether the verdicts may be kept."""
+        """(the job's verdicts, the box for the next job, whether the verdicts may be cached)."""
         if len(job.program) > _PROGRAM_CHARACTERS:
             why = f"not run: the program is longer than {_PROGRAM_CHARACTERS} characters"
             return [Verdict(False, why)] * len(job.checks), box, True
@@ -173,7 +173,7 @@ class Sandbox:
             if timeouts >= job.max_timeouts:
                 verdicts.append(Verdict(False, f"not run: {timeouts} checks timed out before"))
                 continue
-            if box is not None and not box.alive:  # it ended while it had nothing to do, so no program is to blame
+            if box is not None and not box.alive:  # it ended while idle, so no program caused that
                 self._drop(box)
                 box = None
             box = box or self._new_box()
@@ -204,7 +204,7 @@ _pool_lock = threading.Lock()
 
 
 def judge(jobs: Sequence[Job]) -> list[list[Verdict]]:
-    """`Sandbox.judge` of the process-wide pool, which is made at the first call and closed when the process ends.
+    """`Sandbox.judge` of the process-wide pool, which is made on the first call and closed when the process ends.
 
     Raises:
         SandboxError: Programs cannot be isolated on this machine.

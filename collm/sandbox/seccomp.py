@@ -1,9 +1,9 @@
-"""Which system calls the sandbox lets through, as the bytes of a seccomp filter (classic BPF).
+"""The system calls that the sandbox allows, as the bytes of a seccomp filter (classic BPF).
 
-Everything that is not named here is answered with "operation not permitted": sockets, ptrace, mount, bpf, keyctl,
-userfaultfd, io_uring, namespaces, shared memory, and whatever a later kernel adds. There are two filters. `ZYGOTE` is put on
-by bubblewrap and may fork; `PROGRAM` is put on top of it, in the forked child, before a line of untrusted code runs, and
-may neither make a process or a thread, nor start another program, nor send a signal, nor raise its own limits.
+Every call that is not listed here fails with "operation not permitted": sockets, ptrace, mount, bpf, keyctl, userfaultfd,
+io_uring, namespaces, shared memory, and calls of later kernels. There are two filters. `ZYGOTE` is installed by bubblewrap and
+allows fork. `PROGRAM` is added in the forked child before untrusted code runs; it forbids new processes and threads, starting
+another program, sending signals and raising its own limits.
 """
 
 from __future__ import annotations

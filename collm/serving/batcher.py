@@ -1,4 +1,4 @@
-"""Requests that arrive together are answered together: one engine call at a time, in one thread of its own."""
+"""Batches requests that arrive together into one engine call; engine calls run one at a time in a separate thread."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from collm.serving.wire import Refused
 from collm.types import Completion, Request
 
 WINDOW = 0.003
-"""Seconds that the first of a batch waits for company."""
+"""Seconds that the first request of a batch waits for more requests."""
 REMEMBERED = 1 << 21
-"""Characters of text after which the chat template's memory of encoded texts is emptied."""
+"""Characters of text after which the chat template's cache of encoded texts is cleared."""
 
 Waiting = tuple[Request, "asyncio.Future[Completion]"]
 
 
 class Batcher:
-    """Answers requests for one policy. most: requests in one engine call; queue: requests waiting, beyond which callers are
-    told to come back later."""
+    """Answers requests for one policy.
+
+    most: greatest number of requests in one engine call. queue: greatest number of waiting requests; further ones are refused
+    with status 503.
+    """
 
     def __init__(self, engine: Engine, policy: Policy, *, most: int = 64, queue: int = 1024):
         self.engine, self.policy, self.most = engine, policy, most
@@ -34,13 +37,13 @@ class Batcher:
         self._characters = 0
         tokens = policy.tokenizer.get_vocab()
         self.longest_text = 4 * policy.max_positions * max(map(len, tokens))
-        """Characters that no history can have, with a margin; more need not even be encoded."""
+        """Upper bound of the characters of a history that fits the model; longer texts are refused without encoding them."""
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._work())
 
     async def stop(self) -> None:
-        """Leave; whoever still waits is told."""
+        """Stop; waiting requests are refused with status 503."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -70,7 +73,7 @@ class Batcher:
             await asyncio.sleep(WINDOW)
             while len(batch) < self.most and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            batch = [(request, future) for request, future in batch if not future.done()]  # who has left needs no answer
+            batch = [(request, future) for request, future in batch if not future.done()]  # skips closed connections
             results = await loop.run_in_executor(self._thread, self._generate, [request for request, _ in batch])
             for (_, future), result in zip(batch, results, strict=True):
                 if future.done():
@@ -81,7 +84,7 @@ class Batcher:
                     future.set_result(result)
 
     def _generate(self, requests: list[Request]) -> list[Completion | Refused]:
-        """In the engine's thread: one completion or refusal per request; nothing is raised."""
+        """Runs in the engine's thread. Returns one completion or refusal per request; never raises."""
         results: list[Completion | Refused | None] = [self._check(request) for request in requests]
         sound = [i for i, refused in enumerate(results) if refused is None]
         try:
@@ -97,7 +100,7 @@ class Batcher:
         return [result or Refused(500, "no answer", code="engine") for result in results]
 
     def _check(self, request: Request) -> Refused | None:
-        """What makes one request impossible, found before it is put into a batch with others."""
+        """The refusal of a request that cannot be answered, found before it joins a batch; None for a valid request."""
         try:
             length = len(self.policy.chat.encode(request.messages))
         except CollmError as error:
@@ -113,7 +116,7 @@ class Batcher:
         return None
 
     def _forget(self, requests: list[Request]) -> None:
-        """Keep memory flat, however long the server lives."""
+        """Clear the cache of encoded texts from time to time, so that memory stays bounded."""
         self._characters += sum(len(message.text) for request in requests for message in request.messages)
         if self._characters > REMEMBERED:
             self.policy.chat.forget()
@@ -121,7 +124,7 @@ class Batcher:
 
     @staticmethod
     def _report(error: Exception) -> None:
-        """For whoever runs the server; callers never see it."""
+        """Print an error for the server's operator; callers do not see it."""
         traceback.print_exception(error, file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""The server: FastAPI routes around the batcher, and a process that starts and stops decently."""
+"""The server: FastAPI routes around the batcher, and a process that stops cleanly on a signal."""
 
 from __future__ import annotations
 
@@ -40,28 +40,30 @@ except ImportError as _error:
     raise ConfigError("`collm serve` needs fastapi and uvicorn: pip install 'collm[serve]'.") from _error
 
 LARGEST_BODY = 1 << 22
-"""Bytes of a request's body at most."""
+"""Greatest size of a request's body in bytes."""
 BODY_SECONDS = 30.0
-"""How long a client may take to send it."""
+"""Seconds that a client may take to send the body."""
 BACKLOG = 1024
-"""Connections that wait to be accepted."""
+"""Greatest number of connections that wait to be accepted."""
 LOCAL = re.compile(r"(127(\.\d{1,3}){3}|localhost|\[::1\])(:\d{1,5})?", re.ASCII | re.IGNORECASE)
 """Host headers that name this machine."""
 HEAD_SECONDS = 10.0
-"""How long a client may take to send a request's head; a connection whose head has not come is closed then."""
+"""Seconds that a client may take to send a request's head; the connection is closed after that."""
 HALF_OPEN = 512
-"""Connections at a time whose request's head has not come; beyond that the oldest is closed."""
+"""Greatest number of connections without a complete request head; beyond it the oldest is closed."""
 GRACE = 60
-"""Seconds in which answers under way are finished after a signal to stop."""
+"""Seconds that running requests have to finish after a signal to stop."""
 
 
 def make_app(
     policy: Policy, agent: str, *, key: str = "", max_tokens: int = 256, record: Path | None = None, local: bool = False
 ) -> FastAPI:
-    """The application that serves one agent. key: the API key that is asked for, none if empty. max_tokens: of an answer, where
-    the caller names none. record: append one JSON line per completion request: when it began and ended (seconds since 1970),
-    HTTP status, messages read, tokens written. local: refuse a Host header that does not name this machine, as that of a web
-    page does whose own name was made to point here (DNS rebinding)."""
+    """The application that serves one agent.
+
+    key: the required API key; none if empty. max_tokens: default length of an answer. record: append one JSON line per
+    completion request: begin and end (seconds since 1970), HTTP status, messages read, tokens written. local: refuse Host
+    headers that do not name this machine, as protection against web pages that use DNS rebinding.
+    """
     engine = LocalEngine(Team({agent: policy}))
     batcher = Batcher(engine, policy)
     vocabulary = policy.model.get_input_embeddings().num_embeddings
@@ -81,10 +83,10 @@ def make_app(
             raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def complete(request: Request, noted: dict[str, Any]) -> Response:
-        await asyncio.sleep(0)  # if the request has turned out to be broken meanwhile, uvicorn has said so and hung up by now
+        await asyncio.sleep(0)  # if the request was malformed, uvicorn has answered and closed the connection by now
         admit(request)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # what a web page of a stranger's cannot send unasked
+        if kind != "application/json":  # web pages of other origins cannot send this type without permission
             raise Refused(415, "send content-type: application/json", code="unsupported_media_type")
         asked = wire.parse(await read_body(request), agent, max_tokens=max_tokens, vocabulary=vocabulary)
         noted["messages"] = len(asked.request.messages)
@@ -125,7 +127,7 @@ def make_app(
                 status = 500 if response is None else response.status_code
                 try:
                     append(record, json.dumps({**noted, "ended": time.time(), "status": status}) + "\n")
-                except SaveError as error:  # the answer is sent all the same
+                except SaveError as error:  # the answer is sent in any case
                     complain(f"collm: {error}")
 
     @app.exception_handler(Refused)
@@ -184,12 +186,12 @@ async def read_body(request: Request) -> bytes:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is ours from now on. Raises ConfigError where the port is taken or the host is not this machine's."""
+    """A listening socket. Raises ConfigError where the port is taken or the host is not an address of this machine."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         held = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--host {host!r} is no address: {error}. Leave it out for 127.0.0.1.") from error
+        raise ConfigError(f"--host {host!r} is not an address: {error}. Leave it out for 127.0.0.1.") from error
     try:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(address)
@@ -202,10 +204,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Guarded(H11Protocol):
-    """Uvicorn's protocol, with a limit on what it has none for: connections that never send a whole request head.
+    """Uvicorn's protocol with a limit on connections that do not send a complete request head.
 
-    Such a connection is closed after HEAD_SECONDS, or when HALF_OPEN younger ones wait as well, so that a caller who only
-    opens connections takes no place from others. How many requests wait is the batcher's to limit.
+    Such a connection is closed after HEAD_SECONDS, or once HALF_OPEN newer ones wait, so that a client that only opens
+    connections cannot block others. The number of waiting requests is limited by the batcher.
     """
 
     waiting: ClassVar[dict[Guarded, asyncio.TimerHandle]] = {}
@@ -223,7 +225,7 @@ class Guarded(H11Protocol):
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        """Called whenever something came: a request's head is awaited while its sender's state is IDLE."""
+        """Called after new data. The head of a request is incomplete while its sender's state is IDLE."""
         if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
             self._unwatch()
         elif self not in self.waiting:
@@ -241,7 +243,7 @@ class Guarded(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn's server, which says when it is ready, and leaves with exit code 0 when it is told to stop."""
+    """Uvicorn's server, which calls `ready` after its start and exits with code 0 after a signal to stop."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
         super().__init__(config)
@@ -255,7 +257,7 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         def stop(signum: int, frame: FrameType | None) -> None:
-            """The first signal finishes what is under way; a second one does not."""
+            """The first signal lets running requests finish; the second one stops at once."""
             self.force_exit = self.should_exit
             self.should_exit = True
 

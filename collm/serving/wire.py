@@ -1,4 +1,4 @@
-"""What comes and goes over the wire: strict about what is asked, so that nothing is silently ignored. No web framework here."""
+"""Requests and answers on the wire. Parsing is strict: an unknown or unsupported field is refused. No web framework here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from collm.types import Completion, Message, Request, Sampling
 
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "stream_options", "return_token_ids", "parallel_tool_calls"})
-"""Fields of OpenAI's that change nothing about an answer here."""
+"""Fields of OpenAI's API that have no effect on an answer and are accepted."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "stop": ([], ""),
@@ -27,13 +27,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "response_format": ({"type": "text"},),
 }
-"""Fields that are understood but not offered, with the values that ask for nothing."""
+"""Fields that are not supported, with their neutral values, which are accepted."""
 MOST_MESSAGES = 1024
 ROLES = ("system", "user", "assistant")
 
 
 class Refused(Exception):
-    """A request that cannot be answered: HTTP status, the field at fault, and what would help."""
+    """A request that cannot be answered: HTTP status, invalid field, and a message with the way out."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str = "invalid_request"):
         super().__init__(message)
@@ -46,7 +46,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One parsed request: what the engine is to answer, and how the caller wants to have it."""
+    """One parsed request: the engine's request, and the form of the answer (streamed, with log-probs)."""
 
     request: Request
     stream: bool
@@ -54,12 +54,12 @@ class Asked:
 
 
 def dumps(value: Any) -> bytes:
-    """JSON in plain ASCII: any text can be sent, half a surrogate pair too."""
+    """JSON in ASCII, which can hold any text, lone surrogates included."""
     return json.dumps(value, allow_nan=False).encode("ascii")
 
 
 def parse(body: bytes, agent: str, *, max_tokens: int, vocabulary: int) -> Asked:
-    """The request in an HTTP body. max_tokens: of an answer, where none is named; vocabulary: token ids are below it.
+    """Parse the request in an HTTP body. max_tokens: default length of an answer. vocabulary: token ids must be below it.
 
     Raises Refused, naming the field.
     """
@@ -79,7 +79,7 @@ def parse(body: bytes, agent: str, *, max_tokens: int, vocabulary: int) -> Asked
     model = asked.get("model", agent)
     if model != agent:
         shown = repr(model)[:80]
-        raise Refused(404, f"there is no model {shown} here; this server is {agent!r}", param="model", code="model_not_found")
+        raise Refused(404, f"this server has no model {shown}; it serves {agent!r}", param="model", code="model_not_found")
     longest = asked.get("max_completion_tokens")
     sampling = Sampling(
         temperature=_number(asked, "temperature", 1.0, 0, 100),
@@ -130,7 +130,7 @@ def _text(content: Any, place: str) -> str:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -163,8 +163,8 @@ def _truth(asked: dict[str, Any], name: str) -> bool:
 
 
 def answer(asked: Asked, completion: Completion, pieces: list[str], identity: str) -> dict[str, Any]:
-    """The answer as OpenAI writes it. Beyond that, `token_ids`, `token_logprobs` (natural logs, under the distribution that was
-    sampled from) and `prompt_token_ids`. pieces: the text of each token."""
+    """The answer in OpenAI's format, with the additional fields `token_ids`, `token_logprobs` (natural logs, under the
+    distribution that was sampled from) and `prompt_token_ids`. pieces: the text of each token."""
     ids, prompt, logprobs = _plain(completion.token_ids), _plain(completion.prompt_ids), _plain(completion.logprobs)
     content = [
         {"token": piece, "logprob": value, "bytes": list(piece.encode("utf-8", "replace")), "top_logprobs": []}
@@ -191,7 +191,7 @@ def answer(asked: Asked, completion: Completion, pieces: list[str], identity: st
 
 
 def events(whole: dict[str, Any]) -> bytes:
-    """The same answer as server-sent events; the text comes in one piece."""
+    """The same answer as server-sent events, with the whole text in one event."""
     (choice,) = whole["choices"]
     frame = {key: whole[key] for key in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
     first = {"index": 0, "delta": choice["message"], "finish_reason": None, "logprobs": choice["logprobs"]}

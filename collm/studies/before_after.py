@@ -15,7 +15,7 @@ from collm.studies.series import REWARD, scores
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measure before and after training, and the mean of its tasks' differences (after minus before)."""
+    """One measure before and after training, and the mean difference per task (after minus before)."""
 
     before: Interval
     after: Interval
@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BeforeAfter:
-    """A run's first and last held-out evaluation, over the tasks that both played to their end."""
+    """A run's first and last held-out evaluation, over the tasks that were played to their end in both."""
 
     run: Run
     first: int
@@ -37,26 +37,26 @@ class BeforeAfter:
     last: int
     """Iterations done at the last evaluation."""
     num_tasks: int
-    """Distinct tasks that both evaluations played to their end."""
+    """Number of distinct tasks that were played to their end in both evaluations."""
     rows: dict[str, Row]
-    """Measure -> its numbers; "reward" first."""
+    """Measure -> its row; "reward" first."""
     before: list[Record]
     """Episodes of the first evaluation."""
     after: list[Record]
     """Episodes of the last evaluation."""
     notes: list[str]
-    """What a reader must know about the numbers."""
+    """Notes on the numbers, for readers."""
     cost: dict[str, Any]
-    """What training took: joint actions, seconds, tokens."""
+    """The cost of training: joint actions, seconds, tokens."""
 
     @property
     def labels(self) -> tuple[str, str]:
-        """What to call the two evaluations."""
+        """Names of the two evaluations."""
         of = "" if self.last == self.run.planned else f" of {self.run.planned}"
         return "before training" if self.first == 0 else f"after {self.first}", f"after {self.last}{of} iterations"
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Plain values for JSON."""
         config = self.run.config
         rows = {
             name: {
@@ -82,7 +82,7 @@ class BeforeAfter:
 
 
 def before_after(run: Run) -> BeforeAfter:
-    """Compare a run's last held-out evaluation with its first. Raises RunError while there are not two of them."""
+    """Compare a run's last held-out evaluation with its first. Raises RunError with fewer than two evaluations."""
     evaluations = run.evaluations()
     if len(evaluations) < 2:
         have = f"only one, after {next(iter(evaluations))} iterations" if evaluations else "none"

@@ -1,4 +1,4 @@
-"""`collm.compare`: run a study and return its numbers."""
+"""`collm.compare`: run a study and return its results."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def compare(
     only: str = "*",
     quiet: bool = False,
 ) -> Grid:
-    """Run methods x tasks x learning rates x seeds as a recipe says, each run in a process of its own.
+    """Run all methods x tasks x learning rates x seeds of a recipe, each run in a separate process.
 
-    Started again, it repeats nothing that has finished and resumes what was cut off. `results.json` in the folder is written
-    after every run; `collm.reports.grid.draw_study` adds the tables and curves of `collm compare`.
+    A second call does not repeat finished runs and resumes interrupted ones. `results.json` in the folder is written after
+    every run; `collm.reports.grid.draw_study` adds the tables and curves of `collm compare`.
 
         grid = collm.compare("recipes/compare/agree.toml", overrides={"run.iterations": 20}, workers=2)
         grid.line("agree", "collm-cc").reward      # Interval(mean=0.9, low=0.8, high=1.0, num_tasks=3, note="")
 
     Args:
-        folder: where runs and results lie; default: `runs/compare-RECIPE`.
-        overrides: `{"room.key": value}` on top of the settings of all tasks, beneath those of [methods.NAME]; "compare.KEY"
-            replaces one of the table [compare].
-        workers: runs at a time; default: `compare.processes`. only: the runs whose TASK/NAME matches this pattern.
-        quiet: print no progress.
-    Raises: ConfigError before anything is started; RunError where the folder holds other settings, or no run has succeeded.
-        If some runs failed and others did not, `Grid.failure` says so.
+        folder: the folder of runs and results; default: `runs/compare-RECIPE`.
+        overrides: `{"room.key": value}`, applied after the settings of the tasks and before those of [methods.NAME];
+            "compare.KEY" replaces a value of the table [compare].
+        workers: runs at the same time; default: `compare.processes`. only: a pattern that TASK/NAME of a run must match.
+        quiet: do not print progress.
+    Raises: ConfigError before anything is started; RunError where the folder holds other settings, or all runs have failed.
+        If only some runs failed, `Grid.failure` holds how many and why.
     """
     todo = schedule(recipe, folder=folder, overrides=overrides, workers=workers, only=only)
     say = _silent if quiet else complain
@@ -63,21 +63,21 @@ def compare(
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What a call of `compare` is going to do."""
+    """The runs of one call of `compare`."""
 
     study: Study
     folder: Path
     workers: int
-    """Runs at a time."""
+    """Runs at the same time."""
     wanted: Sequence[StudyJob]
-    """The runs asked for, seed by seed: if it is stopped early, all methods have the same seeds."""
+    """The requested runs, ordered by seed, so that after an early stop all methods have the same seeds."""
     waiting: Sequence[StudyJob]
-    """Those of them that have not finished."""
+    """The requested runs that have not finished."""
 
     @property
     def headline(self) -> str:
         finished = len(self.wanted) - len(self.waiting)
-        return f"{len(self.wanted)} runs, {finished} of them finished before; {self.workers} at a time in {self.folder}"
+        return f"{len(self.wanted)} runs, {finished} of them already finished; {self.workers} at a time in {self.folder}"
 
 
 def schedule(
@@ -88,7 +88,7 @@ def schedule(
     workers: int | None = None,
     only: str = "*",
 ) -> Schedule:
-    """Check everything and start nothing. Arguments and errors are those of `compare`."""
+    """Check all settings without starting a run. Arguments and errors are those of `compare`."""
     recipe = Path(recipe)
     folder = default_folder(recipe) if folder is None else Path(folder)
     overrides = dict(overrides or {}) | ({} if workers is None else {"compare.processes": workers})
@@ -105,7 +105,7 @@ def schedule(
 
 
 def default_folder(recipe: Path) -> Path:
-    """Where a comparison lies that is not given a folder."""
+    """The default folder of a comparison."""
     return Path("runs") / f"compare-{recipe.stem}"
 
 

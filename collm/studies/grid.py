@@ -1,4 +1,4 @@
-"""The numbers of a study: every finished run, and each method's line over seeds."""
+"""The results of a study: every finished run, and each method's line over seeds."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from collm.studies.result import RESULTS, Cell, Result, first_reaching, read_res
 from collm.studies.series import REWARD
 
 SEEDS = 3
-"""With fewer seeds there is no interval over seeds."""
+"""Smallest number of seeds for an interval over seeds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What is compared: methods x tasks x learning rates x seeds.
+    """The runs that are compared: methods x tasks x learning rates x seeds.
 
     Example: Study([Cell("two", "collm-cc", None, 0, Path("runs/compare-small/two/collm-cc-seed0"))], against="collm-cc")
     """
@@ -39,7 +39,7 @@ class Study:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A method on a task at its best learning rate (by mean area over seeds), over seeds."""
+    """All seeds of a method on a task at its best learning rate (by mean area over seeds)."""
 
     task: str
     method: str
@@ -76,7 +76,7 @@ class Line:
 
     @property
     def explained(self) -> dict[int, Interval]:
-        """Turn -> what the critics explain before it."""
+        """Turn -> fraction of the return's variance that the critics explain before it."""
         return self._by_turn([result.explained for result in self.results])
 
     @property
@@ -89,7 +89,7 @@ class Line:
         return {turn: self.over_seeds([found[turn] for found in found_S]) for turn in turns}
 
     def reached(self, threshold: float) -> list[float | None]:
-        """Joint actions until each seed's curve reached `threshold`; None where it never did."""
+        """Joint actions until each seed's curve reached `threshold`; None if it did not."""
         return [first_reaching(r.joint_actions_K, r.rewards_K, threshold) for r in self.results]
 
 
@@ -102,9 +102,9 @@ class Grid:
 
     study: Study
     results: Sequence[Result]
-    """One for each finished run, in the recipe's order."""
+    """One result per finished run, in the recipe's order."""
     failure: str = ""
-    """How many runs failed when the study was run just now, and why the first did; empty if none did."""
+    """How many runs failed in this call, and the reason of the first failure; empty if none failed."""
 
     @property
     def tasks(self) -> list[str]:
@@ -120,7 +120,7 @@ class Grid:
 
     @property
     def missing(self) -> int:
-        """How many runs have not finished."""
+        """Number of runs that have not finished."""
         return len(self.study.cells) - len(self.results)
 
     def lines(self, task: str) -> list[Line]:
@@ -165,8 +165,8 @@ class Grid:
         return found
 
     def overtaken(self, task: str) -> dict[str, float | None]:
-        """Trained method that gained anything -> share of its joint actions after which the curve of `against` reaches its
-        final reward, both the mean over seeds; None where it never does."""
+        """Trained method whose reward rose -> fraction of its joint actions after which the curve of `against` reaches its
+        final reward, both means over seeds; None if it does not."""
         lines = {line.method: line for line in self.lines(task)}
         reference = lines.pop(self.study.against, None)
         found: dict[str, float | None] = {}
@@ -178,7 +178,7 @@ class Grid:
         return found
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it: every run, and per task each method's line."""
+        """Plain values for JSON: every run, and for each task every method's line."""
         tasks: dict[str, Any] = {}
         for task in self.tasks:
             methods: dict[str, dict[str, Any]] = {}
@@ -218,10 +218,10 @@ class Grid:
 
 
 def read_grid(study: Study, written: Path | None = None) -> Grid:
-    """The finished runs of a study, as `written` (a results.json) has them or from their folders.
+    """The finished runs of a study, from `written` (a results.json) or from their folders.
 
-    What is written stays although its folder is gone. Raises RunError where a run is damaged, or only written and with
-    other settings or by a recipe that asked for more.
+    Results in `written` are kept even if the run's folder has been removed. Raises RunError where a run is damaged, or where
+    `written` holds a run that is not in the recipe, or has other settings and no finished folder.
     """
     known = {} if written is None else _read_written(written)
     cells = {cell.name: cell for cell in study.cells}
@@ -247,7 +247,7 @@ def read_grid(study: Study, written: Path | None = None) -> Grid:
 
 
 def write_results(study: Study, folder: Path) -> Grid:
-    """Write all runs that have finished to `results.json`, and return them; two processes may work on one folder.
+    """Write all finished runs to `results.json` and return them. Two processes may work on one folder.
 
     Raises RunError or SaveError.
     """
@@ -276,4 +276,4 @@ def _refuse(text: str) -> Any:
 
 
 def _unreadable(path: Path | None, error: str) -> RunError:
-    return RunError(f"{path} cannot be read as a comparison's results: {error}. Remove it to go on from the run folders.")
+    return RunError(f"{path} cannot be read as a comparison's results: {error}. Remove it to continue from the run folders.")

@@ -1,4 +1,4 @@
-"""How sure a mean is: the bootstrap over distinct tasks."""
+"""Confidence intervals of means: the bootstrap over distinct tasks, and Student's t."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _STUDENT = (
 # fmt: on
 """The 97.5 % quantile of Student's t with 1 to 30 degrees of freedom."""
 FEWEST = 8
-"""With fewer distinct tasks, resampling them says little about tasks not seen: no interval is given."""
+"""Smallest number of distinct tasks for an interval. Resampling fewer tasks does not represent unseen tasks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
     """A mean over distinct tasks with its 95 % interval, in the units of the values.
 
-    `low` and `high` are None where there is no interval; `note` then says why.
+    `low` and `high` are None without an interval; `note` then holds the reason.
     Example: Interval(mean=0.41, low=0.35, high=0.47, num_tasks=115)
     """
 
@@ -35,32 +35,32 @@ class Interval:
     note: str = ""
 
     def apart(self, other: Interval) -> bool:
-        """Whether both intervals exist and share no point."""
+        """Whether both intervals exist and do not overlap."""
         if self.low is None or self.high is None or other.low is None or other.high is None:
             return False
         return self.high < other.low or other.high < self.low
 
     def plain(self) -> dict[str, float | None]:
-        """As JSON has it; a mean that is not a number is null."""
+        """Plain values for JSON; a mean that is not finite becomes null."""
         return {"mean": self.mean if math.isfinite(self.mean) else None, "low": self.low, "high": self.high}
 
 
 def interval(values_K: Sequence[float], *, seed: int = 0, fewest: int = FEWEST, unit: str = "task") -> Interval:
-    """The mean of K tasks, and the percentiles 2.5 and 97.5 of 10,000 means of K tasks drawn from them with replacement.
+    """The mean of K tasks, and the percentiles 2.5 and 97.5 of 10,000 means of K tasks drawn with replacement.
 
-    The same seed and K draw the same tasks, so columns of one table are resampled together. A value that is not a finite
-    number is not left out: the mean is then NaN, without an interval, and the note counts such tasks.
+    The same seed and K draw the same tasks, so the columns of a table are resampled together. If a value is not finite, the
+    mean is NaN without an interval, and the note counts such tasks.
 
     Args:
         values_K: (K,) one value per distinct task, K >= 1.
-        fewest: with fewer values there is no interval. unit: what a value belongs to, if it is not a task.
-    Raises: ValueError where there is no task.
+        fewest: smallest number of values for an interval. unit: the unit that a value belongs to, "task" or "seed".
+    Raises: ValueError for an empty sequence.
     Source: Efron 1979, the bootstrap; percentile method.
     """
     values = np.asarray(values_K, dtype=np.float64)
     num = len(values)
     if num == 0:
-        raise ValueError(f"there is no {unit} to average over")
+        raise ValueError(f"no {unit} is given to average over")
     lost = int(np.count_nonzero(~np.isfinite(values)))
     if lost:
         return Interval(math.nan, None, None, num, f"not a finite number for {lost} of {num} {unit}s")
@@ -78,7 +78,7 @@ def interval(values_K: Sequence[float], *, seed: int = 0, fewest: int = FEWEST, 
 def student(values_K: Sequence[float], *, fewest: int = FEWEST, unit: str = "task") -> Interval:
     """The mean of K values with Student's 95 % interval, mean +- t(K - 1) s / sqrt(K); otherwise as `interval`.
 
-    Of three or five normal values the bootstrap's percentiles cover the true mean in 75 or 84 % of cases, these in 95 %.
+    For three or five normal values, the bootstrap's interval covers the true mean in 75 or 84 % of cases, this one in 95 %.
     """
     found = interval(values_K, fewest=max(fewest, 2), unit=unit)
     if found.low is None:
@@ -98,7 +98,7 @@ def by_task(tasks: Sequence[str], values: Iterable[float]) -> dict[str, float]:
 
 
 def explain(intervals: Mapping[str, Interval]) -> list[str]:
-    """Why intervals are missing, each reason once, with the measures it holds for unless these are all."""
+    """The reasons for missing intervals, each once, preceded by its measures unless it applies to all of them."""
     reasons: dict[str, list[str]] = {}
     for name, found in intervals.items():
         if found.note:

@@ -1,6 +1,6 @@
-"""Runs of a study as processes: what has finished is never repeated, what was cut off resumes exactly.
+"""Runs of a study as processes: finished runs are not repeated, and interrupted runs resume exactly.
 
-Every run is a process of its own (training/cell.py), which dies with the one that started it.
+Every run is a separate process (training/cell.py), which ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from collm.studies.series import REWARD
 
 @dataclass(frozen=True, slots=True)
 class StudyJob:
-    """One cell and how it is made."""
+    """One cell with the settings of its run."""
 
     cell: Cell
     config: Config
     """All settings of the run."""
     trained: bool
-    """Whether the run trains; otherwise the untrained team is evaluated once."""
+    """True for a run that trains; False if the untrained team is evaluated once."""
 
     @property
     def settings(self) -> Path:
-        """Where the cell's settings lie, beside its run directory."""
+        """The file of the cell's settings, beside its run directory."""
         return Path(f"{self.cell.folder}.json")
 
     @property
     def log(self) -> Path:
-        """What the run's processes printed."""
+        """The file of the output of the run's processes."""
         return Path(f"{self.cell.folder}.log")
 
     def check_unchanged(self) -> None:
-        """Raises RunError where the cell was begun with other settings: numbers of two recipes never mix."""
+        """Raise RunError where the cell was begun with other settings, so that results of two recipes are never mixed."""
         if not os.path.lexists(self.settings):
             return
         try:
@@ -67,8 +67,11 @@ class StudyJob:
 
 
 def digest(settings: Mapping[str, Any], trained: bool) -> str:
-    """Of all settings that make numbers: not where the run lies, nor how to learn where nothing learns, nor, at the value that
-    leaves all as it was, one that came later than the first grids."""
+    """A hash of all settings that affect results.
+
+    Left out are the run's folder, the settings of learning in runs that do not train, and settings that were added later, if
+    they have the value that keeps the earlier behaviour.
+    """
     counted = {room: dict(values) for room, values in former.translate(settings).items()}
     counted["run"]["folder"] = None
     for (room, key), before in former.ADDED.items():
@@ -84,7 +87,7 @@ def run_jobs(
 ) -> list[StudyJob]:
     """Run the jobs, `workers` at a time, and return those that failed.
 
-    after_each: called whenever a run has ended. say: takes a line of progress. Raises RunError when a signal stops it.
+    after_each: called after the end of each run. say: called with each line of progress. Raises RunError after a signal.
     """
     started, done = time.monotonic(), 0
     failed: list[StudyJob] = []
@@ -110,7 +113,7 @@ def run_jobs(
 
 
 def _start(job: StudyJob) -> subprocess.Popen[bytes]:
-    """Begin or continue one cell in a process that dies with this one."""
+    """Start or continue one cell in a process that ends with this one."""
     folder = job.cell.folder
     write_text(job.settings, json.dumps(job.config.resolved(), indent=1))
     kind = "train" if job.trained else "evaluate"
@@ -122,25 +125,25 @@ def _start(job: StudyJob) -> subprocess.Popen[bytes]:
 
 
 def _die_with_parent() -> None:
-    """Linux: a run gets SIGTERM, and saves, when whoever started it is gone, by kill -9 too."""
+    """On Linux a run gets SIGTERM, and saves, when its parent process ends, even by kill -9."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 @contextmanager
 def _stoppable(running: Mapping[subprocess.Popen[bytes], StudyJob]) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP reach the runs, which save; then this process leaves, too."""
+    """Pass Ctrl-C, SIGTERM and SIGHUP on to the runs, which save; then raise RunError."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         for process in running:
             process.terminate()
         for process in running:
             process.wait()
-        raise RunError(f"stopped by {signal.Signals(signum).name}; the runs under way are saved. Start again to go on.")
+        raise RunError(f"stopped by {signal.Signals(signum).name}; the running runs are saved. Start again to continue.")
 
     try:
         before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if not ignored(s)}
-    except ValueError:  # not in the main thread: whoever runs us handles signals
+    except ValueError:  # not in the main thread: the caller handles signals
         before = {}
     try:
         yield

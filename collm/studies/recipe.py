@@ -1,4 +1,4 @@
-"""A study's recipe: which runs it wants, and the settings of each."""
+"""A study's recipe: its runs and the settings of each."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from collm.studies.result import Cell
 
 UNTRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "raw": ("one untrained agent alone", {"env.agents": 1}),
-    "parallel": ("untrained agents, all at once", {"rollout.protocol": "parallel"}),
-    "pipeline": ("untrained agents, each reading those before it", {"rollout.protocol": "pipeline"}),
+    "parallel": ("untrained agents, all at the same time", {"rollout.protocol": "parallel"}),
+    "pipeline": ("untrained agents, each reading the answers of those before it", {"rollout.protocol": "pipeline"}),
     "discussion": ("untrained agents after a round of messages", {"rollout.protocol": "discussion"}),
 }
 ALONE = ("ac", "grpo")
-"""Algorithms that train one agent: the task is made for one."""
+"""Algorithms that train a single agent; they set env.agents to 1."""
 FIXED = {
     "run.seed": "Set compare.seeds.",
     "run.name": "A run is named after its method, learning rate and seed.",
     "run.folder": "Choose the comparison's folder.",
     "algorithm.name": "Set compare.methods.",
 }
-"""Setting that every run of a comparison has its own of -> what can be set instead."""
+"""Setting that differs between the runs of a comparison -> what to set instead."""
 
 
 class StudySettings(BaseModel):
@@ -45,22 +45,22 @@ class StudySettings(BaseModel):
     methods: list[str] = Field(min_length=1)
     """Algorithms, raw, parallel, pipeline, discussion, or names of [methods.NAME]."""
     seeds: list[int] = Field([0, 1, 2], min_length=1)
-    """Every method trains once with each."""
+    """Seeds; every method trains once with each."""
     learning_rates: list[float] = []
-    """The grid, of agents and critics alike, that every trained method goes through; default: the task's own."""
+    """Learning rates, for agents and critics, with which every trained method runs; default: those of the task's recipe."""
     processes: int = Field(1, ge=1)
-    """Runs at a time."""
+    """Number of runs at the same time."""
     against: str | None = None
     """The method that the others are compared with, seed by seed; default: the last of `methods`."""
     thresholds: dict[str, float] = {}
-    """Task -> held-out reward; the table says after how many joint actions a method reaches it."""
+    """Task -> held-out reward; the table shows after how many joint actions a method reaches it."""
 
 
 def read_plan(recipe: Path, folder: Path, overrides: Mapping[str, Any] | None = None) -> tuple[StudySettings, list[StudyJob]]:
-    """The recipe's plan and every run it asks for. Raises ConfigError before anything is started.
+    """The recipe's table [compare] and all its runs. Raises ConfigError before anything is started.
 
-    overrides: `{"room.key": value}` on top of the settings of all tasks, beneath those of [methods.NAME]; "compare.KEY"
-    replaces one of the table [compare].
+    overrides: `{"room.key": value}`, applied after the settings of the tasks and before those of [methods.NAME]; "compare.KEY"
+    replaces a value of the table [compare].
     """
     values = _read_toml(recipe)
     changes = dict(overrides or {})
@@ -73,7 +73,7 @@ def read_plan(recipe: Path, folder: Path, overrides: Mapping[str, Any] | None = 
             f"{recipe}: unknown table [{unknown[0]}]; there are [compare], [settings], [tasks.NAME], [methods.NAME]."
         )
     if not isinstance(values.get("compare"), dict):
-        raise ConfigError(f"{recipe} has no table [compare]: say there which methods and seeds to run.")
+        raise ConfigError(f"{recipe} has no table [compare]: list the methods and seeds to run there.")
     about = {name: changes.pop(name) for name in [*changes] if name.startswith("compare.")}
     apply_overrides(values, about)
     try:
@@ -114,8 +114,8 @@ def _settings(
     cell: Cell,
     changes: Mapping[str, Any],
 ) -> Config:
-    """Settings of a cell, in layers: the task's recipe, [settings], [tasks.NAME], `changes`, the method, [methods.NAME], rate
-    and seed."""
+    """The settings of a cell, applied in this order: the task's recipe, [settings], [tasks.NAME], `changes`, the method,
+    [methods.NAME], learning rate and seed."""
     if not isinstance(task, Mapping):
         raise ConfigError(f"{recipe}: [tasks.{cell.task}] must be a table.")
     task, own = dict(task), dict(methods.get(cell.method) or {})
@@ -136,7 +136,7 @@ def _settings(
     else:
         known = ", ".join([*UNTRAINED, *ALGORITHMS])
         raise ConfigError(
-            f"{recipe}: there is no method {method!r}. Known: {known}; your own is [methods.NAME] with base = one of them."
+            f"{recipe}: unknown method {method!r}. Known: {known}; define your own as [methods.NAME] with base = one of them."
         )
     apply_overrides(values, overrides)
     tasks = values.get("rollout", {}).get("tasks")
@@ -154,7 +154,7 @@ def _settings(
     if method in ALGORITHMS and size > 1 and config.rollout.tasks == (tasks or config.rollout.tasks):
         if config.rollout.tasks % size:
             raise ConfigError(
-                f"{recipe}: rollout.tasks={config.rollout.tasks} episodes an iteration are no whole number of groups of {size} "
+                f"{recipe}: rollout.tasks={config.rollout.tasks} episodes is not a multiple of the group size {size} "
                 f"({cell.method} on {cell.task}). Choose a multiple, or set rollout.tasks in [methods.{cell.method}]."
             )
         apply_overrides(values, {"rollout.tasks": config.rollout.tasks // size})
@@ -163,7 +163,7 @@ def _settings(
 
 
 def _merge(values: dict[str, Any], layer: Mapping[str, Any]) -> None:
-    """Put nested settings on top of others, table by table."""
+    """Merge nested settings into `values`, table by table; `layer` takes precedence."""
     for key, value in layer.items():
         if isinstance(value, Mapping) and isinstance(values.get(key), dict):
             _merge(values[key], value)

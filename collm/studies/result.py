@@ -1,4 +1,4 @@
-"""One run of a study in numbers."""
+"""The results of one run of a study."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from collm.studies.series import (
 )
 
 RESULTS = "results.json"
-"""The file, in a study's folder, that holds the numbers of all its finished runs."""
+"""Name of the file in a study's folder that holds the results of all finished runs."""
 Curve = Annotated[list[Annotated[list[float], Len(2, 2)]], Len(1)]
 
 
@@ -59,12 +59,12 @@ class Cell:
     task: str
     method: str
     rate: float | None
-    """Learning rate of agents and critics; None: the task's own."""
+    """Learning rate of agents and critics; None: those of the task's recipe."""
     seed: int
     folder: Path
     """The run directory."""
     settings: str = ""
-    """A digest of all settings but where the run lies."""
+    """A digest of the settings that affect results."""
 
     @property
     def name(self) -> tuple[str, str, float | None, int]:
@@ -77,7 +77,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One finished run in numbers, over the held-out tasks, each once."""
+    """The results of one finished run; each held-out task counts once."""
 
     cell: Cell
     joint_actions_K: tuple[int, ...]
@@ -89,15 +89,15 @@ class Result:
     tokens: float
     """Tokens sampled per held-out episode."""
     joint_actions: int
-    """Of training."""
+    """Joint actions of training."""
     seconds: float
-    """Of training, without evaluations."""
+    """Seconds of training, without evaluations."""
     failed: int
-    """Held-out episodes that were not played to their end, over all evaluations; no mean counts them."""
+    """Held-out episodes that were not played to their end, over all evaluations; means leave them out."""
     judged: str
-    """Which variance `explained` is a share of, and whether the critics had read the turn's answers."""
+    """The variance that `explained` is a fraction of, and whether the critics had read the turn's answers."""
     explained: Mapping[int, float]
-    """Turn -> share of the return's variance that the critics explain before it, over the second half of training; empty
+    """Turn -> fraction of the return's variance that the critics explain before it, over the second half of training; empty
     without a critic."""
     ceiling: Mapping[int, float]
     """Turn -> the metric ceiling: the share that a regression on environment metrics explains."""
@@ -107,7 +107,7 @@ class Result:
         return area_under(self.joint_actions_K, self.rewards_K)
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Plain values for JSON."""
         cell = self.cell
         return {
             "task": cell.task,
@@ -129,7 +129,7 @@ class Result:
 
     @classmethod
     def from_plain(cls, cell: Cell, plain: Mapping[str, Any]) -> Result:
-        """The inverse of `plain`, exactly. Raises ValueError where `plain` is of another kind."""
+        """The exact inverse of `plain`. Raises ValueError where `plain` has another structure."""
         if "ceiling" not in plain and "yardstick" in plain:  # its former name
             plain = {**plain, "ceiling": plain["yardstick"]}
         _WRITTEN.validate_python(plain, strict=True)
@@ -150,7 +150,7 @@ class Result:
 
 
 def read_result(cell: Cell) -> Result:
-    """One run in numbers. Raises RunError where it has no held-out evaluation."""
+    """The results of one run. Raises RunError where it has no held-out evaluation."""
     run = open_run(cell.folder)
     evaluations = run.evaluations()
     if not evaluations:
@@ -182,9 +182,9 @@ def _judged(run: Run) -> str:
 
 
 def _second_half(curves: Curves, spread: Curves, joint_actions: float) -> dict[int, float]:
-    """Turn -> share explained in the second half of the joint actions together, where that is known in any iteration.
+    """Turn -> fraction explained over the second half of the joint actions, if it is known in any iteration.
 
-    An iteration counts by how much it had to explain, so that one with next to nothing does not decide.
+    Iterations are weighted by their variation (`spread`), so that iterations with little variance have little influence.
     """
     found = {}
     for turn, (x, shares) in curves.items():
@@ -209,7 +209,7 @@ def area_under(joint_actions_K: Sequence[float], rewards_K: Sequence[float]) -> 
 
 
 def first_reaching(joint_actions_K: Sequence[float], rewards_K: Sequence[float], threshold: float) -> float | None:
-    """Joint actions at which a curve, drawn straight from point to point, first has height `threshold`; None: never."""
+    """Joint actions at which a curve, interpolated linearly, first reaches `threshold`; None if it does not."""
     points = list(zip(joint_actions_K, rewards_K, strict=True))
     if points and points[0][1] >= threshold:
         return float(points[0][0])

@@ -1,4 +1,4 @@
-"""Numbers over a run: held-out curves, and what its critics explain turn by turn."""
+"""Curves over a run: held-out reward, and the variance that its critics explain before each turn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collm.runs.read import Record, read_evaluation
 from collm.studies.intervals import Interval, by_task, interval
 
 REWARD = "reward"
-"""The raw reward of the last turn played; the other rows are the task's own metrics."""
+"""Name of the raw reward of the last turn played; other measures are environment metrics."""
 _EXPLAINED = {
     what: re.compile(rf"(?:.*/)?{name}_turn_(\d+)")
     for what, name in (
@@ -25,7 +25,7 @@ _EXPLAINED = {
     )
 }
 Curves = dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
-"""Turn -> joint actions and a share of variance at each."""
+"""Turn -> (joint actions, fraction of variance at each)."""
 
 
 def scores(episodes: Sequence[Record]) -> dict[str, dict[str, float]]:
@@ -41,18 +41,18 @@ def scores(episodes: Sequence[Record]) -> dict[str, dict[str, float]]:
 
 
 def repeats_tasks(run: Run) -> bool:
-    """Whether tasks are played more than once an iteration, so that there is variance within tasks to explain: by design, or in
-    at least half of the iterations (now and then it also happens by chance)."""
+    """Whether tasks repeat within an iteration, so that returns vary within tasks: by design (group_size above 1), or in at
+    least half of the iterations."""
     within = _by_turn(run, "within")
     often = bool(within) and bool(np.isfinite(within[min(within)][1]).mean() >= 0.5)
     return often or run.config["algorithm"].get("group_size", 1) > 1
 
 
 def explained_by_turn(run: Run) -> Curves:
-    """The share of the return's variance within tasks that the critic explains, the mean over several critics.
+    """The fraction of the return's variance within tasks that the critic explains, averaged over several critics.
 
-    Where tasks do not repeat within an iteration it is the share of all variance, differences between tasks included. A share
-    that does not exist (no variance to explain) is NaN: a gap in the curve.
+    If tasks do not repeat within an iteration, it is the fraction of the whole variance, differences between tasks included. It
+    is NaN, a gap in the curve, where the variance is 0.
     """
     found = _by_turn(run, "within" if repeats_tasks(run) else "all")
     return {turn: curve for turn, curve in found.items() if np.isfinite(curve[1]).any()}
@@ -66,7 +66,7 @@ def ceiling_by_turn(run: Run) -> Curves:
 
 
 def spread_by_turn(run: Run) -> Curves:
-    """How much there was to explain within tasks: squared deviations of returns from their task's mean, summed."""
+    """The variation within tasks: the sum of squared deviations of returns from their task's mean."""
     return _by_turn(run, "spread")
 
 
@@ -84,7 +84,7 @@ def _by_turn(run: Run, what: str) -> Curves:
 
 
 def held_out_curve(run: Run) -> tuple[list[int], list[Interval]]:
-    """Joint actions done at each held-out evaluation, and its reward over distinct tasks."""
+    """(joint actions done at each held-out evaluation, reward of each evaluation over distinct tasks)."""
     done = {record["iteration"]: record["joint_actions"] for record in run.metrics}
     evaluations = {i: path for i, path in run.evaluations().items() if i in done}
     rewards = [interval(list(scores(read_evaluation(path))[REWARD].values())) for path in evaluations.values()]

@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def folder() -> Path:
-    """Where its weights and tokenizer lie, as an ordinary Hugging Face folder."""
+    """The Hugging Face folder of its weights and tokenizer."""
     return Path(__file__).with_name("weights")

@@ -12,7 +12,7 @@ from pettingzoo import ParallelEnv
 
 from collm.cli.main import main, make_parser, split_overrides
 from collm.cli.train import demo_recipe
-from collm.envs.catalogue import WORLDS, make
+from collm.envs.catalogue import ENVIRONMENTS, make
 from collm.errors import ConfigError, EnvError
 from collm.settings.load import describe, load_config
 from collm.settings.presets import ALGORITHMS
@@ -59,7 +59,7 @@ def test_help_and_lists_import_nothing_heavy():
     for name in ALGORITHMS:
         assert name in results["algorithms"][2]
     assert "env.turns" in results["tasks"][2]
-    assert set(json.loads(results["tasks --json"][2])) == set(WORLDS)
+    assert set(json.loads(results["tasks --json"][2])) == set(ENVIRONMENTS)
 
 
 def test_mistakes_in_settings_are_found_before_anything_heavy_is_loaded():
@@ -126,7 +126,7 @@ def test_a_group_estimator_with_one_episode_per_task(capsys, recipe, name):
 
 def test_a_run_that_does_not_exist(capsys, tmp_path):
     message = fails(capsys, "train", "--resume", str(tmp_path / "none"))
-    assert "there is no run" in message
+    assert "is not a run directory: the folder does not exist" in message
 
 
 def test_a_missing_checkpoint(capsys, tmp_path, recipe):
@@ -266,10 +266,10 @@ def test_tasks_says_of_every_world_what_it_is(capsys):
     assert main(["tasks"]) == 0
     shown = capsys.readouterr().out
     blocks = dict(block.split(maxsplit=1) for block in shown.strip().split("\n\n"))
-    assert list(blocks) == list(WORLDS)
+    assert list(blocks) == list(ENVIRONMENTS)
     assert main(["tasks", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert set(rows) == set(WORLDS)
+    assert set(rows) == set(ENVIRONMENTS)
     for name, row in rows.items():
         block = blocks[name]
         assert row["about"]
@@ -289,12 +289,12 @@ def test_tasks_says_of_every_world_what_it_is(capsys):
 
 
 def test_a_task_that_cannot_be_made_is_listed_with_the_reason(capsys, monkeypatch):
-    monkeypatch.setitem(WORLDS, "fussy", "test_cli:fussy")
+    monkeypatch.setitem(ENVIRONMENTS, "fussy", "test_cli:fussy")
     assert main(["tasks"]) == 0
     shown = capsys.readouterr().out
     assert (
-        "fussy                Makes nothing at all.\n    not to be made here: env fussy: there is no harp.\n    env.strings=7\n"
-        in shown
+        "fussy                Makes nothing at all.\n"
+        "    cannot be made on this machine: env fussy: there is no harp.\n    env.strings=7\n" in shown
     )
     assert "str_build" in shown
 

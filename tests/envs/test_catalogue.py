@@ -16,7 +16,7 @@ from collm import check_env, make
 from collm.algorithms.catalogue import CLIPPED_LOSSES, group_estimator
 from collm.cli import lists
 from collm.envs.base import Outcome, TextEnv, TextSpace
-from collm.envs.catalogue import WORLDS, EnvSpec
+from collm.envs.catalogue import ENVIRONMENTS, EnvSpec
 from collm.errors import ConfigError, EnvError, SandboxError
 from collm.settings.presets import ALGORITHMS, BASELINES, CRITIC_BASELINES
 from collm.settings.rooms import AlgorithmSettings
@@ -35,7 +35,7 @@ BUILT_IN = [
     ("str_build", {"world": "persistent", "commands_per_turn": 1, "feedback": "score", "turns": 6}),
 ]
 BUILT_IN += [("quote", {}), ("quote", {"agents": 4, "turns": 3, "reward": "sparse", "view": "own"})]
-BUILT_IN += [(name, {}) for name in WORLDS if name not in dict(BUILT_IN)]
+BUILT_IN += [(name, {}) for name in ENVIRONMENTS if name not in dict(BUILT_IN)]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_built_in_worlds_keep_the_contract(name, options):
     assert env.max_reward is None or max(rewards.values()) <= env.max_reward
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_collm_check_passes_for_every_task(capsys, name):
     """With the options it has when none are given; where it runs code, only on a machine that can isolate it."""
     arguments = argparse.Namespace(env=name, overrides={}, json=False)

@@ -26,7 +26,7 @@ import pytest
 
 from collm import make, seeds
 from collm.envs.base import Outcome, TextEnv
-from collm.envs.catalogue import WORLDS, find
+from collm.envs.catalogue import ENVIRONMENTS, find
 from collm.errors import ConfigError, SandboxError
 from collm.tiny import workshop
 
@@ -41,7 +41,7 @@ GARBAGE = "zyzzogeton 77 !! ("
 def share(name: str) -> int:
     """Answers for one world. A world that waits runs each of them in processes of their own, some of them until a time-out,
     so it gets a twentieth."""
-    every = COUNT // len(WORLDS)
+    every = COUNT // len(ENVIRONMENTS)
     return every // 20 if getattr(find(name), "waits", False) else every
 
 
@@ -322,7 +322,7 @@ def play(env: Any, rng: random.Random, texts: Iterator[str]) -> int:
     return count
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_no_text_breaks_a_world(name):
     rng = seeds.stream("fuzz", name)
     try:
@@ -336,7 +336,7 @@ def test_no_text_breaks_a_world(name):
     assert played >= wanted
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_rejections_are_counted(name):
     """A team that writes nothing but garbage has it counted, where the world counts at all."""
     env: Any = make(name)

@@ -12,7 +12,7 @@ import pytest
 from test_fuzz import varied, written_by_players
 
 from collm import seeds
-from collm.envs.catalogue import WORLDS, find
+from collm.envs.catalogue import ENVIRONMENTS, find
 
 SECRET = "zyzzogeton"
 
@@ -57,12 +57,12 @@ def without_message(text: str) -> str:
     return json.dumps({key: value for key, value in action.items() if key != "comm"}) if isinstance(action, dict) else text
 
 
-@pytest.mark.parametrize("name", [n for n in WORLDS if not getattr(find(n), "waits", False)])
+@pytest.mark.parametrize("name", [n for n in ENVIRONMENTS if not getattr(find(n), "waits", False)])
 def test_a_secret_of_one_agent_shows_in_nobody_elses_texts(name: str) -> None:
     crossing(name, 60)
 
 
-@pytest.mark.parametrize("name", [n for n in WORLDS if getattr(find(n), "waits", False)])
+@pytest.mark.parametrize("name", [n for n in ENVIRONMENTS if getattr(find(n), "waits", False)])
 def test_a_secret_does_not_cross_in_a_world_that_waits(name: str) -> None:
     crossing(name, 6)
 

@@ -29,7 +29,7 @@ ABSTRACTS = DATA / "arxiv" / "scitldr_abstracts.jsonl"
 PUBLIC = [pytest.param("tldr", POSTS, 400, 0, id="tldr"), pytest.param("arxiv", ABSTRACTS, 600, 0, id="arxiv")]
 # One word of each category of transitions.
 ONE_EACH = ["also", "but", "so", "namely", "next", "indeed", "overall", "likewise", "still", "if", "soon", "lest"]
-WORLDS = {"tldr": Tldr, "arxiv": Arxiv}
+ENVS = {"tldr": Tldr, "arxiv": Arxiv}
 
 
 def play(env, *answers, task=0):
@@ -56,7 +56,7 @@ def text(distinct, tokens, characters=None, prefix="q", start=0):
 
 
 def parts(name, first, second, **options):
-    return play(WORLDS[name](**options), first, second)[1]["reward_parts"]
+    return play(ENVS[name](**options), first, second)[1]["reward_parts"]
 
 
 # --- gate 1: tokens ------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def test_both_texts_have_the_tokens_or_nothing_is_paid(name):
     for count, allowed in ((low - 1, False), (low, True), (high, True), (high + 1, False), (0, False)):
         for other in (low, high):
             for pair in ((count, other), (other, count)):
-                raw, info, _ = play(WORLDS[name](), *(text(count, count) if count else "" for count in pair))
+                raw, info, _ = play(ENVS[name](), *(text(count, count) if count else "" for count in pair))
                 assert info["reward_parts"]["tokens"] == (0.5 if allowed else 0.0), pair
                 assert (raw > 0) is allowed
                 assert info["metrics"]["rejected"] == (0 if allowed else 1)
@@ -100,7 +100,7 @@ def test_the_ratio_of_characters(name, characters, points):
         first, second = text(10, 10, 100), text(20, 20, characters)
     else:  # 1000 characters against so many, 130 different words in both
         first, second = text(130, 130, 1000), text(130, 130, characters)
-    raw, info, _ = play(WORLDS[name](), first, second)
+    raw, info, _ = play(ENVS[name](), first, second)
     assert info["metrics"]["length_ratio"] == characters / len(first)
     assert info["reward_parts"]["length"] == pytest.approx(points or 0.0)
     if points is None:
@@ -140,7 +140,7 @@ def test_the_ratio_of_different_words(name, distinct, points):
         first, second = text(20, 25, 100), text(distinct, 60)
     else:
         first, second = text(100, 128), text(distinct, 180)
-    raw, info, _ = play(WORLDS[name](), first, second)
+    raw, info, _ = play(ENVS[name](), first, second)
     assert info["reward_parts"]["length"] == 1.0
     assert info["metrics"]["distinct_ratio"] == distinct / (20 if name == "tldr" else 100)
     assert info["reward_parts"]["distinct"] == pytest.approx(points or 0.0)
@@ -181,7 +181,7 @@ def test_transition_points_by_categories(name, categories, points):
         first, second = text(14, 14), f"{text(20, 20)} {joined}".strip() + " " + text(5, 5, prefix="r")
     else:
         first, second = text(130, 130), f"{text(130, 150, prefix='q')} {joined} {text(5, 20, prefix='longer')}"
-    raw, info, _ = play(WORLDS[name](), first, second)
+    raw, info, _ = play(ENVS[name](), first, second)
     assert info["metrics"]["transitions"] == categories
     assert info["metrics"]["gates"] == 3.0
     # T = 0.4 + 0.05 per further category: 0, 0.4, 0.45, 0.5, 0.9, 0.95; times 0.4
@@ -232,7 +232,7 @@ def test_the_twelve_categories_keep_apart():
 def test_overlap_points_by_jaccard(name, own, other, shared, points):
     tokens = (own, other) if name == "tldr" else (140, 200)
     first, second = text(own, tokens[0]), text(other, tokens[1], start=own - shared)
-    _, info, _ = play(WORLDS[name](), first, second)
+    _, info, _ = play(ENVS[name](), first, second)
     assert info["metrics"]["jaccard"] == pytest.approx(shared / (own + other - shared))
     assert info["metrics"]["gates"] == 3.0
     assert info["reward_parts"]["overlap"] == pytest.approx(points)
@@ -572,10 +572,10 @@ def test_the_contract_with_quirks(options):
 @example([MARKER * 9, "> a\n" * 9], "arxiv")
 def test_any_answer_is_judged(answers, name):
     for matching in ("word", "substring"):
-        raw, info, _ = play(WORLDS[name](transitions=matching), *answers)
+        raw, info, _ = play(ENVS[name](transitions=matching), *answers)
         assert 0 <= raw <= 2.98 + 1e-9
         assert all(math.isfinite(value) for value in info["metrics"].values())
-    raw, info, _ = play(WORLDS[name](agents=1), MARKER.join(answers))
+    raw, info, _ = play(ENVS[name](agents=1), MARKER.join(answers))
     assert 0 <= raw <= 2.98 + 1e-9
 
 
@@ -600,7 +600,7 @@ def test_poor_pairs_earn_a_third_with_wide_variety(name):
     scores, gates = [], []
     for seed in range(300):
         rng = random.Random(seed)
-        env = WORLDS[name]()
+        env = ENVS[name]()
         env.reset(seed=seed)
         texts = [writing.retell(env, role, rng) for role in range(2)]
         raw, info, _ = play(env, *texts, task=env.task)

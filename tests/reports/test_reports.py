@@ -118,7 +118,7 @@ def test_a_metric_that_some_tasks_lack_is_nan_with_a_note(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda run: run.rename(run.with_name("moved")), "there is no run"),
+        (lambda run: run.rename(run.with_name("moved")), "is not a run directory"),
         (lambda run: (run / "config.json").unlink(), "holds no config.json"),
         (lambda run: (run / "config.json").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
         (lambda run: (run / "config.json").write_text("[]"), "cannot be read"),

@@ -123,7 +123,7 @@ def test_a_folder_that_is_not_a_run_is_named_with_the_way_out(tmp_path: Path) ->
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     for name, message in (
-        ("absent", "there is no run .*: the folder does not exist"),
+        ("absent", "is not a run directory: the folder does not exist"),
         ("file", "is not a run directory: it is not a folder"),
         ("empty", "is not a run directory: it holds no config.json, so no run has begun there. Start one with `collm train"),
     ):
@@ -175,7 +175,7 @@ def test_a_team_needs_no_environment_of_a_stranger(folder: Path, tmp_path: Path)
 
 def test_settings_of_a_loaded_team_are_those_that_evaluation_may_change(folder: Path) -> None:
     assert collm.open_run(folder, overrides={"team.compute": "bfloat16"}).team().policies["builder_0"].compute == "bfloat16"
-    with pytest.raises(ConfigError, match=r"'learner.lr' is no setting that the evaluation of a trained run can change"):
+    with pytest.raises(ConfigError, match=r"'learner.lr' is not a setting that the evaluation of a trained run can change"):
         collm.open_run(folder, overrides={"learner.lr": 1.0}).team()
     with pytest.raises(ConfigError, match=r"run\.device='cuda:99'"):
         collm.open_run(folder, overrides={"run.device": "cuda:99"}).team()

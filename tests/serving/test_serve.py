@@ -346,8 +346,8 @@ def test_a_busy_port_a_missing_agent_and_other_refusals(capsys, run, one, tmp_pa
     port = one.url.split(":")[2].split("/")[0]
     serve = ("serve", str(run), "--agent", "builder_0", "--port")
     assert f"--port {port} on 127.0.0.1 cannot be had: Address already in use" in fails(capsys, *serve, port)
-    assert "--port 70000 is no port" in fails(capsys, *serve, "70000")
-    assert "is no address" in fails(capsys, *serve, "0", "--host", "no such host")
+    assert "--port 70000 is not a port" in fails(capsys, *serve, "70000")
+    assert "is not an address" in fails(capsys, *serve, "0", "--host", "no such host")
     assert "'NOT_SET_AT_ALL'" in fails(capsys, *serve, "0", "--api-key-env", "NOT_SET_AT_ALL")
     error = fails(capsys, "serve", str(run), "--agent", "helper", "--port", "0")
     assert "no agent 'helper' in this run; its agents are builder_0, builder_1, builder_2" in error
@@ -446,7 +446,7 @@ def test_one_server_killed_in_the_middle(run, team, tmp_path):
 def test_play_prints_a_table_and_the_episodes(run, team):
     code, out, err = played(str(run), *where(team), "--episodes", "2", "--show", "--split", "train")
     assert code == 0, err
-    assert "str_build, 3 agents apart: 2 tasks of train, greedy" in " ".join(out.split())
+    assert "str_build, 3 agents on separate endpoints: 2 tasks of train, greedy" in " ".join(out.split())
     assert "turn 2, builder_2 wrote:" in out
     assert "reward" in out
 
@@ -454,7 +454,7 @@ def test_play_prints_a_table_and_the_episodes(run, team):
 def test_play_refuses_clearly(capsys, run):
     url = "http://127.0.0.1:9/v1"
     all_three = [word for agent in AGENTS for word in ("--agent", f"{agent}={url}")]
-    assert "nobody plays builder_1, builder_2: add --agent builder_1=URL" in fails(
+    assert "no endpoint is given for builder_1, builder_2: add --agent builder_1=URL" in fails(
         capsys, "play", str(run), "--agent", f"builder_0={url}"
     )
     assert "the task's agents are builder_0" in fails(capsys, "play", str(run), "--agent", f"helper={url}")
@@ -462,10 +462,10 @@ def test_play_refuses_clearly(capsys, run):
     assert "is not NAME=URL" in fails(capsys, "play", str(run), "--agent", url)
     assert "no address of a server" in fails(capsys, "play", str(run), "--agent", "builder_0=nowhere")
     assert "--episodes 0 is too few" in fails(capsys, "play", str(run), *all_three, "--episodes", "0")
-    assert "--timeout 0.0 is no time" in fails(capsys, "play", str(run), *all_three, "--timeout", "0")
+    assert "--timeout 0.0 is not a time" in fails(capsys, "play", str(run), *all_three, "--timeout", "0")
     assert "'learner.lr' means nothing" in fails(capsys, "play", str(run), *all_three, "--learner.lr", "1")
     assert "unknown task 'agreee'" in fails(capsys, "play", "agreee", *all_three)
-    assert "names the task itself" in fails(capsys, "play", "agree", *all_three, "--env.name", "str_build")
+    assert "takes the task as an argument" in fails(capsys, "play", "agree", *all_three, "--env.name", "str_build")
 
 
 # --- export --------------------------------------------------------------------------------------------------------------

@@ -161,10 +161,10 @@ def test_single_agent_methods_get_a_task_for_one(tmp_path: Path) -> None:
     [
         ("[compare]", "[compares]", "unknown table"),
         ("seeds =", "seed =", "compare.seed"),
-        ('"collm-cc"]', '"collm-c"]', "no method 'collm-c'"),
+        ('"collm-cc"]', '"collm-c"]', "unknown method 'collm-c'"),
         ("two = 0.9", "three = 0.9", "thresholds names 'three'"),
         ("every = 1", "every = 0", "evaluation.every=0 leaves nothing to compare"),
-        ("tasks = 8", "tasks = 6", "no whole number of groups of 4"),
+        ("tasks = 8", "tasks = 6", "is not a multiple of the group size 4"),
         ("learner.lr = 1e-3", "learner.rl = 1e-3", "unknown setting 'learner.rl'. Did you mean 'learner.lr'"),
         ('env = {name = "agree"}', 'recipe = "absent.toml"', "cannot be read"),
         ("[tasks.two]\nenv", "[task.two]\nenv", "unknown table"),
@@ -399,14 +399,14 @@ def test_killed_in_the_middle_it_repeats_nothing_and_ends_the_same(tmp_path: Pat
 
         fcntl.flock(lock, fcntl.LOCK_EX)  # the orphan saves and leaves by itself
     again = subprocess.run([*command, str(folder)], capture_output=True, check=True, text=True)
-    assert f"{len(finished)} of them finished before" in again.stderr
+    assert f"{len(finished)} of them already finished" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert strip(json.loads(again.stdout)) == strip(json.loads(whole.stdout))
     assert strip(json.loads((folder / "results.json").read_text())) == strip(json.loads(whole.stdout))
     folder = folder.rename(tmp_path / "moved")  # where runs lie makes no other numbers
     shutil.rmtree(folder / "two" / "magrpo-seed0")  # nor whether they still do
     moved = subprocess.run([*command, str(folder), "--dry-run"], capture_output=True, check=True, text=True)
-    assert "6 runs, 6 of them finished before" in moved.stderr
+    assert "6 runs, 6 of them already finished" in moved.stderr
     changed = recipe.read_text().replace("learner.lr = 1e-3", "learner.lr = 2e-3")
     recipe.write_text(changed)
     refused = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)

@@ -70,7 +70,7 @@ def test_the_numbers_and_the_files_of_the_command(tmp_path: Path, recipe: Path, 
     assert draw_study(grid, copy) == [copy / "curves-two.svg"]
     assert main(["compare", str(recipe), "--folder", str(folder), "--json"]) == 0
     told = capfd.readouterr()
-    assert "2 runs, 2 of them finished before; 1 at a time" in told.err
+    assert "2 runs, 2 of them already finished; 1 at a time" in told.err
     assert json.loads(told.out) == grid.plain()
     for name in ("results.json", "table.txt", "curves-two.svg"):
         assert (copy / name).read_bytes() == (folder / name).read_bytes()

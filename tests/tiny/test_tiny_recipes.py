@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from places import ROOT
 
-from collm.envs.catalogue import WORLDS, find
+from collm.envs.catalogue import ENVIRONMENTS, find
 from collm.settings.load import load_config
 
 FOLDER = ROOT / "recipes" / "tiny"
@@ -15,7 +15,7 @@ SHAPE = {"agents", "turns", "size", "strings", "eval_strings", "lengths", "world
 
 
 def test_every_task_has_a_recipe() -> None:
-    assert set(WORLDS) <= set(RECIPES)
+    assert set(ENVIRONMENTS) <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -18,7 +18,7 @@ from collm.envs.writing.samples import sample_texts
 from collm.envs.writing.writing import MARKER, Arxiv, Tldr
 from collm.tiny.workshop import demonstrations, gathering, programs, writing
 
-WORLDS = {"tldr": Tldr, "arxiv": Arxiv}
+ENVS = {"tldr": Tldr, "arxiv": Arxiv}
 
 
 def test_pretraining_never_shows_a_word_that_is_trained_or_tested_on():
@@ -56,7 +56,7 @@ def test_demonstrations_vary_and_replay_and_never_show_a_field_that_is_trained_o
 @pytest.mark.parametrize("name", ["tldr", "arxiv"])
 def test_demonstrations_are_chats_about_train_texts(name):
     player = getattr(writing, name)
-    held_out, train = set(sample_texts(WORLDS[name].rules.kind, "eval")), set(sample_texts(WORLDS[name].rules.kind, "train"))
+    held_out, train = set(sample_texts(ENVS[name].rules.kind, "eval")), set(sample_texts(ENVS[name].rules.kind, "train"))
     answers, sizes = [], set()
     for seed in range(150):
         chats = player(random.Random(seed))

@@ -195,7 +195,7 @@ def test_a_world_whose_every_task_fails_is_an_error(tmp_path, refused):
         (["--episodes", "-2"], "--episodes -2 plays nothing"),
         (["--checkpoint", "1"], "no checkpoint after 1 iterations; saved: 2, 3"),
         (["--checkpoint", "newest"], "is not final, best, start, or a number"),
-        (["--learner.lr", "1"], "'learner.lr' is no setting that the evaluation of a trained run can change"),
+        (["--learner.lr", "1"], "'learner.lr' is not a setting that the evaluation of a trained run can change"),
         (["--evaluation.temprature", "1"], "Did you mean 'evaluation.temperature'?"),
         (["--env.turns.x", "1"], "'turns' is a value"),
         (["--env.agents", "3"], "it lacks builder_2/config.json"),

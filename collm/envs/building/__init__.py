@@ -1,1 +1,1 @@
-"""Worlds in which agents place blocks."""
+"""Environments in which agents place blocks."""

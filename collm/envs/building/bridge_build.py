@@ -1,4 +1,4 @@
-"""`bridge_build`: builders on two banks plank a river over pillars, some of which are fake."""
+"""`bridge_build`: builders on two banks lay a bridge of planks over a river with true and fake pillars."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ _COMMAND = re.compile(r"/fill\s+(\d{1,6})\s+(\d{1,6})\s+(\d{1,6})\s+(\d{1,6})\s+
 
 @dataclass(frozen=True)
 class BridgeMap:
-    """One river: what its cells are. `s` and `t` are the two ends to join. Example: read_map("a", ("#S#", ".Y.", "#T#"))"""
+    """One river. `s` and `t` are the cells to join; `true` and `fake` are its pillars.
+
+    Example: read_map("a", ("#S#", ".Y.", "#T#"))
+    """
 
     name: str
     rows: tuple[str, ...]
@@ -44,11 +47,11 @@ class BridgeMap:
 
     @property
     def floor(self) -> float:
-        """Raw reward of a turn after which nothing is built and nothing was probed or said."""
+        """Raw reward of a turn without any planks, probes or messages."""
         return -5.0 - 2.0 * len(self.true)
 
     def at(self, cell: Cell) -> str:
-        """`#` outside the map."""
+        """The symbol of a cell; `#` outside the map."""
         inside = 0 <= cell[0] < self.width and 0 <= cell[1] < self.height
         return self.rows[cell[1]][cell[0]] if inside else "#"
 
@@ -57,39 +60,42 @@ class BridgeMap:
 
 
 class BridgeBuild(TextEnv):
-    """Builders who start on opposite banks of a river join them with planks, and see only what lies around where they walked.
+    """Builders start on opposite banks of a river, see only the cells around their paths, and join the banks with planks.
 
-    Pillars stand in the water. They look alike (`P`) until a probe shows whether one is true (`Y`) or fake (`N`); each builder
-    keeps what it saw and what it probed to itself, unless it says so. An answer is one JSON object, all of it optional:
+    Pillars stand in the water. All look alike (`P`) until a probe shows whether one is true (`Y`) or fake (`N`). What a builder
+    saw and probed is shown to that builder alone. An answer is one JSON object, whose keys are all optional:
     {"comm": text, "probe": [[x, z], ...], "cmds": ["/fill x1 z1 x2 z2 oak_planks", ...], "path": [[x, z], ...]}.
-    In one turn, for every agent in this order: `probe` tells the kind of at most 3 pillars that the agent has seen and does not
-    know; `cmds` lay planks on all water and pillars of each rectangle, anywhere on the map, seen or not (40 commands a turn,
-    split evenly; banks inside a rectangle stay banks); `path` walks at most `steps` cells, diagonally too, through water as
-    well, but not over banks, and clears the fog within `view` cells of each. Then `comm` is read out to every other agent,
-    once, at its next turn: on one line, quoted, cut to 160 characters. Planks stay for good and show wherever the fog is gone.
-    Anything else in an answer is rejected and counted, and costs nothing.
+    A turn executes, for each agent in this order:
+        probe: shows the kind of at most 3 pillars that the agent has seen and not probed before;
+        cmds: lay planks on all water and pillars of each rectangle, anywhere on the map (40 commands per turn, split evenly
+            between the agents; banks inside a rectangle stay banks);
+        path: walks at most `steps` cells, also diagonally, through water but not over banks, and shows all cells within `view`
+            cells of each.
+    Then every other agent reads `comm` once, at its next turn: on one line, quoted, cut to 160 characters. Planks are permanent
+    and show on every cell that an agent has seen. Anything else in an answer is rejected and counted, without a penalty.
 
     Raw reward of a turn = - 5 if S and T are not joined - 2 * true pillars untouched - 1 * fake pillars touched
-    - 0.3 * probes of this turn - 0.001 * tokens (between spaces) of this turn's messages, as they arrive.
+    - 0.3 * probes of this turn - 0.001 * whitespace tokens of this turn's messages, after the cut.
     Joined: planks lead from S to T over cells that share edges. Touched: a plank lies on the pillar or on a cell that shares an
-    edge with it. The first three terms judge the bridge as it stands and are due again each turn, so a pillar counts once
-    in a turn however many planks touch it, and a fake one touched early costs more.
-    Ends after `turns` turns. The optimum is 0 in every turn: where the map lets one plank a way that touches every true
-    pillar and no fake one (all public and all generated maps do), builders who know it lay it at the first turn. Since that
-    maximum is 0, score in % is given by the metric `score` = 1 - raw reward of the last turn / raw reward of an untouched
-    river: 0 for doing nothing, 1 for the optimum, below 0 for worse than nothing.
-    Metrics: success (joined), score, supports (share of true pillars touched), fakes, probes, message_tokens, planks, rejected.
+    edge with it. The first three terms are computed from the present bridge in every turn. A pillar counts once per turn, and a
+    fake pillar that is touched early costs more.
+    Ends after `turns` turns.
+    Perfect play earns 0 in every turn: a way of planks that touches every true pillar and no fake one is laid in the first
+    turn; all public and all generated maps have one. Since this maximum is 0, scores in % are given by the metric `score` =
+    1 - raw reward of the last turn / raw reward of a river without planks: 0 for no action, 1 for the optimum.
+    Metrics: success (joined), score, supports (fraction of true pillars touched), fakes, probes, message_tokens, planks,
+    rejected.
 
     Args:
-        agents: how many builders, or their names. They start at S and T by turns; one builder alone starts at S.
-        turns: how often all of them answer.
+        agents: how many builders, or their names. They start at S and T alternately; a single builder starts at S.
+        turns: how many turns an episode has.
         size: width and height of generated maps, 5 to 16 each.
         data: maps in the public format; the last third of a file is held out.
-        eval_data: a source of its own for the held-out maps.
+        eval_data: a separate source of held-out maps.
         maps: your own maps, as rows of the public format ({"map": [row, ...]}), played in both splits.
         view: how far a builder sees, in cells.
         steps: how many cells a builder may walk in a turn.
-        split: "train" or "eval". Generated maps of the two never coincide.
+        split: "train" or "eval". The generated maps of the two are disjoint.
     """
 
     max_reward = 0.0
@@ -192,7 +198,7 @@ class BridgeBuild(TextEnv):
         return len(untouched(self.map.true, self.planks))
 
     def _probe(self, agent: str, value: Any) -> int:
-        """Carry out one agent's probes; how many were made."""
+        """Execute one agent's probes; returns how many were made."""
         entries, rejected = grid.as_list(value)
         made = 0
         for entry in entries:
@@ -207,7 +213,7 @@ class BridgeBuild(TextEnv):
         return made
 
     def _fill(self, value: Any) -> None:
-        """Carry out one agent's commands."""
+        """Execute one agent's commands."""
         entries, rejected = grid.as_list(value)
         filled = 0
         for entry in entries:
@@ -247,7 +253,7 @@ class BridgeBuild(TextEnv):
         return "\n".join(lines)
 
     def _scene(self, agent: str, turn: int) -> str:
-        """Where the agent stands and what it sees; `turn` counts from 1."""
+        """The agent's position and the cells it has seen; `turn` counts from 1."""
         x, z = self.place[agent]
         when = f"Turn {turn} of {self.turns}." if turn <= self.turns else "The end."
         rows = grid.rows_of(
@@ -258,7 +264,7 @@ class BridgeBuild(TextEnv):
         return f"{when} You are at {x},{z}. Map:\n{rows}"
 
     def _symbol(self, cell: Cell, known: bool) -> str:
-        """One character a cell; pillars are told apart only where `known`."""
+        """One character per cell; a pillar shows its kind only where `known`."""
         symbol = self.map.at(cell)
         if symbol in "YN":
             symbol = symbol if known else "P"
@@ -330,7 +336,7 @@ def generated(part: Part, size: tuple[int, int], task: int) -> BridgeMap:
 def draw_map(rng: random.Random, size: tuple[int, int]) -> tuple[str, ...] | None:
     """Rows of a new map whose optimum is 0 by construction, or None where this draw left no room for fake pillars.
 
-    A way winds down from S to T. True pillars stand on it or beside it, fake ones where they touch none of it.
+    A random way leads down from S to T. True pillars stand on it or share an edge with it; fake pillars do neither.
     """
     width, height = size
     s, t = rng.randrange(1, width - 1), rng.randrange(1, width - 1)

@@ -50,7 +50,7 @@ def width(word: str) -> int:
 
 @cache
 def cells(word: str) -> frozenset[tuple[int, int]]:
-    """Filled (x, y) of a word, x to the right from 0, y up from 0. Raises EnvError for anything but A-Z."""
+    """Filled cells (x, y) of a word, x to the right from 0, y up from 0. Raises EnvError for characters other than A-Z."""
     if not word or any(letter not in GLYPHS for letter in word):
         raise EnvError(f"string {word!r} cannot be built; use one or more letters A-Z.")
     return frozenset(

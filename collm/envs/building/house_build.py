@@ -1,4 +1,4 @@
-"""`house_build`: builders share the materials of one blueprint and fill boxes of blocks, while spiders attack."""
+"""`house_build`: builders share the materials of one blueprint and fill boxes with blocks, while spiders attack."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMANDS = 600
 HP = 5
 SPIDERS = 3
 SHOWN_WRONG = 20
-"""Wrong cells that the feedback "perfect" lists."""
+"""How many wrong cells the feedback "perfect" lists."""
 
 _MARK = r"(?:[-*+]\s+|\d{1,3}[.)]\s+)?"
 _KILL = r"/kill(?:\s+@e(?:\[\s*type\s*=\s*(?:minecraft:)?spider\s*(?:,[^\]]{0,60})?\])?)?"
@@ -35,43 +35,43 @@ _FENCE = re.compile(r"```[a-z]{0,20}", re.ASCII)
 
 
 class HouseBuild(TextEnv):
-    """Builders put up the house of one blueprint with blocks of which each may use only a share, while spiders attack.
+    """Builders build the house of one blueprint, each with a limited number of every block, while spiders attack.
 
-    All read the same blueprint, as rectangles per layer. Answers are lines `/fill x1 y1 z1 x2 y2 z2 block`, which fills the box
-    between two corners inside the house's box (any two opposite ones, both ends included), and `/kill`; its selector, such as
-    `@e[type=spider]`, a list mark or a code fence is tolerated. The blocks are those of the blueprint, and `air`, which empties
-    cells. A builder may fill n/N cells (rounded up) + n/(2N) (rounded down) with a block that the blueprint has n times, N
-    being the number of builders. Every cell of a fill counts, also one that holds the block already; air costs nothing, and
-    overwriting gives nothing back. A fill beyond what is left is dropped whole. Of each answer the first 600/N commands count,
-    /kill too and dropped fills not; any other line and commands past the limit are rejected and counted. Later builders
-    overwrite earlier ones. The box is empty at every turn.
+    All builders read the same blueprint, as rectangles per layer. An answer is a list of lines. `/fill x1 y1 z1 x2 y2 z2 block`
+    fills the box between two opposite corners, both included, inside the house's box. `/kill` kills the spiders; a selector
+    such as `@e[type=spider]` is allowed. List marks and code fences are allowed. Blocks are those of the blueprint, and `air`,
+    which empties cells. With N builders, each may fill ceil(n / N) + floor(n / (2N)) cells with a block that the blueprint
+    has n times. Every cell of a fill counts, even if it holds the block already; air is free, and overwriting refunds nothing.
+    A fill that exceeds the rest of this limit is dropped whole. The first 600/N commands of an answer are executed, /kill
+    included and dropped fills not counted; other lines and further commands are rejected and counted. Later builders overwrite
+    earlier ones. The box is empty at the beginning of every turn.
 
-    Three spiders, of strength 1 to 3 each, drawn from the seed for the whole episode, attack in every turn in which no builder
-    writes /kill: damage = their sum / 5 HP, at most 1.
+    Three spiders, each of strength 1 to 3, drawn once per episode, attack in every turn in which no builder writes /kill:
+    damage = min(1, sum of strengths / 5 HP).
 
     Raw reward of a turn, by `reward`:
-        "match": cells exactly right, air too / all cells of the box - 0.1 * damage. Shifted by -1; ends above 0.9.
+        "match": correct cells (air included) / all cells of the box - 0.1 * damage. Shifted by -1; ends above 0.9.
         "coverage": 2 * filled target cells / target cells - 1.5 * filled other cells / target cells - 0.2 * damage, where
-            "filled" is filled with any block. Shifted by -2; no early end.
-    The optimum, 1 or 2, is the blueprint with the spiders killed: builders share each block's cells, which their limits
-    allow, in as many fills as that takes. With "match" an empty box is worth its share of air: read a score beside the metric
-    `floor`. Ends after `turns` turns or as above.
-    Metrics, all of the last turn: match (share of cells exactly right), coverage and redundant (filled target cells and filled
-    other cells / target cells), iou (of filled and target cells, whatever the block), hp (left of 5), floor (raw reward of an
-    empty box with the spiders killed), written_by_both (share of target cells that at least two builders wrote), rejected
-    (lines), dropped (fills).
+            "filled" means filled with any block. Shifted by -2; no early end.
+    Ends after `turns` turns, or early as above.
+    Perfect play earns 1 ("match") or 2 ("coverage"): the builders divide each block's cells within their limits and kill the
+    spiders. With "match" an empty box earns the fraction of cells that are air, the metric `floor`; compare scores with it.
+    Metrics of the last turn: match (fraction of correct cells), coverage and redundant (filled target cells and filled other
+    cells / target cells), iou (of filled and target cells, for any block), hp (left of 5), floor (raw reward of an empty box
+    with the spiders killed), written_by_both (fraction of target cells that at least two builders wrote), rejected (lines),
+    dropped (fills).
 
     Args:
         agents: how many builders, or their names.
-        turns: how often all of them answer.
+        turns: how many turns an episode has.
         size: width, height and depth of generated houses' boxes, 3 to 16 each.
-        data: houses in the public format; repeated ones are dropped, the last fifth of the different ones is held out.
-        eval_data: a source of its own for the held-out houses, none of which is then trained on.
+        data: houses in the public format; repeated ones are dropped, and the last fifth of the distinct ones is held out.
+        eval_data: a separate source of held-out houses; they are then removed from the training houses.
         houses: your own houses, as rows of the public format, played in both splits.
-        reward: "match" pays for cells exactly right, "coverage" for filled target cells.
-        feedback: between turns, besides the HP left and how many of one's own fills were dropped: "score" tells the reward,
-            "position" how many cells are wrong in each layer, "perfect" the first 20 wrong cells and what belongs there.
-        split: "train" or "eval". Generated houses of the two never coincide.
+        reward: "match" rewards correct cells, "coverage" filled target cells.
+        feedback: what a builder reads between turns, besides the HP and the number of its dropped fills: "score" the reward,
+            "position" the number of wrong cells in each layer, "perfect" the first 20 wrong cells and their blocks.
+        split: "train" or "eval". The generated houses of the two are disjoint.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class HouseBuild(TextEnv):
         self.dropped = dict.fromkeys(self.possible_agents, 0)
 
     def _carry_out(self, agent: str, answer: str) -> None:
-        """Carry out one builder's commands; count what is rejected or dropped."""
+        """Execute one builder's commands and count those rejected or dropped."""
         left = dict(self.limits)
         commands = 0
         for line in answer.split("\n"):
@@ -164,14 +164,14 @@ class HouseBuild(TextEnv):
             commands += 1
 
     def _is_possible(self, command: re.Match[str]) -> bool:
-        """Whether a fill stays inside the box and names a block of the blueprint, or air; /kill always is possible."""
+        """Whether a fill stays inside the box and names a block of the blueprint or air; /kill is always possible."""
         if command[7] is None:
             return True
         inside = all(int(command[i + 1]) < self.house.size[i % 3] for i in range(6))
         return inside and (command[7] == "air" or command[7] in self.limits)
 
     def _fill(self, agent: str, corners: Sequence[int], block: str, left: dict[str, int]) -> bool:
-        """Fill a box of cells unless that takes more than is left of the block. Returns whether it was filled."""
+        """Fill a box of cells unless its volume exceeds what is left of the block. Returns whether it was filled."""
         across, up, back = (
             range(min(one, other), max(one, other) + 1) for one, other in zip(corners[:3], corners[3:], strict=True)
         )
@@ -189,14 +189,14 @@ class HouseBuild(TextEnv):
         return True
 
     def _damage(self) -> float:
-        """Share of the HP that the spiders take this turn."""
+        """Fraction of the HP that the spiders take this turn."""
         return 0.0 if self.killed else min(1.0, sum(self.spiders) / HP)
 
     def _hp(self) -> int:
         return HP if self.killed else max(0, HP - sum(self.spiders))
 
     def _wrong(self) -> list[Cell]:
-        """Cells that do not hold what the blueprint says, from below."""
+        """Cells whose block differs from the blueprint, from the ground up."""
         target = self.house.blocks
         return sorted((cell for cell in {*self.build, *target} if self.build.get(cell) != target.get(cell)), key=from_below)
 
@@ -272,13 +272,13 @@ def limit(count: int, agents: int) -> int:
 
         ceil(count / agents) + floor(count / (2 agents))
 
-    Together they can always fill all of them, and no one of two or more can do so alone, unless the count is 1.
+    Together they can always fill all of them. With two or more builders none can do so alone, unless the count is 1.
     """
     return -(-count // agents) + count // (2 * agents)
 
 
 def _houses(data: str | None, eval_data: str | None, houses: Sequence[dict[str, Any]] | None, split: str) -> list[House] | None:
-    """The split's houses, or None where they are to be generated."""
+    """The split's houses, or None if they are generated."""
     if houses is not None:
         if data is not None or eval_data is not None or not houses:
             raise EnvError(f"houses={list(houses)!r:.80} must hold at least one house; leave data and eval_data out with it.")

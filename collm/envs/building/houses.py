@@ -26,7 +26,7 @@ Layers = tuple[tuple[str, ...], ...]
 """One tuple of rows for each y from 0 up, one row for each z, one symbol for each x."""
 
 SMALLEST, LARGEST = 3, 16
-"""Sides that generated houses' boxes may have; a blueprint of your own may be smaller."""
+"""Smallest and largest side of a generated house's box; your own blueprints may be smaller."""
 SYMBOLS = {
     "C": "white_concrete",
     "O": "obsidian",
@@ -69,7 +69,7 @@ class House:
         return dict(Counter(self.blocks[cell] for cell in sorted(self.blocks, key=from_below)))
 
     def same_as(self, other: House) -> bool:
-        """Whether both are the same building, whatever they are called."""
+        """Whether both have the same size and blocks; names are not compared."""
         return (self.size, self.blocks) == (other.size, other.blocks)
 
 
@@ -85,8 +85,8 @@ def from_below(cell: Cell) -> Cell:
 def rectangles(blocks: Mapping[Cell, str], y: int) -> list[Rectangle]:
     """One layer as rectangles that do not overlap and cover all of its filled cells, in the order of their first cells.
 
-    Each begins at the first cell that is still uncovered and grows to the right and then to the back, or the other way
-    round, whichever gives more cells.
+    Each begins at the first uncovered cell and grows to the right and then to the back, or to the back and then to the right,
+    depending on which rectangle has more cells.
     """
     left = {(x, z): block for (x, level, z), block in blocks.items() if level == y}
     found = []
@@ -121,7 +121,7 @@ def _grow_back(left: Mapping[tuple[int, int], str], block: str, x1: int, x2: int
 
 
 def listing(blocks: Mapping[Cell, str]) -> str:
-    """Rectangles per layer as text: a line `y 1: planks 0 0 3 0, 0 1 0 2; obsidian 1 1 2 2` for each layer that holds any."""
+    """Rectangles per layer as text: a line `y 1: planks 0 0 3 0, 0 1 0 2; obsidian 1 1 2 2` for each layer with blocks."""
     lines = []
     for y in sorted({y for _, y, _ in blocks}):
         grouped: dict[str, list[str]] = {}
@@ -136,7 +136,7 @@ def listing(blocks: Mapping[Cell, str]) -> str:
 
 @lru_cache(maxsize=4096)
 def read_house(name: str, size: Size, layers: Layers, inventory: tuple[tuple[str, str], ...] = tuple(SYMBOLS.items())) -> House:
-    """A house from rows of symbols, one per layer and z, and what each symbol means. Raises EnvError for any other content."""
+    """A house from rows of symbols, one per layer and z, and the block of each symbol. Raises EnvError for invalid content."""
     width, height, depth = size
     meaning = dict(inventory)
     if not all(1 <= side <= LARGEST for side in size):
@@ -163,8 +163,8 @@ def read_house(name: str, size: Size, layers: Layers, inventory: tuple[tuple[str
 def house_of(row: Row, index: int = 0) -> House:
     """The house of one row in the public format: {"task_id", "inventory", "target_spec": {"size", "layers": [{"y", "rows"}]}}.
 
-    `inventory` and `target_spec` may be JSON text, as some tables store them; a layer left out is air. Other fields are not
-    read. Raises EnvError for a row that is no such house.
+    `inventory` and `target_spec` may be JSON text, as some tables store them; a missing layer is air. Other fields are not
+    read. Raises EnvError for a row in any other format.
     """
     name = str(row.get("task_id", index))
     try:
@@ -188,7 +188,7 @@ def _decoded(value: Any) -> Any:
 
 
 def distinct(houses: Iterable[House]) -> list[House]:
-    """Each building once, under its first name."""
+    """The distinct houses, each under the name it had first."""
     kept: list[House] = []
     for house in houses:
         if not any(house.same_as(other) for other in kept):
@@ -197,11 +197,11 @@ def distinct(houses: Iterable[House]) -> list[House]:
 
 
 def split_houses(data: str, eval_data: str | None, split: str) -> list[House]:
-    """The different houses of one split of a source.
+    """The distinct houses of one split of a source.
 
-    Entries that repeat a building are dropped: the reference's ten entries are five buildings, and its held-out part is one of
-    them twice. Without `eval_data` the last fifth of the different buildings is held out, at least one; with it, each split has
-    a source of its own, and no held-out building is trained on. Raises EnvError for a split without a house.
+    Repeated houses are dropped: the reference's ten entries are five houses, and its two held-out entries are the same one.
+    Without `eval_data` the last fifth of the distinct houses is held out, at least one. With `eval_data`, each split has its
+    own source, and held-out houses are removed from the training houses. Raises EnvError for a split without a house.
     """
     houses = distinct(house_of(row, index) for index, row in enumerate(read_rows(data)))
     if eval_data is not None:
@@ -218,7 +218,7 @@ def split_houses(data: str, eval_data: str | None, split: str) -> list[House]:
 
 
 def checked_size(size: Sequence[int]) -> Size:
-    """[width, height, depth] of generated houses' boxes. Raises EnvError for sides they cannot have."""
+    """[width, height, depth] of generated houses' boxes. Raises EnvError for a side out of range."""
     if len(size) != 3 or not all(type(side) is int and SMALLEST <= side <= LARGEST for side in size):
         raise EnvError(f"size={list(size)!r} must be [width, height, depth], each from {SMALLEST} to {LARGEST}.")
     return size[0], size[1], size[2]
@@ -226,15 +226,15 @@ def checked_size(size: Sequence[int]) -> Size:
 
 @lru_cache(maxsize=2048)
 def generated(part: Part, size: Size, task: int) -> House:
-    """House number `task` of a part, named after it."""
+    """House number `task` of a part; its name holds part, size and number."""
     return read_house(f"{part}-{'x'.join(map(str, size))}-{task}", size, generated_layers(part, size, task))
 
 
 def generated_layers(part: Part, size: Size, task: int) -> Layers:
-    """House number `task` of a part as rows: the first of its own stream of seeds that belongs to the part.
+    """House number `task` of a part as rows: the first house of this task's random stream that belongs to the part.
 
-    Which part a house belongs to is a function of the house itself (an eighth is held out, an eighth kept for pre-training),
-    so no two parts share one, however small the box.
+    The part of a house is a function of the house itself (an eighth is held out, an eighth reserved for pre-training), so the
+    parts are disjoint for every size of the box.
     """
     for attempt in range(10_000):
         layers = draw_house(seeds.stream("house_build", part, *size, task, attempt), size)
@@ -246,7 +246,7 @@ def generated_layers(part: Part, size: Size, task: int) -> Layers:
 def draw_house(rng: random.Random, size: Size) -> Layers:
     """A small house: a floor, walls with or without posts, a door, windows where there is height for them, and a roof.
 
-    Floor and walls are never of one block; in all public houses they are, so none of those is ever drawn.
+    Floor and walls never have the same block. In all public houses they have, so a public house is never drawn.
     """
     width, height, depth = size
     x1, x2 = _span(rng, width)
@@ -267,7 +267,7 @@ def draw_house(rng: random.Random, size: Size) -> Layers:
 
 
 def _span(rng: random.Random, side: int) -> tuple[int, int]:
-    """First and last cell of a house along one side of the box: at least 3 long and at most 1 short of the side."""
+    """First and last cell of a house along one side of the box: at least 3 cells, and at least the side minus 1."""
     length = rng.randint(max(3, side - 1), side)
     first = rng.randint(0, side - length)
     return first, first + length - 1
@@ -283,7 +283,7 @@ def _fill(drawn: dict[Cell, str], symbol: str, low: Cell, high: Cell) -> None:
 def _openings(
     rng: random.Random, drawn: dict[Cell, str], low: tuple[int, int], high: tuple[int, int], top: int, door: str
 ) -> None:
-    """A door of one or two cells in one wall, and in walls two cells high or more perhaps windows in the others."""
+    """A door of one or two cells in one wall and, in walls at least two cells high, possibly windows in the others."""
     sides = ["front", "back", "left", "right"]
     rng.shuffle(sides)
     for number, side in enumerate(sides):
@@ -308,7 +308,7 @@ def _openings(
 
 
 def _roof(rng: random.Random, drawn: dict[Cell, str], low: tuple[int, int], high: tuple[int, int], y: int, size: Size) -> None:
-    """A flat roof, one with rims of stairs, or a gable that narrows upwards as far as the box allows; perhaps with eaves."""
+    """A flat roof, a roof with rims of stairs, or a gable that narrows upwards as far as the box allows; some have eaves."""
     _, height, depth = size
     kind = rng.choice(("flat", "rim", "gable"))
     block, rim = rng.choice("BBCD"), "S"

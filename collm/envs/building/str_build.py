@@ -1,4 +1,4 @@
-"""`str_build`: builders with different blocks write a word in a wall of pixels."""
+"""`str_build`: builders with different blocks build a word as pixels."""
 
 from __future__ import annotations
 
@@ -38,34 +38,40 @@ _FENCE = re.compile(r"```[a-z]{0,20}", re.ASCII)
 
 
 class StrBuild(TextEnv):
-    """Builders fill the pixels of a word, each with blocks of its own.
+    """Builders fill the pixels of a word, each with its own two blocks.
 
-    Answers are lines `/setblock x y z block` with whole numbers inside the box (x to the right, y up, z = 0), a list mark or
-    a code fence tolerated; any other line, a block of another builder, and commands past the limit are rejected and counted.
-    Later builders overwrite earlier ones; `air` empties a cell.
+    An answer is a list of lines `/setblock x y z block` with whole numbers inside the box (x to the right, y up, z = 0); a list
+    mark or a code fence is allowed. Any other line, a block of another builder, and commands over the limit are rejected and
+    counted. Later builders overwrite earlier ones; `air` empties a cell.
 
-    Raw reward of a build = 2 * coverage - 1.5 * extra / background - adjacency - 0.25 * builders some block of whose
-    palette is absent; coverage is the share of target cells filled with anything, extra counts filled cells outside the
-    target, adjacency is the share of 4-adjacent filled pairs that hold the same block. The optimum is 2: each builder
-    takes the cells of one colour of a chessboard and alternates its two blocks over them. Ends after `turns` turns or
-    above 1.9. Metrics: iou, coverage, extra, adjacency, written_by_both (share of target cells that at least two
-    builders wrote: in the last turn of a fresh world, in all turns of a persistent one), rejected, missing_blocks; with
-    reward="sparse" also score, what the build is worth already.
+    Raw reward of a build = 2 * coverage - 1.5 * extra / background - adjacency - 0.25 * missing_blocks, where
+        coverage: fraction of target cells that are filled with any block;
+        extra: number of filled cells outside the target; background: number of cells outside the target;
+        adjacency: fraction of 4-adjacent filled pairs that hold the same block;
+        missing_blocks: number of builders of whose two blocks at least one is not in the build.
+    Ends after `turns` turns, or once the raw reward exceeds 1.9.
+    An empty build earns -0.25 per builder; perfect play earns 2: each builder fills the cells of one colour of a chessboard
+    and alternates its two blocks over them.
+    Metrics: iou, coverage, extra, adjacency, written_by_both (fraction of target cells that at least two builders wrote: in the
+    last turn if `world` is "fresh", in all turns if it is "persistent"), rejected, missing_blocks; with reward="sparse" also
+    score, the raw reward of the present build.
 
     Args:
-        agents: how many builders (up to 8 palettes), or their names.
-        turns: how often all of them answer.
-        strings: the words to build; default the reference's. "english" takes common words of `lengths` letters.
-        eval_strings: the held-out words when `strings` is a list.
+        agents: how many builders (at most 8, the number of palettes), or their names.
+        turns: how many turns an episode has.
+        strings: the words to build; default: the reference's. "english" takes common words of `lengths` letters.
+        eval_strings: the held-out words if `strings` is a list.
         lengths: with strings="english", the word lengths.
         data: a CSV file with a column `string`, in the public format; the last fifth of its words is held out.
-        world: "fresh" is empty at every turn; "persistent" keeps blocks, shows the build, and limits each turn's blocks.
-        reward: "dense" pays every turn, shifted by -2; "sparse" pays the last turn only, unshifted, without early stop.
-        commands_per_turn: blocks one builder may place in a turn of a persistent world; default
+        world: "fresh" empties the box before every turn; "persistent" keeps blocks, shows the build, and limits the blocks of
+            each turn.
+        reward: "dense" gives a reward every turn, shifted by -2; "sparse" gives the unshifted reward of the last build in the
+            last turn, 0 before, and never ends early.
+        commands_per_turn: blocks that one builder may place in a turn if `world` is "persistent"; default:
             1.25 * target cells / (agents * turns), rounded up.
-        feedback: between turns: "position" lists the target cells, "perfect" the wrong cells with an owner, "score" the
-            last reward alone.
-        blind_first_turn: hide the target at the first turn, as the reference does.
+        feedback: what builders read between turns: "position" the target cells, "perfect" the wrong cells, each with the
+            builder that should mend it, "score" the last reward.
+        blind_first_turn: hide the target in the first turn, as the reference does.
         split: "train" or "eval".
     """
 
@@ -151,7 +157,7 @@ class StrBuild(TextEnv):
         return self.words[task]
 
     def _place(self, agent: str, answer: str) -> None:
-        """Carry out one builder's commands; count what is rejected."""
+        """Execute one builder's commands and count the rejected lines."""
         allowed = {*self.palettes[agent], "air"}
         placed = 0
         for line in answer.split("\n"):
@@ -238,7 +244,7 @@ class StrBuild(TextEnv):
         return "\n".join(lines)
 
     def _symbol(self, cell: Cell) -> str:
-        """One character a cell: `.` empty, else one for each block, two for each builder."""
+        """One character per cell: `.` for an empty cell, else the character of its block."""
         if cell not in self.build:
             return "."
         return _SYMBOLS[self.build[cell]]
@@ -274,7 +280,7 @@ def _words(
         words = strings if split == "train" or eval_strings is None else eval_strings
     words = [str(word).strip().upper() for word in words]
     if not words:
-        raise EnvError("there is no word to build; give strings=[...], or lengths between 2 and 4 with strings='english'.")
+        raise EnvError("there are no words to build; give strings=[...], or lengths between 2 and 4 with strings='english'.")
     for word in words:
         cells(word)
     return words

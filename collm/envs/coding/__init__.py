@@ -1,1 +1,1 @@
-"""Worlds in which agents write programs, and the box that those programs run in."""
+"""Environments in which agents write programs, whose tests run in `collm.sandbox`."""

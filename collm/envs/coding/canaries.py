@@ -1,6 +1,6 @@
-"""Canaries: a test run once more with the expected literal changed. No right program passes both; a forged result may.
+"""Canaries: tests with the expected literal changed. A correct program cannot pass both; a forged result can.
 
-Nothing here runs a program.
+No program is run here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _METHODS = {"assertEqual", "assertEquals", "assertListEqual", "assertDictEqual",
 
 
 def changed(value: Any) -> Any:
-    """Another value of the same type, so that a comparison with it fails. None becomes a text.
+    """Another value of the same type, so that a comparison with it fails. None becomes a string.
 
     Example: changed(3) == 4; changed([]) == [1]
     """
@@ -44,10 +44,10 @@ def changed(value: Any) -> Any:
 
 @lru_cache(maxsize=8192)
 def canary_of(check: str) -> str | None:
-    """A check's source with the expected literal of its test changed; None where the test compares with no literal by ==.
+    """A check's source with the expected literal changed; None if its test does not compare with a literal by ==.
 
-    The test is the last statement of `def check(...)`, or of the whole source, and must itself be the assert: one inside of a
-    loop or a branch may not run.
+    The test is the last statement of `def check(...)`, or of the whole source, and must itself be an assert, since an assert
+    inside a loop or a branch might not run.
     """
     tree = parse(check)
     if tree is None or not tree.body:
@@ -58,7 +58,7 @@ def canary_of(check: str) -> str | None:
 
 @lru_cache(maxsize=8192)
 def canary_of_case(source: str, case: str, function: str) -> str | None:
-    """The source of a unittest module with one expected literal of one test method changed, or None as above."""
+    """The source of a unittest module with one expected literal of one test method changed, or None as in `canary_of`."""
     tree = parse(source)
     for node in tree.body if tree is not None else []:
         if isinstance(node, ast.ClassDef) and node.name == case:
@@ -69,7 +69,7 @@ def canary_of_case(source: str, case: str, function: str) -> str | None:
 
 
 def _change(statement: ast.stmt) -> bool:
-    """Change the literal that a statement compares with, in place; whether there was one."""
+    """Change the literal that a statement compares with, in place. Returns whether there was one."""
     match statement:
         case ast.Assert(test=ast.Compare(ops=[ast.Eq()]) as compare):
             pair = [compare.left, compare.comparators[0]]
@@ -131,9 +131,9 @@ def _otherwise(function):
     return other
 
 """
-"""Source that replaces functions of a program by ones that return something else."""
+"""Source text that wraps functions of a program so that they return a changed value."""
 
 
 def with_other_results(program: str, names: list[str]) -> str:
-    """The program with what these functions of it return changed."""
+    """The program with the return values of these functions changed."""
     return program + NEEDED + "".join(f"{name} = _otherwise({name})\n" for name in names)

@@ -1,4 +1,4 @@
-"""`class_eval`: programmers each write their own methods of one class at the same time; the class's tests pay."""
+"""`class_eval`: programmers each write their own methods of one class; the reward comes from the class's tests."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ METHOD_POINTS, TEST_POINTS, DUPLICATE_POINTS = 2.0, 4.0, 1.0
 
 
 class ClassEval(TextEnv):
-    """Each agent writes its own methods of a class of which all see the skeleton, and none sees another's answer.
+    """Each agent writes its own methods of a class without seeing the others' answers. All agents read the class's skeleton.
 
-    Raw reward of a turn: 2 * (own methods that were written / all methods) + 4 * (tests passed / all tests of the class)
-    - (methods that more than one agent wrote / all methods). It is 0 if an answer of an agent that has methods to write
-    cannot be read as Python. A method is written if it has a body beyond a docstring, `pass` and `...`; what an agent writes
-    of another's methods is left out of the class, and so is its own version of a given constructor. Other members,
-    imports, functions and assignments are kept. Every test runs alone in the sandbox for at most 40 seconds; after three
-    time-outs the rest is not run and counts as failed. A class that opens files may also pass a test after the tests that
-    passed before it, since some public tests read what others leave.
-    Ends after `turns` turns, or above 5.8. The optimum is 6, all methods right and none written twice; raw rewards are
-    shifted by -6.
-    Metrics: tests_passed, methods_written (shares), duplicates, foreign (methods of another's that were written), parsed (0 or
-    1), idle (agents without a method to write), rejected (answers that are no Python, and parts that were left out). Shown, but
-    no critic's: forged (tests that also passed with another expected literal: they count as failed), not_checkable (tests
-    that compare with no literal by assertEqual or ==).
+    Raw reward of a turn: 2 * (assigned methods that were written / all methods) + 4 * (tests passed / all tests of the class)
+    - (methods that more than one agent wrote / all methods). It is 0 if the answer of an agent that has methods to write
+    cannot be read as Python. A method counts as written if its body holds more than a docstring, `pass` and `...`. Methods of
+    other agents, and an agent's version of a given constructor, are left out of the class. Other members, imports, functions
+    and assignments are kept. Every test runs alone in the sandbox for at most 40 seconds; after three time-outs the remaining
+    tests are not run and count as failed. A test of a class that opens files may also pass after the tests that passed before
+    it, since some public tests read files that other tests wrote.
+    Ends after `turns` turns, or once the raw reward exceeds 5.8. Perfect play earns 6: all methods are correct and none is
+    written twice. Raw rewards are shifted by -6.
+    Metrics: tests_passed, methods_written (fractions), duplicates, foreign (methods of other agents that were written), parsed
+    (0 or 1), idle (agents without a method to write), rejected (answers that are not Python, and parts that were left out).
+    Diagnostics, which critics do not read: forged (tests that also passed with another expected literal; they count as failed),
+    not_checkable (tests that do not compare with a literal by assertEqual or ==).
 
     Args:
         agents: how many programmers, or their names.
-        turns: how often all of them answer, each time with all their methods.
-        data: classes in ClassEval's public format, of which rows 0..65 are trained on and rows 66..81 held out; default:
+        turns: how many turns an episode has; in each, agents write all their methods again.
+        data: classes in ClassEval's public format; rows 0..65 are for training and rows 66..81 are held out. Default:
             generated small classes.
-        eval_data: a source of its own for the held-out classes; `data` is then taken whole.
-        share: "parameters" gives the first of two agents the methods with exactly one parameter besides self, and the
-            other one the rest, which leaves one of them idle in many a class; "round_robin" deals methods out in order, as
-            any other number of agents does anyway.
-        feedback: from the second turn on, "level" tells what was read, how many tests passed, and which tests of one's own
-            methods failed; "plain" only asks for a revision.
-        split: "train" or "eval". Generated classes of the two never share their set of methods.
+        eval_data: a separate source of held-out classes; `data` is then taken whole.
+        share: "parameters" assigns the methods with exactly one parameter besides self to the first of two agents and the
+            rest to the second, which leaves one of them idle in many classes; "round_robin" assigns methods in turn. Other
+            numbers of agents always use "round_robin".
+        feedback: what agents read from the second turn on: "level" whether the answers could be read, the number of tests
+            passed and the failed tests of their own methods; "plain" only a request to revise.
+        split: "train" or "eval". No generated class of one split has the same set of methods as one of the other.
     """
 
     shift = -6.0
@@ -84,7 +84,7 @@ class ClassEval(TextEnv):
             else split_rows(data, eval_data, split, train=slice(0, 66), held_out=slice(66, 82))
         )
         self.num_tasks = len(self.rows)
-        self.class_of(0)  # a source of another format is refused at once
+        self.class_of(0)  # raises for a source of another format
         self.share, self.feedback = share, feedback
 
     def begin(self, task: int, rng: random.Random) -> dict[str, str]:
@@ -144,9 +144,9 @@ class ClassEval(TextEnv):
         return "\n".join(lines)[:SHOWN_CHARACTERS]
 
     def _passed(self) -> tuple[list[bool], int]:
-        """Which tests pass, and how many more would if a result were believed that passes with another literal, too.
+        """Which tests pass, and how many are forged: they also pass with another expected literal and count as failed.
 
-        A test passes alone or, where the class opens files, after those that passed before it.
+        A test passes alone or, if the class opens files, after the tests that passed before it.
         """
         tests = self.problem.tests
         if self.program is None:
@@ -163,7 +163,7 @@ class ClassEval(TextEnv):
         return passed, sum(not passed[place] for place in canaries)
 
     def _first_passed(self, program: str) -> tuple[list[bool], dict[int, list[PublicTest]]]:
-        """Which tests pass, and for those that passed only after others, which."""
+        """Which tests pass, and for each test that failed alone the tests that ran before it in the second attempt."""
         tests = self.problem.tests
         alone = self._judge(program, [self.problem.check(test) for test in tests])
         if "open(" not in program or all(alone) or not any(alone):

@@ -1,6 +1,6 @@
-"""Classes as text: a row of ClassEval's format read into a `ClassTask`, and answers put together into one class.
+"""Classes as text: reads a row of ClassEval's format into a `ClassTask`, and merges answers into one class.
 
-Nothing here runs a program: all is read off syntax trees.
+Everything works on syntax trees; no program is run here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _run_last([{tests}])
 
 @dataclass(frozen=True, slots=True)
 class PublicTest:
-    """One method of a public unittest class. method: the method whose tests it is among, or "" for the class as a whole."""
+    """One method of a public unittest class. method: the method that it tests, or "" for the class as a whole."""
 
     case: str
     function: str
@@ -52,8 +52,11 @@ class PublicTest:
 
 @dataclass(frozen=True, slots=True)
 class ClassTask:
-    """A class to write. parameters: of every method, `self` left out. imports, header: what the class begins with. unlisted:
-    methods of the skeleton that the data's methods_info lacks; they belong to the last agent."""
+    """A class to write.
+
+    parameters: method -> number of parameters without `self`. imports, header: the given imports and constructor. unlisted:
+    methods of the skeleton that the data's methods_info lacks; they are assigned to the last agent.
+    """
 
     name: str
     class_name: str
@@ -75,7 +78,7 @@ class ClassTask:
         return self.test_source + _run_last(test, after)
 
     def canary(self, test: PublicTest, after: Sequence[PublicTest] = ()) -> str | None:
-        """The same check with another expected literal, or None where the test compares with none."""
+        """The same check with another expected literal, or None if the test does not compare with a literal."""
         source = canary_of_case(self.test_source, test.case, test.function)
         return None if source is None else source + _run_last(test, after)
 
@@ -86,9 +89,9 @@ def _run_last(test: PublicTest, after: Sequence[PublicTest]) -> str:
 
 @dataclass(slots=True)
 class Answer:
-    """What one agent wrote: listed methods by name, other members of the class, what stands beside the class.
+    """One agent's answer: the task's methods by name, other members of the class, and statements outside the class.
 
-    dropped counts statements that belong to no program of definitions.
+    dropped: number of statements that are not definitions, assignments or imports and are left out.
     """
 
     methods: dict[str, list[Function]]
@@ -98,7 +101,7 @@ class Answer:
 
 
 def read_task(row: Row, data: str) -> ClassTask:
-    """A row of ClassEval's public format. Raises EnvError naming what it lacks."""
+    """Read a row of ClassEval's public format. Raises EnvError naming what the row lacks."""
     try:
         return _read_task(json.dumps(row), data)
     except (TypeError, KeyError, AttributeError, ValueError, SyntaxError) as error:
@@ -136,7 +139,7 @@ def _read_task(text: str, data: str) -> ClassTask:
 
 
 def methods_of(skeleton: str, class_name: str) -> list[str]:
-    """Names of the methods that a class's skeleton shows, in order; none where it is no Python."""
+    """Names of the methods in a class's skeleton, in order; empty if the skeleton is not Python."""
     for node in _statements(skeleton):
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             return list(dict.fromkeys(member.name for member in node.body if isinstance(member, Function)))
@@ -144,9 +147,9 @@ def methods_of(skeleton: str, class_name: str) -> list[str]:
 
 
 def num_parameters(description: str, name: str) -> int:
-    """Parameters of the function that a description begins with, `self` and `cls` left out.
+    """Number of parameters of the function that a description begins with, without `self` and `cls`.
 
-    Only the head is read, for a description's docstring may be no Python.
+    Only the function's head is read, since a description's docstring need not be valid Python.
     Example: num_parameters("def f(self, x): ...", "f") == 1
     """
     start = description.find(f"def {name}")
@@ -164,7 +167,7 @@ def num_parameters(description: str, name: str) -> int:
 
 
 def tests_of(source: str, owners: Mapping[str, str]) -> tuple[PublicTest, ...]:
-    """Every test method of every class of a unittest module, in its order."""
+    """Every test method of every class of a unittest module, in order."""
     tree = parse(source)
     cases = {node.name: node for node in (tree.body if tree else []) if isinstance(node, ast.ClassDef)}
     found = []
@@ -175,11 +178,11 @@ def tests_of(source: str, owners: Mapping[str, str]) -> tuple[PublicTest, ...]:
 
 
 def shares(task: ClassTask, agents: Sequence[str], share: str) -> dict[str, list[str]]:
-    """Which methods each agent writes.
+    """The methods assigned to each agent.
 
-    By "parameters" the first of two agents writes the methods with exactly one parameter, the other the rest, so that one of
-    them may be left with none. By "round_robin", and with any other number of agents, methods go round in order. Methods that
-    methods_info does not list belong to the last agent.
+    With "parameters" the first of two agents writes the methods with exactly one parameter and the second the rest, so that one
+    of them may have none. With "round_robin", or another number of agents, methods are assigned in turn. Methods that
+    methods_info does not list are assigned to the last agent.
     """
     if share == "parameters" and len(agents) == 2:
         first, second = agents
@@ -191,9 +194,9 @@ def shares(task: ClassTask, agents: Sequence[str], share: str) -> dict[str, list
 
 
 def read_answer(text: str, task: ClassTask) -> Answer | None:
-    """The definitions in an answer, or None if it holds no Python.
+    """The definitions in an answer, or None if it does not hold Python.
 
-    It may hold the methods bare, indented, or within the class, with whatever around them `programs.read` passes over.
+    The methods may be bare, indented or inside the class. Text around them is ignored as in `programs.read`.
     """
     tree = read(text)
     if tree is None:
@@ -209,7 +212,7 @@ def read_answer(text: str, task: ClassTask) -> Answer | None:
 
 
 def _sort_in(node: ast.stmt, task: ClassTask, answer: Answer, *, inside: bool) -> None:
-    """Put one statement where it belongs; docstrings, `pass` and the given constructor are left out without a word."""
+    """Add one statement to `answer`. Docstrings, `pass` and the given constructor are left out and not counted."""
     if isinstance(node, Function) and node.name in task.parameters:
         answer.methods.setdefault(node.name, []).append(node)
     elif isinstance(node, Function) and node.name == "__init__":
@@ -247,7 +250,10 @@ def is_written(functions: Sequence[Function]) -> bool:
 
 
 def merged(task: ClassTask, answers: Mapping[str, Answer], owned: Mapping[str, Sequence[str]]) -> str | None:
-    """The program: the task's imports and constructor, and of every answer what is its own. None if it cannot be written."""
+    """The program: the task's imports and constructor, and each agent's own methods and additions.
+
+    None if it cannot be written.
+    """
     head = _head(task)
     body = list(head.body)
     beside: list[ast.stmt] = [node for line in task.imports for node in _statements(line)]
@@ -273,7 +279,7 @@ def _statements(source: str) -> list[ast.stmt]:
 
 @lru_cache(maxsize=64)
 def _parsed_head(header: str, class_name: str) -> ast.ClassDef:
-    """The class with its constructor alone; a header without a body is an empty class."""
+    """The class with only its constructor; a header without a body gives an empty class."""
     for source in (header, header.rstrip() + "\n    pass"):
         for node in _statements(source):
             if isinstance(node, ast.ClassDef) and node.name == class_name:

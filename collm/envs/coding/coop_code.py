@@ -1,4 +1,4 @@
-"""`coop_code`: programmers write the parts of one program at the same time; its tests pay."""
+"""`coop_code`: programmers write the parts of one program at the same time; the reward comes from its tests."""
 
 from __future__ import annotations
 
@@ -17,42 +17,43 @@ from collm.sandbox import Job, Verdict, judge
 
 
 class CoopCode(TextEnv):
-    """Helpers each write one function, and `main` the one that is tested, which may call theirs, all at the same time.
+    """Helpers each write one function and `main` writes the tested function, which can call theirs, all at the same time.
 
-    The last agent is main and writes the problem's entry point; every other writes one function of its own name (`aux`; with
-    more helpers `aux_2`, `aux_3`, ...). The program is what the problem itself imports or defines, then from every agent,
-    helpers first, its imports, definitions and top-level assignments; answers may be fenced. It runs in the sandbox, every
-    test alone, and the rest is not run after three time-outs.
+    The last agent is main and writes the problem's entry point; every other agent writes one function of its own name (`aux`;
+    with more helpers `aux_2`, `aux_3`, ...). The program consists of the problem's own imports and definitions, then the
+    imports, definitions and top-level assignments of every agent, helpers first; answers may be fenced. Every test runs alone
+    in the sandbox; after three time-outs the remaining tests are not run.
 
-    Raw reward of a turn, in this order:
-        helpers  0.4 * share of the helpers whose function is defined and returns something
-        entry    0.6 if the entry point is defined and returns something; otherwise the sum ends here
-        parse    0.5 if all agents' code parses, together too; otherwise the sum ends here
-        tests    share of the tests passed
-        calls    0.5 * share of the helpers' functions that main calls, if any test passes
-        work     1.0 if main calls one and is no thin wrapper (after the docstring: nothing, one return that holds a call, or
-                 one assignment that holds a call and then a return), if any test passes
-        ignored  -0.5 if it calls and never looks at what comes back, if any test passes
-    The optimum is 4, shifted by -4, ends above 3.8. One agent alone writes everything: at most 2.1 (entry, parse, tests),
-    shifted by -2.1, ends above 2.0. Ends after `turns` turns otherwise.
-    Metrics: passed (share of tests), helpers, entry, parse, calls, thin, ignored (0 or 1, helpers and calls as shares),
-    rejected (answers that hold no usable code). Shown, but no critic's: forged (tests that also passed with another expected
-    literal: a result that equals everything; they count as failed), not_checkable (tests that compare with no literal by ==),
-    needed (0 or 1: a passed test fails if what the called helpers return is changed).
+    Raw reward of a turn, summed in this order:
+        helpers  0.4 * fraction of the helpers whose function is defined and returns a value
+        entry    0.6 if the entry point is defined and returns a value; otherwise the sum ends here
+        parse    0.5 if the code of all agents parses, separately and together; otherwise the sum ends here
+        tests    fraction of the tests passed
+        calls    0.5 * fraction of the helpers' functions that main calls, if any test passes
+        work     1.0 if main calls a helper and is not a thin wrapper, if any test passes (thin wrapper, after the docstring:
+                 nothing; one return that holds a call; or one assignment that holds a call and then a return)
+        ignored  -0.5 if main calls helpers and never reads their results, if any test passes
+    Perfect play earns 4; rewards are shifted by -4, and an episode ends above 3.8 or after `turns` turns. A single agent writes
+    the whole program and earns at most 2.1 (entry, parse, tests), shifted by -2.1; its episode ends above 2.0.
+    Metrics: passed (fraction of tests), helpers and calls (fractions), entry, parse, thin and ignored (0 or 1), rejected
+    (answers without usable code). Diagnostics, which critics do not read: forged (tests that also passed with another expected
+    literal, because a result equals everything; they count as failed), not_checkable (tests that do not compare with a literal
+    by ==), needed (1 if a passed test fails once the called helpers return something else, otherwise 0).
 
     Args:
         agents: how many programmers, or their names, main last.
-        turns: how often all of them answer.
+        turns: how many turns an episode has.
         data: problems in the format of HumanEval, CoopHumanEval or sanitized MBPP, each with the fixed slices of its set
-            (or rows `[a:b]` of your own, the last fifth held out); default: generated small problems on lists of numbers.
-        eval_data: a source of its own for the held-out problems. Problems known to be shared are warned of by name.
-        feedback: from the second turn on, "level" tells which parts were earned, how many tests passed and what kind of error
-            the first `sandbox_slice` failing tests ended with, and main how it uses the helpers; "plain" asks for a revision.
-        sandbox_slice: how many failing tests are told of.
-        seconds: limit of one test.
-        reward: "guarded" pays calls and work only if a passed test fails once the helpers return something else; "paper" does
-            not ask.
-        split: "train" or "eval". Generated problems of the two never coincide.
+            (or your own rows `[a:b]`, the last fifth held out); default: generated small problems on lists of numbers.
+        eval_data: a separate source of held-out problems. Problems known to be in both sets are named in a warning.
+        feedback: what agents read from the second turn on: "level" the parts earned, the number of tests passed, the types of
+            error of the first `sandbox_slice` failed tests and, for main, how it uses the helpers; "plain" only a request to
+            revise.
+        sandbox_slice: of how many failed tests the type of error is given.
+        seconds: time limit of one test.
+        reward: "guarded" gives calls and work only if a passed test fails once the helpers return something else; "paper" gives
+            them without this condition.
+        split: "train" or "eval". The generated problems of the two are disjoint.
     """
 
     waits = True
@@ -162,9 +163,9 @@ class CoopCode(TextEnv):
         return Job(program, tuple(checks), seconds, entries=entries, setup=self.problem.header)
 
     def _doubts(self, program: str, verdicts: Sequence[Verdict], called: list[str]) -> tuple[list[bool], float]:
-        """Which tests pass with another expected literal, too, and whether the passed ones need what the helpers return.
+        """Which tests also pass with another expected literal, and whether the passed tests depend on the helpers' results.
 
-        The second is one run of all of them with the helpers' results changed, which ends at the first that fails.
+        The second value comes from one run of all passed tests with the helpers' results changed, up to the first failure.
         """
         passed = [check for check, verdict in zip(self.problem.checks, verdicts) if verdict.passed]
         canaries = {check: other for check in passed if (other := canary_of(check)) is not None}
@@ -178,7 +179,7 @@ class CoopCode(TextEnv):
         return forged, needed
 
     def _program(self, nodes: dict[str, list[ast.stmt]]) -> str | None:
-        """The whole program's source, or None where it cannot be one."""
+        """The source of the whole program, or None if it cannot be written or parsed."""
         sources = [self.problem.header, *(source_of(nodes[agent]) for agent in self.possible_agents)]
         if any(source is None for source in sources):
             return None
@@ -203,7 +204,7 @@ class CoopCode(TextEnv):
         return "\n".join([*lines, "Problem:", self.problem.prompt, "Answer Python code only."])
 
     def _notes(self, calls: bool, thin: bool, ignored: bool) -> str:
-        """What main is told of its use of the helpers."""
+        """The feedback to main about its use of the helpers."""
         if not self.helpers:
             return ""
         if not calls:
@@ -230,7 +231,7 @@ class CoopCode(TextEnv):
 
 
 def _kind(error: str) -> str:
-    """An error without its words, which may be those of a team-mate's code: its type, if that is one of Python's own."""
+    """The type of an error if it is built into Python, without the message, which a team-mate's code may have written."""
     first = error.split(":")[0].strip()
     if first.startswith(("timeout", "not run", "killed")):
         return "a time-out" if first.startswith("timeout") else "its process killed" if first.startswith("killed") else "no run"
@@ -239,7 +240,7 @@ def _kind(error: str) -> str:
 
 
 def _names(agents: int | Sequence[str]) -> list[str]:
-    """aux, aux_2, ..., main. Raises EnvError on no agent, on a repeated name, and on helpers that no function can be named."""
+    """aux, aux_2, ..., main. Raises EnvError on an empty list, a repeated name, or a helper whose name is not an identifier."""
     if isinstance(agents, int):
         if not 1 <= agents <= 16:
             raise EnvError(f"agents={agents} must lie from 1 to 16.")

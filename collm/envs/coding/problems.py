@@ -1,4 +1,4 @@
-"""Problems for `coop_code`: the public formats of HumanEval, CoopHumanEval and MBPP, and small ones of our own."""
+"""Problems for `coop_code`: the public formats of HumanEval, CoopHumanEval and MBPP, and small generated problems."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ SHARED = {
     "simplify": 144, "same_chars": 54, "right_angle_triangle": 157, "prime_length": 82, "prime_fib": 39,
     "largest_prime_factor": 59, "is_multiply_prime": 75, "is_happy": 80, "skjkasdkd": 94, "factorize": 25,
 }  # fmt: skip
-"""CoopHumanEval's held-out rows 0 to 15 are HumanEval's problems in other words: entry points, and their numbers there. All but
-numbers 2 and 25, fourteen, lie in HumanEval's train slice."""
+"""Entry points of CoopHumanEval's held-out rows 0 to 15, which are rewordings of HumanEval's problems, with their numbers in
+HumanEval. Fourteen of them (all but numbers 2 and 25) are in HumanEval's train slice."""
 
 NUM_GENERATED = {"train": 2048, "eval": 256}
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem. prompt: what agents read; header: source of what the prompt itself defines or imports; checks: source texts,
-    each of which passes if it raises nothing; solution: a reference, where there is one."""
+    """One problem.
+
+    prompt: the text that agents read. header: source of the prompt's own definitions and imports. checks: source texts, each of
+    which passes if it does not raise. solution: a reference solution, or "".
+    """
 
     name: str
     prompt: str
@@ -148,7 +151,7 @@ ENDS: dict[str, tuple[str, str, Callable[[Numbers], int]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a problem of our own is made of: one or two steps with their numbers, and an end."""
+    """The parts of a generated problem: one or two steps with their numbers, and an end."""
 
     steps: tuple[tuple[str, int], ...]
     end: str
@@ -174,14 +177,14 @@ def draw(rng: random.Random) -> Recipe:
 
 
 def part_of(recipe: Recipe) -> str:
-    """Which part a problem belongs to is a function of the problem: an eighth is held out, an eighth kept for pre-training."""
+    """The part of a problem, a function of the problem itself: an eighth is held out, an eighth reserved for pre-training."""
     drawn = seeds.derive("coop_code", recipe.entry_point) % 8
     return "eval" if drawn == 0 else "pretraining" if drawn == 1 else "train"
 
 
 @lru_cache(maxsize=4096)
 def generated(part: str, number: int) -> Problem:
-    """Problem number `number` of a part: the first of its own stream of seeds that belongs to the part."""
+    """Problem number `number` of a part: the first problem of this number's random stream that belongs to the part."""
     rng = seeds.stream("coop_code", part, number)
     recipe = draw(rng)
     while part_of(recipe) != part:

@@ -1,6 +1,6 @@
-"""What Python programs say about themselves: definitions, calls and checks, read from their syntax trees alone.
+"""Definitions, calls and checks of Python programs, read from their syntax trees.
 
-Nothing here runs a program. Texts may be anything: whatever cannot be parsed is reported as None, never raised.
+No program is run here. Any text is accepted: for text that cannot be parsed the functions return None and never raise.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 LONGEST = 20_000
-"""Characters of an answer that are read; a longer one is no program."""
+"""Largest number of characters of an answer; a longer one is not read as a program."""
 
 _READ = 12 * LONGEST
-"""Characters given to the parser for one answer, all attempts together: enough for any honest one, a fraction of a second."""
+"""Largest number of characters given to the parser for one answer, over all attempts; it bounds the time to a fraction of a
+second and suffices for every genuine answer."""
 
 _OPENS = re.compile(r"(?:^[ \t]*|[ \t:])```[ \t]*[A-Za-z0-9_+.-]{0,20}[ \t]*$")
 _BEGINS = re.compile(r"[ \t]*(?:async +def|def|class|import|from|@)(?:[ \t]|(?<=@))")
@@ -27,7 +28,7 @@ _TAKEN = (
 
 
 def parse(source: str) -> ast.Module | None:
-    """The syntax tree, or None for what is no program."""
+    """The syntax tree, or None if the source is not a program."""
     try:
         return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -35,11 +36,11 @@ def parse(source: str) -> ast.Module | None:
 
 
 def read(answer: str) -> ast.Module | None:
-    """The program in an answer, read leniently; None if it holds none.
+    """The program in an answer, read leniently; None if there is none.
 
-    An answer that parses as it is, dedented, is taken whole. Else of every fenced block, dedented, the longest prefix of lines
-    that parses; without such blocks, the same from the first line on that begins a definition or an import. So prose around the
-    code, an example that is cut off and an unclosed or a further fence cost nothing. The time is bounded for any text.
+    An answer that parses, dedented, is taken whole. Otherwise the longest prefix of lines that parses is taken from every
+    fenced block, dedented; without such blocks, from the first line that begins a definition or an import. Prose around the
+    code, a cut-off example, and an unclosed or additional fence therefore do not matter. The time is bounded for any text.
     """
     if len(answer) > LONGEST:
         return None
@@ -77,10 +78,10 @@ def _blocks(lines: Sequence[str]) -> list[list[str]]:
 
 
 def _prefix(lines: Sequence[str], left: list[int]) -> list[ast.stmt]:
-    """The statements of the longest prefix of lines that parses, dedented as its first line is.
+    """The statements of the longest prefix of lines that parses, dedented by the margin of its first line.
 
-    No prefix parses that holds the line of an error, so that every attempt ends before the last one's error. `left` holds the
-    characters that may still be parsed.
+    A prefix that contains the line of a syntax error cannot parse, so each attempt ends before the error of the attempt before.
+    `left` holds the number of characters that may still be parsed.
     """
     first = next((line for line in lines if line.strip()), "")
     margin = first[: len(first) - len(first.lstrip())]
@@ -99,12 +100,12 @@ def _prefix(lines: Sequence[str], left: list[int]) -> list[ast.stmt]:
 
 
 def taken(tree: ast.Module) -> list[ast.stmt]:
-    """What of an answer goes into the program: imports, definitions and top-level assignments."""
+    """The statements of an answer that go into the program: imports, definitions and top-level assignments."""
     return [node for node in tree.body if isinstance(node, _TAKEN)]
 
 
 def source_of(nodes: Sequence[ast.stmt]) -> str | None:
-    """Source text of statements, or None where they are nested too deeply to be written."""
+    """Source text of statements, or None if they are nested too deeply to be written."""
     try:
         return ast.unparse(ast.Module(list(nodes), []))
     except (RecursionError, MemoryError, ValueError):
@@ -112,7 +113,7 @@ def source_of(nodes: Sequence[ast.stmt]) -> str | None:
 
 
 def function(nodes: Iterable[ast.stmt], name: str) -> Function | ast.Lambda | None:
-    """The last top-level function of that name; `name = lambda ...` is one, too."""
+    """The last top-level function of that name; `name = lambda ...` counts as one."""
     found: Function | ast.Lambda | None = None
     for node in nodes:
         if isinstance(node, Function) and node.name == name:
@@ -138,7 +139,7 @@ def _bound(node: ast.stmt) -> Iterator[str]:
 
 
 def returns_something(found: Function | ast.Lambda | None) -> bool:
-    """Whether a function can give back a value other than a bare None: by return, or as a generator."""
+    """Whether a function can return a value other than a literal None, by return or as a generator."""
     if found is None or isinstance(found, ast.Lambda):
         return found is not None
     for node in own_nodes(found):
@@ -154,7 +155,7 @@ def _is_none(value: ast.expr | None) -> bool:
 
 
 def own_nodes(found: Function | ast.Lambda) -> Iterator[ast.AST]:
-    """The nodes of a function's own body, without those of functions and classes defined in it."""
+    """The nodes of a function's body, without those of functions and classes defined in it."""
     waiting: list[ast.AST] = list(found.body) if isinstance(found.body, list) else [found.body]
     while waiting:
         node = waiting.pop()
@@ -168,17 +169,17 @@ class Use:
     """How one program uses a team-mate's function."""
 
     calls: bool
-    """Its entry point calls it, itself or through functions of its own."""
+    """Whether its entry point calls the function, directly or through other functions of the program."""
     thin: bool
-    """The entry point does nothing but pass the call on."""
+    """Whether the entry point only forwards the call."""
     ignored: bool
-    """What the calls return is never looked at."""
+    """Whether the results of the calls are never read."""
 
 
 def use_of(nodes: Sequence[ast.stmt], entry_point: str, names: Sequence[str]) -> Use:
     """How the entry point among `nodes` uses functions that others define under `names`.
 
-    A name that these statements bind themselves is not the team-mate's, nor is one that a function has as a local.
+    A name that these statements bind, or that is local to a function, does not refer to the team-mate's function.
     Thin, after the docstring: nothing; one return that holds a call; or one assignment that holds a call, then a return.
     """
     bound = {name for node in nodes for name in _bound(node)}
@@ -226,7 +227,7 @@ def _arguments(node: ast.arguments) -> list[ast.arg]:
 
 
 def _all_ignored(one: Function | ast.Lambda, calls: Sequence[ast.Call]) -> bool:
-    """Whether every call stands alone as a statement, or its result goes to names that are never read."""
+    """Whether every call is a statement of its own or assigns its result to names that are never read."""
     wanted, ignored = {id(call) for call in calls}, 0
     read = {n.id for n in ast.walk(one) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     for node in ast.walk(one):
@@ -240,7 +241,7 @@ def _all_ignored(one: Function | ast.Lambda, calls: Sequence[ast.Call]) -> bool:
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             stored = [inner for target in targets for inner in ast.walk(target) if isinstance(inner, ast.expr)]
-            # a target that is no name keeps the result in an object or a container
+            # any other target stores the result in an object or a container
             plain = all(isinstance(inner, (ast.Name, ast.Tuple, ast.List, ast.Starred)) for inner in stored)
             ignored += plain and not {inner.id for inner in stored if isinstance(inner, ast.Name)} & read
     return ignored == len(wanted)
@@ -265,7 +266,7 @@ def _is_thin(found: Function | ast.Lambda, names: set[str]) -> bool:
 
 
 def is_test(statement: ast.AST, names: set[str]) -> bool:
-    """Whether a statement holds an assert and names one of `names`: `assert True` tests nothing."""
+    """Whether a statement holds an assert and uses one of `names`; `assert True` is not a test."""
     inner = list(ast.walk(statement))
     return any(isinstance(node, ast.Assert) for node in inner) and any(
         isinstance(node, ast.Name) and node.id in names for node in inner
@@ -273,10 +274,11 @@ def is_test(statement: ast.AST, names: set[str]) -> bool:
 
 
 def split_checks(test: str, entry_point: str) -> tuple[str, ...]:
-    """The checks of a `def check(candidate)`: one for each top-level statement of it that tests the candidate.
+    """The checks of a `def check(candidate)`: one for each of its top-level statements that tests the candidate.
 
-    Such a statement holds an assert and names the candidate or the entry point. Each check is a source text of its own: what
-    stands outside of `check`, all other statements before the test, the test. A text without a test is one check.
+    Such a statement holds an assert and uses the candidate or the entry point. Each check is a separate source text: the
+    statements outside `check`, the other statements of `check` before the test, and the test. A text without a test is one
+    check.
     """
     tree = parse(test)
     whole = f"{test}\n\ncheck({entry_point})\n"
@@ -298,7 +300,7 @@ def split_checks(test: str, entry_point: str) -> tuple[str, ...]:
 
 
 def split_lines(tests: Sequence[str], entry_point: str) -> tuple[str, ...]:
-    """The checks of a list of test lines, by the same rule. A line that is no Python is a check, too, which always fails."""
+    """The checks of a list of test lines, by the same rule. A line that is not Python is a check that always fails."""
     setup: list[str] = []
     checks = []
     for line in tests:

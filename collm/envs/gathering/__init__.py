@@ -1,1 +1,1 @@
-"""Worlds of explorers who each see a part of a grid and must tell each other what they saw."""
+"""Environments on a grid under fog: each agent sees a part of the grid and can tell the others what it saw."""

@@ -1,7 +1,7 @@
-"""What worlds on a grid with fog share: actions as one JSON object, steps, views, messages, and maps drawn from a seed.
+"""Shared parts of environments on a grid with fog: actions as one JSON object, steps, views, messages and generated maps.
 
-`building/bridge_build.py` and `gathering/resource_gathering.py` are made of these. A cell is (x, y): x counts to the right and
-y down, both from 0. Nothing here raises on any text an agent may write; what cannot be used is counted instead.
+`building/bridge_build.py` and `gathering/resource_gathering.py` use them. A cell is (x, y): x counts to the right and y down,
+both from 0. Text written by an agent never raises an error here; unusable parts are counted as rejected.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Cell = tuple[int, int]
 Made = TypeVar("Made")
 
 MAX_JSON = 1 << 13
-"""Characters of an answer's JSON object that are read; a longer one is malformed."""
+"""Largest number of characters of an answer's JSON object; a longer one is malformed."""
 MAX_MESSAGE = 160
-"""Characters of a message that arrive."""
+"""Messages are cut to this many characters."""
 MAX_AGENTS = 8
 NUM_GENERATED = {"train": 512, "eval": 32}
-"""How many tasks the generators make for each split."""
+"""Number of generated tasks of each split."""
 
 Part = Literal["train", "eval", "pretraining"]
 
@@ -37,11 +37,11 @@ _HARMLESS = str.maketrans({"<": "(", ">": ")", "[": "(", "]": ")", "{": "(", "}"
 
 
 def read_action(answer: str, keys: Iterable[str]) -> tuple[dict[str, Any], int]:
-    """The answer's JSON object, its known keys alone, and how many things were rejected.
+    """The known keys of the answer's JSON object, and the number of rejections.
 
-    The object begins at the first `{`. A code fence around it is tolerated. Rejected, each once: text before it, text behind
-    it, every unknown key; an answer without a well-formed object, which does nothing at all. Keys given twice, NaN, and
-    numbers or nesting without measure are malformed.
+    The object begins at the first `{`. A code fence around it is allowed. Each of these is one rejection: text before the
+    object, text after it, every unknown key, and an answer without a well-formed object (which has no effect). An object with
+    repeated keys, NaN, or too large numbers or nesting is malformed.
     """
     start = answer.find("{")
     if start < 0:
@@ -65,21 +65,21 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, strict=False)
 
 
 def as_list(value: Any) -> tuple[list[Any], int]:
-    """A list as it is, nothing for null, and otherwise nothing and one rejection."""
+    """(items, rejections): a list is returned unchanged, null gives no items, anything else no items and one rejection."""
     if isinstance(value, list):
         return value, 0
     return [], int(value is not None)
 
 
 def as_cell(value: Any) -> Cell | None:
-    """[x, y] as a cell; None for anything but two whole numbers."""
+    """[x, y] as a cell; None unless the value is a list of two whole numbers."""
     if isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value):
         return value[0], value[1]
     return None
@@ -89,14 +89,17 @@ def as_cell(value: Any) -> Cell | None:
 
 
 def harmless(message: str) -> str:
-    """A message on one line of at most MAX_MESSAGE characters that cannot close its quotes, begin a line of the world's own
-    or look like a mark of a chat template: brackets become round, quotes single, and what is not printable `?`."""
+    """A message as one line of at most MAX_MESSAGE characters.
+
+    It cannot close its quotes, imitate a line of the environment or contain a mark of a chat template: brackets become round,
+    double quotes single, and characters that are not printable `?`.
+    """
     line = " ".join(message.split())[:MAX_MESSAGE].translate(_HARMLESS)
     return "".join(character if character.isprintable() else "?" for character in line).strip()
 
 
 def num_tokens(message: str) -> int:
-    """Tokens between white space."""
+    """Number of whitespace tokens."""
     return len(message.split())
 
 
@@ -110,7 +113,7 @@ def beside(cell: Cell) -> tuple[Cell, Cell, Cell, Cell]:
 
 
 def steps_between(cell: Cell, other: Cell) -> int:
-    """Steps from one cell to another, diagonal ones allowed."""
+    """Number of steps from one cell to another, diagonal steps allowed (Chebyshev distance)."""
     return max(abs(cell[0] - other[0]), abs(cell[1] - other[1]))
 
 
@@ -120,7 +123,7 @@ def distance(cell: Cell, other: Cell) -> int:
 
 
 def view(cells: Iterable[Cell], radius: int, width: int, height: int) -> set[Cell]:
-    """What is seen from `cells`: the square of `radius` around each, inside the map."""
+    """The cells that are seen from `cells`: the square of `radius` around each, inside the map."""
     return {
         (x, y)
         for cell in cells
@@ -132,9 +135,9 @@ def view(cells: Iterable[Cell], radius: int, width: int, height: int) -> set[Cel
 def walk(start: Cell, path: Any, steps: int, is_open: Callable[[Cell], bool]) -> tuple[list[Cell], int]:
     """The cells walked along `path`, and how many of its entries were rejected.
 
-    Each entry is one of the eight neighbours of the one before it, the first one of `start` (which may lead the list itself).
-    The walk ends before the first entry that is no such cell, is not open, or comes after `steps` steps; it and all
-    behind it are rejected.
+    Each entry must be one of the eight neighbours of the entry before it, the first entry a neighbour of `start` (or `start`
+    itself, which is skipped). The walk ends before the first entry that is not such a cell, is not open, or exceeds `steps`
+    steps; this entry and all later ones are rejected.
     """
     entries, rejected = as_list(path)
     if entries and as_cell(entries[0]) == start:
@@ -157,10 +160,10 @@ def rows_of(width: int, height: int, symbol: Callable[[Cell], str]) -> str:
 
 
 def drawn(make: Callable[..., Made | None], name: str, part: Part, size: tuple[int, int], task: int) -> Made:
-    """Task number `task` of a generator: the first map of its own stream of seeds that belongs to `part`.
+    """Task number `task` of a generator: the first map of this task's random stream that belongs to `part`.
 
-    Which part a map belongs to is a function of the map itself (an eighth is held out, an eighth kept for pre-training), so
-    no two parts share a map, however small the maps are. `make(rng, size)` may return None: no map this time.
+    The part of a map is a function of the map itself (an eighth is held out, an eighth reserved for pre-training), so the parts
+    are disjoint for every map size. `make(rng, size)` may return None, which rejects the draw.
     """
     for attempt in range(10_000):
         made = make(seeds.stream(name, part, *size, task, attempt), size)
@@ -182,10 +185,10 @@ def task_rows(
     split: str,
     held_out: Callable[[Sequence[Row]], Sequence[bool]],
 ) -> list[Row] | None:
-    """The split's rows in the public format, or None where maps are to be generated.
+    """The split's rows in the public format, or None if maps are generated.
 
-    `held_out` says which rows of a file are for evaluation. Raises EnvError for sources that contradict each other, cannot be
-    read or are empty.
+    `held_out` returns which rows of a file are for evaluation. Raises EnvError for sources that contradict each other, cannot
+    be read or are empty.
     """
     if split not in ("train", "eval"):
         raise EnvError(f"split={split!r} is not one of train, eval.")
@@ -207,7 +210,7 @@ def task_rows(
 
 
 def team(agents: int | Sequence[str], names: Sequence[str]) -> list[str]:
-    """Names of the agents: for a number, `names` over and over, the later ones with _2, _3 and so on."""
+    """Names of the agents: for a number, `names` repeated in order, with the suffix _2, _3, ... from the second round on."""
     number = agents if isinstance(agents, int) else len(agents)
     if not 1 <= number <= MAX_AGENTS:
         raise EnvError(f"agents={agents!r}: from one to {MAX_AGENTS} agents fit on a map; take a number in that range.")
@@ -217,7 +220,7 @@ def team(agents: int | Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def checked_size(size: Sequence[int], low: int, high: int) -> tuple[int, int]:
-    """(width, height) of generated maps. Raises EnvError outside low..high."""
+    """(width, height) of generated maps. Raises EnvError for a side outside low..high."""
     if len(size) != 2 or not all(type(side) is int and low <= side <= high for side in size):
         raise EnvError(f"size={size!r} must be [width, height], each from {low} to {high}.")
     return size[0], size[1]

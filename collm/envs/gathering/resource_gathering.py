@@ -1,4 +1,4 @@
-"""`resource_gathering`: gatherers with different tools, each set down where the other's resources are."""
+"""`resource_gathering`: gatherers with different tools, each of whom starts where the other's resources are."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from collm.errors import EnvError
 
 KINDS = ("wood", "stone", "iron")
 ROLES = (("wood",), ("stone", "iron"))
-"""What the agents at the starts A and B gather."""
+"""Kinds that the agents at the starts A and B gather."""
 GOAL = (3, 3, 1)
-"""What generated fields ask for: wood, stone, iron."""
+"""Goal of generated fields: units of wood, stone, iron."""
 KEYS = ("comm", "path")
 MAX_SIDE = 64
 
@@ -32,7 +32,7 @@ _SYMBOLS = {("wood",): "w", ("stone",): "s", ("iron",): "i", ("stone", "iron"): 
 
 @dataclass(frozen=True)
 class Field:
-    """One field. `amounts` holds (wood, stone, iron) of each cell that has any; `goal` is what the team needs.
+    """One field. `amounts` holds (wood, stone, iron) of each cell that has any; `goal` is the amounts that the team needs.
 
     Example: read_field("a", ("A . (1,0,0)", "B . (0,1,1)"), (1, 1, 1))
     """
@@ -45,57 +45,57 @@ class Field:
     goal: Amounts
 
     def kinds(self, cell: Cell) -> tuple[str, ...]:
-        """What lies on a cell at the beginning."""
+        """The kinds on a cell at the beginning."""
         return tuple(kind for kind, amount in zip(KINDS, self.amounts.get(cell, (0, 0, 0))) if amount)
 
     def zone(self, kinds: Sequence[str], reach: int) -> set[Cell]:
-        """Cells from which something of `kinds` is within reach at the beginning."""
+        """Cells from which a unit of `kinds` is within reach at the beginning."""
         own = [cell for cell in self.amounts if set(kinds) & set(self.kinds(cell))]
         cells = ((x, y) for x in range(self.width) for y in range(self.height))
         return {cell for cell in cells if any(grid.distance(cell, other) <= reach for other in own)}
 
 
 class ResourceGathering(TextEnv):
-    """Gatherers with different tools collect wood, stone and iron together, and see only what lies around where they walked.
+    """Gatherers with different tools see only the cells around their paths and collect wood, stone and iron together.
 
-    `wood` gathers wood and starts at A among the minerals; `mineral` gathers stone and iron and starts at B in the forest: each
-    sees what the other is after. An answer is one JSON object, both parts optional:
+    `wood` gathers wood and starts at A among the minerals; `mineral` gathers stone and iron and starts at B in the forest. Each
+    therefore sees what the other gathers. An answer is one JSON object, whose keys are both optional:
     {"comm": {"kind": "stone", "at": [x, y]}, "path": [[x, y], ...]}.
-    In one turn all walk `path` (at most `steps` cells, diagonally too; any cell of the field can be walked on) and clear the
-    fog within `view` cells of each. Then each in order gathers up to `load` units of each of its kinds from cells within
-    Manhattan distance `reach` of where it stands, the nearest first. Then `comm`, one fact, is read out to every other agent,
-    once, at its next turn; a fact need not be true.
-    Anything else in an answer is rejected and counted, and costs nothing. What is gathered is gone, and shows as
-    gone wherever the fog is cleared; what the team still needs is known to all.
+    In a turn, all agents first walk `path` (at most `steps` cells, also diagonally, over any cell) and see all cells within
+    `view` cells of each. Then each agent in order gathers up to `load` units of each of its kinds from cells within Manhattan
+    distance `reach` of its position, the nearest first. Then every other agent reads `comm`, one fact, once, at its next turn;
+    a fact can be false. Anything else in an answer is rejected and counted, without a penalty. Gathered units are removed,
+    which shows on every cell that an agent has seen; all agents read what the team still needs.
 
     Raw reward of a turn = 8 * progress gained + 7 if the goal is complete + 0.1 * useful facts + 0.05 * steps toward the own
-    zone + 0.15 * first entries - 0.1 * wasted steps. Progress is the share of the goal's units that are gathered; what
-    exceeds the goal of one kind counts nothing. A fact is useful if its sender had seen the cell, the kind lies there when
-    the turn ends, the team still needs it, and some other agent gathers that kind and has neither seen that cell nor
-    been told this fact. An agent's zone is where some of its kinds lay within reach at the beginning. A step toward it is one
-    that brings the agent closer than it has been before; a wasted step is any other step that ends outside of it. First
-    entry: the first step into the zone of an agent that began outside.
-    Ends after `turns` turns or at completion. The rewards of an episode sum to 15 for the goal, plus little for facts (at most
-    0.1 for each agent and turn) and for finding one's zone (0.15, and 0.05 a step, for each agent). Completion is the
-    optimum: a pair that knows the field reaches it on every public and every generated field within 4 turns. As the
-    last turn's reward depends on how the work is spread over turns, it has no maximum to compare with; score in % is given
-    by the metric `success`, and in part by `progress`.
+    zone + 0.15 * first entries - 0.1 * wasted steps, where
+        progress: fraction of the goal's units that are gathered; units of a kind above its goal do not count;
+        useful fact: its sender had seen the cell, the kind is there when the turn ends, the team still needs it, and another
+            agent that gathers this kind has neither seen the cell nor read this fact;
+        zone: the cells from which an agent had some of its kinds within reach at the beginning;
+        step toward the zone: a step that brings the agent closer to its zone than before in the episode; wasted step: any
+        other step that ends outside the zone; first entry: the first step into the zone by an agent that began outside.
+    Ends after `turns` turns or when the goal is complete.
+    Perfect play completes the goal and returns 15, plus at most 0.1 per agent and turn for facts, and per agent 0.15 and 0.05
+    per step for the way to its zone. Two agents that know the field complete every public and every generated field within 4
+    turns. The greatest reward of the last turn depends on the turns before, so there is no `max_reward`: scores in % are given
+    by the metric `success`, and partial completion by `progress`.
     Metrics: success (goal complete), progress, wood, stone, iron (units of the goal), facts (useful ones), wasted, rejected.
 
     Args:
-        agents: how many gatherers, or their names. They start at A and B by turns, with that place's tools; one gatherer alone
-            starts at A with all tools.
-        turns: how often all of them answer.
+        agents: how many gatherers, or their names. They start at A and B alternately, with that start's tools; a single
+            gatherer starts at A with all tools.
+        turns: how many turns an episode has.
         size: width and height of generated fields, 5 to 11 each.
-        data: fields in the public format; held out are the rows whose task_id contains `_eval_`, or if none does the last half.
-        eval_data: a source of its own for the held-out fields.
+        data: fields in the public format. Rows whose task_id contains `_eval_` are held out; without such rows, the last half.
+        eval_data: a separate source of held-out fields.
         maps: your own fields, as rows of the public format ({"rows": [...], "goal": {...}}), played in both splits.
         view: how far a gatherer sees, in cells.
         steps: how many cells a gatherer may walk in a turn.
         reach: how far it gathers, in Manhattan distance.
-        load: how many units of each of its kinds it gathers in a turn; default 1, and 3 for one gatherer alone. With the usual
-            goal and 4 turns, 1 leaves one turn to get there; a large number takes all at once.
-        split: "train" or "eval". Generated fields of the two never coincide.
+        load: how many units of each of its kinds a gatherer takes in a turn; default: 1, or 3 for a single gatherer. With the
+            default goal and 4 turns, load=1 leaves one turn for the way; a large load takes all units at once.
+        split: "train" or "eval". The generated fields of the two are disjoint.
     """
 
     max_reward = None
@@ -212,7 +212,7 @@ class ResourceGathering(TextEnv):
         return 0 <= cell[0] < self.map.width and 0 <= cell[1] < self.map.height
 
     def _steps_to_zone(self, agent: str, cell: Cell) -> int:
-        """0 inside the zone, and where there is none."""
+        """Steps from a cell to the agent's zone; 0 inside it, and 0 if the zone is empty."""
         return min((grid.steps_between(cell, other) for other in self.zones[agent]), default=0)
 
     def _progress(self) -> float:
@@ -220,7 +220,7 @@ class ResourceGathering(TextEnv):
         return gathered / sum(self.goal.values())
 
     def _gather(self, agent: str) -> None:
-        """Take what one agent can from where it stands; of cells equally near the upper, then the left one."""
+        """Gather for one agent at its position; among cells at equal distance the upper, then the left one is first."""
         near = [(grid.distance(cell, self.place[agent]), cell[1], cell[0]) for cell in self.left]
         for kind in self.kinds[agent]:
             room = self.load
@@ -231,14 +231,14 @@ class ResourceGathering(TextEnv):
                 room -= taken
 
     def _fact(self, value: Any) -> Fact | None:
-        """What `comm` states, if it is a kind and a cell of the field and nothing else."""
+        """The fact in `comm`; None unless it holds exactly a kind and a cell of the field."""
         if not isinstance(value, dict) or value.keys() != {"kind", "at"} or value["kind"] not in KINDS:
             return None
         cell = grid.as_cell(value["at"])
         return (value["kind"], cell) if cell is not None and self._inside(cell) else None
 
     def _tell(self, sender: str, fact: Fact, was_seen: bool) -> bool:
-        """Hand a fact to the others; whether it was useful."""
+        """Tell a fact to the other agents; returns whether it was useful."""
         kind, cell = fact
         true = was_seen and self.left.get(cell, {}).get(kind, 0) > 0 and self.stock[kind] < self.goal[kind]
         useful = False
@@ -271,7 +271,7 @@ class ResourceGathering(TextEnv):
         return "\n".join(lines)
 
     def _scene(self, agent: str, turn: int, complete: bool = False) -> str:
-        """Where the agent stands, what it sees and what is missing; `turn` counts from 1."""
+        """The agent's position, the cells it has seen, and what the team needs; `turn` counts from 1."""
         x, y = self.place[agent]
         when = f"Turn {turn} of {self.turns}." if turn <= self.turns and not complete else "The end."
         rows = grid.rows_of(
@@ -284,7 +284,7 @@ class ResourceGathering(TextEnv):
         return _counted({kind: max(0, self.goal[kind] - self.stock[kind]) for kind in KINDS}) or "nothing"
 
     def _listed(self, cells: set[Cell]) -> str:
-        """What still lies on `cells`, row by row."""
+        """The units left on `cells`, row by row."""
         kept = [(cell, _counted(self.left[cell])) for cell in sorted(cells & self.left.keys(), key=lambda c: (c[1], c[0]))]
         return ", ".join(f"{counted} at {x},{y}" for (x, y), counted in kept if counted) or "nothing"
 
@@ -311,9 +311,9 @@ def _written(fact: Fact) -> str:
 
 @lru_cache(maxsize=1024)
 def read_field(name: str, rows: tuple[str, ...], goal: Amounts) -> Field:
-    """A field from its rows, cells apart by spaces: `.` empty, `A` and `B` the two starts, `(wood,stone,iron)` amounts.
+    """A field from its rows of cells, separated by spaces: `.` empty, `A` and `B` the starts, `(wood,stone,iron)` amounts.
 
-    Raises EnvError for any other content, or for a goal that the field cannot meet.
+    Raises EnvError for any other content, or for a goal that exceeds what the field holds.
     """
     cells = [row.split() for row in rows]
     width = len(cells[0]) if cells else 0
@@ -356,7 +356,7 @@ def _held_out(rows: Sequence[Row]) -> list[bool]:
 
 @lru_cache(maxsize=2048)
 def generated(part: Part, size: tuple[int, int], task: int) -> Field:
-    """Generated field number `task` of a part, named after it."""
+    """Generated field number `task` of a part; its name holds part, size and number."""
     rows = grid.drawn(draw_field, "resource_gathering", part, size, task)
     return read_field(f"{part}-{size[0]}x{size[1]}-{task}", rows, GOAL)
 
@@ -364,8 +364,8 @@ def generated(part: Part, size: tuple[int, int], task: int) -> Field:
 def draw_field(rng: random.Random, size: tuple[int, int]) -> tuple[str, ...] | None:
     """Rows of a new field with a forest and minerals on opposite sides, or None where this draw holds less than GOAL.
 
-    Standing at A, all that the goal asks of stone and iron is within reach, and at B all wood, and it is at most 8 steps
-    from one to the other: who knows where the other started gathers from the second turn on.
+    The stone and iron of the goal are within reach of A, its wood within reach of B, and A and B are at most 8 steps apart. An
+    agent that knows where the other started can therefore gather from the second turn on.
     """
     width, height = size
     dx, dy = rng.choice(((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)))
@@ -394,7 +394,7 @@ def draw_field(rng: random.Random, size: tuple[int, int]) -> tuple[str, ...] | N
 
 
 def _side(rng: random.Random, length: int, direction: int) -> int:
-    """A coordinate near the low end (1), near the high end (-1), or anywhere but the edges (0)."""
+    """A coordinate near the low end (direction 1), near the high end (-1), or anywhere except the edges (0)."""
     if direction == 0:
         return rng.randrange(1, length - 1)
     return 1 + rng.randrange(max(1, length // 4)) if direction > 0 else length - 2 - rng.randrange(max(1, length // 4))

@@ -1,1 +1,1 @@
-"""Worlds in which agents write about one text."""
+"""Environments in which agents write about one text."""

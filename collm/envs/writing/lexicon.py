@@ -1,4 +1,4 @@
-"""Words: how a text is cut into them, which ones carry no topic, and which ones join sentences."""
+"""Words: splitting a text into words, stop words, and transition words in categories."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TRANSITIONS: dict[str, tuple[str, ...]] = {
     "time": ("when", "while", "before", "after", "afterwards", "meanwhile", "later", "until", "eventually", "soon"),
     "purpose": ("in order to", "to this end", "for this purpose", "for this reason", "with the aim of", "aiming to", "lest"),
 }
-"""Twelve categories; as whole words, no phrase of one lies inside a phrase of another."""
+"""Twelve categories of transition phrases. No phrase of one category contains a phrase of another as whole words."""
 
 
 def words(text: str) -> list[str]:
@@ -43,14 +43,14 @@ def words(text: str) -> list[str]:
 
 
 def jaccard(first: set[str], second: set[str]) -> float:
-    """Shared words over all words, both without stop words. Two empty sets have 1."""
+    """Jaccard index of two sets of words without stop words: |intersection| / |union|. It is 1 for two empty sets."""
     first, second = first - STOP_WORDS, second - STOP_WORDS
     union = len(first | second)
     return len(first & second) / union if union else 1.0
 
 
 def transition_categories(text: str, matching: Matching = "word") -> set[str]:
-    """Categories with at least one phrase in the text: as whole words, or anywhere in it ("so" in "some")."""
+    """Categories with at least one phrase in the text: as whole words ("word") or anywhere ("substring": "so" in "some")."""
     if matching == "substring":
         searched, mark = text.lower(), ""
     else:

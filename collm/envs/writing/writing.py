@@ -1,6 +1,6 @@
-"""`tldr` and `arxiv`: writers who do not see each other's text, paid for how their texts fit together.
+"""`tldr` and `arxiv`: writers who do not see each other's text, rewarded for how well their texts fit together.
 
-Both worlds are one set of gates with different numbers: see `Rules`.
+Both environments compute the same gates with different numbers: see `Rules`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ TOKEN_POINTS, LENGTH_POINTS, DISTINCT_POINTS, TRANSITION_POINTS, OVERLAP_POINTS 
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """A gate on a ratio: full points from `full` to `full_end`, linearly down to none at `low` and at `high`.
+    """A gate on a ratio: full points from `full` to `full_end`, falling linearly to 0 at `low` and at `high`.
 
-    All ends are inclusive. Example: Band(1.1, 1.6, 3.2, 5.0).share(1.35) == 0.5 and .share(1.0) is None: the gate fails.
+    All bounds are inclusive. Example: Band(1.1, 1.6, 3.2, 5.0).share(1.35) == 0.5 and .share(1.0) is None: the gate fails.
     """
 
     low: float
@@ -35,7 +35,7 @@ class Band:
     high: float = math.inf
 
     def share(self, ratio: float) -> float | None:
-        """Share of the points, 0 to 1; None outside the band."""
+        """Fraction of the points, 0 to 1; None outside the band."""
         if not self.low <= ratio <= self.high:
             return None
         if ratio < self.full:
@@ -45,12 +45,13 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The numbers of one writing world.
+    """The constants of one writing environment.
 
-    kind: what is read. fields: columns of a data set that may hold it. source_tokens: how long a text of a data set must be.
-    roles: (name, what its text is), in order. tokens: whitespace tokens each text must have. length, distinct: gates on the
-    next text's characters, and different words, over this one's. overlap: the Jaccard index that earns full points.
-    transitions_in_both: transition words count in both texts, else in the second alone. hint: the gates in words.
+    kind: the kind of source text. fields: data-set columns that may hold it. source_tokens: smallest and largest length of a
+    source text of a data set. roles: (name, description of its text), in order. tokens: smallest and largest number of
+    whitespace tokens of each written text. length, distinct: gates on the ratio of the next text's characters, and of its
+    distinct words, to this text's. overlap: the Jaccard index that earns full points. transitions_in_both: whether transition
+    words count in both texts or in the second only. hint: the gates in words, as agents read them.
     """
 
     kind: Kind
@@ -102,7 +103,7 @@ ARXIV = Rules(
 
 
 def judge(rules: Rules, first: str, second: str, matching: Matching = "word") -> tuple[dict[str, float], dict[str, float]]:
-    """(reward parts, measures) of two neighbouring texts. A failed gate ends the sum; measures are always taken.
+    """(reward parts, measures) of two consecutive texts. A failed gate ends the sum; all measures are computed in any case.
 
     A ratio whose denominator is zero is 0 and fails its gate.
     """
@@ -142,12 +143,13 @@ GRAM = 4
 
 
 def diagnose(source: str, texts: Sequence[str]) -> dict[str, float]:
-    """What the reward does not ask: of each measure the worst text's, 0 to 1.
+    """Measures of degenerate texts that the "paper" reward does not contain, each from 0 to 1, of the worst text.
 
-    source_overlap: share of a text's runs of four words that stand in the source, too; a copy has 1.
-    repetition: 1 - different / all of a text's runs of four words; the same sentence over and over comes near 1.
-    source_words: share of a text's different words, stop words apart, that the source has; a text that has nothing to do with
-    the source, such as a constant one, comes near 0. A text too short to have any has 0, 0 and 1.
+    source_overlap: fraction of a text's 4-grams of words that are also in the source; 1 for a copy.
+    repetition: 1 - distinct / all 4-grams of a text; near 1 for a sentence that is repeated many times.
+    source_words: fraction of a text's distinct words, without stop words, that are in the source; near 0 for a text that is
+    unrelated to the source, such as a constant one.
+    A text that is too short for a measure has 0, 0 and 1.
     """
     source_words = words(source)
     source_grams, source_set = set(_grams(source_words)), set(source_words)
@@ -163,9 +165,9 @@ def diagnose(source: str, texts: Sequence[str]) -> dict[str, float]:
 
 
 def charge(measures: Mapping[str, float]) -> float:
-    """Share of the reward that "guarded" takes away: the greatest of three, each linear from 0 to 1.
+    """Fraction of the reward that reward="guarded" subtracts: the maximum of three terms, each rising linearly from 0 to 1.
 
-    source_overlap from 0.5 to 1, repetition from 0.2 to 0.6, source_words from 0.2 down to 0.
+    The terms rise with source_overlap from 0.5 to 1, with repetition from 0.2 to 0.6, and with source_words from 0.2 down to 0.
     """
     overlap = (measures["source_overlap"] - 0.5) / 0.5
     repetition = (measures["repetition"] - 0.2) / 0.4
@@ -178,9 +180,10 @@ def _grams(written: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def cut(answer: str, missing_marker: Literal["first", "third"] = "first") -> tuple[str, str]:
-    """The two texts in one answer: before and behind the first marker.
+    """The two texts in one answer: before and after the first marker.
 
-    Without a marker the answer is the first text and the second is empty; "third" cuts at one third of the characters.
+    Without a marker the answer is the first text and the second is empty; with "third" the answer is cut at one third of its
+    characters.
     """
     if MARKER not in answer and missing_marker == "third":
         return answer[: len(answer) // 3], answer[len(answer) // 3 :]
@@ -189,7 +192,7 @@ def cut(answer: str, missing_marker: Literal["first", "third"] = "first") -> tup
 
 
 class Writing(TextEnv):
-    """What `tldr` and `arxiv` share; `rules` holds the numbers."""
+    """The common base of `tldr` and `arxiv`; `rules` holds their constants."""
 
     rules: ClassVar[Rules]
     max_reward = 3.0
@@ -220,7 +223,7 @@ class Writing(TextEnv):
             if value not in allowed:
                 raise EnvError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
         if missing_marker == "third" and len(self.possible_agents) > 1:
-            raise EnvError(f"missing_marker='third' is about one agent that writes both texts; set agents=1, not {agents!r}.")
+            raise EnvError(f"missing_marker='third' applies to one agent that writes both texts; set agents=1, not {agents!r}.")
         if data is None and eval_data is not None:
             raise EnvError(f"eval_data={eval_data!r} comes without data: give data=... to train on as well.")
         self.texts, self.skipped = _read(self.rules, data, eval_data, split)
@@ -245,7 +248,7 @@ class Writing(TextEnv):
         metrics |= measures | {"rejected": float(sum(not low <= count <= high for count in counts))}
         if self.alone:
             metrics["delimiter_adherence"] = float(written[0].count(MARKER) == 1)
-        self.measures = dict(metrics)  # without the diagnostics, which no critic reads
+        self.measures = dict(metrics)  # without the diagnostics, which critics do not read
         metrics |= diagnose(self.text, texts)
         if self.reward == "guarded":
             parts["guard"] = -charge(metrics) * sum(parts.values())
@@ -253,7 +256,7 @@ class Writing(TextEnv):
         return Outcome(total, parts, {agent: f"Reward: {total:.2f} of 3." for agent in answers}, metrics=metrics)
 
     def state(self) -> str:
-        """The text's own numbers before the answers, the measures of the answers after them."""
+        """The length of the source text; after the answers also their measures."""
         lines = [f"{self.rules.kind} of {num_tokens(self.text)} words, {len(set(words(self.text)))} different"]
         return "\n".join(lines + [f"{name}: {value:.2f}" for name, value in self.measures.items()])
 
@@ -275,7 +278,7 @@ class Writing(TextEnv):
         return "\n".join(lines)
 
     def _assignment(self, index: int) -> str:
-        """What the text of role `index` is, against its neighbours'."""
+        """The description of the text of role `index`, and its ratios to the texts of its neighbours."""
         rules = self.rules
         whose = f"Text {index + 1}" if self.alone else "Your text"
         lines = [f"{whose} is {rules.roles[index][1]}."]
@@ -290,36 +293,36 @@ class Writing(TextEnv):
 
 
 class Tldr(Writing):
-    """A short and a longer summary of a Reddit post, written by agents that do not see each other's text.
+    """Agents write a short and a longer summary of a Reddit post without seeing each other's text.
 
-    The raw reward is a sum in order, ended by the first gate that fails (all ends inclusive):
+    The raw reward is a sum that the first failed gate ends (all bounds inclusive):
 
-    1. both texts have 8 to 256 whitespace tokens: +0.5, else 0 in all;
-    2. characters of `detailed` over `concise` (stripped): +1 from 1.6 to 3.2, linear to 0 at 1.1 and at 5;
-    3. different lower-cased words, same ratio: +0.5 from 2, linear to 0 at 1.3;
+    1. both texts have 8 to 256 whitespace tokens: +0.5, else the reward is 0;
+    2. ratio of the characters of `detailed` to those of `concise` (stripped): +1 from 1.6 to 3.2, linear to 0 at 1.1 and at 5;
+    3. ratio of distinct lower-cased words: +0.5 from 2, linear to 0 at 1.3;
     4. 0.4 * T + 0.6 * min(J, 0.03) / 0.03. J is the Jaccard index of the two word sets without stop words; T is 0 without a
-       transition word in `detailed`, else 0.4 + 0.05 for each further one of the twelve categories.
+       transition word in `detailed`, else 0.4 for the first of the twelve categories and 0.05 for each further one.
 
-    The optimum is 2.98: `concise` takes some ten words of the post, `detailed` twice as many different ones with a transition
-    word of every category. Scores are in percent of 3, as in the paper. The episode is one turn. Three or four agents
-    compare neighbours in order: each text is the `detailed` of the one before; reward and measures are the mean over
-    these pairs. One agent writes both texts with [PARAGRAPH_SPLIT] between them. Metrics: tokens_ROLE of each text,
-    length_ratio, distinct_ratio, jaccard, transitions (categories), gates passed (0 to 3), rejected (texts outside 8 to 256
-    tokens), and with one agent delimiter_adherence (1 if the marker stands exactly once). For people alone, as no critic
-    reads them, of the worst text: source_overlap (share of its runs of four words that the source has), repetition (share
-    of its runs of four words that are repeats) and source_words (share of its different words, stop words apart, that the
-    source has).
+    An episode is one turn. Perfect play earns 2.98: `concise` repeats some ten words of the post, `detailed` has twice as many
+    distinct words and a transition word of every category. Scores are percentages of 3, as in the paper.
+    With three or four agents consecutive texts are compared: each text is the `detailed` of the text before it; reward and
+    measures are means over these pairs. A single agent writes both texts with [PARAGRAPH_SPLIT] between them.
+    Metrics: tokens_ROLE of each text, length_ratio, distinct_ratio, jaccard, transitions (number of categories), gates (number
+    passed, 0 to 3), rejected (texts outside 8 to 256 tokens), and with one agent delimiter_adherence (1 if the answer has
+    exactly one marker). Diagnostics, which critics do not read, of the worst text: source_overlap (fraction of its 4-grams of
+    words that are in the source), repetition (fraction of its 4-grams that are repeats) and source_words (fraction of its
+    distinct words, without stop words, that are in the source).
 
     Args:
         agents: how many writers (1 to 4), or their names in the order of the roles.
         data: posts: rows with `prompt` (trl-lib/tldr: "hf:trl-lib/tldr:train[:1100]"), `post` or `text`; a closing "TL;DR:" is
-            not shown, empty posts are skipped. Without `eval_data` the last fifth is held out. Default: built-in posts.
+            removed, and empty posts are skipped. Without `eval_data` the last fifth is held out. Default: built-in posts.
         eval_data: the held-out posts, for example "hf:trl-lib/tldr:test[:1100]".
-        transitions: "word" matches whole words; "substring" anywhere, "so" in "some" too, as the reference does.
-        missing_marker: one agent's answer without a marker is the "first" text alone; "third" cuts it at one third of the
-            characters, as the reference does, which meets the length gate for free.
-        reward: "paper" as above; "guarded" takes away a share of it, as part `guard`, from texts that copy the source, repeat
-            themselves or have nothing to do with the source: see `charge`.
+        transitions: "word" matches whole words; "substring" matches anywhere ("so" in "some"), as the reference does.
+        missing_marker: how a single agent's answer without a marker is read: "first" takes it as the first text; "third" cuts
+            it at one third of its characters, as the reference does, which passes the length gate by construction.
+        reward: "paper" as above; "guarded" subtracts a fraction of it, as part `guard`, for texts that copy the source, repeat
+            themselves or are unrelated to the source: see `charge`.
         split: "train" or "eval".
     """
 
@@ -327,32 +330,33 @@ class Tldr(Writing):
 
 
 class Arxiv(Writing):
-    """Background and method of a paper, written from its abstract by agents that do not see each other's text.
+    """Agents write background and method of a paper from its abstract without seeing each other's text.
 
-    The raw reward is a sum in order, ended by the first gate that fails (all ends inclusive):
+    The raw reward is a sum that the first failed gate ends (all bounds inclusive):
 
-    1. both texts have 128 to 256 whitespace tokens: +0.5, else 0 in all;
-    2. characters of `method` over `background` (stripped): +1 from 1.3 to 1.6, linear to 0 at 0.8 and at 2;
-    3. different lower-cased words, same ratio: +0.5 from 0.7 to 1.3, linear to 0 at 0.5 and at 1.7;
+    1. both texts have 128 to 256 whitespace tokens: +0.5, else the reward is 0;
+    2. ratio of the characters of `method` to those of `background` (stripped): +1 from 1.3 to 1.6, linear to 0 at 0.8 and at 2;
+    3. ratio of distinct lower-cased words: +0.5 from 0.7 to 1.3, linear to 0 at 0.5 and at 1.7;
     4. 0.4 * T + 0.6 * min(J, 0.23) / 0.23. J is the Jaccard index of the two word sets without stop words; T is 0 without a
-       transition word in both texts joined by a line end, else 0.4 + 0.05 for each further one of the twelve categories.
+       transition word in the two texts joined by a line end, else 0.4 for the first of the twelve categories and 0.05 for each
+       further one.
 
-    The optimum is 2.98: both retell the abstract in much the same words, `method` in 1.3 to 1.6 times as many characters, with
-    a transition word of every category between them. Scores are in percent of 3, as in the paper. The episode is one turn.
-    Three or four agents compare neighbours in order; reward and measures are the mean over these pairs. One agent
-    writes both texts with [PARAGRAPH_SPLIT] between them. Metrics: as in `Tldr`.
+    An episode is one turn. Perfect play earns 2.98: both texts retell the abstract in similar words, `method` has 1.3 to 1.6
+    times as many characters, and together they have a transition word of every category. Scores are percentages of 3, as in
+    the paper. With three or four agents consecutive texts are compared; reward and measures are means over these pairs. A
+    single agent writes both texts with [PARAGRAPH_SPLIT] between them. Metrics: as in `Tldr`.
 
     Args:
         agents: how many writers (1 to 4), or their names in the order of the roles.
         data: abstracts: rows with `abstract_text` (OpenMLRL/arXiv_abstract: "hf:OpenMLRL/arXiv_abstract:train[:1100]"),
-            `abstract` or `text`. Those outside 100 to 300 whitespace tokens are skipped, and counted in the attribute
+            `abstract` or `text`. Abstracts outside 100 to 300 whitespace tokens are skipped and counted in the attribute
             `skipped`. Without `eval_data` the last fifth is held out. Default: built-in abstracts.
         eval_data: the held-out abstracts, for example "hf:OpenMLRL/arXiv_abstract:val[:1100]".
-        transitions: "word" matches whole words; "substring" anywhere, "so" in "some" too, as the reference does.
-        missing_marker: one agent's answer without a marker is the "first" text alone; "third" cuts it at one third of the
-            characters, as the reference does, which meets the length gate for free.
-        reward: "paper" as above; "guarded" takes away a share of it, as part `guard`, from texts that copy the source, repeat
-            themselves or have nothing to do with the source: see `charge`.
+        transitions: "word" matches whole words; "substring" matches anywhere ("so" in "some"), as the reference does.
+        missing_marker: how a single agent's answer without a marker is read: "first" takes it as the first text; "third" cuts
+            it at one third of its characters, as the reference does, which passes the length gate by construction.
+        reward: "paper" as above; "guarded" subtracts a fraction of it, as part `guard`, for texts that copy the source, repeat
+            themselves or are unrelated to the source: see `charge`.
         split: "train" or "eval".
     """
 
@@ -363,7 +367,7 @@ Texts = tuple[Sequence[str], int]
 """(texts of one split, how many rows were skipped for their length)."""
 
 _KEPT: dict[tuple[Rules, str, str | None, str], tuple[list[Row], Texts]] = {}
-"""What was made of which rows: worlds are made anew for every episode."""
+"""The texts read from rows, cached since environments are made anew for every episode."""
 
 
 def _read(rules: Rules, data: str | None, eval_data: str | None, split: str) -> Texts:
@@ -371,7 +375,7 @@ def _read(rules: Rules, data: str | None, eval_data: str | None, split: str) -> 
         return sample_texts(rules.kind, split), 0
     rows = split_rows(data, eval_data, split)
     kept_rows, kept = _KEPT.get((rules, data, eval_data, split), ([], ([], 0)))
-    if len(rows) == len(kept_rows) and all(rows[end] is kept_rows[end] for end in (0, -1)):  # rows of a changed file are new
+    if len(rows) == len(kept_rows) and all(rows[end] is kept_rows[end] for end in (0, -1)):  # a changed file gives new rows
         return kept
     source = eval_data if split == "eval" and eval_data is not None else data
     low, high = rules.source_tokens
@@ -383,12 +387,12 @@ def _read(rules: Rules, data: str | None, eval_data: str | None, split: str) -> 
 
 
 def _shown(text: str) -> str:
-    """A post without the request for a summary that ends it in trl-lib/tldr."""
+    """A post without the "TL;DR:" that ends it in trl-lib/tldr."""
     return text.strip().removesuffix("TL;DR:").rstrip()
 
 
 def num_tokens(text: str) -> int:
-    """Whitespace tokens."""
+    """Number of whitespace tokens."""
     return len(text.split())
 
 

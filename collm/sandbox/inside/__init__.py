@@ -1,1 +1,1 @@
-"""Scripts that run inside the box, with nothing but the standard library and numpy."""
+"""Scripts that run inside the box, where only the standard library and numpy are available."""

@@ -1,7 +1,7 @@
-"""The examiner: a process that runs a check, with proxies in the place of what the program defines.
+"""The examiner: a process that runs a check, with proxies for the program's definitions.
 
-The check and its set-up are trusted; the program runs elsewhere, and what it answers is decoded into plain values. Names of the
-check that nothing here defines are taken to be the program's.
+The check and its set-up are trusted. The program runs in another process, and its answers are decoded into plain values. Names
+that the check reads and that are not defined here refer to the program.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _WORDS = 400
 
 
 class Ended(Exception):
-    """The program raised at its top level, or its process has gone."""
+    """The program raised at its top level, or its process ended."""
 
 
 def examine(setup: str, check: str, entries: Iterable[str], ask: Callable[..., Any]) -> None:
-    """Runs set-up and check; returns if neither raises.
+    """Run set-up and check; returns if neither raises.
 
-    Args: entries: what the program was asked to define. ask: `Examiner.ask`, which knows what it did define.
+    Args: entries: names that the check expects the program to define. ask: the `connection` to the player.
     """
     random.seed(0)
     if "numpy" in setup + check and "numpy" in sys.modules:
@@ -42,7 +42,7 @@ def examine(setup: str, check: str, entries: Iterable[str], ask: Callable[..., A
 
 
 class Remote:
-    """An object of the program: its attributes are read, set and called there. It equals nothing but itself."""
+    """A proxy of a program's object, whose attributes are read, set and called in the player. It equals only itself."""
 
     def __getattr__(self, attribute: str) -> Any:
         return self.__dict__["_examiner"].get(self.__dict__["_target"], attribute)
@@ -62,7 +62,7 @@ class Method:
 
 
 class Examiner:
-    """Stands for the program: asks the player and makes proxies for what it defines."""
+    """Represents the program: sends requests to the player and makes proxies for the program's definitions."""
 
     def __init__(self, ask: Callable[..., Any]):
         self.ask = ask
@@ -71,7 +71,7 @@ class Examiner:
         self.exceptions: dict[str, type] = {}
         self.known: dict[tuple[int, bool], Any] = {}
         self.lent: list[tuple[Any, str, Any, Any]] = []
-        """Mutable attributes that were read: (object, attribute, value here, its code when it was last the same there)."""
+        """Mutable attributes that were read: (object, attribute, value here, its JSON when both sides last agreed)."""
 
     def proxies(self, entries: Iterable[str]) -> dict[str, Any]:
         """A proxy for every entry that the program defines; a module of the standard library is imported here instead."""
@@ -102,8 +102,11 @@ class Examiner:
         return call
 
     def _class(self, name: str, operations: Any) -> type:
-        """A class whose instances are the program's. Operations such as len() are there for instances that the check has made;
-        what a call returns has attributes alone, or an answer could hold whatever it is searched for."""
+        """A proxy class whose instances are the program's objects.
+
+        Only instances that the check has made support operations such as len(). Objects returned by a call have only
+        attributes, since an answer could otherwise claim to contain every value that the check looks for.
+        """
         examiner = self
 
         class Kind(type):
@@ -192,7 +195,7 @@ class Examiner:
         self._result(self.ask(["set", target, name, encode(value, self.number)]))
 
     def _return_lent(self) -> None:
-        """What the check changed in an attribute that it had read is changed there, too."""
+        """Copy the check's changes of attributes that it had read to the program's objects."""
         for place, (target, name, value, known) in enumerate(self.lent):
             coded = encode(value, self.number)
             if coded != known:
@@ -200,7 +203,7 @@ class Examiner:
                 self.lent[place] = (target, name, value, coded)
 
     def _refresh_lent(self) -> None:
-        """What a call changed in an attribute that the check had read is changed here, too."""
+        """Copy a call's changes of attributes that the check had read to the check's values."""
         for place, (target, name, value, known) in enumerate(self.lent):
             said = self.ask(["get", target, name])
             if isinstance(said, dict) and "result" in said and said["result"] != known:
@@ -232,7 +235,7 @@ class Examiner:
 
 
 def connection(asked: int, said: int) -> Callable[..., Any]:
-    """`ask(message)`: sends it (None sends nothing) and returns what the player answers, None where that has gone."""
+    """`ask(message)`, which sends a message (None: nothing) and returns the player's answer, or None if the player ended."""
 
     def ask(message: Any) -> Any:
         try:
@@ -272,7 +275,7 @@ def _words(said: Any) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """An exception in one line; of a program that ended, its last one, or nothing where its process has gone."""
+    """An exception in one line. For a program that ended, its last exception, or "" if its process ended without one."""
     try:
         if isinstance(error, Ended):
             return str(error)[:_WORDS]

@@ -1,7 +1,6 @@
-"""The player: a process that runs the program and then answers calls of what it defines. It never holds a check.
+"""The player: a process that runs the program and then answers calls of its definitions. It never holds a check.
 
-Everything here runs in the hands of the program, which may replace any of it; nothing here is believed. The examiner takes
-plain values alone.
+The program can replace any part of this process, so its answers are not trusted: the examiner accepts only plain values.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def play(program: str, entries: Sequence[str], asked: int, said: int) -> None:
 
 
 class Player:
-    """What the examiner asks for, done on the program's own objects. Objects are known by number."""
+    """Executes the examiner's requests on the program's objects, which are identified by numbers."""
 
     def __init__(self, names: dict[str, Any], entries: Sequence[str]):
         self.names, self.entries = names, entries
@@ -55,7 +54,7 @@ class Player:
             send(said, reply)
 
     def kind(self, name: str) -> Any:
-        """What an entry is: a class with its bases among the built-in exceptions, something to call, or a plain value."""
+        """The kind of an entry: a class with its bases among the built-in exceptions, a callable, or a plain value."""
         value = self.names[name]
         if isinstance(value, type):
             operations = [
@@ -97,7 +96,7 @@ class Player:
         return reply if after == list(rest) else {**reply, "changed": after}
 
     def handle(self, value: Any) -> Any:
-        """The number and class of an instance of a class that the checks name; of an attribute's value, any object's."""
+        """The number and class of an instance of a class that the checks name; for an attribute's value, of any object."""
         name = self.classes.get(type(value), "")
         if not name and not self.reading:
             return None
@@ -108,7 +107,7 @@ class Player:
         return {"h": [len(self.objects) - 1, name]}
 
     def object(self, kind: str, body: Any = None) -> Any:
-        """What the examiner names: an object by number, a method of one, a class by name, or a function of a module."""
+        """The target that the examiner names: an object by number, its method, a class by name, or a function of a module."""
         if kind == "h":
             return self.objects[body[0]]
         if kind == "m":
@@ -122,7 +121,7 @@ class Player:
 
 
 def describe(error: BaseException) -> list[str]:
-    """[names of its classes, from its own on, joined; its words]."""
+    """[names of the exception's classes, its own first, joined; its message]."""
     kinds, words = "an exception", ""
     try:
         kinds = " ".join(kind.__name__ for kind in type.__getattribute__(type(error), "__mro__"))[:_WORDS]

@@ -1,9 +1,9 @@
-"""Plain values as they cross between the player and the examiner, and the frames that carry them.
+"""Plain values that are exchanged between the player and the examiner, and the frames that carry them.
 
 A frame is four bytes of length, big endian, then JSON. A value crosses by its exact type: None, bool, int, float, complex, str,
 bytes, list, tuple, set, frozenset, dict, built-in types, dates, times, decimals and deques of the standard library, numbers
-and arrays of numpy. A subclass of dict arrives as a dict. What else may cross, such as a handle of an object, either side
-decides. So nothing that a program defines, its own `__eq__` for example, ever reaches the examiner.
+and arrays of numpy. A subclass of dict arrives as a dict. Each side decides which other values, such as handles of objects, can
+cross. Therefore no definition of a program, such as its own `__eq__`, reaches the examiner.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from collections.abc import Callable
 from typing import Any
 
 LARGEST = 16 << 20
-"""Bytes of one message from the player."""
+"""Greatest size of one message from the player in bytes."""
 DEEPEST = 100
 OPERATIONS = (
     "__getitem__", "__setitem__", "__delitem__", "__len__", "__iter__", "__contains__", "__call__", "__enter__", "__exit__",
 )  # fmt: skip
-"""Operations that a class under test may define. Equality is not among them: what is compared is always plain."""
+"""Operations that a class under test may define. Equality is not among them: only plain values are compared."""
 _SMALL = 1 << 53
 _SEQUENCES: dict[str, Any] = {"l": list, "t": tuple, "s": set, "z": frozenset, "q": collections.deque}
 _BY_TYPE = {kind: name for name, kind in _SEQUENCES.items()}
@@ -36,7 +36,7 @@ _TEXT: dict[str, Any] = {"Decimal": decimal.Decimal, "Fraction": fractions.Fract
 
 
 class NotPlain(TypeError):
-    """A value of a type that does not cross."""
+    """A value of a type that cannot be exchanged."""
 
 
 def encode(value: Any, handle: Callable[[Any], Any], depth: int = 0) -> Any:
@@ -81,7 +81,7 @@ def encode(value: Any, handle: Callable[[Any], Any], depth: int = 0) -> Any:
 
 
 def decode(coded: Any, handle: Callable[[str, Any], Any]) -> Any:
-    """The value that `encode` wrote; `handle(kind, body)` gives what is not plain. Raises ValueError or TypeError."""
+    """The inverse of `encode`; `handle(kind, body)` returns values that are not plain. Raises ValueError or TypeError."""
     if coded is None or type(coded) in (bool, str, int):
         return coded
     if type(coded) is not dict or len(coded) != 1:
@@ -128,7 +128,7 @@ def _listed(body: Any) -> list[Any]:
 
 
 def receive(descriptor: int, largest: int = 1 << 31) -> Any:
-    """The next message, or None where the other side has gone. Raises ValueError for one that is too large or not JSON."""
+    """The next message, or None if the other side ended. Raises ValueError for one that is too large or not JSON."""
     head = _read(descriptor, 4)
     if len(head) < 4:
         return None

@@ -1,15 +1,14 @@
-"""What runs inside the box: a process that is kept warm (the zygote) and forks two for every check.
+"""The process inside the box: a warm process (the zygote) that forks two processes for every check.
 
-Started by `box.py` as a script, with nothing but the standard library and numpy. For every check the pool sends three
-messages. The zygote reads the first alone, which holds a time limit, and forks a child that reads the others:
+`box.py` starts it as a script, with only the standard library and numpy. For every check the pool sends three messages. The
+zygote reads only the first, which holds a time limit, and forks a child that reads the others:
 
-- the second holds the program. The child forks the *player*, which runs it; neither has read the check by then.
-- the third holds the check. The child becomes the *examiner*, which runs it and asks the player for what the program defines.
+- the second holds the program. The child forks the *player*, which runs it; neither has read the check at that time.
+- the third holds the check. The child becomes the *examiner*, which runs it and calls the program's definitions in the player.
 
-The examiner's answer goes to the zygote by a pipe that the player does not hold. Both put limits and a filter on themselves
-before they run a line. The zygote never holds a program, a check or an answer of a program, so a fresh child finds none in its
-memory.
-Killing two processes of one thread each leaves nothing that runs.
+The examiner's answer goes to the zygote through a pipe that the player does not hold. Both install limits and a filter before
+they run any code. The zygote never holds a program, a check or an answer of a program, so a new child finds none in its memory.
+Both processes have one thread, so killing the two leaves nothing running.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _PRELOAD = """
     traceback types typing unittest urllib.parse uuid warnings xml.etree.ElementTree zipfile zoneinfo
 """
 _HEAVY = ("numpy", "numpy.random")
-"""Loaded when the first program mentions numpy: a smaller process is forked faster."""
+"""Loaded when the first program mentions numpy, since a smaller process forks faster."""
 _WORK = "/box"
 _PACKAGES = "/packages"
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _PR_SET_CHILD_SUBREAPER = 22, 2, 36
@@ -75,8 +74,7 @@ def main() -> NoReturn:
         if request["heavy"] and _HEAVY[0] not in sys.modules:
             _load(_HEAVY)
         verdict = _judge(float(request["seconds"]), requests, settings, libc, program)
-        # A folder that is not trivially empty again would show the next program what this one left: a new box is cheaper
-        # than any clever clean-up.
+        # Files left in the folder would be visible to the next program; a new box is cheaper than a complete clean-up.
         send(answers, {**verdict, "clean": verdict["read"] and _cleaned()})
     os._exit(0)
 
@@ -90,7 +88,7 @@ def _load(names: Iterable[str]) -> None:
 
 
 def _null() -> None:
-    """Standard streams of this process's own: flags of a shared open file would be seen by the next program."""
+    """Open separate standard streams, since the next program could see flags of a shared open file."""
     null = os.open("/dev/null", os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
@@ -136,7 +134,7 @@ def _judge(seconds: float, requests: int, settings: Any, libc: Any, program: _Fi
 
 
 def _examiner(seconds: float, requests: int, settings: Any, libc: Any, program: _Filter, answer: int) -> NoReturn:
-    """Forks the player, then runs the check, answers, and is gone: no exit hook, no finalizer, no second word."""
+    """Fork the player, run the check, answer, and exit at once, without exit hooks or finalizers."""
     leave = os._exit
     try:
         played = receive(requests)

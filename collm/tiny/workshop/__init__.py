@@ -1,1 +1,1 @@
-"""Makes the tiny model: scripted players' texts, a tokenizer, pre-training. Nothing else of the package imports this."""
+"""Makes the tiny model: texts of scripted players, a tokenizer, pre-training. No other room imports this one."""

@@ -1,7 +1,7 @@
 """Poor programmers of `class_eval`, for pre-training.
 
-They write their methods in the asked form nearly always, but most bodies are another method's, or slip in a name, a
-sign or a number; some methods are left out, and some of a team-mate's are written as well.
+They nearly always use the requested form, but most bodies belong to another method or have a wrong name, sign or number; some
+methods are left out, and some of a team-mate's are also written.
 """
 
 from __future__ import annotations

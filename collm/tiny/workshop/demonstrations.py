@@ -1,8 +1,8 @@
-"""Poor team-mates: scripted players whose texts the tiny model is pre-trained on.
+"""Poor players: scripted players whose texts the tiny model is pre-trained on.
 
-They speak each task's format and know the job, but each plays as if alone: most builders begin at the left end of the
-word and stop somewhere, some begin elsewhere, all misplace a block now and then. A team of them does a little of the job
-twice and leaves much of it undone, which is what training is to mend.
+They use each task's answer format and follow its instructions, but do not coordinate: most builders begin at the left end of
+the word and stop somewhere, some begin elsewhere, and all misplace a block at times. A team of them does part of the work twice
+and leaves much of it undone; training improves on that.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def pretraining_word(rng: random.Random) -> str:
 
 
 def name_colour(env: Agree, agent: str, rng: random.Random) -> str:
-    """The colour listed first more often than the others, whatever the rule says: language models lean to what comes first."""
+    """A colour, the first listed one more often than the others, since language models prefer the first option."""
     return env.colours[0] if rng.random() < 0.45 else rng.choice(env.colours[1:])
 
 
 def place_blocks(env: StrBuild, agent: str, rng: random.Random) -> str:
-    """Part of the target in reading order of columns, with slips, never looking at what team-mates do."""
+    """Part of the target, column by column, with errors and without regard to team-mates."""
     ordered = sorted(env.target, key=lambda cell: (cell[0], -cell[1]))
     middle = env.width / 2
     plans = {

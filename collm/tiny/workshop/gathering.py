@@ -1,7 +1,6 @@
-"""Poor players of the two worlds with messages, for pre-training.
+"""Poor players of the two environments with messages, for pre-training.
 
-They write the format nearly always correctly, but wander, build along columns of their own choice, and say little that
-helps. What one needs of the other it gets by chance.
+They nearly always use the correct format, but walk at random, build along arbitrary columns, and rarely send useful messages.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Poor builders of houses, for pre-training.
 
-They write the format nearly always correctly and read their fills off the blueprint, but each plays as if alone: most begin
-at the floor and stop somewhere, some begin elsewhere or take one side; fills slip, and go past what a builder may use.
-What a team of them leaves undone, does twice or has dropped is what training is to mend.
+They nearly always use the correct format and take their fills from the blueprint, but do not coordinate: most begin at the
+floor and stop somewhere, some begin elsewhere or take one side; some fills are misplaced or exceed the builder's limits.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def public_row(layers: Layers, size: Size) -> dict[str, object]:
 
 
 def fill_boxes(env: HouseBuild, agent: str, rng: random.Random) -> str:
-    """Some of the blueprint's rectangles in order, whole or in part, with slips, never looking at what team-mates do."""
+    """Some of the blueprint's rectangles in order, whole or in part, with errors and without regard to team-mates."""
     width, height, depth = env.house.size
     parts = [(y, part) for y in range(height) for part in rectangles(env.house.blocks, y)]
     plans = {

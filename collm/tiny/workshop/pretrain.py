@@ -2,7 +2,7 @@
 
     python -m collm.tiny.workshop.pretrain OUTPUT_FOLDER
 
-Same machine, same thread count: same weights to the bit. docs/tiny-model.md tells what it is and what it scores.
+The same machine and number of threads give the same weights to the bit. docs/tiny-model.md describes the model and its scores.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Poor programmers, for pre-training.
 
-They write Python that nearly always parses and know parts of the job, but not what the other writes: a helper does some step
-of the problem, or another; main does it all alone, passes the helper's result on, or works with it, rightly now and then.
+They write Python that nearly always parses and solves parts of the problem, without regard to the team-mate's part: a helper
+does some step; main solves the whole problem, only returns the helper's result, or uses it, at times correctly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scripted players in a world: what each of them read and wrote."""
+"""Episodes of scripted players: the texts that each agent read and wrote."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ World = TypeVar("World", bound=TextEnv)
 
 
 def play(env: World, player: Callable[[World, str, random.Random], str], rng: random.Random) -> list[Chat]:
-    """One episode with the same player in every seat; the agents' chats in random order.
+    """Play one episode with the same player for every agent; returns the agents' chats in random order.
 
-    The last turn is not judged, since nobody would read the verdict.
+    The last turn is not stepped, since its outcome would not be read.
     """
     observations, _ = env.reset(seed=rng.getrandbits(32))
     chats: dict[str, Chat] = {agent: [] for agent in env.agents}

@@ -1,7 +1,7 @@
-"""Poor writers, for pre-training: they retell the text and fill up with stock phrases, at a length of their own.
+"""Poor writers, for pre-training: they retell the text and add stock phrases, up to a random length.
 
-Each writes as if alone: how long it writes, how often it repeats itself and whether it joins its sentences is drawn anew each
-time, so a team meets the gates now and then, by chance.
+They do not coordinate: length, repetitions and transition words are drawn independently each time, so a team passes the gates
+only by chance.
 """
 
 from __future__ import annotations
