@@ -121,7 +121,7 @@ def test_addresses():
         "http://h?k=1",
         "",
     ):
-        with pytest.raises(ConfigError, match="no address of a server"):
+        with pytest.raises(ConfigError, match="is not a server's address"):
             endpoint("a", wrong)
     with pytest.raises(ConfigError, match="user name or a password") as caught:
         endpoint("a", "http://me:secret@host")

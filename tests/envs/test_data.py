@@ -127,7 +127,7 @@ def test_json_lines_under_the_name_json_are_read(tmp_path: Path) -> None:
     assert list(read_rows(str(path))) == ROWS[:1]
 
 
-@pytest.mark.parametrize(("bad", "reason"), [("{", "line 51"), ("[1]", "no object")])
+@pytest.mark.parametrize(("bad", "reason"), [("{", "line 51"), ("[1]", "not an object")])
 def test_one_bad_row_is_left_out_and_more_than_one_in_a_hundred_are_refused(tmp_path: Path, bad: str, reason: str) -> None:
     path = tmp_path / "rows.jsonl"
     good = [json.dumps({"x": i}) for i in range(199)]

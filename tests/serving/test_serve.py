@@ -351,7 +351,9 @@ def test_a_busy_port_a_missing_agent_and_other_refusals(capsys, run, one, tmp_pa
     assert "'NOT_SET_AT_ALL'" in fails(capsys, *serve, "0", "--api-key-env", "NOT_SET_AT_ALL")
     error = fails(capsys, "serve", str(run), "--agent", "helper", "--port", "0")
     assert "no agent 'helper' in this run; its agents are builder_0, builder_1, builder_2" in error
-    assert "no run directory" in fails(capsys, "serve", str(tmp_path / "nothing"), "--agent", "a", "--port", "0")
+    assert "neither a run directory nor an exported folder" in fails(
+        capsys, "serve", str(tmp_path / "nothing"), "--agent", "a", "--port", "0"
+    )
     assert "no checkpoint after 77" in fails(capsys, *serve, "0", "--checkpoint", "77")
 
 
@@ -460,7 +462,7 @@ def test_play_refuses_clearly(capsys, run):
     assert "the task's agents are builder_0" in fails(capsys, "play", str(run), "--agent", f"helper={url}")
     assert "is given twice" in fails(capsys, "play", str(run), *all_three, *all_three[:2])
     assert "is not NAME=URL" in fails(capsys, "play", str(run), "--agent", url)
-    assert "no address of a server" in fails(capsys, "play", str(run), "--agent", "builder_0=nowhere")
+    assert "is not a server's address" in fails(capsys, "play", str(run), "--agent", "builder_0=nowhere")
     assert "--episodes 0 is too few" in fails(capsys, "play", str(run), *all_three, "--episodes", "0")
     assert "--timeout 0.0 is not a time" in fails(capsys, "play", str(run), *all_three, "--timeout", "0")
     assert "'learner.lr' means nothing" in fails(capsys, "play", str(run), *all_three, "--learner.lr", "1")
@@ -593,7 +595,9 @@ def test_an_exported_folder_can_be_served(capsys, run, one, tmp_path):
 
 def test_export_refuses_clearly(capsys, run, tmp_path):
     assert "no agent 'helper'" in fails(capsys, "export", str(run), str(tmp_path / "x"), "--agent", "helper")
-    assert "no run directory" in fails(capsys, "export", str(tmp_path / "no"), str(tmp_path / "x"), "--agent", "builder_0")
+    assert "neither a run directory nor an exported folder" in fails(
+        capsys, "export", str(tmp_path / "no"), str(tmp_path / "x"), "--agent", "builder_0"
+    )
     assert "no checkpoint after 9" in fails(
         capsys, "export", str(run), str(tmp_path / "x"), "--agent", "builder_0", "--checkpoint", "9"
     )
