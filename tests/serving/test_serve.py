@@ -465,7 +465,7 @@ def test_play_refuses_clearly(capsys, run):
     assert "is not a server's address" in fails(capsys, "play", str(run), "--agent", "builder_0=nowhere")
     assert "--episodes 0 is too few" in fails(capsys, "play", str(run), *all_three, "--episodes", "0")
     assert "--timeout 0.0 is not a time" in fails(capsys, "play", str(run), *all_three, "--timeout", "0")
-    assert "'learner.lr' means nothing" in fails(capsys, "play", str(run), *all_three, "--learner.lr", "1")
+    assert "'learner.lr' does not apply to" in fails(capsys, "play", str(run), *all_three, "--learner.lr", "1")
     assert "unknown task 'agreee'" in fails(capsys, "play", "agreee", *all_three)
     assert "takes the task as an argument" in fails(capsys, "play", "agree", *all_three, "--env.name", "str_build")
 
