@@ -194,7 +194,7 @@ def model_options(folder: Path, policies: Sequence[Policy], settings: VllmSettin
         longest = options["max_model_len"] or policy.max_positions
         options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(longest, 8192)}
     if cpu:
-        kv_cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 1)  # GiB
+        kv_cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 1)  # GiB, a whole number for vLLM, too
         options["kv_cache_memory_bytes"] = int(kv_cache * share * 2**30)
     adapters = [other.adapter for other in policies if other.adapter is not None and other.adapter.name is not None]
     if adapters:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ if importlib.util.find_spec("vllm") is None:
 from collm.engines.vllm import VllmEngine
 
 SETTINGS = VllmSettings(max_model_len=1024)
-os.environ["VLLM_CPU_KVCACHE_SPACE"] = "0.25"  # GiB
 AGENTS = ("agent_0", "agent_1")
 TEXTS = (
     "You are agent_0. Name one of these colours: red, green, blue, yellow.",
