@@ -90,12 +90,13 @@ def assign_values(
     metrics: Metrics = {}
     if kind == "Q":
         advantages_ENT = from_alternatives(values_ENT, predicted_ENT, text)
-        returns_ENT, baselines_ENT = advantages_ENT, torch.zeros(batch.shape)
     else:
         advantages_ENT = advantages.td_lambda(rewards_ENT, values_ENT, wanted_ENT, gamma=gamma, lam=settings.lam)
-        returns_ENT = advantages.lambda_returns(rewards_ENT, values_ENT, wanted_ENT, gamma=gamma, lam=settings.lam)
-        baselines_ENT = values_ENT[..., :-1]
     if regressions.teammates:
+        returns_ENT, baselines_ENT = advantages_ENT, torch.zeros(batch.shape)  # Q's baseline is subtracted already
+        if kind == "V":
+            returns_ENT = advantages.lambda_returns(rewards_ENT, values_ENT, wanted_ENT, gamma=gamma, lam=settings.lam)
+            baselines_ENT = values_ENT[..., :-1]
         advantages_ENT, metrics = without_teammates(batch, regressions, features_ETM, returns_ENT, baselines_ENT)
     advantages_ENT = _normalized(advantages_ENT * batch.live_ENT, batch, settings)
     metrics |= diagnostics.deviations(batch, advantages_ENT)

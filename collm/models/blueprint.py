@@ -56,6 +56,10 @@ class PolicySpec:
         """Its learning rate: learner.lr if set, else 5e-4 for an adapter and `whole_model_rate` for a whole model."""
         return config.learner.lr or (5e-4 if self.base is not None else whole_model_rate(self.model))
 
+    def head_rate(self, config: Config) -> float:
+        """The learning rate of a value head on it: critic.lr if set, else its own."""
+        return config.critic.lr or self.rate(config)
+
     @property
     def name(self) -> str:
         """The name of its first agent."""
@@ -190,9 +194,7 @@ class Blueprint:
         policies = {", ".join(policy.agents): policy.rate(config) for policy in self.policies}
         owners = {policy.name: policy for policy in self.policies}
         critics = {
-            critic.label: critic.rate(config)
-            if critic.body != "policy"
-            else config.critic.lr or owners[critic.policy].rate(config)
+            critic.label: owners[critic.policy].head_rate(config) if critic.body == "policy" else critic.rate(config)
             for critic in self.critics
         }
         return {**policies, **critics}

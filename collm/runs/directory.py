@@ -22,7 +22,7 @@ from collm.errors import ConfigError, RunError
 from collm.runs.files import explained, is_leftover, refuse_links, sweep, write_text
 from collm.runs.output import complain
 from collm.settings import former
-from collm.settings.load import apply_overrides, parse_config, parse_resolved
+from collm.settings.load import apply_overrides, parse_config
 from collm.settings.rooms import Config
 
 CONFIG = "config.json"
@@ -103,7 +103,7 @@ def write_config(folder: Path, config: Config) -> None:
 
 def read_config(folder: Path) -> Config:
     """The settings of a run. Raises RunError where there is none."""
-    return parse_resolved(read_settings(folder))
+    return parse_config(read_settings(folder))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -188,14 +188,15 @@ def resumed_config(folder: Path, overrides: Mapping[str, Any]) -> Config:
                 f"{name!r} cannot change when a run is resumed: these can: {', '.join(RESUMABLE)}. Start a new run for other "
                 "settings: collm train RECIPE --run.name NAME."
             )
-    values = read_settings(folder)
-    if gone := former.lost(_settings_file(folder)):
+    kept = _settings_file(folder)
+    if gone := former.lost(kept):
         raise ConfigError(
             f"run {str(folder)!r} began with {', '.join(gone)}, which this version of collm does not have: it would not go on "
             "exactly. Continue with the version that began it, or start a new run from the models in its folder final."
         )
+    values = former.translate(kept)
     apply_overrides(values, overrides)
-    return parse_resolved(values)
+    return parse_config(values)
 
 
 def run_config(folder: Path, overrides: Mapping[str, Any], *, playing: bool = True) -> Config:

@@ -22,6 +22,11 @@ def near(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
+def compares_siblings(a: AlgorithmSettings) -> bool:
+    """Whether the baseline is a statistic of a group's returns."""
+    return a.baseline in GROUP_BASELINES or ":" in a.baseline
+
+
 def baseline_is_known(a: AlgorithmSettings) -> None:
     if a.baseline not in BASELINES and not re.fullmatch(r"[\w.]+:[\w.]+", a.baseline):
         known = ", ".join(BASELINES)
@@ -32,8 +37,7 @@ def baseline_is_known(a: AlgorithmSettings) -> None:
 
 
 def group_baseline_has_a_group(a: AlgorithmSettings) -> None:
-    compares = a.baseline in GROUP_BASELINES or ":" in a.baseline
-    if compares and a.group_size < 2:
+    if compares_siblings(a) and a.group_size < 2:
         raise ValueError(
             f"algorithm.baseline={a.baseline!r} compares episodes of one task, but algorithm.group_size={a.group_size} gives "
             "nothing to compare. Set algorithm.group_size=4, or algorithm.baseline='value'."
@@ -41,8 +45,7 @@ def group_baseline_has_a_group(a: AlgorithmSettings) -> None:
 
 
 def group_deviation_has_a_group(a: AlgorithmSettings) -> None:
-    compares = a.baseline in GROUP_BASELINES or ":" in a.baseline
-    if a.normalize == "group" and (not compares or a.group_size < 4):
+    if a.normalize == "group" and (not compares_siblings(a) or a.group_size < 4):
         raise ValueError(
             f"algorithm.normalize='group' divides by a group's own deviation: it needs a group baseline and group_size of at "
             f"least 4 (here {a.baseline!r} and {a.group_size}). Set normalize='agent'."

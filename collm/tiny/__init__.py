@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from collm.models.sources import TINY
+
 
 def folder() -> Path:
     """The Hugging Face folder of its weights and tokenizer."""
-    return Path(__file__).with_name("weights")
+    return TINY

@@ -173,7 +173,7 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
             config,
             sampling,
             lr=spec.rate(config),
-            head_lr=config.critic.lr or spec.rate(config),
+            head_lr=spec.head_rate(config),
         )
         for spec in blueprint.policies
     ]
