@@ -142,6 +142,13 @@ class TextEnv(ParallelEnv[str, str, str]):
         """The privileged view of the present state, which a critic may read and agents do not."""
         return ""
 
+    def scripted_answers(self) -> dict[str, str]:
+        """Answers of a scripted player to the present observations, one per agent; {} if the environment has no such player.
+
+        They earn a good reward, not always the best one. They serve as worked examples and for imitation.
+        """
+        return {}
+
     def task_name(self, task: int) -> str:
         """The name of a task in tables and logs."""
         return str(task)
