@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from collm.algorithms.stats import RunningMoments
 from collm.models.chat import Chat
 from collm.models.loading import load_pretrained
 from collm.models.policy import compute_in
+from collm.models.trees import Tree, hidden_states, reads_trees
 from collm.types import Episode, Ids, Message
 
 
@@ -99,10 +101,15 @@ class Critic(nn.Module):
     def device(self) -> torch.device:
         return self.value.weight.device
 
-    def hidden(self, ids_BL: Tensor) -> Tensor:
-        """Hidden states (B, L, D) of right-padded ids (B, L)."""
+    @cached_property
+    def reads_trees(self) -> bool:
+        """Whether `hidden` may be given trees."""
+        return reads_trees(self.body, self.device)
+
+    def hidden(self, ids_BL: Tensor, tree: Tree | None = None) -> Tensor:
+        """Hidden states (B, L, D) of ids (B, L), padded at the right, which are sequences or trees."""
         with compute_in(self.compute, self.device):
-            return self.body(input_ids=ids_BL, use_cache=False).last_hidden_state
+            return hidden_states(self.body, ids_BL, tree)
 
     def read(
         self,
