@@ -3,7 +3,7 @@
     checkpoints/000040/
         state.json                  how far the run is
         policy-AGENT.safetensors    float32 weights of each policy, or of its adapter alone
-        regression.safetensors      of returns on environment metrics, with critic.metrics
+        regression.safetensors      of returns on environment metrics, with critic.metrics or critic.body="none"
         without.safetensors         the difference baseline's regressions, with critic.difference
         `yardstick.safetensors`     the metric ceiling: what environment metrics explain within tasks, for the report
         critic-NAME.safetensors     critic (of its adapter and head alone, if it is one) or value head, with running moments

@@ -211,7 +211,7 @@ class AlgorithmSettings(Room):
 
     @property
     def has_critic(self) -> bool:
-        """Whether the baseline is computed by critics."""
+        """Whether the baseline is a predicted value, of critics or (with `critic.body="none"`) of a regression."""
         return self.baseline in CRITIC_BASELINES
 
     @property
@@ -223,9 +223,9 @@ class AlgorithmSettings(Room):
 class CriticSettings(Room):
     reads: Literal["joint", "own"] = "joint"
     """The joint history (one centralized critic), or each agent's own history (a decentralized critic per agent)."""
-    body: Literal["auto", "model", "policy"] = "auto"
+    body: Literal["auto", "model", "policy", "none"] = "auto"
     """"model": the critic is a separate model; "policy": a value head on the agent's model; "auto": an adapter if the critic's
-    model is the base of an agent's adapter, else a separate model."""
+    model is the base of an agent's adapter, else a separate model; "none": no language model, V is a regression alone."""
     model: str | None = None
     """Initial model of the critic; default: that of the first agent whose history it reads."""
     lr: float | None = Field(None, gt=0)
@@ -239,7 +239,8 @@ class CriticSettings(Room):
     state: bool = False
     """Critics also read the environment's privileged state."""
     metrics: bool = False
-    """Add the metric regression (of returns on environment metrics and rewards so far) to what critics predict from text."""
+    """Add the metric regression (of returns on environment metrics and rewards so far) to what critics predict from text. With
+    body="none": V, and the difference baseline, read environment metrics; if false, rewards alone."""
     normalize_targets: bool = False
     """Normalize critic targets by their running mean and standard deviation (PopArt)."""
     max_tokens: int = Field(8192, ge=16)
@@ -319,6 +320,11 @@ class Config(Room):
     def run_name(self) -> str:
         task = self.env.name.replace(":", ".")
         return self.run.name or f"{task}-{self.algorithm.name}-seed{self.run.seed}"
+
+    @property
+    def regressions_read_metrics(self) -> bool:
+        """Whether regressions read environment metrics; if false, rewards alone."""
+        return self.critic.metrics or self.critic.body != "none" or not self.algorithm.has_critic
 
     def check_trains(self) -> None:
         """Raises ConfigError if the settings are for evaluation only."""

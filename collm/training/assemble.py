@@ -146,7 +146,7 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
     Args: sampling: the distribution of training answers. metric_names: the environment metrics that regressions read.
     """
     blueprint = Blueprint.around(config, team.agents, team.specs)
-    if not blueprint.critics:
+    if not config.algorithm.has_critic:
         group_estimator(config.algorithm.baseline)  # refuse a faulty user-defined one before training
     heads: dict[str, dict[str, ValueHead]] = {spec.name: {} for spec in blueprint.policies}
     critics: list[CriticPart] = []
@@ -178,13 +178,14 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
         )
         for spec in blueprint.policies
     ]
-    labels = {critic.label: critic.agents[0] for critic in blueprint.critics}
+    labels = blueprint.labels
     regressions = Regressions(
         metric_names,
         len(team.agents),
-        critic=bool(blueprint.critics),
+        critic=config.algorithm.has_critic,
         metrics=blueprint.metric_regression,
         teammates=blueprint.difference_baseline,
+        read_metrics=config.regressions_read_metrics,
     )
     return PartsLearner(LocalHands([*critics, *policies]), team.agents, labels, regressions, config)
 

@@ -170,6 +170,14 @@ def test_other_settings_change_what_they_should() -> None:
     assert less.largest.parts["activations"] == pytest.approx(plain.largest.parts["activations"] / 8)
 
 
+def test_without_a_text_critic_none_is_planned() -> None:
+    found, other = planned(work(), critic__body="none"), planned(work(), algorithm__name="magrpo", algorithm__group_size=2)
+    assert found.held == other.held
+    assert [phase.name for phase in found.phases] == [phase.name for phase in other.phases]
+    assert found.update_tokens < planned(work()).update_tokens
+    assert found.replayed_turns > 0
+
+
 def test_work_follows_the_task() -> None:
     config = parse_config({"env": {"name": "str_build", "turns": 3}, "rollout": {"tasks": 6, "max_tokens": 20}})
     found = work_of(config)

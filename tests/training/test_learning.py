@@ -103,6 +103,14 @@ def test_one_agent_names_the_stated_target(tmp_path: Path, name: str, seed: int)
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "own critic as a value head": {"algorithm": {"name": "collm-dc"}, "critic": {"body": "policy"}},
+    "no text critic": {"critic": {"body": "none"}},
+    "no text critic, rewards alone": {"critic": {"body": "none", "metrics": False}, "algorithm": {"teammates": "replay"}},
+    "no text critic, three turns": {
+        "critic": {"body": "none"},
+        "env": {"turns": 3},
+        "rollout": {"tasks": 24},
+        "learner": {"lr": 2e-4},
+    },
     "Q with a counterfactual baseline": {  # without warm-up its first guesses push both agents out of the valid answers
         "algorithm": {"baseline": "counterfactual"},
         "critic": {"warmup": 5},
