@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 from collm import open_run
 from collm.cli.main import main
+from collm.engines.http import HttpEngine, endpoint
+from collm.engines.local import LocalEngine
 from collm.engines.scripted import ScriptedEngine
 from collm.envs.catalogue import EnvSpec
 from collm.errors import ConfigError
@@ -19,16 +22,18 @@ from collm.learning.batch import Batch
 from collm.learning.pack import pack_answers
 from collm.models.critic import Critic
 from collm.models.policy import Policy
+from collm.models.team import Team
 from collm.rollout.collect import collect
 from collm.rollout.examples import draw_examples
 from collm.rollout.plan import Plan
 from collm.rollout.replay import resample
 from collm.runs.directory import run_config
-from collm.runs.examples import read_examples, recorded_examples, with_examples
+from collm.runs.examples import of_agent, read_examples, recorded_examples, with_examples
+from collm.serving import server
 from collm.settings.load import load_config, parse_config, parse_resolved
 from collm.training.task import draw_tasks, plan_of, training_tasks
 from collm.training.trainer import Trainer
-from collm.types import Episode, Example, Message, Request, examples_of
+from collm.types import Episode, Example, Message, Request, Sampling, examples_of
 
 ROLES = EnvSpec("worlds:Roles")
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
@@ -330,3 +335,21 @@ def test_a_request_gets_the_examples_once_and_after_its_system_message() -> None
     ):
         assert with_examples(examples, "agent_0", messages) == wanted
     assert with_examples((), "agent_0", (system, asked)) == (system, asked)
+
+
+def test_a_server_answers_as_the_run_does(tiny: Policy, tmp_path: Path) -> None:
+    """Episodes played over HTTP, whose requests hold the examples, and a bare request read the same prompts as in process."""
+    examples = draw_examples(ROLES, 2, 0, name="roles")
+    held, ready = server.listen("127.0.0.1", 0), threading.Event()
+    app = server.make_app(tiny, "agent_0", examples=of_agent(examples, "agent_0"))
+    threading.Thread(target=server.run, args=(app, held, ready.set), daemon=True).start()
+    assert ready.wait(30)
+    remote = HttpEngine({"agent_0": endpoint("agent_0", f"http://127.0.0.1:{held.getsockname()[1]}/v1")})
+    local = LocalEngine(Team({"agent_0": tiny}))
+    plan = Plan(EnvSpec("worlds:Roles", {"agents": 1}), sampling=Sampling(0, max_tokens=4), examples=examples)
+    (here,), (there,) = (collect(plan, engine, [1], [1])[0].episodes for engine in (local, remote))
+    for turn, other in zip(here.turns, there.turns, strict=True):
+        assert np.array_equal(turn.completions["agent_0"].prompt_ids, other.completions["agent_0"].prompt_ids)
+    bare = Request("agent_0", here.history("agent_0")[4:5], plan.sampling)
+    assert np.array_equal(remote.generate([bare])[0].prompt_ids, here.turns[0].completions["agent_0"].prompt_ids)
+    remote.close()
