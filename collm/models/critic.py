@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -123,16 +124,18 @@ class Critic(nn.Module):
     ) -> Reading:
         """The critic's input for turn `turn`; len(episode.turns) is the history after the last turn.
 
-        If the history is too long, the oldest turns are cut first. If a single turn is too long, every text keeps an equal
+        The agents' examples are read like earlier turns. If the history is too long, examples and then the oldest turns are cut
+        first. If a single turn is too long, every text keeps an equal
         number of tokens at its end.
 
         Args:
             agents: agents whose texts are read.
             state: include the environment's privileged state.
-            newest_only: without earlier turns (rollout.history="newest").
+            newest_only: without earlier turns (rollout.history="newest"), but with examples.
             answers: for Q, agent -> its answer at this turn.
         """
-        earlier = [
+        earlier = self._examples(episode, agents, state)
+        earlier += [
             (self._observed(episode, t, agents, state), self._answered(episode.turns[t].completions, agents))
             for t in range(0 if not newest_only else turn, turn)
         ]
@@ -165,6 +168,13 @@ class Critic(nn.Module):
         if final is None:
             return self.chat.encode(messages)
         return self.chat.encode([*messages, Message("assistant", final)], answer=False)
+
+    def _examples(self, episode: Episode, agents: Sequence[str], state: bool) -> list[tuple[str, str]]:
+        """The agents' worked examples, read like earlier turns: (observations, answers)."""
+        rows = zip_longest(*([m.text for m in episode.examples.get(agent, ())] for agent in agents))
+        texts = [{agent: text for agent, text in zip(agents, row, strict=True) if text is not None} for row in rows]
+        joined = [self._joined(found, len(agents) + (state and not i % 2)) for i, found in enumerate(texts)]
+        return list(zip(joined[::2], joined[1::2], strict=True))
 
     def _texts(self, episode: Episode, turn: int, agents: Sequence[str], state: bool) -> dict[str, str]:
         played = turn < len(episode.turns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,7 +20,8 @@ from collm.errors import ConfigError
 from collm.settings import checks
 from collm.settings.presets import ALGORITHMS, CRITIC_BASELINES
 
-NUMBERS = (int, float, int | None, float | None)
+Examples = Annotated[int, Field(ge=0)] | str
+NUMBERS = (int, float, int | None, float | None, Examples)
 
 
 class Room(BaseModel):
@@ -140,6 +141,9 @@ class RolloutSettings(Room):
     history: Literal["full", "last", "newest"] = "full"
     """What an agent reads: "full" is all its observations and answers, "last" the first observation, its last answer and the
     newest observation, "newest" the newest observation alone."""
+    examples: Examples = 0
+    """Worked examples in front of every agent's history: how many first turns of training tasks the environment's scripted
+    player answers, or a file of chats (JSON lines)."""
     max_turns: int | None = Field(None, ge=1)
     """Truncate episodes after this number of turns; default: the environment ends them."""
     temperature: float = Field(1.0, ge=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +296,15 @@ def test_the_plan_is_within_15_percent_of_what_training_takes() -> None:
     for name, numbers in found.items():
         assert numbers["measured_gib"] > 1, (name, numbers)
         assert abs(numbers["ratio"] - 1) <= 0.15, (name, numbers)
+
+
+def test_examples_lengthen_every_sequence(tmp_path: Path) -> None:
+    for history in ("full", "last", "newest"):
+        plain = work(history=history)
+        assert replace(plain, examples=50).sequence("a", "b") == plain.sequence("a", "b") + 100
+    config = load_config(None, {"env.name": "agree", "rollout.examples": 3})
+    plain = work_of(load_config(None, {"env.name": "agree"}))
+    assert work_of(config).examples == 3 * (TEMPLATE + plain.prompts["agent_0"][0] + plain.answer)
+    path = tmp_path / "chats.jsonl"
+    path.write_text("red " * 100)
+    assert 100 <= work_of(load_config(None, {"env.name": "agree", "rollout.examples": str(path)})).examples <= 400

@@ -42,7 +42,7 @@ def make_trainer(folder: Path, name: str, agents: int, seed: int, **changes: dic
 def score(trainer: Trainer, episodes: int = 256) -> float:
     """Share of the optimum: mean reward per turn of sampled play."""
     plan = replace(trainer.plan, group_size=1, tree=False, resamples=0, no_op=False)
-    tasks = [index % trainer.num_tasks for index in range(episodes)]
+    tasks = [index % len(trainer.tasks) for index in range(episodes)]
     return reward_per_turn(collect(plan, trainer.engine, tasks, [seeds.derive("score", index) for index in range(episodes)]))
 
 
