@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from collm.algorithms.stats import RunningMoments
 from collm.models.chat import Chat
-from collm.models.loading import load_pretrained
+from collm.models.loading import load_pretrained, max_positions_of
 from collm.models.policy import compute_in
 from collm.models.trees import Tree, hidden_states, reads_trees
 from collm.types import Episode, Ids, Message
@@ -82,21 +82,24 @@ class Reading:
 class Critic(nn.Module):
     """A language model's body with a value head and its own tokenizer. Vocabulary logits are not computed."""
 
-    def __init__(self, body: Any, tokenizer: Any, *, max_tokens: int = 8192, compute: str = "float32"):
+    def __init__(
+        self, body: Any, tokenizer: Any, *, max_tokens: int = 8192, compute: str = "float32", system: str | None = None
+    ):
         super().__init__()
         self.body = body.float().eval()
         self.value = ValueHead(body.config.get_text_config().hidden_size)
         self.tokenizer = tokenizer
-        self.chat = Chat(tokenizer, keep_thoughts=True)
-        self.max_tokens = max_tokens
+        self.chat = Chat(tokenizer, keep_thoughts=True, system=system)
+        self.max_tokens = min(max_tokens, max_positions_of(body.config))
         self.compute = compute
 
     @classmethod
-    def from_pretrained(cls, source: str, *, max_tokens: int = 8192, compute: str = "float32", device: Any = "cpu") -> Critic:
-        """A critic on the body of a pretrained language model. Raises ConfigError if it cannot be loaded."""
+    def from_pretrained(cls, source: str, *, device: Any = "cpu", **options: Any) -> Critic:
+        """A critic on the body of a pretrained language model, with the class's options. Raises ConfigError if it cannot be
+        loaded."""
         tokenizer = load_pretrained(AutoTokenizer, source)
         body = load_pretrained(AutoModel, source, dtype=torch.float32)
-        return cls(body, tokenizer, max_tokens=max_tokens, compute=compute).to(device)
+        return cls(body, tokenizer, **options).to(device)
 
     @property
     def device(self) -> torch.device:
