@@ -48,6 +48,14 @@ class Values:
     """Tokens read."""
 
 
+def without_text(batch: Batch) -> Values:
+    """The part of V that is from text where no critic reads any: 0 before every turn played and after the last turn of a
+    truncated episode."""
+    E, N, T = batch.shape
+    read_ET = torch.arange(T + 1) < (batch.num_turns_E + batch.truncated_E)[:, None]
+    return Values(torch.zeros(E, N, T + 1), read_ET[:, None].float().repeat(1, N, 1))
+
+
 def merge(parts: Iterable[Values]) -> Values:
     """The values of several critics for disjoint agents as one record."""
     first, *others = parts
