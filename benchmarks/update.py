@@ -68,8 +68,8 @@ def compare(policy: Policy, name: str, siblings: int, tokens: int, rounds: int) 
         ratios.append(alone / shared)
     error = float((found - wanted).norm() / wanted.norm())
     print(
-        f"{name:<14} G {siblings:<3} prompt {prompt:<4} answer {answer:<4} answers {len(batch.episodes):<4} tokens {many:.0f} -> "
-        f"{few:.0f}  seconds {alone:.2f} -> {shared:.2f}  ratio {statistics.median(ratios):.2f} "
+        f"{name:<14} G {siblings:<3} prompt {prompt:<4} answer {answer:<4} answers {len(batch.episodes):<4} "
+        f"tokens {many:.0f} -> {few:.0f}  seconds {alone:.2f} -> {shared:.2f}  ratio {statistics.median(ratios):.2f} "
         f"({min(ratios):.2f} to {max(ratios):.2f})  gradient {error:.1e}",
         flush=True,
     )
