@@ -43,7 +43,7 @@ def draw_examples(maker: EnvMaker, count: int, seed: int) -> tuple[Example, ...]
 
 
 def play_scripted(plan: Plan, task: int, seed: int) -> Episode:
-    """An episode of the scripted player. Its answers have no token ids. Raises ConfigError if there is no such player."""
+    """An episode of the scripted player. Its answers have no token ids. Raises ConfigError without such a player."""
     env = plan.env.make(plan.split)
     live = live_episode(plan, task, seed, env=env)
     begin(live)
