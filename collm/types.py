@@ -39,6 +39,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else "?" for c in text)
 
 
+THOUGHT, THOUGHT_END = "<think>", "</think>"
+"""The marks that models put around their thoughts."""
+
+
+def without_thoughts(text: str) -> str:
+    """The text after the last thought; empty if a thought has no end. Example: "<think>\\nA?\\n</think>\\n\\nred" -> "red"."""
+    _, end, answer = text.rpartition(THOUGHT_END)
+    return "" if THOUGHT in answer else answer.lstrip("\n") if end else answer
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message of a chat. Example: Message("assistant", "red", token_ids=array([71, 2]))"""
@@ -112,7 +122,8 @@ class Completion:
 
     agent: str
     text: str
-    """The decoded answer, without special tokens."""
+    """The answer for the environment and the team-mates: decoded, without special tokens, and without thoughts unless
+    team.thinking = "shown"."""
     prompt_ids: Ids | None = None
     """(P,) token ids that the model read."""
     token_ids: Ids | None = None
@@ -123,6 +134,8 @@ class Completion:
     """"stop": end-of-text was sampled. "length": max_tokens was reached. "error": no answer was generated."""
     error: str = ""
     """The reason, for finish_reason "error"."""
+    written: str | None = None
+    """All that the model wrote, thoughts included, if `text` is less; else None."""
 
 
 def outcome(

@@ -225,5 +225,5 @@ def _merge(policy: Policy, folder: Path) -> None:
     model = AutoPeftModelForCausalLM.from_pretrained(apart, dtype=torch.float32, trust_remote_code=False).merge_and_unload()
     shutil.rmtree(apart)
     model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+    policy.chat.save(folder)
     spell_as_before(folder)

@@ -105,6 +105,11 @@ class TeamSettings(Room):
     """Agents with the same initial model share one set of weights; if false, each agent has its own."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Number format of matrix products and of frozen base models; trained weights and optimizer state are always float32."""
+    system: str | None = Field(None, min_length=1)
+    """System message at the head of every history; "none" leaves out the chat template's own. Default: the template's own."""
+    thinking: Literal["off", "private", "shown"] = "off"
+    """"off": models do not think if their chat template has a switch for it. "private": they think, but neither the environment
+    nor another agent reads thoughts, which are trained in every case. "shown": thoughts are part of the answer."""
     lora: LoraSettings | None = None
     """Train low-rank adapters instead of whole models: a table of settings, or "none"."""
 

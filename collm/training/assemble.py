@@ -125,6 +125,8 @@ def make_team(config: Config, agents: tuple[str, ...]) -> Team:
         seed=seeds.derive(config.run.seed, "adapters"),
         compute=team.compute,
         device=config.run.device,
+        system=team.system,
+        thinking=team.thinking,
     )
 
 
@@ -136,7 +138,8 @@ def with_remote(engine: Engine, config: Config) -> Engine:
     from collm.engines.mixed import MixedEngine
 
     key_env = config.team.api_key_env or ""
-    servers = HttpEngine({agent: endpoint(agent, url, key_env=key_env) for agent, url in config.team.remote.items()})
+    places = {agent: endpoint(agent, url, key_env=key_env) for agent, url in config.team.remote.items()}
+    servers = HttpEngine(places, thinking=config.team.thinking)
     return MixedEngine(engine, dict.fromkeys(config.team.remote, servers))
 
 
@@ -192,7 +195,11 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
 
 def _make_critic(spec: CriticSpec, policy: Policy, config: Config) -> Critic:
     """Create a critic model of the blueprint. policy: the one that `spec.policy` names."""
-    common: dict[str, Any] = {"max_tokens": config.critic.max_tokens, "compute": policy.compute}
+    common: dict[str, Any] = {
+        "max_tokens": config.critic.max_tokens,
+        "compute": policy.compute,
+        "system": config.team.system,
+    }
     if spec.body == "adapter" and policy.adapter is not None:
         seed = seeds.derive(config.run.seed, "critic's adapter", spec.name)
         base = policy.adapter.base
