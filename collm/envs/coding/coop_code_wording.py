@@ -37,16 +37,11 @@ def _plain_later(env: CoopCode, agent: str, passed: float, use: Use) -> str:
 
 
 def _imperative(env: CoopCode, agent: str) -> str:
-    if agent in env.helpers:
-        return (
-            f"Write only the Python function {agent}, which does one step of the problem, for example:\n"
-            f"def {agent}(xs):\n    return sorted(xs)\nIt must begin with: def {agent}("
-        )
-    called = env.helpers[0] if env.helpers else "sorted"
-    name = env.problem.entry_point
+    helps = agent in env.helpers
+    name = agent if helps else env.problem.entry_point
+    task = f"the Python function {name}" + (", which does one step of the problem" if helps else "")
     return (
-        f"Write only the Python function {name}, for example:\n"
-        f"def {name}(xs):\n    xs = {called}(xs)\n    total = sum(xs)\n    return total\nIt must begin with: def {name}("
+        f"Write only {task}. Another function is, for example:\ndef half(x):\n    return x / 2\nIt must begin with: def {name}("
     )
 
 
