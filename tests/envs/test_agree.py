@@ -82,9 +82,9 @@ def test_several_turns_end_on_the_last_and_pay_each():
 
 def test_feedback_tells_the_outcome_and_not_the_other_answer():
     for answers in (("red", "blue"), ("red", "green"), ("red", "nonsense")):
-        _, (observations, *_) = play_once(Agree(wording="terse", turns=2, wording="terse"), answers)
+        _, (observations, *_) = play_once(Agree(wording="terse", turns=2), answers)
         assert observations["agent_0"] == "That did not score. Again."
-    _, (observations, *_) = play_once(Agree(wording="terse", turns=2, wording="terse"), ("red", "red"))
+    _, (observations, *_) = play_once(Agree(wording="terse", turns=2), ("red", "red"))
     assert observations["agent_0"] == "That scored. Again."
 
 
