@@ -24,13 +24,14 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import real
 from matched import Row, make_reference, surroundings
@@ -60,7 +61,7 @@ class Cell:
     name: str
     what: str
     seconds: int
-    """The measurement is ended after that time."""
+    """The measurement on a GPU is ended after that time."""
     commands: tuple[tuple[str, ...], ...]
     needs: tuple[Path, ...] = ()
     """Files without which it is left out."""
@@ -68,38 +69,46 @@ class Cell:
 
 def cells(options: argparse.Namespace) -> list[Cell]:
     """All cells, in the order of measurement."""
-    python, here, model, device = sys.executable, str(HERE / "gpu.py"), options.model, options.device
+    python, model, small = sys.executable, options.model, options.small
     folder = () if model == "tiny" else (ROOT / model,)
-    real_py = (python, str(HERE / "real.py"), "--device", device, "--precision", "bfloat16", "--work", str(options.work))
-    sides = ("--sides", "collm", "floor") if options.small else ("--sides", "collm", "comlrl", "floor")
-    sizes = ("--iterations", "2", "--tasks", "2") if options.small else ("--iterations", "4", "--tasks", "8")
+    sides = ("--sides", "collm", "floor") if small else ("--sides", "collm", "comlrl", "floor")
+    learning = ("--iterations", "2", "--tasks", "1") if small else ("--iterations", "20", "--tasks", "4")
+    sizes = (*sides, *(("--iterations", "2", "--tasks", "2") if small else ("--iterations", "4", "--tasks", "8")))
+
+    def script(name: str, *arguments: object) -> tuple[str, ...]:
+        return (python, str(HERE / name), *map(str, arguments), "--device", options.device)
 
     def gap(form: str, precision: str) -> Cell:
-        command = (python, here, model, "--gap", form, precision, "--device", device)
         what = f"log-probs of engine and learner: {form}, {precision}"
-        return Cell(f"gap-{form}-{precision}", what, 45, (command,), folder)
+        return Cell(f"gap-{form}-{precision}", what, 45, (script("gpu.py", model, "--gap", form, precision),), folder)
 
-    learning = ("--iterations", "2", "--tasks", "1") if options.small else ("--iterations", "20", "--tasks", "4")
+    def sides_by_side(cell: str, model: object, *arguments: str) -> tuple[str, ...]:
+        places = ("--work", options.work, "--out", sides_of(cell, options))
+        return script("real.py", model, "--precision", "bfloat16", *places, *arguments)
+
+    def speed(shape: str) -> Cell:
+        name, made = f"speed-{shape}", options.work / "models" / ("tiny" if small else shape)
+        measure = sides_by_side(name, made, *sizes, "--answer-tokens", "64", "--no-evaluation")
+        return Cell(name, f"the same, Qwen3-{shape}'s shape", 120, (script("gpu.py", "--build", made.name, made), measure))
+
+    learn = sides_by_side("learn", model, "--sides", "recipe", *learning)
+    smollm2 = sides_by_side("speed-SmolLM2", model, *sizes)
     found = [
         Cell("tests", "quick tests that play and train", 75, ((python, "-m", "pytest", "-q", "-x", *TESTS),)),
         gap("adapters", "float32"),
         gap("whole", "float32"),
-        Cell(
-            "learn",
-            "recipes/real/quote.toml, with its curve",
-            150,
-            ((*real_py, model, "--sides", "recipe", *learning),),
-            folder,
-        ),
-        Cell("speed-SmolLM2", "speed and memory: " + " ".join(sides[1:]), 100, ((*real_py, model, *sides, *sizes),), folder),
+        Cell("learn", "recipes/real/quote.toml, with its curve", 150, (learn,), folder),
+        Cell("speed-SmolLM2", "speed and memory: " + " ".join(sides[1:]), 100, (smollm2,), folder),
+        *map(speed, SHAPES),
+        gap("adapters", "bfloat16"),
+        gap("whole", "bfloat16"),
     ]
-    for shape in SHAPES:
-        made = options.work.resolve() / "models" / ("tiny" if options.small else shape)
-        build = (python, here, "--build", made.name, str(made), "--device", device)
-        measure = (*real_py, str(made), *sides, *sizes, "--answer-tokens", "64", "--no-evaluation")
-        found.append(Cell(f"speed-{shape}", f"the same, Qwen3-{shape}'s shape", 120, (build, measure)))
-    found += [gap("adapters", "bfloat16"), gap("whole", "bfloat16")]
     return [cell for cell in found if not options.only or cell.name in options.only]
+
+
+def sides_of(name: str, options: argparse.Namespace) -> Path:
+    """The file to which a cell's real.py writes the sides measured so far."""
+    return Path(options.out / f"{name}.sides")
 
 
 # --- models of a shape ----------------------------------------------------------------------------------------------------
@@ -238,7 +247,8 @@ def measure_all(todo: list[Cell], options: argparse.Namespace) -> int:
         path = options.out / f"{cell.name}.json"
         row = json.loads(path.read_text()) if path.exists() else {}
         if row.get("outcome") != "measured":
-            row = run_cell(cell, min(cell.seconds, deadline - time.monotonic()), options)
+            left = deadline - time.monotonic()
+            row = run_cell(cell, min(cell.seconds, left) if options.device == "cuda" else left, options)
             half = path.with_suffix(".half")
             half.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
             half.replace(path)
@@ -258,27 +268,35 @@ def run_cell(cell: Cell, seconds: float, options: argparse.Namespace) -> Row:
         return {"outcome": "left out", "reason": "the time was over"}
     env = surroundings(1 if options.device == "cpu" else None, gpu=options.device == "cuda")
     env |= {"PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)])}
-    started, text = time.monotonic(), ""
-    with (options.out / f"{cell.name}.log").open("w+") as log:
+    row: Row = {"outcome": "measured"}
+    started, text, sides = time.monotonic(), "", sides_of(cell.name, options)
+    sides.unlink(missing_ok=True)
+    with (options.out / f"{cell.name}.log").open("w") as log:
         for command in cell.commands:
             command = (*command, "--reference", str(options.reference)) if "comlrl" in command else command
-            left = seconds - (time.monotonic() - started)
-            try:
-                done = subprocess.run(
-                    command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=log, text=True, check=False, timeout=left
-                )
-            except subprocess.TimeoutExpired:
-                return {"outcome": "failed", "reason": f"not done after {seconds:.0f} seconds"}
-            text = done.stdout.strip()
-            if done.returncode:
-                log.seek(0)
-                last = (log.read().strip() or text).split("\n")[-1]
-                return {"outcome": "failed", "reason": f"exit code {done.returncode}: {last}"}
-    row: Row = {"outcome": "measured", "seconds": round(time.monotonic() - started, 1)}
-    try:
-        return row | json.loads(text.split("\n\n")[-1])
-    except ValueError:
-        return row | {"said": text.split("\n")[-1]}
+            code, text = limited(command, env, log, seconds - (time.monotonic() - started))
+            if code:
+                last = (Path(log.name).read_text(errors="replace").strip() or text).split("\n")[-1]
+                reason = f"not done after {seconds:.0f} seconds" if code == -signal.SIGKILL else f"exit code {code}: {last}"
+                row |= {"outcome": "failed", "reason": reason}
+                break
+    row["seconds"] = round(time.monotonic() - started, 1)
+    if sides.exists():  # also of a command that was ended
+        return row | json.loads(sides.read_text())
+    last = text.split("\n")[-1]
+    return row | (json.loads(last) if last.startswith("{") else {"said": last})
+
+
+def limited(command: tuple[str, ...], env: dict[str, str], log: IO[str], seconds: float) -> tuple[int, str]:
+    """(exit code, output) of a command; after `seconds` it and what it started are killed."""
+    options: dict[str, Any] = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": log, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
+        try:
+            text, _ = process.communicate(timeout=max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            text, _ = process.communicate()
+        return process.returncode, text.strip()
 
 
 def no_gpu() -> str:
@@ -307,8 +325,9 @@ def main() -> int:
         build_model(options.build[0], Path(options.build[1]), options.device)
         return 0
     if options.gap:
-        print("\n\n" + json.dumps(measure_gap(options.model, *options.gap, options.device)))
+        print("\n" + json.dumps(measure_gap(options.model, *options.gap, options.device)))
         return 0
+    options.out, options.work = options.out.absolute(), options.work.absolute()
     todo = cells(options)
     reason = no_gpu() if options.device == "cuda" else ""
     if options.dry_run or reason:

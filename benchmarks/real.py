@@ -28,7 +28,7 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from matched import Row, Stopwatch, in_a_process, make_reference
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "recipes" / "real" / "quote.toml"
 SIDES = ("collm", "comlrl", "recipe", "floor")
+TOKENS_AT_ONCE = 4096
+"""Tokens in one forward and backward pass of the floor."""
 SHOWN = 3
 """Held-out texts whose answers are kept."""
 
@@ -256,11 +258,12 @@ def measure_floor(job: Row) -> Row:
                         top_p=1.0, min_new_tokens=length, max_new_tokens=length,
                     )  # fmt: skip
                 mask_BL = torch.nn.functional.pad(mask_BL, (0, length), value=1)
-                hidden = model.model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
-                logits = model.lm_head(hidden[:, -length - 1 : -1]).float()
-                loss = -logits.log_softmax(-1).gather(-1, ids_BL[:, -length:, None]).sum() / len(ids_BL)
+                rows = max(1, TOKENS_AT_ONCE // ids_BL.shape[1])
                 optimizer.zero_grad()
-                loss.backward()
+                for ids, mask in zip(ids_BL.split(rows), mask_BL.split(rows), strict=True):
+                    hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+                    logits = model.lm_head(hidden[:, -length - 1 : -1]).float()
+                    (-logits.log_softmax(-1).gather(-1, ids[:, -length:, None]).sum() / len(ids_BL)).backward()
                 optimizer.step()
     return clock.row(len(prompts), len(prompts) * 2 * length)
 
@@ -276,38 +279,39 @@ MEASURE = {
 }
 
 
-def measure_all(options: argparse.Namespace) -> Row:
-    """Every side's row; "sides" maps a side to its row, "ratios" divides collm's rates by the others'."""
-    job: Row = {
-        name: getattr(options, name)
-        for name in ("iterations", "tasks", "group", "answer_tokens", "device", "precision", "lr", "temperature", "seed")
-    } | {"evaluate": not options.no_evaluation, "model": local(options.model)}
+def measure_all(options: argparse.Namespace) -> Iterator[Row]:
+    """After each side: the settings, the rows of all sides so far, and collm's rates divided by the others'."""
+    names = ("iterations", "tasks", "group", "answer_tokens", "device", "precision", "lr", "temperature", "seed")
+    settings: Row = {name: getattr(options, name) for name in names}
+    job = settings | {"evaluate": not options.no_evaluation, "model": local(options.model)}
+    first = next((side for side in options.sides if side in ("collm", "recipe")), "collm")
     rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
-        first = next((side for side in options.sides if side in ("collm", "recipe")), "collm")
         for side in (first, *(side for side in options.sides if side != first)):
             python = reference_python(options) if side == "comlrl" else Path(sys.executable)
-            job |= {"side": side, "save": folder}
-            rows[side] = process(job, python)
-            job["read"] = rows[side].pop("read", job.get("read"))
-            if side == "comlrl" and job["evaluate"]:
+            row = process(job | {"side": side, "save": folder}, python)
+            job["read"] = row.pop("read", job.get("read"))  # every side reads what the first read
+            if side == "comlrl" and job["evaluate"] and "failed" not in row:
                 models = {agent: f"{folder}/agent_{i}" for i, agent in enumerate(("first", "second"))}
-                rows[side] |= {
-                    "before": rows[first]["before"],
-                    "after": process(job | {"side": "evaluate", "models": models}, Path(sys.executable)),
-                }
-            print(f"  {side}: {line(rows[side])}", file=sys.stderr)
-    kept = {name: value for name, value in job.items() if name not in ("side", "read", "save")} | {"model": options.model}
-    return {"settings": kept, "sides": rows, "ratios": ratios(rows)}
+                after = process(job | {"side": "evaluate", "models": models}, Path(sys.executable))
+                row |= {"before": rows[first]["before"], "after": after}
+            rows[side] = row
+            print(f"  {side}: {line(row)}", file=sys.stderr)
+            yield {"model": options.model, "settings": settings, "sides": rows, "ratios": ratios(rows)}
+            if job["read"] is None:
+                raise SystemExit(f"{first} failed, and the other sides read its prompts")
 
 
 def process(job: Row, python: Path) -> Row:
-    """One side's row, measured in a process of its own."""
+    """One side's row, measured in a process of its own; {"failed": reason} if that ends with an error."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(json.dumps(job))
         file.flush()
         threads, gpu = (None, True) if job["device"] == "cuda" else (1, False)
-        row: Row = in_a_process([python, __file__, "--job", file.name], threads, gpu=gpu)
+        try:
+            row: Row = in_a_process([python, __file__, "--job", file.name], threads, gpu=gpu)
+        except SystemExit as error:
+            return {"failed": str(error)}
         return row
 
 
@@ -325,15 +329,15 @@ def reference_python(options: argparse.Namespace) -> Path:
 def ratios(rows: Mapping[str, Row]) -> Row:
     """collm's joint actions per second and per CPU second, divided by those of every other side."""
     units = ("joint_actions_per_second", "joint_actions_per_cpu_second")
-    return {
-        f"collm / {side}": {unit: rows["collm"][unit] / row[unit] for unit in units}
-        for side, row in rows.items()
-        if side != "collm" and "collm" in rows
-    }
+    collm = rows.get("collm", {})
+    others = {side: row for side, row in rows.items() if side != "collm" and units[0] in row and units[0] in collm}
+    return {f"collm / {side}": {unit: collm[unit] / row[unit] for unit in units} for side, row in others.items()}
 
 
 def line(row: Row) -> str:
     """A side's row as one line."""
+    if "failed" in row:
+        return f"failed: {row['failed']}"
     rates = f"{row['joint_actions_per_second']:.2f} joint actions/s, {row['joint_actions_per_cpu_second']:.2f} per CPU second"
     said = f"{rates}, {row['peak_memory_gib']:.2f} GiB, median iteration {statistics.median(row['seconds_by_iteration']):.1f} s"
     for when in ("before", "after"):
@@ -360,17 +364,17 @@ def main() -> int:
     add("--no-evaluation", action="store_true", help="speed alone")
     add("--reference", type=Path, metavar="PYTHON", help="a Python that has comlrl, instead of making an environment")
     add("--work", type=Path, default=HERE / ".work", metavar="DIR", help="folder of the reference's environment")
-    add("--out", type=Path, metavar="FILE", help="write the result there as JSON")
+    add("--out", type=Path, metavar="FILE", help="write the results there as JSON after each side")
     add("--job", type=Path, help=argparse.SUPPRESS)  # one side, in this process
     options = parser.parse_args()
     if options.job:
         return measure_here(json.loads(options.job.read_text()))
     options.work.mkdir(parents=True, exist_ok=True)
-    report = measure_all(options)
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print("\n\n" + json.dumps(report))
-    return 0
+    for report in measure_all(options):
+        if options.out:
+            options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1))
+    return int(any("failed" in row for row in report["sides"].values()))
 
 
 def measure_here(job: Row) -> int:

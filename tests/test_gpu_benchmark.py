@@ -79,6 +79,7 @@ def test_without_a_gpu_it_lists_what_it_would_do_and_stops(tmp_path, arguments):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_on_the_cpu_measures_and_is_not_repeated(tmp_path):
     out = tmp_path / "out"
     options = ["tiny", "--device", "cpu", "--small", "--out", out, "--work", tmp_path / "work", "--only", "speed-0.6B"]

@@ -36,10 +36,10 @@ class LiveEpisode:
     """Its environment waits for a sandbox or a server, so that it is stepped in a thread."""
 
 
-def live_episode(plan: Plan, task: int, seed: int, sibling: int = 0) -> LiveEpisode:
-    """Create an episode, not yet begun, with a new environment."""
+def live_episode(plan: Plan, task: int, seed: int, sibling: int = 0, *, env: Any = None) -> LiveEpisode:
+    """Create an episode, not yet begun. env: played instead of a new environment."""
     episode = Episode(task=task, seed=seed, agents=(), sibling=sibling)
-    env = plan.env.make(plan.split)
+    env = plan.env.make(plan.split) if env is None else env
     episode.agents = tuple(env.possible_agents)
     if plan.examples:
         episode.examples = {agent: examples_of(plan.examples, agent) for agent in episode.agents}

@@ -1,6 +1,6 @@
 """Files of chats as JSON lines: worked examples of a run, and a user's data for `collm imitate`.
 
-    {"agent": "writer_0", "messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    {"agent": "first", "messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 
 "agent" may be absent: the chat is every agent's. "task" may name the training task that the chat was drawn from.
 """

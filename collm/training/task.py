@@ -57,7 +57,7 @@ def find_examples(config: Config) -> tuple[Example, ...]:
     wanted, spec = config.rollout.examples, env_of(config)
     if isinstance(wanted, str):
         return read_examples(Path(wanted), gate.agents_of(spec.make("train")))
-    return draw_examples(spec, wanted, config.run.seed, name=spec.name) if wanted else ()
+    return draw_examples(spec, wanted, config.run.seed) if wanted else ()
 
 
 def training_tasks(plan: Plan) -> list[int]:

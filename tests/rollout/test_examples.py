@@ -62,7 +62,7 @@ def pairs(messages: tuple[Message, ...]) -> list[tuple[str, str]]:
 
 
 def test_examples_are_first_turns_of_different_training_tasks_and_each_agent_has_its_own() -> None:
-    examples = draw_examples(ROLES, 3, 5, name="roles")
+    examples = draw_examples(ROLES, 3, 5)
     assert [example.agent for example in examples] == ["agent_0", "agent_1"] * 3
     tasks = [example.task for example in examples[::2]]
     assert len(set(tasks)) == 3
@@ -75,28 +75,28 @@ def test_examples_are_first_turns_of_different_training_tasks_and_each_agent_has
 
 
 def test_the_seed_determines_the_draw() -> None:
-    assert draw_examples(ROLES, 3, 5, name="roles") == draw_examples(ROLES, 3, 5, name="roles")
-    drawn = {tuple(e.task for e in draw_examples(ROLES, 3, seed, name="roles")) for seed in range(8)}
+    assert draw_examples(ROLES, 3, 5) == draw_examples(ROLES, 3, 5)
+    drawn = {tuple(e.task for e in draw_examples(ROLES, 3, seed)) for seed in range(8)}
     assert len(drawn) > 4
 
 
 def test_more_examples_than_tasks_repeat_them_with_other_seeds() -> None:
-    examples = draw_examples(EnvSpec("worlds:Roles", {"tasks": 1}), 3, 0, name="roles")
+    examples = draw_examples(EnvSpec("worlds:Roles", {"tasks": 1}), 3, 0)
     assert len({example.messages[0].text for example in examples[::2]}) == 3
 
 
 def test_training_leaves_out_the_tasks_of_the_examples() -> None:
-    plan = Plan(ROLES, examples=draw_examples(ROLES, 2, 0, name="roles"))
+    plan = Plan(ROLES, examples=draw_examples(ROLES, 2, 0))
     tasks = training_tasks(plan)
     assert sorted([*tasks, *{example.task for example in plan.examples}]) == list(range(6))
     drawn = draw_tasks(3, 0, 8, tasks)
     assert set(drawn) == set(tasks)
     assert sorted(drawn[:4]) == tasks
-    assert training_tasks(replace(plan, examples=draw_examples(ROLES, 6, 0, name="roles"))) == list(range(6))
+    assert training_tasks(replace(plan, examples=draw_examples(ROLES, 6, 0))) == list(range(6))
 
 
 def test_an_environment_without_a_scripted_player_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'worlds:Luck' has no scripted player for agent_0, agent_1.*file of chats"):
+    with pytest.raises(ConfigError, match=r"Luck has no scripted player for agent_0, agent_1.*file of chats"):
         Trainer(config(tmp_path, env={"name": "worlds:Luck"}), quiet=True)
     assert not (tmp_path / "run").exists()
 
@@ -113,7 +113,7 @@ def test_a_count_is_a_whole_number(given: object, tmp_path: Path) -> None:
 @pytest.mark.parametrize("history", ["full", "last", "newest"])
 @pytest.mark.parametrize("protocol", ["parallel", "pipeline", "discussion"])
 def test_every_request_begins_with_the_agents_examples_and_goes_on_as_without(history: Any, protocol: str) -> None:
-    examples = draw_examples(ROLES, 2, 0, name="roles")
+    examples = draw_examples(ROLES, 2, 0)
 
     def asked(plan: Plan) -> list[Request]:
         seen: list[Request] = []
@@ -136,7 +136,7 @@ def test_every_request_begins_with_the_agents_examples_and_goes_on_as_without(hi
 
 
 def test_trees_and_resampled_answers_read_them_too(sampled: Any) -> None:
-    examples = draw_examples(ROLES, 1, 0, name="roles")
+    examples = draw_examples(ROLES, 1, 0)
     seen: list[Request] = []
 
     class Watched(ScriptedEngine):
@@ -175,7 +175,7 @@ def test_only_sampled_answers_are_trained_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("newest_only", [False, True])
 @pytest.mark.parametrize("state", [False, True])
 def test_critics_read_them_like_earlier_turns(tiny: Policy, newest_only: bool, state: bool) -> None:
-    examples = draw_examples(ROLES, 2, 0, name="roles")
+    examples = draw_examples(ROLES, 2, 0)
     (group,) = collect(Plan(ROLES, examples=examples), ScriptedEngine(lambda request: "red"), [1], [1])
     episode = group.episodes[0]
     critic = Critic(tiny.body, tiny.tokenizer)
@@ -339,7 +339,7 @@ def test_a_request_gets_the_examples_once_and_after_its_system_message() -> None
 
 def test_a_server_answers_as_the_run_does(tiny: Policy, tmp_path: Path) -> None:
     """Episodes played over HTTP, whose requests hold the examples, and a bare request read the same prompts as in process."""
-    examples = draw_examples(ROLES, 2, 0, name="roles")
+    examples = draw_examples(ROLES, 2, 0)
     held, ready = server.listen("127.0.0.1", 0), threading.Event()
     app = server.make_app(tiny, "agent_0", examples=of_agent(examples, "agent_0"))
     threading.Thread(target=server.run, args=(app, held, ready.set), daemon=True).start()

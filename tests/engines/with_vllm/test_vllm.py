@@ -146,14 +146,16 @@ def test_adapters_before_and_after_training(tmp_path: Path) -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("model", ["tiny", str(SMOLLM2)], ids=["tiny", "smollm2"])
-def test_the_gap_of_each_adapter_is_small_with_a_sync_and_large_without(tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize(("model", "env"), [("tiny", "agree"), (str(SMOLLM2), "quote")], ids=["tiny", "smollm2"])
+def test_the_gap_of_each_adapter_is_small_with_a_sync_and_large_without(tmp_path: Path, model: str, env: str) -> None:
     """After one real update, the engine samples from each agent's new adapter only if `load` was called."""
     if model != "tiny" and not SMOLLM2.exists():
         pytest.skip("no build/smollm2: `make smollm2` makes it")
     team = Team.from_pretrained(dict.fromkeys(AGENTS, model), lora=LoraSettings(rank=8))
     engine = VllmEngine(team, SETTINGS)
-    trainer = trainer_of(tmp_path, team, engine, env={"name": "quote", "agents": list(AGENTS)}, learner={"lr": 5e-3})
+    rooms: dict[str, dict[str, Any]] = {"env": {"name": env, "agents": list(AGENTS)}, "learner": {"lr": 5e-3}}
+    rooms |= {"algorithm": {"name": "magrpo", "group_size": 8}, "rollout": {"tasks": 2, "max_tokens": 8}}
+    trainer = trainer_of(tmp_path, team, engine, **rooms)
     trainer.learner.update(trainer.collect(), 0)
     without = mean_gaps(engine, team)
     assert min(without.values()) > SYNCED, without
