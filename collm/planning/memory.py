@@ -189,9 +189,15 @@ def _generation(config: Config, work: Work, model: Model, agents: Sequence[str])
     attention = c * (3 * queries + 2 * keys) + 8 * shape.hidden + 5 * prompt * (prompt > 1)
     sorts = config.rollout.top_p < 1 or config.rollout.top_k
     logits = rows * shape.vocabulary * (16 + 25 * bool(sorts))
+    linear = shape.layers * sum(a * b for a, b in shape.linear.values()) + shape.vocabulary * shape.hidden
+    copied = 2 * linear if c == 2 and model.lora is None else 0  # Policy.for_generation
     return Phase(
         f"generation ({model.name})",
-        {"key-value cache": cache, "prompts and logits": max(rows * prompt * max(mlp, attention), logits)},
+        {
+            "key-value cache": cache,
+            "prompts and logits": max(rows * prompt * max(mlp, attention), logits),
+            "linear layers in bfloat16": copied,
+        },
     )
 
 
