@@ -38,14 +38,16 @@ class LocalEngine:
         self.batch_tokens = batch_tokens
         self.remember = remember
         self._memories: dict[tuple[int, Sampling], Memory] = {}
+        self._ready: dict[int, Policy] = {}
 
     def load(self, team: Team) -> None:
+        self.rest()
         self.team = team
-        self._memories.clear()
 
     def rest(self) -> None:
-        """Release the kept caches."""
+        """Release the kept caches and cast weights."""
         self._memories.clear()
+        self._ready.clear()
 
     def close(self) -> None:
         self.rest()
@@ -72,11 +74,15 @@ class LocalEngine:
             after = Memory() if self.remember and _continues(policy) and held + size <= self.batch_tokens // 2 else None
             if after is None:
                 before = None
+            if id(policy) not in self._ready:
+                self._ready[id(policy)] = policy.for_generation()
             while rows:
                 count = max(1, (self.batch_tokens - held) // (len(prompts[rows[0]]) + sampling.max_tokens))
                 batch, rows = rows[:count], rows[count:]
                 uniforms = np.stack([_uniforms(requests[i].seed, sampling.max_tokens) for i in batch])
-                answers = decode(policy, [prompts[i] for i in batch], torch.from_numpy(uniforms), sampling, before, after)
+                answers = decode(
+                    self._ready[id(policy)], [prompts[i] for i in batch], torch.from_numpy(uniforms), sampling, before, after
+                )
                 for i, (ids, logprobs) in zip(batch, answers, strict=True):
                     stopped = bool(len(ids)) and int(ids[-1]) in policy.stop_ids
                     text, written = policy.chat.read(ids.tolist())
