@@ -61,6 +61,26 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Example:
+    """A worked example: a chat that an agent reads before its history. It is never trained on.
+
+    Example: Example((Message("user", "Name one colour ..."), Message("assistant", "red")), agent="agent_0", task=3)
+    """
+
+    messages: tuple[Message, ...]
+    """Observations and answers in turn, ending with an answer."""
+    agent: str | None = None
+    """The agent that reads it; None: every agent."""
+    task: int | None = None
+    """The training task that it was drawn from, if known."""
+
+
+def examples_of(examples: Iterable[Example], agent: str) -> tuple[Message, ...]:
+    """The messages of an agent's examples, in order."""
+    return tuple(message for example in examples if example.agent in (None, agent) for message in example.messages)
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """The distribution that an answer is sampled from. Example: Sampling(temperature=0.7, top_p=0.95, max_tokens=64)"""
 
@@ -226,13 +246,17 @@ class Episode:
     """Wall-clock seconds from creation to end."""
     label: str = ""
     """The task's name."""
+    examples: Mapping[str, tuple[Message, ...]] = field(default_factory=dict)
+    """Agent -> worked examples that it reads before its history; they are not turns."""
 
     def history(self, agent: str, kind: History = "full") -> tuple[Message, ...]:
         """The observations and answers of `agent`, ending with the observation that it is to answer now.
 
         "full" is a growing chat. "last" keeps the first observation, the agent's last answer and the newest observation.
-        "newest" is the newest observation alone, for environments that repeat everything relevant at every turn.
+        "newest" is the newest observation alone, for environments that repeat everything relevant at every turn. The agent's
+        examples come first in all three.
         """
+        examples = self.examples.get(agent, ())
         messages: list[Message] = []
         for turn in self.turns:
             if agent in turn.completions:
@@ -241,10 +265,10 @@ class Episode:
                 messages.append(Message("assistant", answer.text, answer.token_ids))
         messages.append(Message("user", self.observations[agent]))
         if kind == "newest":
-            return (messages[-1],)
+            return (*examples, messages[-1])
         if kind == "last" and len(messages) > 3:
             messages = [messages[0], *messages[-2:]]
-        return tuple(messages)
+        return (*examples, *messages)
 
     def add(
         self,

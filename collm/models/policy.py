@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from collm.models.blueprint import BaseSpec, base_of
 from collm.models.chat import Chat
 from collm.models.loading import check_vocabulary, load_pretrained, max_positions_of
 from collm.models.sources import is_adapter, resolve
+from collm.models.trees import Tree, hidden_states, reads_trees
 from collm.settings.rooms import LoraSettings
 from collm.types import Sampling
 
@@ -130,10 +132,15 @@ class Policy:
         """The module that is trained and saved: the whole model, or the adapter alone."""
         return self.adapter or self.model
 
-    def hidden(self, ids_BL: Tensor) -> Tensor:
-        """Hidden states (B, L, D) of right-padded ids (B, L). Attention is causal, so padding at the right needs no mask."""
+    @cached_property
+    def reads_trees(self) -> bool:
+        """Whether `hidden` may be given trees."""
+        return reads_trees(self.body, self.device)
+
+    def hidden(self, ids_BL: Tensor, tree: Tree | None = None) -> Tensor:
+        """Hidden states (B, L, D) of ids (B, L), padded at the right, which are sequences or trees."""
         with compute_in(self.compute, self.device):
-            return self.body(input_ids=ids_BL, use_cache=False).last_hidden_state
+            return hidden_states(self.body, ids_BL, tree)
 
     def logits(self, hidden_KD: Tensor) -> Tensor:
         """Vocabulary logits (K, V) of chosen hidden states (K, D)."""
