@@ -97,13 +97,16 @@ class Chat:
 
     def encode(self, messages: Sequence[Message], *, answer: bool = True) -> Ids:
         """Token ids (L,) of a history; with `answer`, up to the mark after which the model is to answer."""
-        frames = self._frames(tuple(message.role for message in messages), answer)
+        roles = tuple(message.role for message in messages)
+        frames = self._frames(roles, answer)
         newest = max((i for i, message in enumerate(messages) if message.role == "user"), default=0)
         ids: list[int] = []
         run: list[Piece] = [(True, frames[0])]
         end: int | None = None  # the end mark, where it was sampled already
         for i, (message, frame) in enumerate(zip(messages, frames[1:], strict=True)):
             before, sampled = self._said(message, earlier=message.role == "assistant" and i < newest)
+            if sampled is not None and i:
+                run[-1] = (True, self._prompted(roles[:i], frames[i]))
             run += before
             if sampled is not None:
                 ids += _after(end, self._run(run, continued=bool(ids))) + sampled
@@ -185,6 +188,14 @@ class Chat:
                 return False
         return True
 
+    def _prompted(self, roles: tuple[str, ...], frame: str) -> str:
+        """The template's text before a sampled answer. A space that the template puts before answers, but not at the end of a
+        prompt, is left out: the model has sampled its own."""
+        if not frame[-1:].isspace():
+            return frame
+        prompt = self._frames(roles, True)[-1]
+        return prompt if frame.startswith(prompt) and frame.removeprefix(prompt).isspace() else frame
+
     def _said(self, message: Message, *, earlier: bool) -> tuple[list[Piece], list[int] | None]:
         """A message as texts and, after them, the sampled ids that it keeps; None for a message that was not sampled.
 
@@ -250,6 +261,12 @@ class Chat:
             self.tokenizer.save_pretrained(folder)
         finally:
             self.tokenizer.chat_template = own
+
+    def by_transformers(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt ids of texts that transformers' `apply_chat_template` gives with this template."""
+        chat = [{"role": message.role, "content": message.text} for message in messages]
+        options = {"chat_template": self.template, "add_generation_prompt": True, "strftime_now": _DAY.strftime}
+        return list(self.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False, **options))
 
     def forget(self) -> None:
         """Clear the caches of encoded texts, for long-lived processes that read untrusted texts."""
