@@ -64,6 +64,13 @@ class EnvSettings(BaseModel):
     name: str
     """A built-in environment, or "module:Class" of any PettingZoo ParallelEnv with text observations and actions."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _wording(cls, values: Any) -> Any:
+        """The wording of a built-in environment is a setting of every run, so that a run keeps its prompts."""
+        built_in = isinstance(values, Mapping) and ":" not in str(values.get("name", ":"))
+        return {**values, "wording": values.get("wording", "plain")} if built_in else values
+
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
