@@ -7,7 +7,7 @@ reused in the next turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Literal
 
@@ -37,6 +37,8 @@ class LocalEngine:
         self.team = team
         self.batch_tokens = batch_tokens
         self.remember = remember
+        self.watch: Callable[[int, int], None] | None = None
+        """Called after each batch of a call with the number of answers that are done, and of those asked for."""
         self._memories: dict[tuple[int, Sampling], Memory] = {}
         self._ready: dict[int, Policy] = {}
 
@@ -88,6 +90,8 @@ class LocalEngine:
                     text, written = policy.chat.read(ids.tolist())
                     finish: Literal["stop", "length"] = "stop" if stopped else "length"
                     completions[i] = Completion(requests[i].agent, text, prompts[i], ids, logprobs, finish, written=written)
+                if self.watch is not None:
+                    self.watch(len(completions), len(requests))
             if after is not None:
                 self._memories[id(policy), sampling] = after
         return [completions[i] for i in range(len(requests))]
