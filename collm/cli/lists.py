@@ -77,6 +77,7 @@ def algorithms(arguments: argparse.Namespace) -> int:
     for name, preset in ALGORITHMS.items():
         print(f"{name:<15} {preset.about}")
         print(" " * 16 + "  ".join(f"{key}={value!r}" for key, value in preset.settings().items()) + "\n")
+    print("critic.body='none' trains those with a critic without a language model as critic: V is a regression alone.")
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Literal
 
 import numpy as np
 import torch
@@ -78,10 +79,9 @@ class LocalEngine:
                 answers = decode(policy, [prompts[i] for i in batch], torch.from_numpy(uniforms), sampling, before, after)
                 for i, (ids, logprobs) in zip(batch, answers, strict=True):
                     stopped = bool(len(ids)) and int(ids[-1]) in policy.stop_ids
-                    text = policy.chat.decode(ids.tolist())
-                    completions[i] = Completion(
-                        requests[i].agent, text, prompts[i], ids, logprobs, "stop" if stopped else "length"
-                    )
+                    text, written = policy.chat.read(ids.tolist())
+                    finish: Literal["stop", "length"] = "stop" if stopped else "length"
+                    completions[i] = Completion(requests[i].agent, text, prompts[i], ids, logprobs, finish, written=written)
             if after is not None:
                 self._memories[id(policy), sampling] = after
         return [completions[i] for i in range(len(requests))]

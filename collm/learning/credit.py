@@ -69,7 +69,7 @@ def assign_values(
     *,
     critic_lam: float,
 ) -> Assignment:
-    """Credit with critics: a value is the prediction of the metric regression plus the critic's prediction from text.
+    """Credit with values: a value is the prediction of the metric regression plus the critic's prediction from text.
 
     The regressions predict first and learn afterwards. The text critic's targets are the residuals of the updated regression:
     if both learned the same residual, their sum would overshoot.
@@ -100,7 +100,8 @@ def assign_values(
         advantages_ENT, metrics = without_teammates(batch, regressions, features_ETM, returns_ENT, baselines_ENT)
     advantages_ENT = _normalized(advantages_ENT * batch.live_ENT, batch, settings)
     metrics |= diagnostics.deviations(batch, advantages_ENT)
-    metrics |= diagnostics.measure_ceiling(regressions.ceiling, batch, features_ETM, gamma=gamma)
+    ceiling_ETM = residual.features(batch, regressions.ceiling_names)
+    metrics |= diagnostics.measure_ceiling(regressions.ceiling, batch, ceiling_ETM, gamma=gamma)
     metrics |= diagnostics.explain(batch, values_ENT, wanted_ENT, critics, gamma=gamma)
     residual.learn_returns(regressions.metrics, features_ETM, batch, values_ENT, text.read_ENT, gamma=gamma, kind=kind)
     learned_ENT = residual.predict_returns(regressions.metrics, features_ETM, text.read_ENT)

@@ -17,6 +17,7 @@ from collm.algorithms import losses
 from collm.learning.batch import Batch
 from collm.learning.pack import MicroBatch, Packed, micro_batches
 from collm.models.critic import ValueHead
+from collm.models.trees import Tree
 
 
 class Body(Protocol):
@@ -25,7 +26,10 @@ class Body(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def hidden(self, ids_BL: Tensor) -> Tensor: ...
+    @property
+    def reads_trees(self) -> bool: ...
+
+    def hidden(self, ids_BL: Tensor, tree: Tree | None = None) -> Tensor: ...
 
 
 @dataclass(slots=True)
@@ -42,6 +46,14 @@ class Values:
     """Histories whose oldest turns were cut to fit."""
     num_tokens: int = 0
     """Tokens read."""
+
+
+def without_text(batch: Batch) -> Values:
+    """The part of V that is from text where no critic reads any: 0 before every turn played and after the last turn of a
+    truncated episode."""
+    E, N, T = batch.shape
+    read_ET = torch.arange(T + 1) < (batch.num_turns_E + batch.truncated_E)[:, None]
+    return Values(torch.zeros(E, N, T + 1), read_ET[:, None].float().repeat(1, N, 1))
 
 
 def merge(parts: Iterable[Values]) -> Values:
@@ -84,8 +96,8 @@ def read(
 def values_at(body: Body, head: ValueHead, packed: Sequence[Packed], num: int, limit: int) -> tuple[Tensor, int]:
     """Values (num,) at the markers' slots, 0 at slots without a marker; and the number of tokens read."""
     values_X, num_tokens = torch.zeros(num), 0
-    for micro in micro_batches(packed, limit, body.device):
-        hidden_MD = body.hidden(micro.ids_BL)[micro.row_M, micro.column_M]
+    for micro in micro_batches(packed, limit, body.device, trees=body.reads_trees):
+        hidden_MD = body.hidden(micro.ids_BL, micro.tree)[micro.row_M, micro.column_M]
         values_X[micro.slot_M.cpu()] = head(hidden_MD).cpu()
         num_tokens += micro.num_tokens
     return values_X, num_tokens

@@ -87,12 +87,17 @@ class PartsLearner:
         settings = self.config.algorithm
         if not settings.has_critic:
             return assign_returns(batch, settings, self.regressions), {}
-        text = critics.merge(values for values in self.hands.all("values", batch) if values is not None)
+        reads = self.config.critic.body != "none"
+        text = self._read(batch) if reads else critics.without_text(batch)
         wanted_ENT = critics.targeted(batch, kind=settings.critic_kind, own_turns=self.config.critic.body == "policy")
         assigned = assign_values(
             batch, text, wanted_ENT, self.regressions, self.critic_labels, settings, critic_lam=self.config.critic.lam
         )
-        return assigned, {"critic/cut": float(text.num_cut), "tokens/critic": float(text.num_tokens)}
+        return assigned, {"critic/cut": float(text.num_cut), "tokens/critic": float(text.num_tokens)} if reads else {}
+
+    def _read(self, batch: Batch) -> critics.Values:
+        """The values of all critics."""
+        return critics.merge(values for values in self.hands.all("values", batch) if values is not None)
 
     def tensors(self) -> dict[str, Tensors]:
         """File name -> tensors of a checkpoint."""

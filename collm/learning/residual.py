@@ -27,21 +27,33 @@ class Regressions:
     """The regressions of a run."""
 
     metric_names: tuple[str, ...]
-    """The environment metrics that they read."""
+    """The environment metrics that the regressions read beside the rewards; empty for rewards alone."""
+    ceiling_names: tuple[str, ...]
+    """Those that the metric ceiling reads: all."""
     metrics: TurnRegression | None
-    """The metric regression, from environment metrics to the return; None without `critic.metrics`."""
+    """The metric regression, from environment metrics and rewards so far to the return; None if values are from text alone."""
     teammates: nn.ModuleList
     """For each agent, a regression from the change of metrics by its team-mates' answers alone to the return minus its
     baseline; empty without the difference baseline."""
     ceiling: MetricCeiling | None
     """The metric ceiling, for reports; None without a critic."""
 
-    def __init__(self, metric_names: Sequence[str], num_agents: int, *, critic: bool, metrics: bool, teammates: bool):
-        self.metric_names = tuple(metric_names)
+    def __init__(
+        self,
+        metric_names: Sequence[str],
+        num_agents: int,
+        *,
+        critic: bool,
+        metrics: bool,
+        teammates: bool,
+        read_metrics: bool = True,
+    ):
+        self.ceiling_names = tuple(metric_names)
+        self.metric_names = self.ceiling_names if read_metrics else ()
         width = 2 + len(self.metric_names)
         self.metrics = TurnRegression(width, TURNS) if metrics else None
         self.teammates = nn.ModuleList(TurnRegression(width, TURNS) for _ in range(num_agents if teammates else 0))
-        self.ceiling = MetricCeiling(width, TURNS) if critic else None
+        self.ceiling = MetricCeiling(2 + len(self.ceiling_names), TURNS) if critic else None
 
     def modules(self) -> dict[str, nn.Module]:
         """File name -> module of a checkpoint."""

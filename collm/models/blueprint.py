@@ -152,7 +152,7 @@ class Blueprint:
     remote: tuple[str, ...] = ()
     """The frozen team-mates on servers; they have no parameters here."""
     metric_regression: bool = False
-    """The metric regression is added to the critics' predictions."""
+    """The metric regression is added to the critics' predictions; with `critic.body="none"` it is V."""
     difference_baseline: bool = False
     """A difference baseline from no-op counterfactuals is subtracted."""
 
@@ -177,7 +177,8 @@ class Blueprint:
                 "every agent of team.models is a server: nothing is left to train here. Give one agent a model, or play such a "
                 "team with `collm play`."
             )
-        critics = _critics(config, agents, policies) if config.algorithm.has_critic else ()
+        has_critic, text = config.algorithm.has_critic, config.critic.body != "none"
+        critics = _critics(config, agents, policies) if has_critic and text else ()
         references = [ReferenceSpec(p.name, p.base) for p in policies if config.algorithm.kl_coef > 0]
         return cls(
             agents,
@@ -185,7 +186,7 @@ class Blueprint:
             critics,
             tuple(references),
             remote,
-            metric_regression=bool(critics) and config.critic.metrics,
+            metric_regression=has_critic and (config.critic.metrics or not text),
             difference_baseline=config.algorithm.teammates == "replay",
         )
 
@@ -198,6 +199,12 @@ class Blueprint:
             for critic in self.critics
         }
         return {**policies, **critics}
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Critic's label in metrics -> an agent that it predicts values for; a regression alone has a joint critic's."""
+        alone = {"critic": self.agents[0]} if self.metric_regression else {}
+        return {critic.label: critic.agents[0] for critic in self.critics} or alone
 
     def policy_of(self, agent: str) -> PolicySpec:
         """The policy of an agent. Raises KeyError if it has none."""

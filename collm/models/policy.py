@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from collm.models.blueprint import BaseSpec, base_of
 from collm.models.chat import Chat
 from collm.models.loading import load_pretrained, max_positions_of
 from collm.models.sources import is_adapter, resolve
+from collm.models.trees import Tree, hidden_states, reads_trees
 from collm.settings.rooms import LoraSettings
 from collm.types import Sampling
 
@@ -43,10 +45,19 @@ class Policy:
     Args:
         compute: number format of matrix products, "float32" or "bfloat16".
         source: origin of the whole model, or of the adapter's base.
+        system, thinking: as `team.system` and `team.thinking`; None leaves them to the template.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, compute: str = "float32", adapter: Adapter | None = None, source: str = ""
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        compute: str = "float32",
+        adapter: Adapter | None = None,
+        source: str = "",
+        system: str | None = None,
+        thinking: str | None = None,
     ):
         self.adapter = adapter
         self.model = model.eval() if adapter else model.float().eval()
@@ -66,7 +77,8 @@ class Policy:
                 f"model {str(model.name_or_path)!r} does not fit its tokenizer: {what} lies beyond its {size} embeddings. "
                 "Take both from one place."
             )
-        self.chat = Chat(tokenizer, [i for i in stops if i is not None], max_positions=max_positions_of(model.config))
+        stops, limit = [i for i in stops if i is not None], max_positions_of(model.config)
+        self.chat = Chat(tokenizer, stops, max_positions=limit, system=system, thinking=thinking)
 
     @classmethod
     def from_pretrained(
@@ -78,6 +90,8 @@ class Policy:
         lora: LoraSettings | None = None,
         seed: int = 0,
         bases: dict[BaseSpec, Base] | None = None,
+        system: str | None = None,
+        thinking: str | None = None,
     ) -> Policy:
         """Load a Hugging Face folder or hub name, or "tiny"; a PEFT folder is loaded with the base that it names.
 
@@ -86,18 +100,20 @@ class Policy:
         Args:
             lora: add a new adapter to the model, initialized from `seed`, instead of training the whole model.
             bases: bases in memory, which are shared; a new base is added.
+            system, thinking: as `team.system` and `team.thinking`.
         """
+        about: dict[str, Any] = {"compute": compute, "system": system, "thinking": thinking}
         spec = base_of(source, lora, compute)
         if spec is None:
             tokenizer = load_pretrained(AutoTokenizer, source)
             model = load_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
-            return cls(model.to(device), tokenizer, compute=compute, source=resolve(source))
+            return cls(model.to(device), tokenizer, source=resolve(source), **about)
         bases = {} if bases is None else bases
         if spec not in bases:
             bases[spec] = Base.from_pretrained(spec.model if is_adapter(source) else source, dtype=spec.dtype, device=device)
         base = bases[spec]
         adapter = base.load(Path(source)) if is_adapter(source) or lora is None else base.add(lora, seed)
-        return cls(base.model, base.tokenizer, compute=compute, adapter=adapter, source=base.source)
+        return cls(base.model, base.tokenizer, adapter=adapter, source=base.source, **about)
 
     @property
     def device(self) -> torch.device:
@@ -123,10 +139,15 @@ class Policy:
         """The module that is trained and saved: the whole model, or the adapter alone."""
         return self.adapter or self.model
 
-    def hidden(self, ids_BL: Tensor) -> Tensor:
-        """Hidden states (B, L, D) of right-padded ids (B, L). Attention is causal, so padding at the right needs no mask."""
+    @cached_property
+    def reads_trees(self) -> bool:
+        """Whether `hidden` may be given trees."""
+        return reads_trees(self.body, self.device)
+
+    def hidden(self, ids_BL: Tensor, tree: Tree | None = None) -> Tensor:
+        """Hidden states (B, L, D) of ids (B, L), padded at the right, which are sequences or trees."""
         with compute_in(self.compute, self.device):
-            return self.body(input_ids=ids_BL, use_cache=False).last_hidden_state
+            return hidden_states(self.body, ids_BL, tree)
 
     def logits(self, hidden_KD: Tensor) -> Tensor:
         """Vocabulary logits (K, V) of chosen hidden states (K, D)."""
@@ -162,7 +183,7 @@ class Policy:
             self.model.save_pretrained(folder)
         else:
             self.adapter.save(folder)
-        self.tokenizer.save_pretrained(folder)
+        self.chat.save(folder)
         spell_as_before(folder)
 
 

@@ -13,7 +13,7 @@ from collm import seeds
 from collm.engines.base import Engine
 from collm.rollout.plan import Plan
 from collm.rollout.protocols import PROTOCOLS, Play
-from collm.types import Completion, Episode, Request
+from collm.types import Completion, Episode, Request, examples_of
 
 THREADS = max(4, min(32, 2 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2 * (os.cpu_count() or 1)))
 """Number of threads for environments that wait for a sandbox or a server."""
@@ -41,6 +41,8 @@ def live_episode(plan: Plan, task: int, seed: int, sibling: int = 0) -> LiveEpis
     episode = Episode(task=task, seed=seed, agents=(), sibling=sibling)
     env = plan.env.make(plan.split)
     episode.agents = tuple(env.possible_agents)
+    if plan.examples:
+        episode.examples = {agent: examples_of(plan.examples, agent) for agent in episode.agents}
     play = PROTOCOLS[plan.protocol](env, episode, history=plan.history, max_turns=plan.max_turns)
     return LiveEpisode(episode, play, [], time.monotonic(), waits(env))
 

@@ -3,7 +3,7 @@
     checkpoints/000040/
         state.json                  how far the run is
         policy-AGENT.safetensors    float32 weights of each policy, or of its adapter alone
-        regression.safetensors      of returns on environment metrics, with critic.metrics
+        regression.safetensors      of returns on environment metrics, with critic.metrics or critic.body="none"
         without.safetensors         the difference baseline's regressions, with critic.difference
         `yardstick.safetensors`     the metric ceiling: what environment metrics explain within tasks, for the report
         critic-NAME.safetensors     critic (of its adapter and head alone, if it is one) or value head, with running moments
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from collm.learning.tensors import restore
 from collm.models.blueprint import POLICY
 from collm.models.team import Team
 from collm.runs.directory import checkpoints
+from collm.runs.examples import of_agent, write_examples
 from collm.runs.files import REMOVING, explained, remove, replacing, write_text
+from collm.types import Example
 
 FORMAT = 1
 STATE = "state.json"
@@ -56,11 +58,13 @@ def save(folder: Path, learner: Learner, state: Mapping[str, Any]) -> None:
         (aside / STATE).write_text(account, encoding="utf-8")
 
 
-def save_team(folder: Path, team: Team) -> None:
-    """Write the team as Hugging Face folders, atomically; earlier files are replaced."""
+def save_team(folder: Path, team: Team, examples: Sequence[Example] = ()) -> None:
+    """Write the team as Hugging Face folders with each agent's examples, atomically; earlier files are replaced."""
     with replacing(folder) as aside, failing_as_os_errors():
         aside.mkdir()
         team.save(aside)
+        for agent in team.agents:
+            write_examples(aside / agent, of_agent(examples, agent))
 
 
 @contextmanager

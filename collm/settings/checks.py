@@ -136,10 +136,34 @@ def value_head_reads_what_its_agent_reads(c: Config) -> None:
         )
 
 
+def no_text_critic_has_no_text_settings(c: Config) -> None:
+    if c.critic.body != "none" or not c.algorithm.has_critic:
+        return
+    if c.algorithm.critic_kind == "Q":
+        raise ValueError(
+            "algorithm.baseline='counterfactual' needs a critic that reads answers, but critic.body='none' has no such critic. "
+            "Set algorithm.baseline='value', or critic.body='auto'."
+        )
+    epochs = c.critic.epochs if c.critic.epochs > 1 else None
+    given = {
+        "model": c.critic.model,
+        "state": c.critic.state,
+        "normalize_targets": c.critic.normalize_targets,
+        "epochs": epochs,
+    }
+    for name, value in given.items():
+        if value:
+            raise ValueError(
+                f"critic.{name}={value!r}, but critic.body='none' trains no language model as critic: V is a regression. Leave "
+                "it out, or set critic.body='auto'."
+            )
+
+
 CONFIG = (
     sampling_varies,
     vllm_can_sample,
     critic_settings_have_a_critic,
     warm_up_ends,
     value_head_reads_what_its_agent_reads,
+    no_text_critic_has_no_text_settings,
 )

@@ -31,7 +31,7 @@ NAMES = {
 }
 """Removed setting -> its replacement."""
 
-ADDED: dict[tuple[str, str], Any] = {}
+ADDED: dict[tuple[str, str], Any] = {("rollout", "examples"): 0, ("team", "system"): None, ("team", "thinking"): "shown"}
 """(room, key) of a setting that was added when runs and studies existed already -> the value that keeps their meaning."""
 
 _BASELINES = {"td_lambda": "value", "return": "none"}

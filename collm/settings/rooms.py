@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,7 +20,8 @@ from collm.errors import ConfigError
 from collm.settings import checks
 from collm.settings.presets import ALGORITHMS, CRITIC_BASELINES
 
-NUMBERS = (int, float, int | None, float | None)
+Examples = Annotated[int, Field(ge=0)] | str
+NUMBERS = (int, float, int | None, float | None, Examples)
 
 
 class Room(BaseModel):
@@ -104,6 +105,11 @@ class TeamSettings(Room):
     """Agents with the same initial model share one set of weights; if false, each agent has its own."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Number format of matrix products and of frozen base models; trained weights and optimizer state are always float32."""
+    system: str | None = Field(None, min_length=1)
+    """System message at the head of every history; "none" leaves out the chat template's own. Default: the template's own."""
+    thinking: Literal["off", "private", "shown"] = "off"
+    """"off": models do not think if their chat template has a switch for it. "private": they think, but neither the environment
+    nor another agent reads thoughts, which are trained in every case. "shown": thoughts are part of the answer."""
     lora: LoraSettings | None = None
     """Train low-rank adapters instead of whole models: a table of settings, or "none"."""
 
@@ -140,6 +146,9 @@ class RolloutSettings(Room):
     history: Literal["full", "last", "newest"] = "full"
     """What an agent reads: "full" is all its observations and answers, "last" the first observation, its last answer and the
     newest observation, "newest" the newest observation alone."""
+    examples: Examples = 0
+    """Worked examples in front of every agent's history: how many first turns of training tasks the environment's scripted
+    player answers, or a file of chats (JSON lines)."""
     max_turns: int | None = Field(None, ge=1)
     """Truncate episodes after this number of turns; default: the environment ends them."""
     temperature: float = Field(1.0, ge=0)
@@ -207,7 +216,7 @@ class AlgorithmSettings(Room):
 
     @property
     def has_critic(self) -> bool:
-        """Whether the baseline is computed by critics."""
+        """Whether the baseline is a predicted value, of critics or (with `critic.body="none"`) of a regression."""
         return self.baseline in CRITIC_BASELINES
 
     @property
@@ -219,9 +228,9 @@ class AlgorithmSettings(Room):
 class CriticSettings(Room):
     reads: Literal["joint", "own"] = "joint"
     """The joint history (one centralized critic), or each agent's own history (a decentralized critic per agent)."""
-    body: Literal["auto", "model", "policy"] = "auto"
+    body: Literal["auto", "model", "policy", "none"] = "auto"
     """"model": the critic is a separate model; "policy": a value head on the agent's model; "auto": an adapter if the critic's
-    model is the base of an agent's adapter, else a separate model."""
+    model is the base of an agent's adapter, else a separate model; "none": no language model, V is a regression alone."""
     model: str | None = None
     """Initial model of the critic; default: that of the first agent whose history it reads."""
     lr: float | None = Field(None, gt=0)
@@ -235,7 +244,8 @@ class CriticSettings(Room):
     state: bool = False
     """Critics also read the environment's privileged state."""
     metrics: bool = False
-    """Add the metric regression (of returns on environment metrics and rewards so far) to what critics predict from text."""
+    """Add the metric regression (of returns on environment metrics and rewards so far) to what critics predict from text. With
+    body="none": V, and the difference baseline, read environment metrics; if false, rewards alone."""
     normalize_targets: bool = False
     """Normalize critic targets by their running mean and standard deviation (PopArt)."""
     max_tokens: int = Field(8192, ge=16)
@@ -315,6 +325,11 @@ class Config(Room):
     def run_name(self) -> str:
         task = self.env.name.replace(":", ".")
         return self.run.name or f"{task}-{self.algorithm.name}-seed{self.run.seed}"
+
+    @property
+    def regressions_read_metrics(self) -> bool:
+        """Whether regressions read environment metrics; if false, rewards alone."""
+        return self.critic.metrics or self.critic.body != "none" or not self.algorithm.has_critic
 
     def check_trains(self) -> None:
         """Raises ConfigError if the settings are for evaluation only."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from collm.rollout.collector import Collector, LocalCollector
 from collm.rollout.plan import Plan
 from collm.runs.directory import usable_cores, with_absolute_data
 from collm.settings.rooms import Config, EnvSettings
-from collm.training.task import check_fit, metric_names, num_tasks, plan_of, trained_agents
-from collm.types import Sampling
+from collm.training.task import check_fit, metric_names, num_tasks, plan_of, trained_agents, training_tasks
+from collm.types import Example, Sampling
 
 
 @dataclass(slots=True)
@@ -40,8 +40,8 @@ class Assembly:
     learner: Learner
     plan: Plan
     """How training episodes are played."""
-    num_tasks: int
-    """Number of training tasks of the environment."""
+    tasks: list[int]
+    """The tasks that training plays."""
     rates: dict[str, float]
     """Learning rate by policy and critic, as the settings or their defaults have it."""
 
@@ -66,20 +66,21 @@ def assemble(
     engine: Engine | None = None,
     collector: Collector | None = None,
     learner: Learner | None = None,
+    examples: tuple[Example, ...] = (),
     stop: Callable[[], None] = lambda: None,
 ) -> Assembly:
     """Create the objects of a prepared config. Raises ConfigError if something does not fit the environment.
 
     Args:
-        team, engine, collector, learner: used instead of those of the config.
+        team, engine, collector, learner, examples: used instead of those of the config.
         stop: called between engine calls; raises to leave early.
     """
     agents = check_fit(config)
     trained = trained_agents(config, agents)
-    plan = plan_of(config, "train", trained)
-    total = num_tasks(plan)
+    plan = plan_of(config, "train", trained, examples or None)
+    tasks = training_tasks(plan)
     if config.evaluation.every:
-        num_tasks(plan_of(config, "eval"))  # fail before training begins
+        num_tasks(replace(plan, split="eval"))  # fail before training begins
     team = team or make_team(config, agents)
     if team.agents != trained:
         raise ConfigError(f"the team plays {team.agents}, but the task's agents are {agents}.")
@@ -93,7 +94,7 @@ def assemble(
         reads = config.algorithm.has_critic or config.algorithm.teammates != "none"
         learner = make_learner(team, config, plan.sampling, metric_names(config) if reads else ())
     rates = Blueprint.around(config, team.agents, team.specs).rates(config)
-    return Assembly(team, engine, collector or LocalCollector(engine, stop=stop), learner, plan, total, rates)
+    return Assembly(team, engine, collector or LocalCollector(engine, stop=stop), learner, plan, tasks, rates)
 
 
 def resolve_device(device: str) -> str:
@@ -124,6 +125,8 @@ def make_team(config: Config, agents: tuple[str, ...]) -> Team:
         seed=seeds.derive(config.run.seed, "adapters"),
         compute=team.compute,
         device=config.run.device,
+        system=team.system,
+        thinking=team.thinking,
     )
 
 
@@ -135,7 +138,8 @@ def with_remote(engine: Engine, config: Config) -> Engine:
     from collm.engines.mixed import MixedEngine
 
     key_env = config.team.api_key_env or ""
-    servers = HttpEngine({agent: endpoint(agent, url, key_env=key_env) for agent, url in config.team.remote.items()})
+    places = {agent: endpoint(agent, url, key_env=key_env) for agent, url in config.team.remote.items()}
+    servers = HttpEngine(places, thinking=config.team.thinking)
     return MixedEngine(engine, dict.fromkeys(config.team.remote, servers))
 
 
@@ -145,7 +149,7 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
     Args: sampling: the distribution of training answers. metric_names: the environment metrics that regressions read.
     """
     blueprint = Blueprint.around(config, team.agents, team.specs)
-    if not blueprint.critics:
+    if not config.algorithm.has_critic:
         group_estimator(config.algorithm.baseline)  # refuse a faulty user-defined one before training
     heads: dict[str, dict[str, ValueHead]] = {spec.name: {} for spec in blueprint.policies}
     critics: list[CriticPart] = []
@@ -177,20 +181,25 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
         )
         for spec in blueprint.policies
     ]
-    labels = {critic.label: critic.agents[0] for critic in blueprint.critics}
+    labels = blueprint.labels
     regressions = Regressions(
         metric_names,
         len(team.agents),
-        critic=bool(blueprint.critics),
+        critic=config.algorithm.has_critic,
         metrics=blueprint.metric_regression,
         teammates=blueprint.difference_baseline,
+        read_metrics=config.regressions_read_metrics,
     )
     return PartsLearner(LocalHands([*critics, *policies]), team.agents, labels, regressions, config)
 
 
 def _make_critic(spec: CriticSpec, policy: Policy, config: Config) -> Critic:
     """Create a critic model of the blueprint. policy: the one that `spec.policy` names."""
-    common: dict[str, Any] = {"max_tokens": config.critic.max_tokens, "compute": policy.compute}
+    common: dict[str, Any] = {
+        "max_tokens": config.critic.max_tokens,
+        "compute": policy.compute,
+        "system": config.team.system,
+    }
     if spec.body == "adapter" and policy.adapter is not None:
         seed = seeds.derive(config.run.seed, "critic's adapter", spec.name)
         base = policy.adapter.base

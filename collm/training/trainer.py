@@ -16,6 +16,7 @@ from collm.models.team import Team
 from collm.rollout.collector import Collector
 from collm.runs import checkpoint
 from collm.runs.directory import begin, checkpoints, lock, resumed_config, write_config
+from collm.runs.examples import recorded_examples, write_examples
 from collm.runs.log import RunLog, describe
 from collm.settings.rooms import Config
 from collm.training.alarms import alarms, gaps
@@ -64,7 +65,8 @@ class Trainer:
             replaced: team, engine, collector or learner, as for a new run.
         """
         trainer = cls.__new__(cls)
-        trainer._setup(resumed_config(folder, overrides or {}), replaced, quiet)
+        given = {"examples": recorded_examples(folder), **replaced}
+        trainer._setup(resumed_config(folder, overrides or {}), given, quiet)
         trainer.folder = folder
         trainer.changed = bool(overrides)
         return trainer
@@ -73,7 +75,7 @@ class Trainer:
         self.config, self.quiet, self.signals = prepare(config), quiet, Signals()
         made = assemble(self.config, **given, stop=self.signals.check)
         self.team, self.engine, self.collector, self.learner = made.team, made.engine, made.collector, made.learner
-        self.plan, self.num_tasks, self.rates = made.plan, made.num_tasks, made.rates
+        self.plan, self.tasks, self.rates = made.plan, made.tasks, made.rates
         self.iteration = self.joint_actions = 0
         self.best: tuple[float, int] | None = None
         self.pending: dict[str, Any] | None = {"iteration": 0, "joint_actions": 0}
@@ -87,6 +89,7 @@ class Trainer:
         """
         with lock(self.folder), self.signals.listen():
             self._restore()
+            write_examples(self.folder, self.plan.examples)
             if self.changed:
                 write_config(self.folder, self.config)
             log = RunLog(
@@ -103,7 +106,7 @@ class Trainer:
                 while self.iteration < self.config.run.iterations:
                     self._iterate(log, display)
                 self._save(log)
-                checkpoint.save_team(self.folder / "final", self.team)
+                checkpoint.save_team(self.folder / "final", self.team, self.plan.examples)
             except Interrupted:
                 self._save(log)
                 raise
@@ -148,14 +151,14 @@ class Trainer:
 
     def collect(self) -> list[Group]:
         """Play this iteration's tasks; tasks and random numbers are a function of the seed and the iteration."""
-        tasks = draw_tasks(self.config.run.seed, self.iteration, self.config.rollout.tasks, self.num_tasks)
+        tasks = draw_tasks(self.config.run.seed, self.iteration, self.config.rollout.tasks, self.tasks)
         keys = [seeds.derive(self.config.run.seed, "episode", self.iteration, i) for i in range(len(tasks))]
         return self.collector.play(self.plan, tasks, keys, self.iteration)
 
     def _evaluate(self, log: RunLog, display: Display) -> dict[str, Any]:
         """Held-out means now; the best iteration is recorded so that its checkpoint is kept."""
         try:
-            result = evaluate(self.config, self.collector)
+            result = evaluate(self.config, self.collector, examples=self.plan.examples)
         finally:
             self.engine.rest()  # drop its caches, so that training continues as it would after a resume
         log.episodes(self.iteration, result.episodes, suffix="-evaluation")
@@ -178,10 +181,8 @@ class Trainer:
 
     def _save(self, log: RunLog) -> None:
         log.flush()
-        best = None if self.best is None else list(self.best)
-        state = {"iteration": self.iteration, "joint_actions": self.joint_actions, "best": best, "pending": self.pending}
-        folder = self.folder / "checkpoints"
-        checkpoint.save(folder / f"{self.iteration:06d}", self.learner, state)
+        state = {"iteration": self.iteration, "joint_actions": self.joint_actions, "best": self.best, "pending": self.pending}
+        checkpoint.save(self.folder / "checkpoints" / f"{self.iteration:06d}", self.learner, state)
         checkpoint.prune(self.folder, KEPT, self.best and self.best[1])
 
     def _restore(self) -> None:

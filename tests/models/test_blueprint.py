@@ -194,6 +194,18 @@ def test_policies_are_found_among_the_names_in_a_checkpoint() -> None:
     assert saved_policies(["policy-a.b", "critic-policy-a"]) == ("a.b",)
 
 
+def test_without_a_text_critic_there_is_no_critic_but_a_regression() -> None:
+    found = blueprint_of(**{"critic.body": "none"})
+    assert found.critics == ()
+    assert found.labels == {"critic": "agent_0"}
+    assert grouped(found) == [([agent], [], []) for agent in AGENTS]
+    assert (found.metric_regression, found.difference_baseline) == (True, True)
+    alone = blueprint_of(**{"critic.body": "none", "critic.metrics": False})
+    assert (alone.metric_regression, alone.difference_baseline) == (True, False)
+    none = blueprint_of(**{"critic.body": "none", "algorithm.name": "magrpo"})
+    assert (none.critics, none.metric_regression, none.labels) == ((), False, {})
+
+
 # --- against what is built ----------------------------------------------------------------------------------------------
 
 BUILT: dict[str, dict[str, Any]] = {
@@ -215,6 +227,7 @@ BUILT: dict[str, dict[str, Any]] = {
     "value heads, shared": {**HEADS, "team.shared": True},
     "value heads, LoRA, KL": {**HEADS, **LORA, "algorithm.kl_coef": 0.1},
     "no critic": {"algorithm.name": "magrpo"},
+    "no text critic": {"critic.body": "none"},
 }
 
 
@@ -247,7 +260,7 @@ def test_what_is_built_shares_parameters_as_the_blueprint_says(case: str, tmp_pa
     regressions = {} if learner.regressions is None else learner.regressions.modules()
     assert set(learner.tensors()) - set(regressions) == set(blueprint.checkpoint_names)
     assert list(policies) == [policy.name for policy in blueprint.policies]
-    assert learner.critic_labels == {critic.label: critic.agents[0] for critic in blueprint.critics}
+    assert learner.critic_labels == blueprint.labels
     taken: set[int] = set()
     for unit in blueprint.units:
         held: list[set[int]] = []

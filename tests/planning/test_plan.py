@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,14 @@ def test_other_settings_change_what_they_should() -> None:
     assert less.largest.parts["activations"] == pytest.approx(plain.largest.parts["activations"] / 8)
 
 
+def test_without_a_text_critic_none_is_planned() -> None:
+    found, other = planned(work(), critic__body="none"), planned(work(), algorithm__name="magrpo", algorithm__group_size=2)
+    assert found.held == other.held
+    assert [phase.name for phase in found.phases] == [phase.name for phase in other.phases]
+    assert found.update_tokens < planned(work()).update_tokens
+    assert found.replayed_turns > 0
+
+
 def test_work_follows_the_task() -> None:
     config = parse_config({"env": {"name": "str_build", "turns": 3}, "rollout": {"tasks": 6, "max_tokens": 20}})
     found = work_of(config)
@@ -287,3 +296,15 @@ def test_the_plan_is_within_15_percent_of_what_training_takes() -> None:
     for name, numbers in found.items():
         assert numbers["measured_gib"] > 1, (name, numbers)
         assert abs(numbers["ratio"] - 1) <= 0.15, (name, numbers)
+
+
+def test_examples_lengthen_every_sequence(tmp_path: Path) -> None:
+    for history in ("full", "last", "newest"):
+        plain = work(history=history)
+        assert replace(plain, examples=50).sequence("a", "b") == plain.sequence("a", "b") + 100
+    config = load_config(None, {"env.name": "agree", "rollout.examples": 3})
+    plain = work_of(load_config(None, {"env.name": "agree"}))
+    assert work_of(config).examples == 3 * (TEMPLATE + plain.prompts["agent_0"][0] + plain.answer)
+    path = tmp_path / "chats.jsonl"
+    path.write_text("red " * 100)
+    assert 100 <= work_of(load_config(None, {"env.name": "agree", "rollout.examples": str(path)})).examples <= 400

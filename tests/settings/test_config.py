@@ -186,6 +186,16 @@ CONTRADICTIONS = [
         [{"algorithm__baseline": "value"}, {"critic__body": "auto"}],
     ),
     (
+        {"critic__body": "none", "algorithm__baseline": "counterfactual"},
+        ["algorithm.baseline='counterfactual'", "critic.body='none'", "Set algorithm.baseline='value'"],
+        [{"algorithm__baseline": "value"}, {"critic__body": "auto"}],
+    ),
+    (
+        {"critic__body": "none", "critic__epochs": 2},
+        ["critic.epochs=2", "critic.body='none'", "Leave it out, or set critic.body='auto'"],
+        [{"critic__epochs": 1}, {"critic__body": "auto"}],
+    ),
+    (
         {"algorithm__name": "magrpo", "algorithm__normalize": "group", "algorithm__group_size": 3},
         ["algorithm.normalize='group'", "at least 4", "3", "Set normalize='agent'"],
         [{"algorithm__normalize": "agent"}, {"algorithm__group_size": 4}],
@@ -234,6 +244,9 @@ def test_a_contradiction_is_refused_and_its_way_out_works(settings, parts, ways_
     [
         {"algorithm__name": "collm-dc", "critic__body": "policy", "critic__state": True},
         {"algorithm__name": "collm-dc", "critic__body": "policy", "critic__model": "tiny"},
+        {"critic__body": "none", "critic__state": True},
+        {"critic__body": "none", "critic__model": "tiny"},
+        {"critic__body": "none", "critic__normalize_targets": True},
         {"algorithm__name": "magrpo", "critic__state": True},
         {"algorithm__name": "magrpo", "critic__normalize_targets": True},
         {"algorithm__name": "magrpo", "algorithm__lam": 0.9},

@@ -42,7 +42,7 @@ def make_trainer(folder: Path, name: str, agents: int, seed: int, **changes: dic
 def score(trainer: Trainer, episodes: int = 256) -> float:
     """Share of the optimum: mean reward per turn of sampled play."""
     plan = replace(trainer.plan, group_size=1, tree=False, resamples=0, no_op=False)
-    tasks = [index % trainer.num_tasks for index in range(episodes)]
+    tasks = [index % len(trainer.tasks) for index in range(episodes)]
     return reward_per_turn(collect(plan, trainer.engine, tasks, [seeds.derive("score", index) for index in range(episodes)]))
 
 
@@ -103,6 +103,14 @@ def test_one_agent_names_the_stated_target(tmp_path: Path, name: str, seed: int)
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "own critic as a value head": {"algorithm": {"name": "collm-dc"}, "critic": {"body": "policy"}},
+    "no text critic": {"critic": {"body": "none"}},
+    "no text critic, rewards alone": {"critic": {"body": "none", "metrics": False}, "algorithm": {"teammates": "replay"}},
+    "no text critic, three turns": {
+        "critic": {"body": "none"},
+        "env": {"turns": 3},
+        "rollout": {"tasks": 24},
+        "learner": {"lr": 2e-4},
+    },
     "Q with a counterfactual baseline": {  # without warm-up its first guesses push both agents out of the valid answers
         "algorithm": {"baseline": "counterfactual"},
         "critic": {"warmup": 5},
