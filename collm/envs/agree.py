@@ -35,7 +35,7 @@ class Agree(TextEnv):
         agents: int | Sequence[str] = 2,
         colours: int | Sequence[str] = 4,
         turns: int = 1,
-        wording: Wording = "terse",
+        wording: Wording = "plain",
         split: str = "train",
     ):
         super().__init__(agent_names(agents, "agent"), turns)

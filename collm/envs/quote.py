@@ -53,7 +53,7 @@ class Quote(TextEnv):
         view: Literal["all", "own"] = "all",
         data: str | None = None,
         eval_data: str | None = None,
-        wording: Wording = "terse",
+        wording: Wording = "plain",
         split: str = "train",
     ):
         count = agents if isinstance(agents, int) else len(agents)

@@ -163,6 +163,23 @@ class Policy:
         ]
         return torch.cat(parts)
 
+    def for_generation(self) -> Policy:
+        """The policy with the linear layers of a whole model cast to its compute format once; the same log-probs, bit for bit.
+
+        Autocast casts float32 weights at every token. The result is valid until the weights change; it shares all weights but
+        the cast ones. A policy without such weights is returned as it is.
+        """
+        if self.compute != "bfloat16" or self.adapter is not None:
+            return self
+        ready = copy.copy(self)
+        ready.model = copy.deepcopy(self.model, {id(weight): weight for weight in self.model.parameters()})
+        ready.head = ready.model.get_output_embeddings()
+        for layer in ready.model.modules():
+            if isinstance(layer, nn.Linear):
+                for name, weight in layer.named_parameters(recurse=False):
+                    setattr(layer, name, nn.Parameter(weight.detach().bfloat16(), requires_grad=False))
+        return ready
+
     def frozen_copy(self) -> Policy:
         """A frozen copy of the policy, the reference of KL penalties; that of an adapter has the same base."""
         if self.adapter is None:

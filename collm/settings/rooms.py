@@ -52,7 +52,7 @@ class RunSettings(Room):
     device: str = "auto"
     """"cpu", "cuda", or "auto" (cuda if available, else cpu)."""
     checkpoint_every: int = Field(10, ge=1)
-    """Iterations between checkpoints; the last iteration always has one."""
+    """Most iterations between checkpoints; the last always has one, and cheap ones are written in between."""
     tensorboard: bool = True
     """Write TensorBoard events."""
 
@@ -63,6 +63,13 @@ class EnvSettings(BaseModel):
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, frozen=True)
     name: str
     """A built-in environment, or "module:Class" of any PettingZoo ParallelEnv with text observations and actions."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wording(cls, values: Any) -> Any:
+        """The wording of a built-in environment is a setting of every run, so that a run keeps its prompts."""
+        built_in = isinstance(values, Mapping) and ":" not in str(values.get("name", ":"))
+        return {**values, "wording": values.get("wording", "plain")} if built_in else values
 
     @property
     def options(self) -> dict[str, Any]:

@@ -98,6 +98,13 @@ def assemble(
     return Assembly(team, engine, collector or LocalCollector(engine, stop=stop), learner, plan, tasks, rates)
 
 
+def unfiltered(team: Team, sampling: Sampling) -> dict[str, int]:
+    """{"unfiltered_vocabulary": size of the largest} if answers are drawn from all of it at temperature 1 or more, else {}."""
+    if sampling.temperature < 1 or sampling.top_p < 1 or sampling.top_k:
+        return {}
+    return {"unfiltered_vocabulary": max(p.model.config.get_text_config().vocab_size for p in team.policies.values())}
+
+
 def resolve_device(device: str) -> str:
     """The device; "auto" is cuda if available, else cpu. Raises ConfigError for a device that is not available."""
     if device == "auto":

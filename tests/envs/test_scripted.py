@@ -11,6 +11,14 @@ from collm.envs.catalogue import make
 GOOD: dict[str, tuple[dict[str, Any], float]] = {
     "agree": ({"turns": 3}, 3.0),
     "quote": ({}, 0.99),
+    "str_build": ({}, 1.95),
+    "house_build": ({}, 0.99),
+    "bridge_build": ({}, -0.01),
+    "resource_gathering": ({}, 15.0),
+    "tldr": ({}, 2.7),
+    "arxiv": ({}, 2.5),
+    "coop_code": ({}, 4.0),
+    "class_eval": ({}, 6.0),
 }
 """Environment -> options, and the least raw return of a scripted episode."""
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from places import ROOT
 
 from collm.cli.main import main
 from collm.cli.plan import read_size
 from collm.errors import ConfigError
+from collm.models.policy import Policy
 from collm.planning.advise import advise
 from collm.planning.memory import GIB, Plan, block_bytes, plan
 from collm.planning.shapes import KNOWN, Shape, read_shape
@@ -308,3 +310,13 @@ def test_examples_lengthen_every_sequence(tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text("red " * 100)
     assert 100 <= work_of(load_config(None, {"env.name": "agree", "rollout.examples": str(path)})).examples <= 400
+
+
+def test_the_cast_copies_of_all_whole_models_are_counted_in_generation():
+    recipe: dict[str, Any] = {"env": {"name": "agree"}, "team": {"model": "tiny", "compute": "bfloat16"}}
+    parts = plan(parse_config(recipe)).phases[0].parts
+    ready = Policy.from_pretrained("tiny", compute="bfloat16").for_generation()
+    cast = sum(2 * weight.numel() for weight in ready.model.parameters() if weight.dtype == torch.bfloat16)
+    assert parts["linear layers in bfloat16"] == 2 * cast
+    recipe["team"]["compute"] = "float32"
+    assert plan(parse_config(recipe)).phases[0].parts["linear layers in bfloat16"] == 0

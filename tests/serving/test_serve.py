@@ -54,8 +54,8 @@ def run(tmp_path_factory) -> Path:
         {
             "run": {"name": "run", "folder": str(tmp_path_factory.mktemp("runs")), "iterations": 2, "threads": 1,
                     "tensorboard": False, "checkpoint_every": 1},
-            "env": {"name": "str_build", "world": "persistent", "turns": 3, "agents": 3, "strings": ["HE", "WE"],
-                    "eval_strings": WORDS},
+            "env": {"name": "str_build", "wording": "terse", "world": "persistent", "turns": 3, "agents": 3,
+                    "strings": ["HE", "WE"], "eval_strings": WORDS},
             "rollout": {"tasks": 2, "max_tokens": 20},
             "learner": {"lr": 1e-3},
             "critic": {"lr": 1e-3},
@@ -550,7 +550,7 @@ def adapters(tmp_path_factory) -> Path:
     """A short run of two agents that are adapters on one base."""
     values = {
         "run": {"name": "lora", "folder": str(tmp_path_factory.mktemp("runs")), "iterations": 4, "threads": 1},
-        "env": {"name": "agree"},
+        "env": {"name": "agree", "wording": "terse"},
         "team": {"lora": {"rank": 4}},
         "rollout": {"tasks": 16, "max_tokens": 8},
         "learner": {"lr": 2e-2},

@@ -437,6 +437,15 @@ def test_a_setting_that_came_later_keeps_the_meaning_of_older_runs(monkeypatch):
     assert not parse_resolved(kept).critic.metrics
 
 
+def test_an_old_run_keeps_its_prompts_and_a_run_of_today_records_its_own():
+    kept = parse_config(rooms()).resolved()
+    assert kept["env"]["wording"] == "plain"
+    del kept["env"]["wording"]
+    assert parse_resolved(kept).env.options["wording"] == "terse"
+    own = {**kept, "env": {"name": "module:Own"}}
+    assert parse_resolved(own).env.options == {}, "environments of the user's own have their own options"
+
+
 def test_settings_of_a_recipe_beat_the_preset():
     config = parse_config(rooms(algorithm__name="magrpo", algorithm__group_size=8, algorithm__gamma=0.5))
     assert (config.algorithm.group_size, config.algorithm.gamma, config.algorithm.baseline) == (8, 0.5, "group_mean")
@@ -448,7 +457,7 @@ def test_overrides_beat_the_recipe(tmp_path):
         '[env]\nname = "agree"\nturns = 3\n[run]\nseed = 1\n[team.models]\nagent_0 = "a"\n[algorithm]\nname = "magrpo"\n'
     )
     plain = load_config(recipe)
-    assert (plain.run.seed, plain.env.options, plain.algorithm.group_size) == (1, {"turns": 3}, 4)
+    assert (plain.run.seed, plain.env.options, plain.algorithm.group_size) == (1, {"turns": 3, "wording": "plain"}, 4)
     changed = load_config(
         recipe,
         {
@@ -461,7 +470,7 @@ def test_overrides_beat_the_recipe(tmp_path):
         },
     )
     assert changed.run.seed == 7
-    assert changed.env.options == {"turns": 5, "colours": 2}
+    assert changed.env.options == {"turns": 5, "colours": 2, "wording": "plain"}
     assert changed.team.models == {"agent_0": "a", "agent_1": "b"}
     assert changed.critic.reads == "own"
     assert changed.learner.lr == 1e-3
@@ -509,7 +518,7 @@ def test_describe_covers_every_setting_with_a_sentence():
     inner = {
         f"{name}.{key}": field.get_default() for name, table in TABLES.items() for key, field in table.model_fields.items()
     }
-    plain = {f"{room}.{key}" for room, settings in config.items() for key in settings} - set(TABLES)
+    plain = {f"{room}.{key}" for room, settings in config.items() for key in settings} - {*TABLES, "env.wording"}
     assert set(described) == plain | set(inner)
     for name, (_, sentence) in described.items():
         assert sentence.endswith("."), name
