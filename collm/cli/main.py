@@ -103,6 +103,19 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--show", type=int, metavar="N", help="also print the first N tasks: what each agent read and wrote")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
+    imitate = command(
+        "imitate",
+        "Teach a recipe's team the answers of the environment's scripted player, or of chats of your own, before training.",
+        "collm imitate recipes/real/quote.toml --steps 20 --out teams/quote",
+        "collm.cli.imitate:run",
+        settings=True,
+    )
+    imitate.add_argument("recipe", type=Path, help="a TOML recipe")
+    imitate.add_argument("--steps", type=int, default=50, metavar="N", help="optimizer steps of every agent (default: 50)")
+    imitate.add_argument("--data", type=Path, metavar="FILE", help="chats as JSON lines; default: the scripted player's")
+    imitate.add_argument("--out", type=Path, metavar="DIR", help="folder to write; default: runs/NAME-imitated")
+    imitate.add_argument("--json", action="store_true", help="print one JSON object")
+
     plan = command(
         "plan",
         "Estimate what a recipe needs: memory by part, steps, tokens, hours. Exit code 1 if it does not fit.",

@@ -20,7 +20,7 @@ from collm.settings.rooms import Config
 if TYPE_CHECKING:
     from collm.engines.http import Endpoint
 
-CHANGEABLE = ("env.", "evaluation.", "rollout.", "run.seed")
+CHANGEABLE = ("env.", "evaluation.", "rollout.", "run.seed", "team.thinking")
 """Settings, or prefixes of settings, that apply without training and without a loaded model."""
 
 
@@ -39,7 +39,13 @@ def run(arguments: argparse.Namespace) -> int:
     from collm.rollout.collector import LocalCollector
     from collm.training.evaluate import evaluate
 
-    engine = HttpEngine(places, read=arguments.timeout, retries=arguments.retries, max_requests=arguments.max_requests)
+    engine = HttpEngine(
+        places,
+        read=arguments.timeout,
+        retries=arguments.retries,
+        max_requests=arguments.max_requests,
+        thinking=config.team.thinking,
+    )
     try:
         with Screen(stderr=True).status("playing"):
             result = evaluate(config, LocalCollector(engine), episodes=arguments.episodes, split=arguments.split)
@@ -73,7 +79,8 @@ def settings(task: str, overrides: Mapping[str, Any]) -> Config:
     for key in overrides:
         if not key.startswith(CHANGEABLE):
             raise ConfigError(
-                f"{key!r} does not apply to `collm play`, which takes env.*, rollout.*, evaluation.* and run.seed."
+                f"{key!r} does not apply to `collm play`, which takes env.*, rollout.*, evaluation.*, run.seed "
+                "and team.thinking."
             )
     is_run = (Path(task) / "config.json").is_file()
     if "env.name" in overrides and not is_run:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.envs.catalogue import make
-from collm.errors import CollmError
+from collm.errors import CollmError, ConfigError
 from collm.planning.shapes import folder_of
 from collm.settings.rooms import Config
 
@@ -34,6 +34,8 @@ class Work:
     joint_actions: int
     history: str
     note: str = ""
+    examples: int = 0
+    """Tokens of one agent's worked examples."""
 
     @property
     def turns(self) -> int:
@@ -42,9 +44,10 @@ class Work:
     def sequence(self, *readers: str) -> int:
         """Tokens of the longest history with its answers: of one agent, or of all `readers` in a joint history."""
         turns = [TEMPLATE + sum(self.prompts[agent][turn] + self.answer for agent in readers) for turn in range(self.turns)]
+        head = self.examples * len(readers)
         if self.history == "full":
-            return sum(turns)
-        return turns[0] + max(turns[1:]) if self.history == "last" and self.turns > 1 else max(turns)
+            return head + sum(turns)
+        return head + (turns[0] + max(turns[1:]) if self.history == "last" and self.turns > 1 else max(turns))
 
     @property
     def sequences(self) -> int:
@@ -78,7 +81,22 @@ def work_of(config: Config) -> Work:
     else:
         episodes, actions = tasks * group, tasks * group * turns
     prompts = {agent: tuple(counts) for agent, counts in longest.items()}
-    return Work(agents, prompts, config.rollout.max_tokens, episodes, actions, config.rollout.history, note)
+    examples = _example_tokens(config, max(counts[0] for counts in prompts.values()))
+    return Work(agents, prompts, config.rollout.max_tokens, episodes, actions, config.rollout.history, note, examples)
+
+
+def _example_tokens(config: Config, first: int) -> int:
+    """Tokens of one agent's examples if every answer has the greatest length, or of the whole file that holds them.
+
+    first: tokens of the longest first observation.
+    """
+    wanted = config.rollout.examples
+    if isinstance(wanted, int):
+        return wanted * (TEMPLATE + first + config.rollout.max_tokens)
+    try:
+        return count_tokens(config.team.model, Path(wanted).read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise ConfigError(f"rollout.examples={wanted!r} cannot be read: {error.strerror}.") from error
 
 
 def _observed(env: Any, task: int, turns: int) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from collm.learning.tensors import restore
 from collm.models.blueprint import POLICY
 from collm.models.team import Team
 from collm.runs.directory import checkpoints
+from collm.runs.examples import of_agent, write_examples
 from collm.runs.files import REMOVING, explained, remove, replacing, write_text
+from collm.types import Example
 
 FORMAT = 1
 SAVE_AFTER, SAVE_SHARE = 60.0, 0.02
@@ -79,11 +81,13 @@ def save(folder: Path, learner: Learner, state: Mapping[str, Any]) -> None:
         (aside / STATE).write_text(account, encoding="utf-8")
 
 
-def save_team(folder: Path, team: Team) -> None:
-    """Write the team as Hugging Face folders, atomically; earlier files are replaced."""
+def save_team(folder: Path, team: Team, examples: Sequence[Example] = ()) -> None:
+    """Write the team as Hugging Face folders with each agent's examples, atomically; earlier files are replaced."""
     with replacing(folder) as aside, failing_as_os_errors():
         aside.mkdir()
         team.save(aside)
+        for agent in team.agents:
+            write_examples(aside / agent, of_agent(examples, agent))
 
 
 @contextmanager

@@ -68,12 +68,13 @@ def episode_record(episode: Episode, annotations: Mapping[tuple[int, str], Annot
 
 
 def _written(completion: Completion) -> dict[str, Any]:
-    """A text as plain values, with its number of tokens."""
+    """A text as plain values, with its number of tokens; `thinking` has thoughts and text, where thoughts were kept apart."""
     num_tokens = 0 if completion.token_ids is None else len(completion.token_ids)
-    return {"wrote": completion.text, "finish": completion.finish_reason, "tokens": num_tokens}
+    finish, whole = completion.finish_reason, completion.written or ""
+    return {"wrote": completion.text, "finish": finish, "tokens": num_tokens, "thinking": whole}
 
 
-NO_MESSAGE = {"wrote": "", "finish": "", "tokens": 0}
+NO_MESSAGE = {"wrote": "", "finish": "", "tokens": 0, "thinking": ""}
 
 
 def _learned(said: Annotation) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collm.types import printable
 if TYPE_CHECKING:  # the first line is shown before torch is imported
     from collm.engines.base import Engine
 
-SHOWN = (("reward", "reward/raw"), ("return", "reward/return"), ("held-out", "evaluation/reward"))
+SHOWN = (("reward", "reward/raw"), ("return", "reward/return"), ("held-out", "evaluation/reward"), ("loss", "loss"))
 
 
 class Display:

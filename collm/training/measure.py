@@ -110,7 +110,7 @@ def measure(config: Config) -> Measured:
 
 def _step(made: Assembly, config: Config, number: int, tasks: int) -> Step:
     """One step after the critic's warm-up, on tasks that depend on `number`."""
-    chosen = draw_tasks(config.run.seed, number, tasks, made.num_tasks)
+    chosen = draw_tasks(config.run.seed, number, tasks, made.tasks)
     keys = [seeds.derive(config.run.seed, "measure", number, i) for i in range(tasks)]
     began = time.monotonic()
     groups = made.collector.play(made.plan, chosen, keys, number)

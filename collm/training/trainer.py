@@ -17,6 +17,7 @@ from collm.rollout.collector import Collector
 from collm.runs import checkpoint
 from collm.runs.alarms import PREFIX, Alarms, answer_metrics, sentence
 from collm.runs.directory import begin, checkpoints, lock, resumed_config, write_config
+from collm.runs.examples import recorded_examples, write_examples
 from collm.runs.log import RunLog, describe
 from collm.settings.rooms import Config
 from collm.training.assemble import assemble, prepare, unfiltered
@@ -64,21 +65,20 @@ class Trainer:
             replaced: team, engine, collector or learner, as for a new run.
         """
         trainer = cls.__new__(cls)
-        trainer._setup(resumed_config(folder, overrides or {}), replaced, quiet)
-        trainer.folder = folder
-        trainer.changed = bool(overrides)
+        given = {"examples": recorded_examples(folder), **replaced}
+        trainer._setup(resumed_config(folder, overrides or {}), given, quiet)
+        trainer.folder, trainer.changed = folder, bool(overrides)
         return trainer
 
     def _setup(self, config: Config, given: Mapping[str, Any], quiet: bool) -> None:
         self.config, self.quiet, self.signals = prepare(config), quiet, Signals()
         made = assemble(self.config, **given, stop=self.signals.check)
         self.team, self.engine, self.collector, self.learner = made.team, made.engine, made.collector, made.learner
-        self.plan, self.num_tasks, self.rates, self.every = made.plan, made.num_tasks, made.rates, config.evaluation.every
+        self.plan, self.tasks, self.rates, self.every = made.plan, made.tasks, made.rates, config.evaluation.every
         self.iteration = self.joint_actions = 0
         self.best: tuple[float, int] | None = None
         self.pending: dict[str, Any] | None = {"iteration": 0, "joint_actions": 0, **unfiltered(made.team, made.plan.sampling)}
-        self.changed, self.pace = False, checkpoint.Pace()
-        self.whole = True  # False during an update, whose weights are those of no iteration
+        self.changed, self.pace, self.whole = False, checkpoint.Pace(), True  # not whole during an update
 
     def run(self) -> Path:
         """Train to the last iteration and return the run directory.
@@ -88,6 +88,7 @@ class Trainer:
         """
         with lock(self.folder), self.signals.listen(None if self.quiet else self.folder):
             self._restore()
+            write_examples(self.folder, self.plan.examples)
             if self.changed:
                 write_config(self.folder, self.config)
             settings = self.config.run
@@ -101,7 +102,7 @@ class Trainer:
                 while self.iteration < settings.iterations:
                     self._iterate(log, display)
                 self._save(log)
-                checkpoint.save_team(self.folder / "final", self.team)
+                checkpoint.save_team(self.folder / "final", self.team, self.plan.examples)
             except Interrupted:
                 if self.whole:
                     self._save(log)
@@ -152,7 +153,7 @@ class Trainer:
 
     def collect(self) -> list[Group]:
         """Play this iteration's tasks; tasks and random numbers are a function of the seed and the iteration."""
-        tasks = draw_tasks(self.config.run.seed, self.iteration, self.config.rollout.tasks, self.num_tasks)
+        tasks = draw_tasks(self.config.run.seed, self.iteration, self.config.rollout.tasks, self.tasks)
         keys = [seeds.derive(self.config.run.seed, "episode", self.iteration, i) for i in range(len(tasks))]
         return self.collector.play(self.plan, tasks, keys, self.iteration)
 
@@ -160,7 +161,7 @@ class Trainer:
         """Held-out means now; the best iteration is recorded so that its checkpoint is kept."""
         try:
             with display.phase("evaluating", self.engine), self.signals.at_once():
-                result = evaluate(self.config, self.collector)
+                result = evaluate(self.config, self.collector, examples=self.plan.examples)
         finally:
             self.engine.rest()  # drop its caches, so that training continues as it would after a resume
         log.episodes(self.iteration, result.episodes, suffix="-evaluation")
@@ -186,8 +187,7 @@ class Trainer:
             checkpoint.prune(self.folder, KEPT, self.best and self.best[1])
 
     def _restore(self) -> None:
-        found = checkpoints(self.folder)
-        if found:
+        if found := checkpoints(self.folder):
             state = checkpoint.load(found[-1], self.learner)
             if state["iteration"] > self.config.run.iterations:
                 raise ConfigError(

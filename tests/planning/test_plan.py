@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from places import ROOT
 
 from collm.cli.main import main
 from collm.cli.plan import read_size
 from collm.errors import ConfigError
+from collm.models.policy import Policy
 from collm.planning.advise import advise
 from collm.planning.memory import GIB, Plan, block_bytes, plan
 from collm.planning.shapes import KNOWN, Shape, read_shape
@@ -295,3 +298,25 @@ def test_the_plan_is_within_15_percent_of_what_training_takes() -> None:
     for name, numbers in found.items():
         assert numbers["measured_gib"] > 1, (name, numbers)
         assert abs(numbers["ratio"] - 1) <= 0.15, (name, numbers)
+
+
+def test_examples_lengthen_every_sequence(tmp_path: Path) -> None:
+    for history in ("full", "last", "newest"):
+        plain = work(history=history)
+        assert replace(plain, examples=50).sequence("a", "b") == plain.sequence("a", "b") + 100
+    config = load_config(None, {"env.name": "agree", "rollout.examples": 3})
+    plain = work_of(load_config(None, {"env.name": "agree"}))
+    assert work_of(config).examples == 3 * (TEMPLATE + plain.prompts["agent_0"][0] + plain.answer)
+    path = tmp_path / "chats.jsonl"
+    path.write_text("red " * 100)
+    assert 100 <= work_of(load_config(None, {"env.name": "agree", "rollout.examples": str(path)})).examples <= 400
+
+
+def test_the_cast_copies_of_all_whole_models_are_counted_in_generation():
+    recipe: dict[str, Any] = {"env": {"name": "agree"}, "team": {"model": "tiny", "compute": "bfloat16"}}
+    parts = plan(parse_config(recipe)).phases[0].parts
+    ready = Policy.from_pretrained("tiny", compute="bfloat16").for_generation()
+    cast = sum(2 * weight.numel() for weight in ready.model.parameters() if weight.dtype == torch.bfloat16)
+    assert parts["linear layers in bfloat16"] == 2 * cast
+    recipe["team"]["compute"] = "float32"
+    assert plan(parse_config(recipe)).phases[0].parts["linear layers in bfloat16"] == 0

@@ -73,7 +73,7 @@ def played(shade: int) -> list[dict[str, Any]]:
         own = sorted(cell for cell in cells(word) if sum(cell) % 2 == number)
         return "\n".join(f"/setblock {x} {y} 0 {PALETTES[number][shade * (y % 2)]}" for x, y in own)
 
-    plan = Plan(EnvSpec("str_build", {"turns": 1, "strings": list(WORDS)}))
+    plan = Plan(EnvSpec("str_build", {"wording": "terse", "turns": 1, "strings": list(WORDS)}))
     groups = collect(plan, ScriptedEngine(answer), range(len(WORDS)), range(len(WORDS)))
     return [json.loads(json.dumps(episode_record(group.episodes[0]))) for group in groups]
 

@@ -24,7 +24,7 @@ from collm.types import Completion, Episode, Turn
 WORDS = ["AN", "AT", "BE", "DO", "GO", "IN", "IT", "ON", "UP"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "run": {"name": "run", "iterations": 3, "threads": 1, "tensorboard": False, "checkpoint_every": 2},
-    "env": {"name": "str_build", "turns": 1, "strings": ["HE", "WE", "US"], "eval_strings": WORDS},
+    "env": {"name": "str_build", "wording": "terse", "turns": 1, "strings": ["HE", "WE", "US"], "eval_strings": WORDS},
     "rollout": {"tasks": 3, "max_tokens": 24},
     "learner": {"lr": 1e-3},
     "critic": {"lr": 1e-3},
@@ -35,6 +35,7 @@ RECIPE = """
 threads = 1
 [env]
 name = "str_build"
+wording = "terse"
 turns = 1
 strings = ["HE"]
 eval_strings = ["AN", "AT", "BE", "DO", "GO", "IN", "IT", "ON", "UP"]

@@ -36,6 +36,7 @@ threads = 1
 checkpoint_every = 2
 [env]
 name = "agree"
+wording = "terse"
 turns = 2
 [rollout]
 tasks = 8
@@ -275,7 +276,7 @@ def test_settings_that_a_run_is_resumed_with_are_kept_only_where_they_fit(tmp_pa
 
 def test_what_is_wrong_with_the_held_out_tasks_is_said_before_the_run_begins(tmp_path: Path) -> None:
     values = {
-        "env": {"name": "str_build", "strings": ["IT"]},
+        "env": {"name": "str_build", "wording": "terse", "strings": ["IT"]},
         "evaluation": {"every": 1},
         "run": {"folder": str(tmp_path), "name": "run"},
     }
