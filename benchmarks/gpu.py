@@ -1,105 +1,117 @@
-"""Teams of models with the shapes of Qwen3-0.6B, 1.7B and 4B on one GPU: tokens and joint actions per second, and memory.
+"""One GPU in at most ten minutes: does it compute the same, learn, fit the plan, and how fast is it?
 
-    python benchmarks/gpu.py                                           # whole models, this package's own engine
-    python benchmarks/gpu.py --adapters --engines local vllm --reference
-    python benchmarks/gpu.py --limit-seconds 400 --out FOLDER          # start no measurement after that time; continue later
-    python benchmarks/gpu.py --device cpu --models tiny                # the same code, small enough for any machine
+    python benchmarks/gpu.py                                    # build/smollm2, then models of Qwen3's shapes
+    python benchmarks/gpu.py MODEL --out FOLDER --only speed-0.6B
+    python benchmarks/gpu.py --dry-run                          # what it would do: cells, order, seconds, files
+    python benchmarks/gpu.py tiny --device cpu --small --only gap-adapters-float32      # the same code on any machine
 
-Two agents and a centralized critic train with `collm-cc` for a few iterations. Every agent reads 67 tokens and answers with
---answer-tokens tokens sampled from the whole vocabulary at temperature 1, in one turn. Weights are random, of the named
-model's shape and vocabulary size, so that nothing is downloaded; they make every answer full length, and each side checks this.
+The cells, the most important first:
 
-    collm-local, collm-vllm    this package's trainer, with its own engine or vLLM
-    reference                  comlrl 1.3.6's MAAC, unchanged: one answer per call of `generate`
-    reference-wide             the same, with up to 32 answers to one prompt per call
+    tests                quick tests that play and train on the GPU
+    gap-FORM-PRECISION   |log-prob of the engine - log-prob of the learner| of fresh samples, before and after an update
+    learn                recipes/real/quote.toml: held-out reward before and after, and the curve
+    speed-MODEL          benchmarks/real.py: joint actions per second of collm, comlrl 1.3.6 and bare transformers, and the peak
+                         of memory beside what `collm plan` computes; SmolLM2 is MODEL itself, the others have the shapes of
+                         Qwen3-0.6B and 1.7B and random weights
 
-One measurement (a model, its form, a side) is a process of its own, and its result a JSON file in --out. Existing results are
-not measured again, so the command can be stopped and repeated; failed measurements are repeated last. Running out of memory is
-a result. The measured time includes optimizer steps; it excludes loading and a warm-up.
+Every cell has a limit in seconds and is a process of its own. Its result is written to --out as JSON before the next begins; a
+cell that has one is not repeated unless it failed. Without a GPU the cells are listed, and nothing is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
-import random
+import os
 import signal
-import string
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-try:
-    from pettingzoo import ParallelEnv
-except ImportError:  # in the reference's environment
-    ParallelEnv = object
+import real
+from matched import Row, make_reference, surroundings
 
-import matched
-from matched import Row, Stopwatch, count_turns, make_reference, peak_memory_mb, surroundings, team_reward
-
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SECONDS = 600
+TESTS = (
+    "tests/engines/test_kv_cache.py",
+    "tests/learning",
+    "tests/training/test_evaluate.py",
+    "tests/training/test_learning.py",
+)
 _QWEN3: dict[str, Any] = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
 _QWEN3 |= {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 SHAPES: dict[str, dict[str, Any]] = {
     "0.6B": _QWEN3 | {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 3072},
     "1.7B": _QWEN3 | {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144},
-    "4B": _QWEN3 | {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728},
 }
 """Numbers of Qwen3's published configurations. "tiny" is the shape of the model that the package ships."""
-NUM_AGENTS = 2
-LETTERS = string.ascii_uppercase
-"""The characters of answers and observations: one token each, in any context."""
-OBSERVATION_LETTERS = 64
-WIDE = 32
-REFERENCE_TASKS = 8
-"""Joint actions measured for the unchanged reference: as many as it learns from at once by default."""
-SHORT_OF_MEMORY = ("out of memory", "No available memory", "less than desired GPU memory")
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One measurement, with all its settings."""
+    """One measurement: commands, the last of which prints its result as JSON on its last line, or anything else."""
 
-    model: str
-    form: str
-    side: str
-    device: str
-    precision: str
-    answer_tokens: int
-    episodes: int
-    iterations: int
-    micro_batch_tokens: int
-
-    @property
-    def name(self) -> str:
-        return "-".join((self.device, self.model, self.form, self.side, self.precision))
+    name: str
+    what: str
+    seconds: int
+    """The measurement on a GPU is ended after that time."""
+    commands: tuple[tuple[str, ...], ...]
+    needs: tuple[Path, ...] = ()
+    """Files without which it is left out."""
 
 
-# --- the work, the same for every side ---------------------------------------------------------------------------------
+def cells(options: argparse.Namespace) -> list[Cell]:
+    """All cells, in the order of measurement."""
+    python, model, small = sys.executable, options.model, options.small
+    folder = () if model == "tiny" else (ROOT / model,)
+    sides = ("--sides", "collm", "floor") if small else ("--sides", "collm", "comlrl", "floor")
+    learning = ("--iterations", "2", "--tasks", "1") if small else ("--iterations", "20", "--tasks", "4")
+    sizes = (*sides, *(("--iterations", "2", "--tasks", "2") if small else ("--iterations", "4", "--tasks", "8")))
+
+    def script(name: str, *arguments: object) -> tuple[str, ...]:
+        return (python, str(HERE / name), *map(str, arguments), "--device", options.device)
+
+    def gap(form: str, precision: str) -> Cell:
+        what = f"log-probs of engine and learner: {form}, {precision}"
+        return Cell(f"gap-{form}-{precision}", what, 45, (script("gpu.py", model, "--gap", form, precision),), folder)
+
+    def sides_by_side(cell: str, model: object, *arguments: str) -> tuple[str, ...]:
+        places = ("--work", options.work, "--out", sides_of(cell, options))
+        return script("real.py", model, "--precision", "bfloat16", *places, *arguments)
+
+    def speed(shape: str) -> Cell:
+        name, made = f"speed-{shape}", options.work / "models" / ("tiny" if small else shape)
+        measure = sides_by_side(name, made, *sizes, "--answer-tokens", "64", "--no-evaluation")
+        return Cell(name, f"the same, Qwen3-{shape}'s shape", 120, (script("gpu.py", "--build", made.name, made), measure))
+
+    learn = sides_by_side("learn", model, "--sides", "recipe", *learning)
+    smollm2 = sides_by_side("speed-SmolLM2", model, *sizes)
+    found = [
+        Cell("tests", "quick tests that play and train", 75, ((python, "-m", "pytest", "-q", "-x", *TESTS),)),
+        gap("adapters", "float32"),
+        gap("whole", "float32"),
+        Cell("learn", "recipes/real/quote.toml, with its curve", 150, (learn,), folder),
+        Cell("speed-SmolLM2", "speed and memory: " + " ".join(sides[1:]), 100, (smollm2,), folder),
+        *map(speed, SHAPES),
+        gap("adapters", "bfloat16"),
+        gap("whole", "bfloat16"),
+    ]
+    return [cell for cell in found if not options.only or cell.name in options.only]
 
 
-def observation(task: int, agent: int, turn: int = 0) -> str:
-    """The observation of an agent: 64 letters, different for every task and agent."""
-    return "".join(random.Random(f"{task} {agent} {turn}").choices(LETTERS, k=OBSERVATION_LETTERS))
+def sides_of(name: str, options: argparse.Namespace) -> Path:
+    """The file to which a cell's real.py writes the sides measured so far."""
+    return Path(options.out / f"{name}.sides")
 
 
-def prompt(tokenizer: Any, task: int, agent: int) -> str:
-    """The observation as the chat template renders it, up to the beginning of the answer."""
-    chat = [{"role": "user", "content": observation(task, agent)}]
-    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-
-
-def make_world(answer_tokens: int, split: str = "train") -> ParallelEnv:
-    """The benchmark's environment for collm."""
-    return matched.make_world(NUM_AGENTS, 1, observation, answer_tokens)
+# --- models of a shape ----------------------------------------------------------------------------------------------------
 
 
 def shape(name: str) -> Any:
@@ -115,19 +127,28 @@ def shape(name: str) -> Any:
 
 
 def build_model(name: str, folder: Path, device: str) -> None:
-    """Save a random model in bfloat16 that writes capital letters for any input, with the shipped model's tokenizer."""
+    """Save a random bfloat16 model that writes words of quote's texts for any input, with the shipped model's tokenizer.
+
+    So every answer has its full length, and rewards differ.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from collm import tiny
+    from collm.envs.quote_texts import texts
 
+    if folder.exists():
+        return
     tokenizer = AutoTokenizer.from_pretrained(tiny.folder())
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape(name), dtype=torch.bfloat16)
-    only_write(model, tokenizer.convert_tokens_to_ids(list(LETTERS)))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    ids = {i for text in texts("train") for i in tokenizer(text, add_special_tokens=False)["input_ids"]}
+    only_write(model, sorted(i for i in ids if tokenizer.decode([i])[0] == " " and tokenizer.decode([i])[1:].isalpha()))
+    half = folder.with_name(f"{folder.name}.half")
+    model.save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    half.rename(folder)
 
 
 def only_write(model: Any, tokens: list[int]) -> None:
@@ -158,366 +179,163 @@ def only_write(model: Any, tokens: list[int]) -> None:
         first.down_proj.weight[0, 0] = 10_000
 
 
-class Phases:
-    """Seconds by phase; the rest of the whole is "other"."""
-
-    def __init__(self, device: str) -> None:
-        import torch
-
-        settle: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
-        self.watches: defaultdict[str, Stopwatch] = defaultdict(lambda: Stopwatch(settle))
-
-    def __call__(self, phase: str) -> Stopwatch:
-        return self.watches[phase]
-
-    def method(self, owner: Any, name: str, phase: str) -> None:
-        """Count one object's method as a phase from now on."""
-        inner = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.watches[phase]:
-                return inner(*args, **kwargs)
-
-        setattr(owner, name, timed)
-
-    def row(self, joint_actions: int, answer_tokens: int) -> Row:
-        """Rates from the seconds of the phases "all" and "collect"."""
-        seconds = {phase: watch.wall for phase, watch in self.watches.items()}
-        whole = seconds.pop("all")
-        tokens = joint_actions * NUM_AGENTS * answer_tokens
-        return {
-            "joint_actions": joint_actions,
-            "seconds": whole,
-            "joint_actions_per_second": joint_actions / whole,
-            "generated_tokens_per_second": tokens / whole,
-            "generated_tokens_per_second_of_collecting": tokens / seconds["collect"],
-            "seconds_by_phase": seconds | {"other": whole - sum(seconds.values())},
-        }
+# --- log-probs of engine and learner --------------------------------------------------------------------------------------
 
 
-# --- collm ---------------------------------------------------------------------------------------------------------------
-
-
-def measure_collm(cell: Cell, model: Path) -> Row:
-    """`cell.iterations` iterations of collm's trainer after one of warm-up: collect, learn, new weights to the engine."""
-    from transformers import AutoTokenizer
-
-    from collm.settings.load import parse_config
+def measure_gap(model: str, form: str, precision: str, device: str) -> Row:
+    """Per agent: mean and largest gap before and after an update of the recipe, with 32 joint actions each."""
+    from collm.settings.load import load_config
     from collm.training.trainer import Trainer
 
-    settings: dict[str, Any] = {
-        "run": {"iterations": cell.iterations + 1, "device": cell.device, "tensorboard": False},
-        "env": {"name": "gpu:make_world", "answer_tokens": cell.answer_tokens},
-        "team": {"model": str(model), "compute": cell.precision},
-        "rollout": {
-            "engine": cell.side.removeprefix("collm-"),
-            "tasks": cell.episodes,
-            "max_tokens": cell.answer_tokens,
-        },
-        "algorithm": {"name": "collm-cc", "teammates": "none"},  # the reference has no difference baseline
-        "learner": {"micro_batch_tokens": cell.micro_batch_tokens},
-        "evaluation": {"every": 0},
-    }
-    if cell.form == "adapters":
-        settings["team"]["lora"] = {}
-    if cell.device == "cpu":
-        settings["run"]["threads"] = 1
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    overrides = {"team.model": model, "team.compute": precision, "run.device": device, "run.tensorboard": False}
+    if form == "whole":
+        overrides |= {"team.lora": "none", "learner.lr": 2e-5}
     with tempfile.TemporaryDirectory() as folder:
-        settings["run"]["folder"] = folder
-        trainer = Trainer(parse_config(settings), quiet=True)
-        phases, joint_actions = Phases(cell.device), 0
-        for part in trainer.learner.hands.parts:
-            phases.method(part, "values", "values")
-            phases.method(part, "learn", "critic" if part.name.startswith("critic-") else "agents")
-        for trainer.iteration in range(cell.iterations + 1):
-            with phases("all"):
-                with phases("collect"):
-                    groups = trainer.collect()
-                with phases("weights"):
-                    trainer.engine.rest()
-                trainer.learner.update(groups, trainer.iteration)
-                with phases("weights"):
-                    trainer.engine.load(trainer.team)
-            joint_actions += count_turns(groups, cell.answer_tokens)
-            prompt_tokens = check_prompts(groups, tokenizer)
-            if trainer.iteration == 0:
-                phases.watches.clear()
-                joint_actions = 0
-    return phases.row(joint_actions, cell.answer_tokens) | {"prompt_tokens": prompt_tokens}
+        trainer = Trainer(load_config(real.RECIPE, overrides | {"run.folder": folder}), quiet=True)
+        before = gaps(trainer)
+        trainer.learner.update(trainer.collect(), 0)
+        trainer.engine.load(trainer.team)
+        return {"before_update": before, "after_update": gaps(trainer)}
 
 
-def check_prompts(groups: Any, tokenizer: Any) -> int:
-    """The number of tokens that agents read, which must be the tokens that the reference's agents read."""
-    for episode in (episode for group in groups for episode in group.episodes):
-        for number, completion in enumerate(episode.turns[0].completions.values()):
-            expected = tokenizer(prompt(tokenizer, episode.task, number))["input_ids"]
-            if completion.prompt_ids.tolist() != expected:
-                raise AssertionError(f"task {episode.task}: an agent read {completion.prompt_ids.tolist()}, not {expected}")
-    return len(expected)
-
-
-# --- the reference -------------------------------------------------------------------------------------------------------
-
-
-def measure_reference(cell: Cell, model: Path) -> Row:
-    """One call of comlrl's MAACTrainer.train(), after one of warm-up.
-
-    Its settings are its defaults except: one turn, sampling from the whole vocabulary, no early end, no evaluation. It has
-    one number format for everything: with "bfloat16", weights, gradients and optimizer state are bfloat16 too.
-    """
+def gaps(trainer: Any) -> dict[str, dict[str, float]]:
+    """Agent -> mean and largest gap over the tokens of answers sampled now, and their number."""
     import torch
-    from comlrl.trainers.actor_critic import MAACConfig, MAACTrainer
-    from transformers import AutoTokenizer
 
-    if cell.device == "cpu":
-        torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    width = min(WIDE, cell.episodes) if cell.side == "reference-wide" else 1
-    num_tasks = 2 if width > 1 else min(REFERENCE_TASKS, cell.episodes)
-    counted = 0
+    from collm.learning.batch import Batch
+    from collm.learning.pack import micro_batches, pack_answers
 
-    def reward(first: list[str], second: list[str]) -> list[float]:
-        nonlocal counted
-        counted += len(first)
-        return [team_reward(answers, cell.answer_tokens) for answers in zip(first, second, strict=True)]
-
-    args = MAACConfig(
-        num_agents=NUM_AGENTS,
-        num_turns=1,
-        num_generations=width,
-        num_train_epochs=1,
-        max_new_tokens=cell.answer_tokens,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        early_termination_threshold=None,
-        eval_interval=0,
-    )
-    trainer = MAACTrainer(
-        agents=[str(model)] * NUM_AGENTS,
-        critic_model=str(model),
-        tokenizer=tokenizer,
-        reward_func=reward,
-        formatters=[
-            lambda item, agent=agent, **_: prompt(tokenizer, int(item["prompt"]), agent) for agent in range(NUM_AGENTS)
-        ],
-        args=args,
-        model_config={"torch_dtype": getattr(torch, cell.precision)},
-    )
-    trainer.verbose = False
-    found = {parameter.dtype for part in (*trainer.team.agents, *trainer.critics) for parameter in part.parameters()}
-    if found != {getattr(torch, cell.precision)}:
-        raise AssertionError(f"the reference holds {found} instead of {cell.precision}")
-    phases = Phases(cell.device)
-    phases.method(trainer, "_generate", "collect")
-    phases.method(trainer, "_update", "update")
-
-    def train(tasks: range) -> None:
-        trainer.train_dataset = [{"prompt": str(task)} for task in tasks]
-        with phases("all"):
-            trainer.train()
-
-    train(range(1))
-    phases.watches.clear()
-    counted, before = 0, trainer.env_step
-    train(range(1, 1 + num_tasks))
-    if not counted == trainer.env_step - before == num_tasks * width:
-        raise AssertionError(f"the reward saw {counted} joint actions, the trainer counts {trainer.env_step - before}")
-    prompt_tokens = len(tokenizer(prompt(tokenizer, 0, 0))["input_ids"])
-    return phases.row(counted, cell.answer_tokens) | {"prompt_tokens": prompt_tokens, "answers_per_call": width}
-
-
-# --- one cell, in a process of its own ------------------------------------------------------------------------------------
-
-
-def short_of_memory(error: BaseException | None) -> bool:
-    """Whether an error or its cause is a lack of memory."""
-    while error is not None:
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in SHORT_OF_MEMORY):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def measure(cell: Cell, model: Path) -> Row:
-    """A cell's result: the measurement, or that memory was not enough, with the peak of memory in either case."""
-    import torch
-    import transformers
-
-    random.seed(0)
-    torch.manual_seed(0)
-    try:
-        found = measure_collm(cell, model) if cell.side.startswith("collm-") else measure_reference(cell, model)
-        row: Row = {"outcome": "measured"} | found
-    except Exception as error:
-        if not short_of_memory(error):
-            raise
-        row = {"outcome": "out of memory", "reason": str(error).strip().split("\n")[0]}
-    on_gpu = cell.device == "cuda"
-    row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_memory_mb() / 1024
-    row["on"] = torch.cuda.get_device_name() if on_gpu else "CPU, one thread"
-    return row | {"torch": torch.__version__, "transformers": transformers.__version__}
+    batch = Batch.of(trainer.collect(), trainer.team.agents)
+    found = {}
+    for agent, policy in trainer.team.policies.items():
+        differences = []
+        for micro in micro_batches(pack_answers(batch, agent, policy), 8192, policy.device):
+            with torch.no_grad():
+                hidden = policy.hidden(micro.ids_BL)[micro.row_K, micro.column_K]
+                differences.append((policy.score(hidden, micro.token_K, trainer.plan.sampling) - micro.old_logp_K).abs())
+        gap = torch.cat(differences)
+        found[agent] = {"mean": gap.mean().item(), "max": gap.max().item(), "tokens": len(gap)}
+    return found
 
 
 # --- all cells ------------------------------------------------------------------------------------------------------------
 
 
-def cells(options: argparse.Namespace) -> Iterator[Cell]:
-    """The requested cells, in the order of measurement: small models first. The reference has no adapters."""
-    engines = [f"collm-{engine}" for engine in options.engines]
-    reference = [] if options.reference is None else ["reference", "reference-wide"]
-    forms = {"whole": [*engines, *reference]} | ({"adapters": engines} if options.adapters else {})
-    sizes = options.answer_tokens, options.episodes, options.iterations, options.micro_batch_tokens
-    for model, (form, sides) in product(options.models, forms.items()):
-        for side in sides:
-            yield Cell(model, form, side, options.device, options.precision, *sizes)
+def list_cells(todo: list[Cell], options: argparse.Namespace) -> None:
+    """What would be measured, in order, with limits and missing files."""
+    print(f"{'':3}{'cell':<24}{'at most':>8}  {'what':<50} needs")
+    for number, cell in enumerate(todo, start=1):
+        needs = ", ".join(f"{place(path)} ({'here' if path.exists() else 'missing'})" for path in cell.needs) or "-"
+        print(f"{number:<3}{cell.name:<24}{cell.seconds:>6} s  {cell.what:<50} {needs}")
+    print(f"All cells end after {options.limit_seconds:g} s together. Results: {place(options.out)}/CELL.json.")
+    print("Before the clock starts, pip makes the environment of comlrl 1.3.6, or --reference names a Python that has it.")
 
 
-def read(cell: Cell, out: Path) -> Row | None:
-    """The stored result of a cell; None if its file is missing, broken or has other settings."""
-    try:
-        found = json.loads((out / f"{cell.name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and found.get("cell") == asdict(cell) else None
+def place(path: Path) -> str:
+    """A path as a person would type it in the checkout."""
+    path = path.absolute()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
-def ready_model(name: str, options: argparse.Namespace) -> Path:
-    """The folder of a model, which is built if it is missing."""
-    folder = options.work.resolve() / "models" / name
-    if not folder.exists():
-        print(f"building {folder}", file=sys.stderr)
-        half = folder.with_name(f"{name}.half")
-        command = [sys.executable, __file__, "--build", name, "--model", str(half), "--device", options.device]
-        subprocess.run(command, env=surroundings(gpu=options.device == "cuda"), check=True, stdout=sys.stderr)
-        half.rename(folder)
-    return folder
+def measure_all(todo: list[Cell], options: argparse.Namespace) -> int:
+    """Measure what has no result, within the limit. Exit code 1 if a measurement failed."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.small and any("comlrl" in cell.what for cell in todo):
+        options.reference = options.reference or make_reference(options.work.resolve() / "reference")
+    deadline, failed = time.monotonic() + options.limit_seconds, 0
+    for cell in todo:
+        path = options.out / f"{cell.name}.json"
+        row = json.loads(path.read_text()) if path.exists() else {}
+        if row.get("outcome") != "measured":
+            left = deadline - time.monotonic()
+            row = run_cell(cell, min(cell.seconds, left) if options.device == "cuda" else left, options)
+            half = path.with_suffix(".half")
+            half.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+            half.replace(path)
+        failed += row["outcome"] == "failed"
+        shown = {name: value for name, value in row.items() if name not in ("sides", "settings", "said")}
+        print(cell.name, json.dumps(shown), row.get("said", ""), flush=True)
+        for side, found in row.get("sides", {}).items():
+            print(f"  {side}: {real.line(found)}", flush=True)
+    return int(failed > 0)
 
 
-def run_cell(cell: Cell, python: Path, model: Path, options: argparse.Namespace) -> Row:
-    """Measure one cell in a process of its own and write its result; its messages go to a log beside the result."""
-    log = options.out / f"{cell.name}.log"
-    command = [python, __file__, "--cell", json.dumps(asdict(cell)), "--model", model]
-    env = surroundings(1 if cell.device == "cpu" else None, gpu=cell.device == "cuda")
-    started = time.monotonic()
-    row: Row = {"outcome": "failed"}
-    try:
-        with log.open("w") as messages:
-            done = subprocess.run(
-                command, env=env, stdout=subprocess.PIPE, stderr=messages, text=True, check=False, timeout=options.cell_seconds
-            )
-        said = [line for line in done.stdout.splitlines() if line.startswith('{"outcome"')]
-        if said:  # a library may crash at exit, after the result is written
-            row = json.loads(said[-1])
-        elif done.returncode == -signal.SIGKILL:
-            row = {"outcome": "out of memory", "reason": "killed by the system, as it does where a machine's own memory ends"}
-        else:
-            last = log.read_text(errors="replace").strip().split("\n")[-1]
-            row["reason"] = f"exit code {done.returncode}: {last}"
-    except subprocess.TimeoutExpired:
-        row["reason"] = f"not done after {options.cell_seconds:g} seconds"
-    row |= {"cell": asdict(cell), "seconds_with_loading": time.monotonic() - started}
-    path = options.out / f"{cell.name}.json"
-    half = path.with_suffix(".half")
-    half.write_text(json.dumps(row, indent=1), encoding="utf-8")
-    half.replace(path)
-    return row
+def run_cell(cell: Cell, seconds: float, options: argparse.Namespace) -> Row:
+    """The result of one cell's commands; messages go to a log beside it."""
+    if missing := [place(path) for path in cell.needs if not path.exists()]:
+        return {"outcome": "left out", "reason": f"missing: {', '.join(missing)}"}
+    if seconds <= 0:
+        return {"outcome": "left out", "reason": "the time was over"}
+    env = surroundings(1 if options.device == "cpu" else None, gpu=options.device == "cuda")
+    env |= {"PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT)])}
+    row: Row = {"outcome": "measured"}
+    started, text, sides = time.monotonic(), "", sides_of(cell.name, options)
+    sides.unlink(missing_ok=True)
+    with (options.out / f"{cell.name}.log").open("w") as log:
+        for command in cell.commands:
+            command = (*command, "--reference", str(options.reference)) if "comlrl" in command else command
+            code, text = limited(command, env, log, seconds - (time.monotonic() - started))
+            if code:
+                last = (Path(log.name).read_text(errors="replace").strip() or text).split("\n")[-1]
+                reason = f"not done after {seconds:.0f} seconds" if code == -signal.SIGKILL else f"exit code {code}: {last}"
+                row |= {"outcome": "failed", "reason": reason}
+                break
+    row["seconds"] = round(time.monotonic() - started, 1)
+    if sides.exists():  # also of a command that was ended
+        return row | json.loads(sides.read_text())
+    last = text.split("\n")[-1]
+    return row | (json.loads(last) if last.startswith("{") else {"said": last})
 
 
-def told(row: Mapping[str, Any]) -> str:
-    """A result as one line."""
-    if row["outcome"] != "measured":
-        return f"{row['outcome']}: {row['reason']}"
-    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in row["seconds_by_phase"].items())
-    rates = f"{row['generated_tokens_per_second']:>9.1f} {row['joint_actions_per_second']:>9.3f}"
-    return f"{rates} {row['peak_memory_gib']:>9.2f}  {phases}"
-
-
-def show(rows: list[Row], left: list[str]) -> None:
-    """All results as a plain table."""
-    layout = "{:<6} {:<9} {:<15} {:<9} {}"
-    for place in sorted({row.get("on", "no result") for row in rows}):
-        print(place)
-        rates = "{:>9} {:>9} {:>9}  {}".format("tokens/s", "joint/s", "peak GiB", "seconds")
-        print(layout.format("model", "form", "side", "precision", rates))
-        for row in rows:
-            if row.get("on", "no result") == place:
-                cell = row["cell"]
-                print(layout.format(cell["model"], cell["form"], cell["side"], cell["precision"], told(row)))
-    if left:
-        print(f"not measured yet: {', '.join(left)}. The same command goes on there.")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, here = parser.add_argument, Path(__file__).parent / ".work"
-    add("--models", nargs="+", choices=[*SHAPES, "tiny"], default=list(SHAPES), help="whose shapes (default: %(default)s)")
-    add("--adapters", action="store_true", help="measure teams of LoRA adapters on one shared base, too")
-    add("--engines", nargs="+", choices=["local", "vllm"], default=["local"], help="which engines (default: local)")
-    add("--reference", nargs="?", const="", metavar="PYTHON", help="measure the reference, too: with its Python, or a new one")
-    add("--device", choices=["cuda", "cpu"], default="cuda", help="where (default: cuda)")
-    add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of matrix products (default: bfloat16)")
-    add("--answer-tokens", type=int, default=128, help="length of every answer (default: 128)")
-    add("--episodes", type=int, default=64, help="joint actions in one iteration of collm (default: 64)")
-    add("--iterations", type=int, default=2, help="measured iterations of collm (default: 2)")
-    add("--micro-batch-tokens", type=int, default=4096, help="tokens in one pass of collm's learner (default: 4096)")
-    add("--limit-seconds", type=float, default=math.inf, help="start no measurement after that time (default: no limit)")
-    add("--cell-seconds", type=float, default=240, help="end a measurement after that time (default: 240)")
-    add("--out", type=Path, default=here / "gpu", metavar="FOLDER", help="where results are kept")
-    add("--work", type=Path, default=here, metavar="FOLDER", help="where models and the reference lie")
-    add("--json", action="store_true", help="print one JSON object instead of a table")
-    add("--cell", help=argparse.SUPPRESS)  # one measurement, in this process
-    add("--build", help=argparse.SUPPRESS)  # one model, in this process
-    add("--model", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.build:
-        build_model(options.build, options.model, options.device)
-        return 0
-    if options.cell:
-        print("\n" + json.dumps(measure(Cell(**json.loads(options.cell)), options.model)))
-        return 0
-    if options.device == "cuda" and (reason := no_gpu()):
-        print(f"{reason}; nothing was measured. `--device cpu --models tiny` runs the same code without a GPU.")
-        return 0
-    return measure_all(options)
+def limited(command: tuple[str, ...], env: dict[str, str], log: IO[str], seconds: float) -> tuple[int, str]:
+    """(exit code, output) of a command; after `seconds` it and what it started are killed."""
+    options: dict[str, Any] = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "stderr": log, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
+        try:
+            text, _ = process.communicate(timeout=max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            text, _ = process.communicate()
+        return process.returncode, text.strip()
 
 
 def no_gpu() -> str:
-    """The reason why no GPU can be used; None if one can."""
+    """The reason why no GPU can be used; empty if one can."""
     import torch
 
     return "" if torch.cuda.is_available() else f"no GPU: torch {torch.__version__} sees none on this machine"
 
 
-def measure_all(options: argparse.Namespace) -> int:
-    """Measure what is missing, within the time limit, and show all results. Exit code 1 if a measurement failed."""
-    deadline = time.monotonic() + options.limit_seconds
-    options.out.mkdir(parents=True, exist_ok=True)
-    if "vllm" in options.engines and importlib.util.find_spec("vllm") is None:
-        print("the package vllm is not installed here: its measurements are left out", file=sys.stderr)
-        options.engines.remove("vllm")
-    wanted = list(cells(options))
-    known = {cell: row for cell in wanted if (row := read(cell, options.out)) is not None}
-    todo = [cell for cell in wanted if known.get(cell, {"outcome": "failed"})["outcome"] == "failed"]
-    left: list[str] = []
-    for cell in sorted(todo, key=known.__contains__):
-        if time.monotonic() >= deadline:
-            left.append(cell.name)
-            continue
-        python = Path(sys.executable)
-        if cell.side.startswith("reference"):
-            python = Path(options.reference) if options.reference else make_reference(options.work.resolve() / "reference")
-        model = ready_model(cell.model, options)
-        print(f"measuring {cell.name}", file=sys.stderr)
-        known[cell] = run_cell(cell, python, model, options)
-        print(f"  {told(known[cell])}", file=sys.stderr)
-    rows = [known[cell] for cell in wanted if cell in known]
-    if options.json:
-        print(json.dumps({"results": rows, "left": left}))
-    else:
-        show(rows, left)
-    return int(any(row["outcome"] == "failed" for row in rows))
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, work = parser.add_argument, HERE / ".work"
+    add("model", nargs="?", default="build/smollm2", help="a folder of a chat model (default: build/smollm2)")
+    add("--only", nargs="+", metavar="CELL", help="measure these cells alone")
+    add("--dry-run", action="store_true", help="list the cells, and stop")
+    add("--small", action="store_true", help="few iterations, no comlrl, and the tiny model in place of Qwen3's shapes")
+    add("--device", choices=["cuda", "cpu"], default="cuda", help="default: cuda")
+    add("--limit-seconds", type=float, default=SECONDS, help=f"end after that time (default: {SECONDS})")
+    add("--out", type=Path, default=work / "gpu", metavar="FOLDER", help="where results are kept")
+    add("--work", type=Path, default=work, metavar="FOLDER", help="where models and the reference lie")
+    add("--reference", type=Path, metavar="PYTHON", help="a Python that has comlrl, instead of making an environment")
+    add("--build", nargs=2, metavar=("SHAPE", "FOLDER"), help=argparse.SUPPRESS)  # one model, in this process
+    add("--gap", nargs=2, metavar=("FORM", "PRECISION"), help=argparse.SUPPRESS)  # one measurement, in this process
+    options = parser.parse_args()
+    if options.build:
+        build_model(options.build[0], Path(options.build[1]), options.device)
+        return 0
+    if options.gap:
+        print("\n" + json.dumps(measure_gap(options.model, *options.gap, options.device)))
+        return 0
+    options.out, options.work = options.out.absolute(), options.work.absolute()
+    todo = cells(options)
+    reason = no_gpu() if options.device == "cuda" else ""
+    if options.dry_run or reason:
+        if reason:
+            print(f"{reason}; nothing is measured. With one, this would be:")
+        list_cells(todo, options)
+        return 0
+    return measure_all(todo, options)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-REFERENCE = ("comlrl==1.3.6", "torch==2.13.0")
+REFERENCE = ("comlrl==1.3.6", "torch==2.13.0", "pettingzoo==1.27.0")
+"""The last one is for this package's environments, which reward the reference."""
 
 Row = dict[str, Any]
 Observe = Callable[[int, int, int], str]
@@ -100,9 +101,9 @@ def surroundings(threads: int | None = None, *, gpu: bool = False) -> dict[str, 
     return env if gpu else env | {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def in_a_process(command: Sequence[Any], threads: int) -> Any:
-    """Run a measurement in a process of its own, on the CPU; returns the JSON value on its last line."""
-    done = subprocess.run(command, env=surroundings(threads), stdout=subprocess.PIPE, text=True, check=False)
+def in_a_process(command: Sequence[Any], threads: int | None, *, gpu: bool = False) -> Any:
+    """Run a measurement in a process of its own, by default on the CPU; returns the JSON value on its last line."""
+    done = subprocess.run(command, env=surroundings(threads, gpu=gpu), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"exit code {done.returncode}: {' '.join(map(str, command))}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -30,8 +30,8 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 12, "vocab_size": 1536, "tie_word_embeddings": True,
 }  # fmt: skip
 SMALL: dict[str, Any] = {**QWEN, "num_key_value_heads": 2, "tie_word_embeddings": True}
-AGREE = {"env.name": "agree", "rollout.tasks": 4, "rollout.max_tokens": 8}
-BUILD = {"env.name": "str_build", "env.turns": 2, "rollout.tasks": 6, "rollout.max_tokens": 48}
+AGREE = {"env.name": "agree", "env.wording": "terse", "rollout.tasks": 4, "rollout.max_tokens": 8}
+BUILD = {"env.name": "str_build", "env.wording": "terse", "env.turns": 2, "rollout.tasks": 6, "rollout.max_tokens": 48}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "whole": (QWEN, AGREE),
     "own critics": (LLAMA, {**AGREE, "algorithm.name": "collm-dc"}),

@@ -1,15 +1,23 @@
-"""A pre-trained model on one device: gap between the engine's and the learner's log-probs, and learning within minutes.
+"""A pre-trained model in collm, in the reference package comlrl 1.3.6 and in bare transformers: speed, and what was learned.
 
-    python benchmarks/real.py MODEL --data POSTS.jsonl                    # on a GPU; at most --minutes (6) in all
-    python benchmarks/real.py tiny --data POSTS.jsonl --device cpu --iterations 1 --limit 4    # the same code on any machine
+    python benchmarks/real.py                                   # SmolLM2-135M, 160 joint actions per side: about 15 minutes
+    python benchmarks/real.py MODEL --device cuda --precision bfloat16 --iterations 4 --tasks 8
+    python benchmarks/real.py tiny --iterations 2 --sides collm floor         # any machine, in a minute
 
-MODEL is a Hugging Face folder or hub name of a small chat model. Two writers each see the first 20 words of a post and repeat
-part of it, in 14 tokens each, without seeing each other's answers; the reward is the fraction of the post's words, without stop
-words, that at least one of them wrote. Each result is written to --out as JSON at once, the most important first:
+MODEL is a Hugging Face folder or hub name (default: build/smollm2, which `make smollm2` makes). Two writers play one turn of
+`quote` (recipes/real/quote.toml). Every iteration plays --tasks texts --group times and makes one update.
 
-    gap-*.json      |log-prob of the engine - log-prob of the learner| of fresh samples, before and after an update, for whole
-                    models and adapters, in float32 and bfloat16
-    learn-*.json    held-out reward before and after training with its 95 % interval, the curve, and seconds by phase
+    collm     its trainer: MAGRPO, whole models
+    comlrl    its MAGRPOTrainer, unchanged, in a virtual environment of its own that pip makes
+    recipe    collm as the recipe has it: adapters on one bfloat16 base, their own learning rate
+    floor     transformers alone: batched `generate`, forward and backward passes of whole rows, AdamW; it learns nothing useful
+
+All sides read the same token ids in the same order: those that collm read. collm and comlrl have the same learning rate,
+temperature, number format and group size, and `quote` itself rewards both. Nothing is normalized. collm evaluates every team on
+the held-out texts, greedy.
+
+A side is a process of its own. Joint actions per second count collecting, learning and optimizer steps of all iterations after
+the first. On a CPU all sides have one thread; joint actions per CPU second depend less on other work on the machine.
 """
 
 from __future__ import annotations
@@ -17,175 +25,366 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import sys
 import tempfile
-import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from collm.envs.base import Outcome, TextEnv
-from collm.envs.data import field, read_rows
-from collm.envs.writing.lexicon import STOP_WORDS, words
+import matched
+from matched import Row, Stopwatch, in_a_process, make_reference
 
-HELD_OUT = 40
-LORA = {"rank": 16, "alpha": 32.0}
-FORMS: dict[str, dict[str, Any]] = {
-    "whole": {"learner": {"lr": 2e-5}, "critic": {"lr": 2e-5}},
-    "adapters": {"learner": {"lr": 5e-4}, "critic": {"lr": 1e-4}, "lora": LORA},
+HERE = Path(__file__).resolve().parent
+RECIPE = HERE.parent / "recipes" / "real" / "quote.toml"
+SIDES = ("collm", "comlrl", "recipe", "floor")
+TOKENS_AT_ONCE = 4096
+"""Tokens in one forward and backward pass of the floor."""
+SHOWN = 3
+"""Held-out texts whose answers are kept."""
+
+
+class Iterations:
+    """One stopwatch per iteration, and the rates of all but the first."""
+
+    def __init__(self, device: str):
+        self.device, self.watches = device, list[Stopwatch]()
+
+    def __call__(self) -> Stopwatch:
+        import torch
+
+        self.watches.append(Stopwatch(torch.cuda.synchronize) if self.device == "cuda" else Stopwatch())
+        return self.watches[-1]
+
+    def row(self, joint_actions: int, tokens: int) -> Row:
+        """joint_actions, tokens: of every iteration; answers' tokens of all agents."""
+        import torch
+
+        counted = self.watches[1:] or self.watches
+        seconds, cpu = (sum(getattr(watch, kind) for watch in counted) for kind in ("wall", "cpu"))
+        on_gpu = self.device == "cuda"
+        return {
+            "joint_actions": joint_actions * len(self.watches),
+            "joint_actions_per_second": joint_actions * len(counted) / seconds,
+            "joint_actions_per_cpu_second": joint_actions * len(counted) / cpu,
+            "tokens_per_second": tokens * len(counted) / seconds,
+            "seconds_by_iteration": [round(watch.wall, 3) for watch in self.watches],
+            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else matched.peak_memory_mb() / 1024,
+            "on": torch.cuda.get_device_name() if on_gpu else "CPU, one thread",
+        }
+
+
+# --- collm ---------------------------------------------------------------------------------------------------------------
+
+
+def config_of(job: Row, folder: str, models: Mapping[str, str] | None = None) -> Any:
+    """The recipe with the job's model and sizes; the side "recipe" keeps its adapters, number format and learning rate."""
+    from collm.settings.load import load_config
+
+    overrides = {
+        "run.folder": folder,
+        "run.iterations": job["iterations"],
+        "run.seed": job["seed"],
+        "run.device": job["device"],
+        "run.tensorboard": False,
+        "team.model": job["model"],
+        "rollout.tasks": job["tasks"],
+        "rollout.max_tokens": job["answer_tokens"],
+        "rollout.temperature": job["temperature"],
+        "algorithm.group_size": job["group"],
+    }
+    if job["side"] != "recipe":
+        overrides |= {"team.lora": "none", "team.compute": job["precision"], "learner.lr": job["lr"]}
+    if models:
+        overrides["team.models"] = models
+    return load_config(RECIPE, overrides)
+
+
+def held_out(trainer: Any) -> Row:
+    """The team's reward on the held-out texts with its 95 % interval, and its answers to the first of them."""
+    from collm.cli.evaluate import as_record
+    from collm.training.evaluate import evaluate
+
+    result = evaluate(trainer.config, trainer.collector)
+    shown = [{agent: answer.text for agent, answer in e.turns[0].completions.items()} for e in result.played[:SHOWN]]
+    return {"reward": as_record(result)["reward"], "texts": shown}
+
+
+def measure_collm(job: Row) -> Row:
+    """`job["iterations"]` iterations of collm's trainer, held-out rewards before and after, and what its agents read."""
+    from collm.planning.memory import plan
+    from collm.training.trainer import Trainer
+
+    clock, read, curve = Iterations(job["device"]), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(job, folder)
+        trainer = Trainer(config, quiet=True)
+        before = held_out(trainer) if job["evaluate"] else None
+        for trainer.iteration in range(job["iterations"]):
+            with clock():
+                groups = trainer.collect()
+                trainer.engine.rest()
+                trainer.learner.update(groups, trainer.iteration)
+                trainer.engine.load(trainer.team)
+            read.append([{"task": group.task, "prompts": prompts_of(group)} for group in groups])
+            curve.append(statistics.mean(episode.score for group in groups for episode in group.episodes))
+        answers = [a for group in groups for e in group.episodes for a in e.turns[0].completions.values()]
+        row = clock.row(job["tasks"] * job["group"], sum(len(answer.token_ids) for answer in answers))
+        row |= {"planned_memory_gib": plan(config).peak / 2**30, "curve": curve, "read": read}
+        return row | ({"before": before, "after": held_out(trainer)} if job["evaluate"] else {})
+
+
+def prompts_of(group: Any) -> list[list[int]]:
+    """The token ids that each agent read, the same for all siblings."""
+    found = [[answer.prompt_ids.tolist() for answer in e.turns[0].completions.values()] for e in group.episodes]
+    if failed := [e.failure for e in group.episodes if e.failure]:
+        raise AssertionError(f"an episode failed: {failed[0]}")
+    if any(prompts != found[0] for prompts in found):
+        raise AssertionError("siblings read different prompts")
+    return found[0]
+
+
+def evaluate_folders(job: Row) -> Row:
+    """collm's evaluation of the models that comlrl saved."""
+    from collm.training.trainer import Trainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        return held_out(Trainer(config_of(job, folder, job["models"]), quiet=True))
+
+
+# --- comlrl --------------------------------------------------------------------------------------------------------------
+
+
+def measure_comlrl(job: Row) -> Row:
+    """comlrl's MAGRPOTrainer: one call of `train()` per iteration, over its texts. Writes the models to job["save"].
+
+    Its settings are its defaults except those of the job, no normalization, no early end and no evaluation, and one update
+    per iteration. The tokenizer gets another padding token: comlrl takes the first padding token in a prompt as the prompt's
+    end, and SmolLM2's own occurs in every prompt.
+    """
+    import torch
+    from comlrl.trainers.reinforce import MAGRPOConfig, MAGRPOTrainer
+    from transformers import AutoTokenizer
+
+    sys.path.insert(0, str(HERE.parent))
+    from collm.envs.quote import Quote
+
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer.pad_token = tokenizer.unk_token or tokenizer.pad_token
+    quote, rewards = Quote(), list[float]()
+
+    def text(ids: list[int]) -> str:
+        said = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if tokenizer(said)["input_ids"] != ids or tokenizer.pad_token_id in ids:
+            raise AssertionError(f"comlrl would read {tokenizer(said)['input_ids']}, not {ids}")
+        return str(said)
+
+    def reward(first: list[str], second: list[str], *, batch_items: list[Row]) -> list[float]:
+        found = [play(quote, batch_items[0]["task"], answers) for answers in zip(first, second, strict=True)]
+        rewards.extend(found)
+        return found
+
+    args = MAGRPOConfig(
+        num_agents=2,
+        num_turns=1,
+        num_generations=job["group"],
+        num_train_epochs=1,
+        agent_learning_rate=job["lr"],
+        max_new_tokens=job["answer_tokens"],
+        temperature=job["temperature"],
+        top_p=1.0,
+        top_k=0,
+        advantage_normalization=False,
+        early_termination_threshold=None,
+        rollout_buffer_size=job["tasks"],
+        train_batch_size=job["tasks"],
+        eval_interval=0,
+    )
+    trainer = MAGRPOTrainer(
+        agents=[job["model"]] * 2,
+        tokenizer=tokenizer,
+        reward_func=reward,
+        formatters=[lambda item, agent=agent: text(item["prompts"][agent]) for agent in range(2)],
+        args=args,
+        model_config={"torch_dtype": getattr(torch, job["precision"])},
+    )
+    trainer.verbose, trainer.device = False, torch.device(job["device"])
+    if (found := {p.dtype for agent in trainer.agents for p in agent.parameters()}) != {getattr(torch, job["precision"])}:
+        raise AssertionError(f"comlrl holds {found} instead of {job['precision']}")
+    clock = Iterations(job["device"])
+    for items in job["read"]:
+        trainer.train_dataset = items
+        with clock():
+            trainer.train()
+    per_iteration = job["tasks"] * job["group"]
+    if not len(rewards) == trainer.env_step == per_iteration * len(job["read"]):
+        raise AssertionError(f"the reward saw {len(rewards)} joint actions, the trainer counts {trainer.env_step}")
+    if job["evaluate"]:
+        trainer.save_model(job["save"])
+        for agent in range(2):  # comlrl's padding token goes no further
+            AutoTokenizer.from_pretrained(job["model"]).save_pretrained(f"{job['save']}/agent_{agent}")
+    curve = [statistics.mean(rewards[i : i + per_iteration]) for i in range(0, len(rewards), per_iteration)]
+    return clock.row(per_iteration, per_iteration * 2 * job["answer_tokens"]) | {"curve": curve}
+
+
+def play(quote: Any, task: int, answers: Iterable[str]) -> float:
+    """The environment's reward of one joint action."""
+    quote.reset(options={"task": task})
+    _, rewards, *_ = quote.step(dict(zip(quote.possible_agents, answers, strict=True)))
+    return float(next(iter(rewards.values())))
+
+
+# --- the floor -----------------------------------------------------------------------------------------------------------
+
+
+def measure_floor(job: Row) -> Row:
+    """Batched calls of transformers on the same prompts: full-length answers, then one update towards all of them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    models = [AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).to(job["device"]) for _ in range(2)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=job["lr"]) for model in models]
+    length, clock = job["answer_tokens"], Iterations(job["device"])
+    for items in job["read"]:
+        with clock(), torch.autocast(job["device"], torch.bfloat16, enabled=job["precision"] == "bfloat16"):
+            for agent, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+                prompts = [item["prompts"][agent] for item in items for _ in range(job["group"])]
+                width = max(map(len, prompts))
+                ids_BL = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=job["device"])
+                mask_BL = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=job["device"])
+                with torch.no_grad():
+                    ids_BL = model.generate(
+                        input_ids=ids_BL, attention_mask=mask_BL, do_sample=True, temperature=job["temperature"], top_k=0,
+                        top_p=1.0, min_new_tokens=length, max_new_tokens=length,
+                    )  # fmt: skip
+                mask_BL = torch.nn.functional.pad(mask_BL, (0, length), value=1)
+                rows = max(1, TOKENS_AT_ONCE // ids_BL.shape[1])
+                optimizer.zero_grad()
+                for ids, mask in zip(ids_BL.split(rows), mask_BL.split(rows), strict=True):
+                    hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+                    logits = model.lm_head(hidden[:, -length - 1 : -1]).float()
+                    (-logits.log_softmax(-1).gather(-1, ids[:, -length:, None]).sum() / len(ids_BL)).backward()
+                optimizer.step()
+    return clock.row(len(prompts), len(prompts) * 2 * length)
+
+
+# --- all sides -----------------------------------------------------------------------------------------------------------
+
+MEASURE = {
+    "collm": measure_collm,
+    "recipe": measure_collm,
+    "comlrl": measure_comlrl,
+    "floor": measure_floor,
+    "evaluate": evaluate_folders,
 }
 
 
-class Cover(TextEnv):
-    """Two writers repeat parts of a post. Reward: fraction of its words, without stop words, that a writer wrote; optimum 1."""
-
-    def __init__(self, data: str, length: int = 20, split: str = "train"):
-        super().__init__(["first", "second"], turns=1)
-        texts = [" ".join(field(row, ("post",), data).split()[:length]) for row in read_rows(data)]
-        self.posts = texts[:HELD_OUT] if split == "eval" else texts[HELD_OUT:]
-        self.num_tasks = len(self.posts)
-
-    def begin(self, task: int, rng: random.Random) -> dict[str, str]:
-        self.post = self.posts[task]
-        return {agent: f"{self.post}\n\nYou are the {agent} writer. Repeat part of this text." for agent in self.agents}
-
-    def play(self, answers: dict[str, str]) -> Outcome:
-        there = set(words(self.post)) - STOP_WORDS
-        first, second = (set(words(answer)) & there for answer in answers.values())
-        num = max(1, len(there))
-        metrics = {"first": len(first) / num, "second": len(second) / num, "both": len(first & second) / num}
-        covered = len(first | second) / num
-        return Outcome(covered, {"covered": covered}, dict.fromkeys(answers, ""), metrics=metrics)
-
-
-def settings(options: argparse.Namespace, form: str, algorithm: str, precision: str, folder: str) -> dict[str, Any]:
-    """A run's settings; 64 joint actions per iteration with every algorithm."""
-    groups = algorithm == "magrpo"
-    rooms = {room: dict(values) for room, values in FORMS[form].items()}
-    lora = rooms.pop("lora", None)
-    return {
-        "run": {
-            "name": "run",
-            "folder": folder,
-            "iterations": options.iterations,
-            "device": options.device,
-            "tensorboard": False,
-        },
-        "env": {"name": "real:Cover", "data": str(options.data)},
-        "team": {"model": options.model, "compute": precision, **({"lora": lora} if lora else {})},
-        "rollout": {"tasks": options.joint_actions // (8 if groups else 1), "max_tokens": 14, "temperature": 0.7},
-        "algorithm": {"name": algorithm, **({"group_size": 8} if groups else {})},
-        "evaluation": {"every": options.iterations, "episodes": options.limit},
-        "learner": rooms["learner"],
-        "critic": {} if groups else rooms["critic"],
-    }
+def measure_all(options: argparse.Namespace) -> Iterator[Row]:
+    """After each side: the settings, the rows of all sides so far, and collm's rates divided by the others'."""
+    names = ("iterations", "tasks", "group", "answer_tokens", "device", "precision", "lr", "temperature", "seed")
+    settings: Row = {name: getattr(options, name) for name in names}
+    job = settings | {"evaluate": not options.no_evaluation, "model": local(options.model)}
+    first = next((side for side in options.sides if side in ("collm", "recipe")), "collm")
+    rows: dict[str, Row] = {}
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        for side in (first, *(side for side in options.sides if side != first)):
+            python = reference_python(options) if side == "comlrl" else Path(sys.executable)
+            row = process(job | {"side": side, "save": folder}, python)
+            job["read"] = row.pop("read", job.get("read"))  # every side reads what the first read
+            if side == "comlrl" and job["evaluate"] and "failed" not in row:
+                models = {agent: f"{folder}/agent_{i}" for i, agent in enumerate(("first", "second"))}
+                after = process(job | {"side": "evaluate", "models": models}, Path(sys.executable))
+                row |= {"before": rows[first]["before"], "after": after}
+            rows[side] = row
+            print(f"  {side}: {line(row)}", file=sys.stderr)
+            yield {"model": options.model, "settings": settings, "sides": rows, "ratios": ratios(rows)}
+            if job["read"] is None:
+                raise SystemExit(f"{first} failed, and the other sides read its prompts")
 
 
-def gaps(trainer: Any) -> dict[str, dict[str, float]]:
-    """Per agent: mean and largest gap between the engine's log-probs of fresh answers and the learner's."""
-    import torch
-
-    from collm.learning.batch import Batch
-    from collm.learning.pack import micro_batches, pack_answers
-
-    batch = Batch.of(trainer.collect(), trainer.team.agents)
-    found = {}
-    for agent, policy in trainer.team.policies.items():
-        differences = []
-        for micro in micro_batches(pack_answers(batch, agent, policy), 8192, policy.device):
-            with torch.no_grad():
-                hidden = policy.hidden(micro.ids_BL)[micro.row_K, micro.column_K]
-                differences.append((policy.score(hidden, micro.token_K, trainer.plan.sampling) - micro.old_logp_K).abs())
-        gap = torch.cat(differences)
-        found[agent] = {"mean": gap.mean().item(), "max": gap.max().item(), "tokens": len(gap)}
-    return found
+def process(job: Row, python: Path) -> Row:
+    """One side's row, measured in a process of its own; {"failed": reason} if that ends with an error."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(json.dumps(job))
+        file.flush()
+        threads, gpu = (None, True) if job["device"] == "cuda" else (1, False)
+        try:
+            row: Row = in_a_process([python, __file__, "--job", file.name], threads, gpu=gpu)
+        except SystemExit as error:
+            return {"failed": str(error)}
+        return row
 
 
-def measure_gap(options: argparse.Namespace, form: str, precision: str) -> dict[str, Any]:
-    from collm.settings.load import parse_config
-    from collm.training.trainer import Trainer
+def local(model: str) -> str:
+    """The folder of the shipped model, which comlrl and transformers do not know by its name."""
+    from collm import tiny
 
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(parse_config(settings(options, form, "magrpo", precision, folder)), quiet=True)
-        before = gaps(trainer)
-        trainer.learner.update(trainer.collect(), 0)
-        trainer.engine.load(trainer.team)
-        return {"before_update": before, "after_update": gaps(trainer)}
+    return str(tiny.folder()) if model == "tiny" else model
 
 
-def measure_learning(options: argparse.Namespace, algorithm: str) -> dict[str, Any]:
-    from collm.cli.evaluate import measured
-    from collm.runs.log import read_metrics
-    from collm.settings.load import parse_config
-    from collm.training.evaluate import evaluate
-    from collm.training.trainer import Trainer
+def reference_python(options: argparse.Namespace) -> Path:
+    return options.reference or make_reference(options.work.resolve() / "reference")
 
-    with tempfile.TemporaryDirectory() as folder:
-        values = settings(options, "adapters", algorithm, options.precision, folder)
-        began = time.monotonic()
-        trainer = Trainer(parse_config(values), quiet=True)
-        loaded = time.monotonic()
-        results = {"before": evaluate(trainer.config, trainer.collector)}
-        run = trainer.run()
-        trained = time.monotonic()
-        results["after"] = evaluate(trainer.config, trainer.collector)
-        held_out = {when: measured(result)[0]["reward"].plain() for when, result in results.items()}
-        texts = {
-            when: [{a: c.text for a, c in e.turns[0].completions.items()} for e in result.episodes[:3]]
-            for when, result in results.items()
-        }
-        lines = read_metrics(run / "metrics.jsonl")
-        kept = ("iteration", "joint_actions", "reward/raw", "seconds/collect", "seconds/learn")
-        curve = [{key: line[key] for key in kept if key in line} for line in lines]
-        return {
-            "held_out": held_out, "texts": texts, "curve": curve,
-            "seconds_loading": loaded - began, "seconds_training_and_evaluating": trained - loaded,
-        }  # fmt: skip
+
+def ratios(rows: Mapping[str, Row]) -> Row:
+    """collm's joint actions per second and per CPU second, divided by those of every other side."""
+    units = ("joint_actions_per_second", "joint_actions_per_cpu_second")
+    collm = rows.get("collm", {})
+    others = {side: row for side, row in rows.items() if side != "collm" and units[0] in row and units[0] in collm}
+    return {f"collm / {side}": {unit: collm[unit] / row[unit] for unit in units} for side, row in others.items()}
+
+
+def line(row: Row) -> str:
+    """A side's row as one line."""
+    if "failed" in row:
+        return f"failed: {row['failed']}"
+    rates = f"{row['joint_actions_per_second']:.2f} joint actions/s, {row['joint_actions_per_cpu_second']:.2f} per CPU second"
+    said = f"{rates}, {row['peak_memory_gib']:.2f} GiB, median iteration {statistics.median(row['seconds_by_iteration']):.1f} s"
+    for when in ("before", "after"):
+        if when in row:
+            reward = row[when]["reward"]
+            said += f"; held-out {when} {reward['mean']:.3f} [{reward['low']:.3f}, {reward['high']:.3f}]"
+    return said
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("model", help="a Hugging Face folder or hub name")
-    add("--data", type=Path, required=True, help="posts as JSON lines with a field post")
-    add("--out", type=Path, default=Path(__file__).parent / ".work" / "real", help="where results are kept")
-    add("--device", default="cuda", help="default: cuda")
-    add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of the learning runs (default: bfloat16)")
-    add("--iterations", type=int, default=30, help="of each learning run (default: 30)")
-    add("--joint-actions", type=int, default=64, help="in one iteration (default: 64)")
-    add("--limit", type=int, default=HELD_OUT, help=f"held-out posts (default: {HELD_OUT})")
-    add("--minutes", type=float, default=6.0, help="start no further measurement after that time (default: 6)")
-    add("--dry-run", action="store_true", help="list what would be measured, and stop")
+    add("model", nargs="?", default="build/smollm2", help="a Hugging Face folder or hub name (default: build/smollm2)")
+    add("--sides", nargs="+", choices=SIDES, default=["collm", "comlrl", "floor"], help="default: collm comlrl floor")
+    add("--iterations", type=int, default=10, help="iterations, each with one update (default: 10)")
+    add("--tasks", type=int, default=2, help="texts in one iteration (default: 2)")
+    add("--group", type=int, default=8, help="joint actions per text (default: 8)")
+    add("--answer-tokens", type=int, default=14, help="longest answer (default: 14)")
+    add("--temperature", type=float, default=0.7, help="of sampling (default: 0.7)")
+    add("--lr", type=float, default=2e-5, help="learning rate of whole models (default: 2e-5)")
+    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of collm, comlrl and floor (default: float32)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    add("--seed", type=int, default=0, help="default: 0")
+    add("--no-evaluation", action="store_true", help="speed alone")
+    add("--reference", type=Path, metavar="PYTHON", help="a Python that has comlrl, instead of making an environment")
+    add("--work", type=Path, default=HERE / ".work", metavar="DIR", help="folder of the reference's environment")
+    add("--out", type=Path, metavar="FILE", help="write the results there as JSON after each side")
+    add("--job", type=Path, help=argparse.SUPPRESS)  # one side, in this process
     options = parser.parse_args()
-    options.data = options.data.resolve()
-    sys.path.insert(0, str(Path(__file__).parent))
-    todo: list[tuple[str, Any]] = [
-        (f"gap-{form}-{precision}", lambda form=form, precision=precision: measure_gap(options, form, precision))
-        for form in ("adapters", "whole")
-        for precision in ("float32", "bfloat16")
-    ]
-    learning = [(f"learn-{name}", lambda name=name: measure_learning(options, name)) for name in ("magrpo", "collm-cc")]
-    todo = [*todo[:2], *learning, *todo[2:]]
-    if options.dry_run:
-        print("\n".join(name for name, _ in todo))
-        return 0
+    if options.job:
+        return measure_here(json.loads(options.job.read_text()))
+    options.work.mkdir(parents=True, exist_ok=True)
+    for report in measure_all(options):
+        if options.out:
+            options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1))
+    return int(any("failed" in row for row in report["sides"].values()))
+
+
+def measure_here(job: Row) -> int:
     import torch
 
-    place = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
-    options.out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * options.minutes
-    for name, measure in todo:
-        if time.monotonic() > end:
-            print(f"{name}: not measured, the time is over")
-            continue
-        began = time.monotonic()
-        try:
-            record = measure()
-        except Exception as error:  # the other measurements continue
-            record = {"error": repr(error)}
-        record |= {"on": place, "torch": torch.__version__, "seconds": round(time.monotonic() - began, 2)}
-        (options.out / f"{name}.json").write_text(json.dumps(record, indent=1))
-        shown = {k: v for k, v in record.items() if k not in ("curve", "texts")}
-        print(name, json.dumps(shown), flush=True)
+    random.seed(job["seed"])
+    torch.manual_seed(job["seed"])
+    if job["device"] == "cpu":
+        torch.set_num_threads(1)
+    print("\n" + json.dumps(MEASURE[job["side"]](job)))
     return 0
 
 

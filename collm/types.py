@@ -39,6 +39,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else "?" for c in text)
 
 
+THOUGHT, THOUGHT_END = "<think>", "</think>"
+"""The marks that models put around their thoughts."""
+
+
+def without_thoughts(text: str) -> str:
+    """The text after the last thought; empty if a thought has no end. Example: "<think>\\nA?\\n</think>\\n\\nred" -> "red"."""
+    _, end, answer = text.rpartition(THOUGHT_END)
+    return "" if THOUGHT in answer else answer.lstrip("\n") if end else answer
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message of a chat. Example: Message("assistant", "red", token_ids=array([71, 2]))"""
@@ -48,6 +58,26 @@ class Message:
     token_ids: Ids | None = None
     """(L,) sampled token ids of an answer, so that it is never re-tokenized; end-of-text included where it was sampled. None
     for a text that was not sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A worked example: a chat that an agent reads before its history. It is never trained on.
+
+    Example: Example((Message("user", "Name one colour ..."), Message("assistant", "red")), agent="agent_0", task=3)
+    """
+
+    messages: tuple[Message, ...]
+    """Observations and answers in turn, ending with an answer."""
+    agent: str | None = None
+    """The agent that reads it; None: every agent."""
+    task: int | None = None
+    """The training task that it was drawn from, if known."""
+
+
+def examples_of(examples: Iterable[Example], agent: str) -> tuple[Message, ...]:
+    """The messages of an agent's examples, in order."""
+    return tuple(message for example in examples if example.agent in (None, agent) for message in example.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +122,8 @@ class Completion:
 
     agent: str
     text: str
-    """The decoded answer, without special tokens."""
+    """The answer for the environment and the team-mates: decoded, without special tokens, and without thoughts unless
+    team.thinking = "shown"."""
     prompt_ids: Ids | None = None
     """(P,) token ids that the model read."""
     token_ids: Ids | None = None
@@ -103,6 +134,8 @@ class Completion:
     """"stop": end-of-text was sampled. "length": max_tokens was reached. "error": no answer was generated."""
     error: str = ""
     """The reason, for finish_reason "error"."""
+    written: str | None = None
+    """All that the model wrote, thoughts included, if `text` is less; else None."""
 
 
 def outcome(
@@ -213,13 +246,17 @@ class Episode:
     """Wall-clock seconds from creation to end."""
     label: str = ""
     """The task's name."""
+    examples: Mapping[str, tuple[Message, ...]] = field(default_factory=dict)
+    """Agent -> worked examples that it reads before its history; they are not turns."""
 
     def history(self, agent: str, kind: History = "full") -> tuple[Message, ...]:
         """The observations and answers of `agent`, ending with the observation that it is to answer now.
 
         "full" is a growing chat. "last" keeps the first observation, the agent's last answer and the newest observation.
-        "newest" is the newest observation alone, for environments that repeat everything relevant at every turn.
+        "newest" is the newest observation alone, for environments that repeat everything relevant at every turn. The agent's
+        examples come first in all three.
         """
+        examples = self.examples.get(agent, ())
         messages: list[Message] = []
         for turn in self.turns:
             if agent in turn.completions:
@@ -228,10 +265,10 @@ class Episode:
                 messages.append(Message("assistant", answer.text, answer.token_ids))
         messages.append(Message("user", self.observations[agent]))
         if kind == "newest":
-            return (messages[-1],)
+            return (*examples, messages[-1])
         if kind == "last" and len(messages) > 3:
             messages = [messages[0], *messages[-2:]]
-        return tuple(messages)
+        return (*examples, *messages)
 
     def add(
         self,

@@ -49,7 +49,10 @@ def sampled(tiny):
     def play(sampling: Sampling, history: str = "full", *, max_turns: int | None = None) -> list[Group]:
         key = (sampling, history, max_turns)
         if key not in kept:
-            env = EnvSpec("str_build", {"world": "persistent", "turns": 3, "strings": ["IT", "C"], "feedback": "perfect"})
+            env = EnvSpec(
+                "str_build",
+                {"wording": "terse", "world": "persistent", "turns": 3, "strings": ["IT", "C"], "feedback": "perfect"},
+            )
             plan = Plan(env, history=history, sampling=sampling, max_turns=max_turns, group_size=2)
             engine = LocalEngine(Team({"builder_0": tiny, "builder_1": tiny}))
             kept[key] = collect(plan, engine, [0, 1], [11, 12])

@@ -23,8 +23,8 @@ from typing import Any
 
 RECORDED = Path(__file__).with_name("fingerprints.json")
 
-AGREE = {"name": "agree", "agents": 2, "turns": 2}
-BUILD = {"name": "str_build", "world": "persistent", "reward": "sparse", "turns": 3, "strings": ["IT", "C"]}
+AGREE = {"name": "agree", "agents": 2, "turns": 2, "wording": "terse"}
+BUILD = {"name": "str_build", "wording": "terse", "world": "persistent", "reward": "sparse", "turns": 3, "strings": ["IT", "C"]}
 RATES = {"learner": {"lr": 1e-3}, "critic": {"lr": 1e-3}}
 DEFAULT: dict[str, dict[str, Any]] = {
     "env": AGREE,

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: its models' sizes, forced answers, what counts as too little memory; and one whole run on the CPU."""
+"""benchmarks/gpu.py and real.py: models' sizes, forced answers, what is listed without a GPU; and one whole run on the CPU."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from collm.envs.quote import Quote
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
 def gpu(monkeypatch) -> ModuleType:
-    """The benchmark as a module; it imports its neighbour as a script does."""
+    """The benchmark as a module; it imports its neighbours as a script does."""
     monkeypatch.syspath_prepend(str(FOLDER))
     return import_module("gpu")
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, FOLDER / "gpu.py", *arguments]
+    command = [sys.executable, FOLDER / script, *arguments]
     return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("0.6B", 596_049_920), ("1.7B", 1_720_574_976), ("4B", 4_022_468_096)])
+@pytest.mark.parametrize(("name", "parameters"), [("0.6B", 596_049_920), ("1.7B", 1_720_574_976)])
 def test_models_have_as_many_parameters_as_the_published_ones(gpu, name, parameters):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(gpu.shape(name))
@@ -53,56 +55,64 @@ def test_no_token_but_the_named_ones_can_be_sampled(gpu, tied):
     assert probs[:, ~others].min() > 0.2
 
 
-def test_a_lack_of_memory_is_known_by_the_error_or_by_its_cause(gpu):
-    def raised(error: Exception, cause: Exception | None = None) -> Exception:
-        error.__cause__ = cause
-        return error
-
-    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    assert gpu.short_of_memory(full)
-    assert gpu.short_of_memory(raised(RuntimeError("the engine did not start"), full))
-    assert gpu.short_of_memory(MemoryError())
-    assert not gpu.short_of_memory(raised(RuntimeError("shapes differ"), ValueError("a bad setting")))
+def test_both_sides_are_rewarded_by_the_environment(gpu):
+    """`play`, which the reference's process calls, is the reward of quote: the fraction of content words written."""
+    quote = Quote()
+    content = [word for word in quote.texts[3].split() if len(word) > 5][:4]
+    rewards = [gpu.real.play(quote, 3, (" ".join(content[:n]), "nothing")) for n in range(5)]
+    assert rewards == sorted(set(rewards))
+    assert rewards[0] == 0
+    assert gpu.real.play(quote, 4, (" ".join(content), "nothing")) == 0, "another task has other words"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
-def test_without_a_gpu_it_says_so_and_stops(tmp_path):
-    done = run("--out", tmp_path / "out")
-    assert done.returncode == 0
-    assert done.stdout.startswith("no GPU: ")
-    assert len(done.stdout.splitlines()) == 1
+@pytest.mark.parametrize("arguments", [["--device", "cpu", "--dry-run"], [], ["--dry-run"]])
+def test_without_a_gpu_it_lists_what_it_would_do_and_stops(tmp_path, arguments):
+    if torch.cuda.is_available() and not arguments:
+        pytest.skip("is about a machine without a GPU")
+    done = run("gpu.py", "no/model", "--out", tmp_path / "out", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("no GPU: ") == ("cpu" not in arguments)
+    listed = [line.split()[1] for line in done.stdout.splitlines() if line[:1].isdigit()]
+    assert listed[:3] == ["tests", "gap-adapters-float32", "gap-whole-float32"]
+    assert {"learn", "speed-SmolLM2", "speed-0.6B", "speed-1.7B"} < set(listed)
+    assert "no/model (missing)" in done.stdout
+    shown = (FOLDER.parent / "docs" / "gpu.md").read_text()
+    cells = [line.partition("no/model")[0].rstrip() for line in done.stdout.splitlines() if line[:1].isdigit()]
+    assert all(cell in shown for cell in cells), "docs/gpu.md shows this list"
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_on_the_cpu_measures_and_is_not_repeated(tmp_path):
-    options = ["--device", "cpu", "--models", "tiny", "--answer-tokens", 6, "--episodes", 3, "--iterations", 2, "--json"]
-    options += ["--out", tmp_path / "out", "--work", tmp_path / "work"]
-    late = run(*options, "--limit-seconds", 0)
-    assert json.loads(late.stdout) == {"results": [], "left": ["cpu-tiny-whole-collm-local-bfloat16"]}
+    out = tmp_path / "out"
+    options = ["tiny", "--device", "cpu", "--small", "--out", out, "--work", tmp_path / "work", "--only", "speed-0.6B"]
+    late = run("gpu.py", *options, "--limit-seconds", 0)
+    assert json.loads((out / "speed-0.6B.json").read_text())["outcome"] == "left out"
+    assert late.returncode == 0, late.stderr
 
-    first = run(*options)
-    assert first.returncode == 0, first.stderr
-    (row,) = json.loads(first.stdout)["results"]
-    assert row["outcome"] == "measured"
-    assert row["joint_actions"] == 3 * 2
-    assert row["prompt_tokens"] == 67
-    assert row["generated_tokens_per_second"] == pytest.approx(row["joint_actions_per_second"] * 2 * 6)
-    phases = row["seconds_by_phase"]
-    assert sum(phases.values()) == pytest.approx(row["seconds"])
-    assert all(phases[phase] > 0 for phase in ("collect", "values", "critic", "agents"))
-    assert row["peak_memory_gib"] > 0.1
+    first = run("gpu.py", *options, "gap-adapters-float32")
+    assert first.returncode == 0, first.stdout
+    gap = json.loads((out / "gap-adapters-float32.json").read_text())
+    for when in ("before_update", "after_update"):
+        assert set(gap[when]) == {"first", "second"}
+        assert all(found["mean"] < 1e-4 < found["tokens"] for found in gap[when].values())
+    sides = json.loads((out / "speed-0.6B.json").read_text())["sides"]
+    assert set(sides) == {"collm", "floor"}
+    for side in sides.values():
+        assert side["joint_actions"] == 2 * 2 * 8
+        assert side["tokens_per_second"] == pytest.approx(side["joint_actions_per_second"] * 2 * 64)
+        assert side["peak_memory_gib"] > 0.1
+    assert sides["collm"]["planned_memory_gib"] > 0.01
+    assert max(sides["collm"]["curve"]) > 0, "the models write words of the texts"
 
-    again = run(*options, "--limit-seconds", 0)
-    assert json.loads(again.stdout) == {"results": [row], "left": []}
-    others = run(*options, "--limit-seconds", 0, "--answer-tokens", 7)
-    assert json.loads(others.stdout)["left"], "a result of other settings does not stand for this one"
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert run("gpu.py", *options, "gap-adapters-float32").returncode == 0
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
-def test_what_failed_is_measured_again_and_what_ran_out_of_memory_is_not(gpu, tmp_path):
-    cell = gpu.Cell("tiny", "whole", "collm-local", "cpu", "bfloat16", 128, 64, 2, 4096)
-    path = tmp_path / f"{cell.name}.json"
-    for outcome, left in (("failed", [cell.name]), ("out of memory", [])):
-        path.write_text(json.dumps({"outcome": outcome, "reason": "as written here", "cell": gpu.asdict(cell)}))
-        done = run("--device", "cpu", "--models", "tiny", "--out", tmp_path, "--limit-seconds", 0, "--json")
-        assert json.loads(done.stdout)["left"] == left
-        assert done.returncode == (outcome == "failed")
+def test_what_failed_or_was_left_out_is_measured_again(gpu, tmp_path):
+    options = ["tiny", "--device", "cpu", "--small", "--out", tmp_path, "--only", "tests", "--limit-seconds", 0]
+    for outcome, after in (("failed", "left out"), ("left out", "left out"), ("measured", "measured")):
+        (tmp_path / "tests.json").write_text(json.dumps({"outcome": outcome}))
+        run("gpu.py", *options)
+        assert json.loads((tmp_path / "tests.json").read_text())["outcome"] == after

@@ -113,3 +113,31 @@ class Luck(TextEnv):
     def play(self, answers: dict[str, str]) -> Outcome:
         reward = 3 * self.luck + 0.5 * self.task if self.last_turn else 0.0
         return Outcome(reward, {"luck": reward}, {agent: "Again." for agent in self.agents}, metrics={"luck": self.luck})
+
+
+COLOURS = ("red", "green", "blue", "yellow", "white", "black")
+
+
+class Roles(TextEnv):
+    """The first agent is to name the task's colour, the second the colour after it; a scripted player does.
+
+    Reward: the share of agents that answered exactly that. The first observation has the number of its seed.
+    """
+
+    def __init__(self, agents: int = 2, turns: int = 2, tasks: int = 6, split: str = "train"):
+        super().__init__(agent_names(agents, "agent"), turns)
+        self.num_tasks, self.split = tasks, split
+
+    def begin(self, task: int, rng: random.Random) -> dict[str, str]:
+        self.number = rng.randrange(1000)
+        return {agent: f"{self.split} {task}, {self.number}: {agent}, name a colour." for agent in self.agents}
+
+    def scripted_answers(self) -> dict[str, str]:
+        return {agent: COLOURS[(self.task + i) % len(COLOURS)] for i, agent in enumerate(self.agents)}
+
+    def play(self, answers: dict[str, str]) -> Outcome:
+        wanted = self.scripted_answers()
+        reward = sum(answers[agent] == wanted[agent] for agent in answers) / len(answers)
+        return Outcome(
+            reward, {"right": reward}, {agent: f"Again, {agent}." for agent in self.agents}, metrics={"right": reward}
+        )

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from collm.runs.examples import of_agent, recorded_examples
 from collm.runs.weights import export, load_agent, refuse_existing
 
 
@@ -13,7 +14,7 @@ def run(arguments: argparse.Namespace) -> int:
     target: Path = arguments.folder
     refuse_existing(target)
     policy, what = load_agent(arguments.run, arguments.agent, arguments.checkpoint, device="cpu")
-    export(policy, target, merged=arguments.merged)
+    export(policy, target, of_agent(recorded_examples(arguments.run), arguments.agent), merged=arguments.merged)
     record = {"agent": arguments.agent, "weights": what, "folder": str(target)}
     if arguments.json:
         print(json.dumps(record))

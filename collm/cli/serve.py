@@ -9,6 +9,7 @@ import sys
 
 from collm.errors import ConfigError
 from collm.runs.directory import usable_cores
+from collm.runs.examples import recorded_examples
 from collm.runs.files import append
 from collm.runs.weights import load_agent
 
@@ -36,8 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads or usable_cores())
         policy, what = load_agent(arguments.run, agent, arguments.checkpoint, device=arguments.device)
         loopback = ipaddress.ip_address(held.getsockname()[0]).is_loopback
+        examples = recorded_examples(arguments.run)
         options = {"key": key, "max_tokens": arguments.max_tokens, "record": arguments.record, "local": loopback and not key}
-        app = server.make_app(policy, agent, **options)
+        app = server.make_app(policy, agent, examples=examples, **options)
         shown, port = held.getsockname()[:2]
         shown = f"[{shown}]" if ":" in shown else shown
         if not key and not loopback:

@@ -15,14 +15,14 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from collm.errors import ConfigError, EngineError
-from collm.types import Completion, Ids, Request, encodable, printable
+from collm.types import Completion, Ids, Request, encodable, printable, without_thoughts
 
 try:
     import httpx
@@ -99,6 +99,7 @@ class HttpEngine:
         longest_wait: maximum of a wait, in seconds; a longer Retry-After fails the request.
         max_requests: HTTP requests over the engine's life, retries included; later requests fail.
         concurrency: maximum number of concurrent requests.
+        thinking: as `team.thinking`; whether a model thinks is its server's choice.
     """
 
     trains = False
@@ -114,10 +115,12 @@ class HttpEngine:
         longest_wait: float = 60.0,
         max_requests: int | None = None,
         concurrency: int = 64,
+        thinking: str = "off",
     ):
         self.endpoints = dict(endpoints)
         self.connect, self.read, self.retries, self.backoff = connect, read, retries, backoff
         self.longest_wait, self.max_requests, self.concurrency = longest_wait, max_requests, concurrency
+        self.shown = thinking == "shown"
         self.sent = 0
         self._count = threading.Lock()
         here = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}  # no proxy for this machine
@@ -145,9 +148,11 @@ class HttpEngine:
 
     def _answer(self, request: Request) -> Completion:
         try:
-            return read_answer(request.agent, self._ask(request))
+            completion = read_answer(request.agent, self._ask(request))
         except EngineError as error:
             return Completion(request.agent, "", finish_reason="error", error=str(error))
+        text = completion.text if self.shown else without_thoughts(completion.text)
+        return completion if text == completion.text else replace(completion, text=text, written=completion.text)
 
     def _ask(self, request: Request) -> bytes:
         """The body of an HTTP answer with status 200, after retries. Raises EngineError."""

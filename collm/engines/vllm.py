@@ -282,7 +282,8 @@ def _completion(agent: str, policy: Policy, prompt: Ids, output: Any) -> Complet
         return Completion(agent, "", finish_reason="error", error=f"vLLM ended this answer: {output.finish_reason}")
     found = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
     logprobs = np.asarray(found, dtype=np.float32)
-    return Completion(agent, policy.chat.decode(ids.tolist()), prompt, ids, logprobs, output.finish_reason)
+    text, written = policy.chat.read(ids.tolist())
+    return Completion(agent, text, prompt, ids, logprobs, output.finish_reason, written=written)
 
 
 def _too_long(request: Request, length: int, limit: int) -> Completion:

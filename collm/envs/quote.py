@@ -9,6 +9,7 @@ from typing import Literal
 from collm.envs.base import Outcome, TextEnv, agent_names
 from collm.envs.data import field, split_rows
 from collm.envs.quote_texts import texts
+from collm.envs.wording import Texts, Wording, texts_of
 from collm.envs.writing.lexicon import STOP_WORDS, words
 from collm.errors import EnvError
 
@@ -38,6 +39,7 @@ class Quote(TextEnv):
         reward: "dense" or "sparse".
         view: what a writer reads after a turn: the words covered so far by all writers ("all") or by itself ("own").
         data, eval_data: JSON rows with a field post, prompt or text, as in tldr; default: built-in texts.
+        wording: "plain" or "terse"; the two are the same here.
         split: "train" or "eval".
     """
 
@@ -51,6 +53,7 @@ class Quote(TextEnv):
         view: Literal["all", "own"] = "all",
         data: str | None = None,
         eval_data: str | None = None,
+        wording: Wording = "plain",
         split: str = "train",
     ):
         count = agents if isinstance(agents, int) else len(agents)
@@ -71,26 +74,24 @@ class Quote(TextEnv):
         self.texts = _read(data, eval_data, split, length)
         self.num_tasks = len(self.texts)
         self.max_words, self.reward, self.view = max_words, reward, view
+        self.wording = texts_of(wording, TEXTS, TEXTS)
 
     def begin(self, task: int, rng: random.Random) -> dict[str, str]:
         self.text = self.texts[task]
         self.words = words(self.text)
         self.content = set(self.words) - STOP_WORDS
         self.written: dict[str, set[str]] = {agent: set() for agent in self.agents}
-        return {
-            agent: f"{self.text}\n\nYou are the {ordinal} writer. Repeat part of this text."
-            for agent, ordinal in zip(self.agents, ORDINALS, strict=False)
-        }
+        return {agent: self.wording.first(self, agent) for agent in self.agents}
 
     def play(self, answers: dict[str, str]) -> Outcome:
-        before, foreign, rejected = self._covered(), 0, 0
+        before, foreign, rejected = self.covered(), 0, 0
         for agent, answer in answers.items():
             counted = words(answer)[: self.max_words]
             known = [word for word in counted if word in self.words]
             self.written[agent] |= set(known) & self.content
             foreign += len(counted) - len(known)
             rejected += not known
-        covered = self._covered()
+        covered = self.covered()
         if self.reward == "dense":
             reward = self._share(covered) - self._share(before)
         else:
@@ -100,13 +101,22 @@ class Quote(TextEnv):
         for ordinal, own in zip(ORDINALS, self.written.values(), strict=False):
             metrics |= {f"share_{ordinal}": self._share(own), f"position_{ordinal}": self._position(own)}
         metrics |= {"foreign": float(foreign), "rejected": float(rejected)}
-        return Outcome(reward, {"covered": reward}, {agent: self._feedback(agent) for agent in answers}, metrics=metrics)
+        observations = {agent: self.wording.later(self, agent) for agent in answers}
+        return Outcome(reward, {"covered": reward}, observations, metrics=metrics)
+
+    def scripted_answers(self) -> dict[str, str]:
+        """Each writer repeats another part; the parts follow each other over writers and turns and cover the text."""
+        told = self.text.split()
+        size = -(-len(told) // max(len(self.agents), -(-len(told) // self.max_words)))
+        parts = [" ".join(told[start : start + size]) for start in range(0, len(told), size)]
+        first = self.turn * len(self.agents)
+        return {agent: parts[(first + index) % len(parts)] for index, agent in enumerate(self.agents)}
 
     def state(self) -> str:
-        covered = self._covered()
-        return f"turn {self.turn} of {self.turns}\ncovered {len(covered)} of {len(self.content)}: {self._listed(covered)}"
+        covered = self.covered()
+        return f"turn {self.turn} of {self.turns}\ncovered {len(covered)} of {len(self.content)}: {self.listed(covered)}"
 
-    def _covered(self) -> set[str]:
+    def covered(self) -> set[str]:
         return set().union(*self.written.values())
 
     def _share(self, found: set[str]) -> float:
@@ -115,15 +125,25 @@ class Quote(TextEnv):
     def _position(self, found: set[str]) -> float:
         return sum(map(self.words.index, found)) / (len(found) * (len(self.words) - 1)) if found else 0.5
 
-    def _feedback(self, agent: str) -> str:
-        if self.view == "own":
-            said = f"You have covered: {self._listed(self.written[agent])}"
-        else:
-            said = f"All writers together have covered: {self._listed(self._covered())}"
-        return f"{said}.\nRepeat another part of the text."
-
-    def _listed(self, found: set[str]) -> str:
+    def listed(self, found: set[str]) -> str:
+        """Words of the text in its order, or "nothing"."""
         return " ".join(sorted(found, key=self.words.index)) or "nothing"
+
+
+def _first(env: Quote, agent: str) -> str:
+    ordinal = ORDINALS[env.possible_agents.index(agent)]
+    return f"{env.text}\n\nYou are the {ordinal} writer. Repeat part of this text."
+
+
+def _later(env: Quote, agent: str) -> str:
+    if env.view == "own":
+        said = f"You have covered: {env.listed(env.written[agent])}"
+    else:
+        said = f"All writers together have covered: {env.listed(env.covered())}"
+    return f"{said}.\nRepeat another part of the text."
+
+
+TEXTS = Texts(_first, _later)
 
 
 def _read(data: str | None, eval_data: str | None, split: str, length: int) -> list[str]:

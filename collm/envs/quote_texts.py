@@ -25,6 +25,26 @@ The lighthouse keeper wrote down every passing ship for thirty years, and scient
 In winter the lake freezes so hard that trucks drive across it, while divers below cut holes to inspect pipes that carry gas south.
 She learned chess from a taxi driver during long journeys to the clinic and later beat the national champion in only twenty moves.
 The clock in the station runs two minutes fast on purpose, a kindness that has saved thousands of late passengers since the war ended.
+The puppet theatre has only eleven seats, yet families drive from distant towns because its owner sews each costume during the show itself.
+Farmers on the plateau weigh clouds with nets of fine mesh, collecting enough fog every night to fill troughs for goats and orange trees.
+A blind carpenter measures planks by whistling at them, and customers swear that his drawers close more smoothly than anything from a factory.
+The orchestra tuned to a kettle for one season, after the oboe player moved north and nobody dared to ask for the old pitch.
+Penguins steal pebbles from their neighbours to build nests, and a biologist who painted stones red watched them travel through the entire colony.
+When the elevator in the tower failed, a grocer hoisted milk, candles and newspapers to grateful tenants with a rope from the ninth floor.
+The sailor learned to knit on a whaling ship, sold jumpers in every harbour, and retired with a cottage full of coloured wool.
+Our bus driver knows the birthday of each pupil on his route and hides a paper star under the proper seat that morning.
+The mathematician wrote her proof on a restaurant tablecloth, paid for the linen, and hung it framed above the fireplace in her kitchen.
+Wolves returned to the park in January, and within ten years willows grew again along streams where hungry elk had eaten every shoot.
+The smallest cinema in the country shows slapstick comedies in a converted bakery, with a pianist who accepts payment in fresh eggs and honey.
+Miners found a forest of stone ferns above the coal, so the company gave the tunnel to a university and dug elsewhere instead.
+He photographs the same oak every Sunday at noon, and the flickering film of thirty years shows storms, lovers, swings and slow decay.
+The prison choir recorded an album of lullabies for the children of the singers, and the governor himself played the cello on two tracks.
+A shepherd counts sheep with pebbles in a leather bag, moving one for each animal, and has never learned the names of numbers.
+The island has no doctor, so a nurse flies in on Wednesdays with vaccines, spare glasses, library books and gossip from the capital.
+Divers lifted a bronze bell from the wreck, rang it once for the drowned crew, and lowered it back into the green water.
+The tax office moved into the old circus building, and clerks still find sawdust, sequins and one stubborn parrot behind the filing cabinets.
+Spiders in the greenhouse do the work of three gardeners, catching flies above the orchids while tourists pay extra to see the webs glitter.
+The astronaut grew a single courgette in orbit, wrote its diary for schoolchildren, and refused to eat it when the harvest finally came.
 """
 _TRAIN = """
 The old gardener planted walnut trees along the canal, knowing he would never taste the nuts, because his own teacher had done the same.
@@ -71,5 +91,5 @@ Every May the whole street paints its doors, and the postman votes for the best 
 
 
 def texts(split: str) -> tuple[str, ...]:
-    """The texts of one split: 40 of "train", 20 of "eval"."""
+    """The texts of one split: 40 of "train", 40 of "eval"."""
     return tuple((_EVAL if split == "eval" else _TRAIN).strip().splitlines())

@@ -17,6 +17,7 @@ from collm.algorithms import losses
 from collm.learning.batch import Batch
 from collm.learning.pack import MicroBatch, Packed, micro_batches
 from collm.models.critic import ValueHead
+from collm.models.trees import Tree
 
 
 class Body(Protocol):
@@ -25,7 +26,10 @@ class Body(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def hidden(self, ids_BL: Tensor) -> Tensor: ...
+    @property
+    def reads_trees(self) -> bool: ...
+
+    def hidden(self, ids_BL: Tensor, tree: Tree | None = None) -> Tensor: ...
 
 
 @dataclass(slots=True)
@@ -92,8 +96,8 @@ def read(
 def values_at(body: Body, head: ValueHead, packed: Sequence[Packed], num: int, limit: int) -> tuple[Tensor, int]:
     """Values (num,) at the markers' slots, 0 at slots without a marker; and the number of tokens read."""
     values_X, num_tokens = torch.zeros(num), 0
-    for micro in micro_batches(packed, limit, body.device):
-        hidden_MD = body.hidden(micro.ids_BL)[micro.row_M, micro.column_M]
+    for micro in micro_batches(packed, limit, body.device, trees=body.reads_trees):
+        hidden_MD = body.hidden(micro.ids_BL, micro.tree)[micro.row_M, micro.column_M]
         values_X[micro.slot_M.cpu()] = head(hidden_MD).cpu()
         num_tokens += micro.num_tokens
     return values_X, num_tokens

@@ -20,7 +20,7 @@ from collm.learning.batch import Batch
 from collm.learning.credit import Credit
 from collm.learning.critics import Values, merge, read, value_loss, values_at
 from collm.learning.pack import MicroBatch, micro_batches, pack_alternatives, pack_answers, pack_readings
-from collm.learning.steps import check_loss, make_optimizer, rescale, set_rates, step
+from collm.learning.steps import check_loss, make_optimizer, rescale, set_rates, step, zero_gradients
 from collm.learning.tensors import Read, Tensors, restore, restore_optimizer, state_of, weights_of
 from collm.models.critic import Critic, ValueHead
 from collm.models.policy import Policy
@@ -128,40 +128,50 @@ class PolicyPart:
             return {}
         set_rates(self.optimizer, self.config, iteration)
         settings, history = self.config.algorithm, self.config.rollout.history
+        limit = self.config.learner.micro_batch_tokens
         packed = {a: pack_answers(batch, a, self.policy, values=a in self.heads, history=history) for a in self.agents}
         num = sum(len(sequence.answers) for rows in packed.values() for sequence in rows)
         metrics: Metrics = defaultdict(float)
         for epoch in range(self.config.critic.epochs if warming_up else settings.epochs):
             totals: Metrics = defaultdict(float)
             for agent in self.agents:
-                for micro in micro_batches(packed[agent], self.config.learner.micro_batch_tokens, self.policy.device):
-                    with torch.set_grad_enabled(not warming_up):
-                        hidden_BLD = self.policy.hidden(micro.ids_BL)
+                for micro in micro_batches(packed[agent], limit, self.policy.device, trees=self.policy.reads_trees):
+                    advantages_S = credit.advantages_ENT.flatten()[micro.slot_S.cpu()]
+                    moves = not warming_up and (self.reference is not None or bool(advantages_S.any()))
+                    totals["zero_advantages"] += (advantages_S == 0).sum().item()
                     shares = []
-                    if not warming_up and len(micro.token_K):
-                        shares.append(self._policy_loss(agent, micro, hidden_BLD, credit.advantages_ENT, num, totals))
+                    with torch.set_grad_enabled(moves or (agent in self.heads and not warming_up)):
+                        hidden_BLD = self.policy.hidden(micro.ids_BL, micro.tree)
+                        if not warming_up and len(micro.token_K):
+                            shares.append(self._policy_loss(agent, micro, hidden_BLD, advantages_S, num, totals))
                     if agent in self.heads:
                         error = self._value_loss(agent, micro, hidden_BLD, batch, credit)
                         if error is not None:
                             totals[f"{agent}/critic"] += error.item()
                             shares.append(VALUE_WEIGHT * error)
+                            moves = moves or warming_up or error.item() != 0
                     if shares:
                         loss = torch.stack(shares).sum()
                         check_loss(loss, agent, iteration, batch, batch.episodes_of(micro.slot_S))
-                        loss.backward()
+                        totals["learned" if moves else "skipped"] += len(micro.slot_S)
+                        if moves:
+                            loss.backward()
                         metrics["tokens/policy"] += micro.num_tokens
+            if totals["skipped"] and not totals["learned"]:
+                zero_gradients(self.optimizer)
             metrics[f"{self.name}/gradient_norm"] = step(self.optimizer, self.name, iteration, self.config.learner)
             for agent in self.heads:
                 metrics[f"{agent}/critic/loss"] = totals[f"{agent}/critic"]
             if not warming_up:
-                metrics |= self._summary(totals)
+                metrics |= self._summary(totals, num)
                 metrics |= {} if epoch else self._gaps(totals)
         return dict(metrics)
 
-    def _summary(self, totals: Metrics) -> Metrics:
-        """Metrics of one pass."""
+    def _summary(self, totals: Metrics, num: int) -> Metrics:
+        """Metrics of one pass over `num` answers."""
         name, scored = self.name, max(totals["scored"], 1)
         metrics = {f"{name}/loss": totals["policy"], f"{name}/entropy_estimate": -totals["logp"] / scored}
+        metrics |= {f"{name}/{share}": totals[share] / max(num, 1) for share in ("zero_advantages", "skipped")}
         if self.config.algorithm.loss != "reinforce":
             metrics[f"{name}/clipped"] = totals["clipped"] / scored
         if self.reference is not None:
@@ -178,12 +188,12 @@ class PolicyPart:
         return metrics
 
     def _policy_loss(
-        self, agent: str, micro: MicroBatch, hidden_BLD: Tensor, advantages_ENT: Tensor, num: int, totals: Metrics
+        self, agent: str, micro: MicroBatch, hidden_BLD: Tensor, advantages_S: Tensor, num: int, totals: Metrics
     ) -> Tensor:
         """A micro-batch's part of the policy loss; its statistics are added to `totals`."""
         settings, policy = self.config.algorithm, self.policy
         logp_K = policy.score(hidden_BLD[micro.row_K, micro.column_K], micro.token_K, self.sampling)
-        advantages_S = advantages_ENT.flatten()[micro.slot_S.cpu()].to(logp_K)
+        advantages_S = advantages_S.to(logp_K)
         if settings.loss == "reinforce":
             loss, stats = losses.reinforce(logp_K, micro.answer_K, advantages_S, num_answers=num)
         else:
@@ -194,7 +204,7 @@ class PolicyPart:
         if self.reference is not None:
             whole = replace(self.sampling, top_p=1.0, top_k=0)  # the two supports may differ
             with torch.no_grad():
-                before_KD = self.reference.hidden(micro.ids_BL)[micro.row_K, micro.column_K]
+                before_KD = self.reference.hidden(micro.ids_BL, micro.tree)[micro.row_K, micro.column_K]
                 before_K = self.reference.score(before_KD, micro.token_K, whole)
             now_K = policy.score(hidden_BLD[micro.row_K, micro.column_K], micro.token_K, whole)
             kl, kl_stats = losses.kl_to_reference(now_K, before_K, num_answers=num)
@@ -259,7 +269,7 @@ class CriticPart:
 
     def learn(self, batch: Batch, iteration: int, credit: Credit) -> Metrics:
         """`critic.epochs` steps on the squared error, each over all targets."""
-        kind = self.config.algorithm.critic_kind
+        kind, limit = self.config.algorithm.critic_kind, self.config.learner.micro_batch_tokens
         rescale(self.critic.value, self.agents[0], batch, credit, self.config)
         set_rates(self.optimizer, self.config, iteration)
         packed, _ = pack_readings(batch, self.critic, self.view(batch), kind=kind, **self.reads)
@@ -267,17 +277,20 @@ class CriticPart:
         metrics: Metrics = defaultdict(float)
         for _ in range(self.config.critic.epochs):
             total = 0.0
-            for micro in micro_batches(packed, self.config.learner.micro_batch_tokens, self.critic.device):
-                hidden_BLD = self.critic.hidden(micro.ids_BL)
+            for micro in micro_batches(packed, limit, self.critic.device, trees=self.critic.reads_trees):
+                hidden_BLD = self.critic.hidden(micro.ids_BL, micro.tree)
                 loss = value_loss(
                     self.critic.value, micro, hidden_BLD, credit.targets_ENT, credit.wanted_ENT, num=num, kind=kind
                 )
                 if loss is None:
                     continue
                 check_loss(loss, self.label, iteration, batch, batch.episodes_of(micro.slot_M, kind == "V"))
-                (VALUE_WEIGHT * loss).backward()
                 total += loss.item()
+                if loss.item() > 0:
+                    (VALUE_WEIGHT * loss).backward()
                 metrics["tokens/critic"] += micro.num_tokens
+            if metrics["tokens/critic"] and total == 0:
+                zero_gradients(self.optimizer)
             metrics[f"{self.label}/gradient_norm"] = step(self.optimizer, self.label, iteration, self.config.learner)
             metrics[f"{self.label}/loss"] = total
         return dict(metrics)

@@ -43,6 +43,13 @@ def step(optimizer: torch.optim.Optimizer, label: str, iteration: int, settings:
     return norm
 
 
+def zero_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Set every gradient to zero: a step then moves by momentum alone, as after a backward pass of a loss without slope."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 def rescale(head: ValueHead, agent: str, batch: Batch, credit: Credit, config: Config) -> None:
     """With target normalization, update the running mean and deviation from the targets of the critic of `agent`."""
     if config.critic.normalize_targets:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,8 +19,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from collm.algorithms.stats import RunningMoments
 from collm.models.chat import Chat
-from collm.models.loading import load_pretrained
+from collm.models.loading import load_pretrained, max_positions_of
 from collm.models.policy import compute_in
+from collm.models.trees import Tree, hidden_states, reads_trees
 from collm.types import Episode, Ids, Message
 
 
@@ -79,30 +82,38 @@ class Reading:
 class Critic(nn.Module):
     """A language model's body with a value head and its own tokenizer. Vocabulary logits are not computed."""
 
-    def __init__(self, body: Any, tokenizer: Any, *, max_tokens: int = 8192, compute: str = "float32"):
+    def __init__(
+        self, body: Any, tokenizer: Any, *, max_tokens: int = 8192, compute: str = "float32", system: str | None = None
+    ):
         super().__init__()
         self.body = body.float().eval()
         self.value = ValueHead(body.config.get_text_config().hidden_size)
         self.tokenizer = tokenizer
-        self.chat = Chat(tokenizer, keep_thoughts=True)
-        self.max_tokens = max_tokens
+        self.chat = Chat(tokenizer, keep_thoughts=True, system=system)
+        self.max_tokens = min(max_tokens, max_positions_of(body.config))
         self.compute = compute
 
     @classmethod
-    def from_pretrained(cls, source: str, *, max_tokens: int = 8192, compute: str = "float32", device: Any = "cpu") -> Critic:
-        """A critic on the body of a pretrained language model. Raises ConfigError if it cannot be loaded."""
+    def from_pretrained(cls, source: str, *, device: Any = "cpu", **options: Any) -> Critic:
+        """A critic on the body of a pretrained language model, with the class's options. Raises ConfigError if it cannot be
+        loaded."""
         tokenizer = load_pretrained(AutoTokenizer, source)
         body = load_pretrained(AutoModel, source, dtype=torch.float32)
-        return cls(body, tokenizer, max_tokens=max_tokens, compute=compute).to(device)
+        return cls(body, tokenizer, **options).to(device)
 
     @property
     def device(self) -> torch.device:
         return self.value.weight.device
 
-    def hidden(self, ids_BL: Tensor) -> Tensor:
-        """Hidden states (B, L, D) of right-padded ids (B, L)."""
+    @cached_property
+    def reads_trees(self) -> bool:
+        """Whether `hidden` may be given trees."""
+        return reads_trees(self.body, self.device)
+
+    def hidden(self, ids_BL: Tensor, tree: Tree | None = None) -> Tensor:
+        """Hidden states (B, L, D) of ids (B, L), padded at the right, which are sequences or trees."""
         with compute_in(self.compute, self.device):
-            return self.body(input_ids=ids_BL, use_cache=False).last_hidden_state
+            return hidden_states(self.body, ids_BL, tree)
 
     def read(
         self,
@@ -116,16 +127,18 @@ class Critic(nn.Module):
     ) -> Reading:
         """The critic's input for turn `turn`; len(episode.turns) is the history after the last turn.
 
-        If the history is too long, the oldest turns are cut first. If a single turn is too long, every text keeps an equal
+        The agents' examples are read like earlier turns. If the history is too long, examples and then the oldest turns are cut
+        first. If a single turn is too long, every text keeps an equal
         number of tokens at its end.
 
         Args:
             agents: agents whose texts are read.
             state: include the environment's privileged state.
-            newest_only: without earlier turns (rollout.history="newest").
+            newest_only: without earlier turns (rollout.history="newest"), but with examples.
             answers: for Q, agent -> its answer at this turn.
         """
-        earlier = [
+        earlier = self._examples(episode, agents, state)
+        earlier += [
             (self._observed(episode, t, agents, state), self._answered(episode.turns[t].completions, agents))
             for t in range(0 if not newest_only else turn, turn)
         ]
@@ -158,6 +171,13 @@ class Critic(nn.Module):
         if final is None:
             return self.chat.encode(messages)
         return self.chat.encode([*messages, Message("assistant", final)], answer=False)
+
+    def _examples(self, episode: Episode, agents: Sequence[str], state: bool) -> list[tuple[str, str]]:
+        """The agents' worked examples, read like earlier turns: (observations, answers)."""
+        rows = zip_longest(*([m.text for m in episode.examples.get(agent, ())] for agent in agents))
+        texts = [{agent: text for agent, text in zip(agents, row, strict=True) if text is not None} for row in rows]
+        joined = [self._joined(found, len(agents) + (state and not i % 2)) for i, found in enumerate(texts)]
+        return list(zip(joined[::2], joined[1::2], strict=True))
 
     def _texts(self, episode: Episode, turn: int, agents: Sequence[str], state: bool) -> dict[str, str]:
         played = turn < len(episode.turns)

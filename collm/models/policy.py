@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from collm.models import attention
 from collm.models.adapters import Adapter, Base
 from collm.models.blueprint import BaseSpec, base_of
 from collm.models.chat import Chat
-from collm.models.loading import load_pretrained, max_positions_of
+from collm.models.loading import check_vocabulary, load_pretrained, max_positions_of
 from collm.models.sources import is_adapter, resolve
+from collm.models.trees import Tree, hidden_states, reads_trees
 from collm.settings.rooms import LoraSettings
 from collm.types import Sampling
 
@@ -43,10 +45,19 @@ class Policy:
     Args:
         compute: number format of matrix products, "float32" or "bfloat16".
         source: origin of the whole model, or of the adapter's base.
+        system, thinking: as `team.system` and `team.thinking`; None leaves them to the template.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, compute: str = "float32", adapter: Adapter | None = None, source: str = ""
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        compute: str = "float32",
+        adapter: Adapter | None = None,
+        source: str = "",
+        system: str | None = None,
+        thinking: str | None = None,
     ):
         self.adapter = adapter
         self.model = model.eval() if adapter else model.float().eval()
@@ -57,16 +68,10 @@ class Policy:
         self.head: Any = model.get_output_embeddings()
         self.scale, self.softcap = logit_rule(model)
         stops = model.generation_config.eos_token_id if model.generation_config is not None else None
-        stops = stops if isinstance(stops, list) else [stops]
-        size = model.get_input_embeddings().num_embeddings
-        beyond = {t: i for t, i in tokenizer.get_vocab().items() if i >= size and i != tokenizer.pad_token_id}
-        if beyond or not all(i is None or (type(i) is int and 0 <= i < size) for i in stops):
-            what = f"token {min(beyond, key=beyond.__getitem__)!r}" if beyond else f"the end mark {stops!r}"
-            raise ConfigError(
-                f"model {str(model.name_or_path)!r} does not fit its tokenizer: {what} lies beyond its {size} embeddings. "
-                "Take both from one place."
-            )
-        self.chat = Chat(tokenizer, [i for i in stops if i is not None], max_positions=max_positions_of(model.config))
+        stops = [i for i in (stops if isinstance(stops, list) else [stops]) if i is not None]
+        check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, stops)
+        limit = max_positions_of(model.config)
+        self.chat = Chat(tokenizer, stops, max_positions=limit, system=system, thinking=thinking)
 
     @classmethod
     def from_pretrained(
@@ -78,6 +83,8 @@ class Policy:
         lora: LoraSettings | None = None,
         seed: int = 0,
         bases: dict[BaseSpec, Base] | None = None,
+        system: str | None = None,
+        thinking: str | None = None,
     ) -> Policy:
         """Load a Hugging Face folder or hub name, or "tiny"; a PEFT folder is loaded with the base that it names.
 
@@ -86,18 +93,20 @@ class Policy:
         Args:
             lora: add a new adapter to the model, initialized from `seed`, instead of training the whole model.
             bases: bases in memory, which are shared; a new base is added.
+            system, thinking: as `team.system` and `team.thinking`.
         """
+        about: dict[str, Any] = {"compute": compute, "system": system, "thinking": thinking}
         spec = base_of(source, lora, compute)
         if spec is None:
             tokenizer = load_pretrained(AutoTokenizer, source)
             model = load_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
-            return cls(model.to(device), tokenizer, compute=compute, source=resolve(source))
+            return cls(model.to(device), tokenizer, source=resolve(source), **about)
         bases = {} if bases is None else bases
         if spec not in bases:
             bases[spec] = Base.from_pretrained(spec.model if is_adapter(source) else source, dtype=spec.dtype, device=device)
         base = bases[spec]
         adapter = base.load(Path(source)) if is_adapter(source) or lora is None else base.add(lora, seed)
-        return cls(base.model, base.tokenizer, compute=compute, adapter=adapter, source=base.source)
+        return cls(base.model, base.tokenizer, adapter=adapter, source=base.source, **about)
 
     @property
     def device(self) -> torch.device:
@@ -123,10 +132,15 @@ class Policy:
         """The module that is trained and saved: the whole model, or the adapter alone."""
         return self.adapter or self.model
 
-    def hidden(self, ids_BL: Tensor) -> Tensor:
-        """Hidden states (B, L, D) of right-padded ids (B, L). Attention is causal, so padding at the right needs no mask."""
+    @cached_property
+    def reads_trees(self) -> bool:
+        """Whether `hidden` may be given trees."""
+        return reads_trees(self.body, self.device)
+
+    def hidden(self, ids_BL: Tensor, tree: Tree | None = None) -> Tensor:
+        """Hidden states (B, L, D) of ids (B, L), padded at the right, which are sequences or trees."""
         with compute_in(self.compute, self.device):
-            return self.body(input_ids=ids_BL, use_cache=False).last_hidden_state
+            return hidden_states(self.body, ids_BL, tree)
 
     def logits(self, hidden_KD: Tensor) -> Tensor:
         """Vocabulary logits (K, V) of chosen hidden states (K, D)."""
@@ -149,6 +163,23 @@ class Policy:
         ]
         return torch.cat(parts)
 
+    def for_generation(self) -> Policy:
+        """The policy with the linear layers of a whole model cast to its compute format once; the same log-probs, bit for bit.
+
+        Autocast casts float32 weights at every token. The result is valid until the weights change; it shares all weights but
+        the cast ones. A policy without such weights is returned as it is.
+        """
+        if self.compute != "bfloat16" or self.adapter is not None:
+            return self
+        ready = copy.copy(self)
+        ready.model = copy.deepcopy(self.model, {id(weight): weight for weight in self.model.parameters()})
+        ready.head = ready.model.get_output_embeddings()
+        for layer in ready.model.modules():
+            if isinstance(layer, nn.Linear):
+                for name, weight in layer.named_parameters(recurse=False):
+                    setattr(layer, name, nn.Parameter(weight.detach().bfloat16(), requires_grad=False))
+        return ready
+
     def frozen_copy(self) -> Policy:
         """A frozen copy of the policy, the reference of KL penalties; that of an adapter has the same base."""
         if self.adapter is None:
@@ -162,7 +193,7 @@ class Policy:
             self.model.save_pretrained(folder)
         else:
             self.adapter.save(folder)
-        self.tokenizer.save_pretrained(folder)
+        self.chat.save(folder)
         spell_as_before(folder)
 
 

@@ -35,6 +35,8 @@ class Team:
         seed: int = 0,
         compute: str = "float32",
         device: str | torch.device = "cpu",
+        system: str | None = None,
+        thinking: str | None = None,
     ) -> Team:
         """Load one model per agent; `blueprint.policies_of` decides which agents share parameters.
 
@@ -43,13 +45,23 @@ class Team:
             lora: train adapters, for the agents that it names or for all; adapters of one model share one base in memory.
             shared: agents with the same initial model share one policy.
             seed: determines the initial weights of new adapters.
+            system, thinking: as `team.system` and `team.thinking`; None leaves them to the template.
         """
         bases: dict[BaseSpec, Base] = {}
         loaded: dict[str, Policy] = {}
         order = list(models)
         for spec in policies_of(models, lora=lora, shared=shared, compute=compute):
             own = seed + order.index(spec.name)
-            policy = Policy.from_pretrained(spec.model, compute=compute, device=device, lora=spec.lora, seed=own, bases=bases)
+            policy = Policy.from_pretrained(
+                spec.model,
+                compute=compute,
+                device=device,
+                lora=spec.lora,
+                seed=own,
+                bases=bases,
+                system=system,
+                thinking=thinking,
+            )
             loaded |= dict.fromkeys(spec.agents, policy)
         return cls({agent: loaded[agent] for agent in models})
 

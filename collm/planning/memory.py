@@ -137,7 +137,8 @@ def plan(config: Config, work: Work | None = None) -> Plan:
     add("value heads", sum(12 * (model.shape.hidden + 1) for _, model in critics))
     if config.run.device != "cpu" and _has_cuda(config.run.device):
         add("CUDA context (assumed)", CUDA_RESERVE)
-    phases = [_generation(config, work, model, policy.agents) for policy, model in policies]
+    cast = sum(_cast_bytes(config, model) for _, model in policies)
+    phases = [_generation(config, work, model, policy.agents, cast) for policy, model in policies]
     phases += [_update(config, model, *_read_by(config, work, critic), 0) for critic, model in critics]
     for policy, model in policies:
         longest = max(work.sequence(agent) for agent in policy.agents)
@@ -173,7 +174,7 @@ def _read_by(config: Config, work: Work, critic: CriticSpec) -> tuple[int, int]:
     return min(config.critic.max_tokens, work.sequence(*agents) - unread), work.sequences
 
 
-def _generation(config: Config, work: Work, model: Model, agents: Sequence[str]) -> Phase:
+def _generation(config: Config, work: Work, model: Model, agents: Sequence[str], cast: int) -> Phase:
     """Generation of the last and longest turn: prefill, key-value cache, logits, as in engines/local.py."""
     if config.rollout.engine == "vllm":
         return Phase(f"generation ({model.name})", {})
@@ -191,7 +192,11 @@ def _generation(config: Config, work: Work, model: Model, agents: Sequence[str])
     logits = rows * shape.vocabulary * (16 + 25 * bool(sorts))
     return Phase(
         f"generation ({model.name})",
-        {"key-value cache": cache, "prompts and logits": max(rows * prompt * max(mlp, attention), logits)},
+        {
+            "key-value cache": cache,
+            "prompts and logits": max(rows * prompt * max(mlp, attention), logits),
+            "linear layers in bfloat16": cast,
+        },
     )
 
 
@@ -244,6 +249,14 @@ def block_bytes(shape: Shape, c: int, lora: LoraSettings | None) -> float:
             copies = 0
         size += c * copies * shape.linear[readers[0]][0]
     return size + (0 if lora is None else c * lora.rank * len(chosen))
+
+
+def _cast_bytes(config: Config, model: Model) -> int:
+    """Bytes of the linear layers that the local engine casts and keeps while it generates: `Policy.for_generation`."""
+    if model.lora is not None or config.team.compute != "bfloat16":
+        return 0
+    shape = model.shape
+    return 2 * (shape.layers * sum(a * b for a, b in shape.linear.values()) + shape.vocabulary * shape.hidden)
 
 
 def _compute_bytes(config: Config) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.envs.catalogue import make
-from collm.errors import CollmError
+from collm.errors import CollmError, ConfigError
 from collm.planning.shapes import folder_of
 from collm.settings.rooms import Config
 
@@ -36,6 +36,8 @@ class Work:
     joint_actions: int
     history: str
     note: str = ""
+    examples: int = 0
+    """Tokens of one agent's worked examples."""
     template: tuple[int, int] = (TEMPLATE, TEMPLATE)
 
     @property
@@ -50,9 +52,10 @@ class Work:
             + sum(self.prompts[agent][turn] + self.answer for agent in readers)
             for turn in range(self.turns)
         ]
+        head = self.examples * len(readers)
         if self.history == "full":
-            return sum(turns)
-        return turns[0] + max(turns[1:]) if self.history == "last" and self.turns > 1 else max(turns)
+            return head + sum(turns)
+        return head + (turns[0] + max(turns[1:]) if self.history == "last" and self.turns > 1 else max(turns))
 
     @property
     def sequences(self) -> int:
@@ -86,9 +89,25 @@ def work_of(config: Config) -> Work:
     else:
         episodes, actions = tasks * group, tasks * group * turns
     prompts = {agent: tuple(counts) for agent, counts in longest.items()}
-    templates = [template_tokens(config.team.models.get(agent, config.team.model)) for agent in agents]
-    template = max(first for first, _ in templates), max(later for _, later in templates)
-    return Work(agents, prompts, config.rollout.max_tokens, episodes, actions, config.rollout.history, note, template)
+    added = [template_tokens(config, config.team.models.get(agent, config.team.model)) for agent in agents]
+    template = max(first for first, _ in added), max(later for _, later in added)
+    examples = _example_tokens(config, template[1] + max(counts[0] for counts in prompts.values()))
+    answer, history = config.rollout.max_tokens, config.rollout.history
+    return Work(agents, prompts, answer, episodes, actions, history, note, examples, template)
+
+
+def _example_tokens(config: Config, asked: int) -> int:
+    """Tokens of one agent's examples if every answer has the greatest length, or of the whole file that holds them.
+
+    asked: tokens of the longest first observation and of the template around it.
+    """
+    wanted = config.rollout.examples
+    if isinstance(wanted, int):
+        return wanted * (asked + config.rollout.max_tokens)
+    try:
+        return count_tokens(config.team.model, Path(wanted).read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise ConfigError(f"rollout.examples={wanted!r} cannot be read: {error.strerror}.") from error
 
 
 def _observed(env: Any, task: int, turns: int) -> dict[str, list[str]]:
@@ -115,9 +134,9 @@ def count_tokens(source: str, text: str) -> int:
     return len(_tokenizer(folder).encode(text, add_special_tokens=False))
 
 
-def template_tokens(source: str) -> tuple[int, int]:
-    """Number of tokens that a model's chat template adds to the first message and its answer, a default system message
-    included, and to each later one; `TEMPLATE` for both if it is not on this machine or cannot be rendered alone."""
+def template_tokens(config: Config, source: str) -> tuple[int, int]:
+    """Number of tokens that a model's chat template adds to the first message and its answer, its own system message or that of
+    `team.system` included, and to each later one; `TEMPLATE` for both if it is not on this machine or fails."""
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -127,18 +146,24 @@ def template_tokens(source: str) -> tuple[int, int]:
     if not files or not all(path.is_file() for path in files):
         return TEMPLATE, TEMPLATE
     tokenizer, text = _tokenizer(files[0].parent), files[1].read_text(encoding="utf-8")
+    system = config.team.system
+    head = [] if system in (None, "none") else [{"role": "system", "content": system}]
     chat = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    thinks = config.team.thinking != "off"
     added = []
     try:
         sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         template = sandbox.from_string(text)
         for length in (1, 3):
-            rendered = template.render(messages=chat[:length], add_generation_prompt=True)
+            rendered = template.render(
+                messages=[*head, *chat[:length]], add_generation_prompt=True, enable_thinking=thinks, thinking=thinks
+            )
             added.append(len(tokenizer.encode(rendered, add_special_tokens=False)) - length)
     except (TemplateError, TypeError, ValueError):
         return TEMPLATE, TEMPLATE
     first, both = added
-    return first, both - first
+    later = both - first
+    return (min(first, later) if system == "none" else first), later
 
 
 @cache

@@ -13,7 +13,7 @@ from collm import seeds
 from collm.engines.base import Engine
 from collm.rollout.plan import Plan
 from collm.rollout.protocols import PROTOCOLS, Play
-from collm.types import Completion, Episode, Request
+from collm.types import Completion, Episode, Request, examples_of
 
 THREADS = max(4, min(32, 2 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2 * (os.cpu_count() or 1)))
 """Number of threads for environments that wait for a sandbox or a server."""
@@ -36,11 +36,13 @@ class LiveEpisode:
     """Its environment waits for a sandbox or a server, so that it is stepped in a thread."""
 
 
-def live_episode(plan: Plan, task: int, seed: int, sibling: int = 0) -> LiveEpisode:
-    """Create an episode, not yet begun, with a new environment."""
+def live_episode(plan: Plan, task: int, seed: int, sibling: int = 0, *, env: Any = None) -> LiveEpisode:
+    """Create an episode, not yet begun. env: played instead of a new environment."""
     episode = Episode(task=task, seed=seed, agents=(), sibling=sibling)
-    env = plan.env.make(plan.split)
+    env = plan.env.make(plan.split) if env is None else env
     episode.agents = tuple(env.possible_agents)
+    if plan.examples:
+        episode.examples = {agent: examples_of(plan.examples, agent) for agent in episode.agents}
     play = PROTOCOLS[plan.protocol](env, episode, history=plan.history, max_turns=plan.max_turns)
     return LiveEpisode(episode, play, [], time.monotonic(), waits(env))
 

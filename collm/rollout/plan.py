@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from collm.envs.base import EnvMaker
 from collm.errors import ConfigError
-from collm.types import History, Sampling
+from collm.types import Example, History, Sampling
 
 DEFAULT_SAMPLING = Sampling()
 
@@ -34,6 +34,8 @@ class Plan:
     """K answers resampled per agent and turn, for counterfactual baselines (`Turn.alternatives`)."""
     no_op: bool = False
     """Replay each turn with one agent's answer empty, for difference baselines (`Turn.no_op`)."""
+    examples: tuple[Example, ...] = ()
+    """Worked examples that agents read before their histories."""
     agents: tuple[str, ...] | None = None
     """Agents whose answers are resampled and replaced in no-op replays; default: all."""
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,35 @@ from collm.learning.tensors import restore
 from collm.models.blueprint import POLICY
 from collm.models.team import Team
 from collm.runs.directory import checkpoints
+from collm.runs.examples import of_agent, write_examples
 from collm.runs.files import REMOVING, explained, remove, replacing, write_text
+from collm.types import Example
 
 FORMAT = 1
+SAVE_AFTER, SAVE_SHARE = 60.0, 0.02
+"""See `Pace`: seconds, and a fraction of the time."""
 STATE = "state.json"
 _DAMAGE = (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, RecursionError, SafetensorError)
+
+
+class Pace:
+    """When a checkpoint is cheap: `SAVE_AFTER` seconds after the last one, or later, when that took at most `SAVE_SHARE` of the
+    time since. An interrupted update or a crash then repeats little."""
+
+    def __init__(self) -> None:
+        self.saved, self.took = time.monotonic(), 0.0
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self.saved > max(SAVE_AFTER, self.took / SAVE_SHARE)
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """The context in which a checkpoint is written."""
+        began = time.monotonic()
+        yield
+        self.saved = time.monotonic()
+        self.took = self.saved - began
 
 
 def save(folder: Path, learner: Learner, state: Mapping[str, Any]) -> None:
@@ -56,11 +81,13 @@ def save(folder: Path, learner: Learner, state: Mapping[str, Any]) -> None:
         (aside / STATE).write_text(account, encoding="utf-8")
 
 
-def save_team(folder: Path, team: Team) -> None:
-    """Write the team as Hugging Face folders, atomically; earlier files are replaced."""
+def save_team(folder: Path, team: Team, examples: Sequence[Example] = ()) -> None:
+    """Write the team as Hugging Face folders with each agent's examples, atomically; earlier files are replaced."""
     with replacing(folder) as aside, failing_as_os_errors():
         aside.mkdir()
         team.save(aside)
+        for agent in team.agents:
+            write_examples(aside / agent, of_agent(examples, agent))
 
 
 @contextmanager

@@ -27,6 +27,8 @@ from collm.settings.rooms import Config
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+EXAMPLES = "examples.jsonl"
+"""Worked examples of a run, in its directory and in exported folders."""
 EMPTY = frozenset({"lock", CHECKPOINTS})
 """Names that a folder may hold before a run begins in it; a start that was killed leaves them."""
 _EPISODES = re.compile("([0-9]{6,})(-evaluation)?[.]jsonl")
@@ -202,7 +204,8 @@ def resumed_config(folder: Path, overrides: Mapping[str, Any]) -> Config:
 def run_config(folder: Path, overrides: Mapping[str, Any], *, playing: bool = True) -> Config:
     """A run's settings with `{"room.key": value}` on top. Raises RunError or ConfigError.
 
-    playing: the run's environment and servers will be used; those that are not built in must be repeated in `overrides`.
+    The examples are those that the run recorded. playing: the run's environment and servers will be used; those that are not
+    built in must be repeated in `overrides`.
     """
     values = read_settings(folder)
     if playing:
@@ -213,6 +216,8 @@ def run_config(folder: Path, overrides: Mapping[str, Any], *, playing: bool = Tr
                 f"{key!r} is not a setting that the evaluation of a trained run can change: these are env.*, evaluation.*, "
                 "rollout.*, run.threads, run.device, run.seed, team.compute and team.api_key_env."
             )
+    if (folder / EXAMPLES).is_file():
+        apply_overrides(values, {"rollout.examples": str(folder / EXAMPLES)})
     apply_overrides(values, overrides)
     return parse_config(values)
 

@@ -68,12 +68,13 @@ def episode_record(episode: Episode, annotations: Mapping[tuple[int, str], Annot
 
 
 def _written(completion: Completion) -> dict[str, Any]:
-    """A text as plain values, with its number of tokens."""
+    """A text as plain values, with its number of tokens; `thinking` has thoughts and text, where thoughts were kept apart."""
     num_tokens = 0 if completion.token_ids is None else len(completion.token_ids)
-    return {"wrote": completion.text, "finish": completion.finish_reason, "tokens": num_tokens}
+    finish, whole = completion.finish_reason, completion.written or ""
+    return {"wrote": completion.text, "finish": finish, "tokens": num_tokens, "thinking": whole}
 
 
-NO_MESSAGE = {"wrote": "", "finish": "", "tokens": 0}
+NO_MESSAGE = {"wrote": "", "finish": "", "tokens": 0, "thinking": ""}
 
 
 def _learned(said: Annotation) -> dict[str, Any]:
@@ -118,7 +119,8 @@ class RunLog:
     """Writes the logs of a run directory.
 
     On resume, records of iterations after `resumed_at` are dropped, since they will be written again. If that iteration is
-    `pending`, its line and its evaluation are dropped too, but not the episodes that it was trained on.
+    `pending`, its line and its evaluation are dropped too, but not the episodes that it was trained on. `before` holds the
+    records that were kept.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool, resumed_at: int = -1, pending: bool = False):
@@ -127,6 +129,7 @@ class RunLog:
         completed = resumed_at - pending
         begun = os.path.lexists(self.path)
         kept = [record for record in read_metrics(self.path) if record["iteration"] <= completed] if begun else []
+        self.before = kept
         write_text(self.path, "".join(_line(record) for record in kept))
         with explained(folder / "episodes"):
             (folder / "episodes").mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from collm.errors import EngineError, RunError
 from collm.runs.directory import checkpoints, episode_files, read_settings, run_config
+from collm.runs.examples import of_agent, recorded_examples, with_examples
 from collm.runs.read import Record, read_episodes, read_metrics
 from collm.runs.weights import (
     export,
@@ -137,6 +138,8 @@ class Run:
     ) -> str:
         """Generate an agent's answer to a prompt, or to a chat that ends with one. The team stays loaded.
 
+        The run's examples are put in front, unless the chat begins with them.
+
         sampling: default: the sampling of the run's evaluations, which is greedy by default. seed: the seed of the sampling.
         Raises: RunError or ConfigError as `team`, EngineError where the prompt is too long.
         """
@@ -150,7 +153,8 @@ class Run:
         if agent not in engine.team.policies:
             raise no_agent(config, agent, engine.team.agents)
         messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
-        sampling = sampling or plan_of(config, "eval").sampling
+        messages = with_examples(recorded_examples(self.folder), agent, messages)
+        sampling = sampling or plan_of(config, "eval", examples=()).sampling
         (completion,) = engine.generate([Request(agent, messages, sampling, seed)])
         if completion.error:
             raise EngineError(f"{agent} cannot answer: {completion.error}.")
@@ -166,10 +170,12 @@ class Run:
         """
         target = Path(folder)
         refuse_existing(target)
+        examples = recorded_examples(self.folder)
         if agent is None:
-            export_team(self._load(checkpoint, device="cpu"), target, merged=merged)
+            export_team(self._load(checkpoint, device="cpu"), target, examples, merged=merged)
         else:
-            export(self._load(checkpoint, (agent,), device="cpu").policies[agent], target, merged=merged)
+            policy = self._load(checkpoint, (agent,), device="cpu").policies[agent]
+            export(policy, target, of_agent(examples, agent), merged=merged)
         return target
 
     def _load(self, checkpoint: str | int, agents: Sequence[str] = (), *, device: str = "auto") -> Team:

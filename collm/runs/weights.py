@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 from collm.errors import ConfigError, RunError
 from collm.models.blueprint import Blueprint, saved_policies
 from collm.runs.directory import checkpoints, command, run_config
+from collm.runs.examples import of_agent, write_examples
 from collm.runs.files import is_leftover, replacing
 from collm.settings.rooms import Config
+from collm.types import Example
 
 if TYPE_CHECKING:  # torch is loaded where a model is
     from collm.models.policy import Policy
@@ -163,13 +165,16 @@ def load_agent(source: Path, agent: str, checkpoint: str, *, device: str = "") -
         raise RunError(f"{str(source)!r} is neither a run directory nor an exported folder.")
     if (source / "tokenizer_config.json").is_file():
         from collm.models.policy import Policy
+        from collm.models.trial import try_policy
         from collm.training.assemble import resolve_device
 
         if checkpoint != "final":
             raise ConfigError(
                 f"--checkpoint {checkpoint} is for run directories; {str(source)!r} holds one model. Leave it out."
             )
-        return Policy.from_pretrained(str(source), device=resolve_device(device or "auto")), "exported weights"
+        policy = Policy.from_pretrained(str(source), device=resolve_device(device or "auto"))
+        try_policy(policy)
+        return policy, "exported weights"
     config = run_config(source, {"run.device": device} if device else {}, playing=False)
     weights, what = find_weights(source, checkpoint)
     return load_team(config, weights, agents=(agent,)).policies[agent], what
@@ -181,29 +186,30 @@ def refuse_existing(target: Path) -> None:
         raise RunError(f"{str(target)!r} exists already; name a folder that does not.")
 
 
-def export(policy: Policy, target: Path, *, merged: bool = False) -> None:
-    """Write a Hugging Face folder atomically: a whole model, or an adapter in PEFT's format, which names its base.
+def export(policy: Policy, target: Path, examples: Sequence[Example] = (), *, merged: bool = False) -> None:
+    """Write a Hugging Face folder with the agent's examples, atomically: a whole model, or an adapter in PEFT's format.
 
-    merged: write a whole model in any case; an adapter is merged into its base. Raises SaveError.
+    An adapter names its base. merged: write a whole model in any case; an adapter is merged into its base. Raises SaveError.
     """
     from collm.runs.checkpoint import failing_as_os_errors
 
     with replacing(target) as aside, failing_as_os_errors():
-        _write(policy, aside, merged)
+        _write(policy, aside, examples, merged)
 
 
-def export_team(team: Team, target: Path, *, merged: bool = False) -> None:
+def export_team(team: Team, target: Path, examples: Sequence[Example] = (), *, merged: bool = False) -> None:
     """Write one such folder for every agent, named after it, atomically. Raises SaveError."""
     from collm.runs.checkpoint import failing_as_os_errors
 
     with replacing(target) as aside, failing_as_os_errors():
         aside.mkdir()
         for agent, policy in team.policies.items():
-            _write(policy, aside / agent, merged)
+            _write(policy, aside / agent, of_agent(examples, agent), merged)
 
 
-def _write(policy: Policy, folder: Path, merged: bool) -> None:
+def _write(policy: Policy, folder: Path, examples: Sequence[Example], merged: bool) -> None:
     folder.mkdir()
+    write_examples(folder, examples)
     if merged and policy.adapter is not None:
         _merge(policy, folder)
     else:
@@ -222,5 +228,5 @@ def _merge(policy: Policy, folder: Path) -> None:
     model = AutoPeftModelForCausalLM.from_pretrained(apart, dtype=torch.float32, trust_remote_code=False).merge_and_unload()
     shutil.rmtree(apart)
     model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+    policy.chat.save(folder)
     spell_as_before(folder)

@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
@@ -22,11 +23,13 @@ from collm.engines.local import LocalEngine
 from collm.errors import ConfigError, SaveError
 from collm.models.policy import Policy
 from collm.models.team import Team
+from collm.runs.examples import with_examples
 from collm.runs.files import append
 from collm.runs.output import complain
 from collm.serving import wire
 from collm.serving.batcher import Batcher
 from collm.serving.wire import Refused
+from collm.types import Example
 
 try:
     import h11
@@ -56,13 +59,21 @@ GRACE = 60
 
 
 def make_app(
-    policy: Policy, agent: str, *, key: str = "", max_tokens: int = 256, record: Path | None = None, local: bool = False
+    policy: Policy,
+    agent: str,
+    *,
+    key: str = "",
+    max_tokens: int = 256,
+    record: Path | None = None,
+    local: bool = False,
+    examples: Sequence[Example] = (),
 ) -> FastAPI:
     """The application that serves one agent.
 
     key: the required API key; none if empty. max_tokens: default length of an answer. record: append one JSON line per
     completion request: begin and end (seconds since 1970), HTTP status, messages read, tokens written. local: refuse Host
-    headers that do not name this machine, as protection against web pages that use DNS rebinding.
+    headers that do not name this machine, as protection against web pages that use DNS rebinding. examples: put in front of a
+    request's messages, unless these begin with them already.
     """
     engine = LocalEngine(Team({agent: policy}))
     batcher = Batcher(engine, policy)
@@ -90,7 +101,8 @@ def make_app(
             raise Refused(415, "send content-type: application/json", code="unsupported_media_type")
         asked = wire.parse(await read_body(request), agent, max_tokens=max_tokens, vocabulary=vocabulary)
         noted["messages"] = len(asked.request.messages)
-        completion = await batcher.answer(asked.request)
+        messages = with_examples(examples, agent, asked.request.messages)
+        completion = await batcher.answer(replace(asked.request, messages=messages))
         ids = [] if completion.token_ids is None else completion.token_ids.tolist()
         noted["tokens"] = len(ids)
         pieces = [str(policy.tokenizer.decode([i])) for i in ids]

@@ -31,7 +31,12 @@ NAMES = {
 }
 """Removed setting -> its replacement."""
 
-ADDED: dict[tuple[str, str], Any] = {}
+ADDED: dict[tuple[str, str], Any] = {
+    ("env", "wording"): "terse",
+    ("rollout", "examples"): 0,
+    ("team", "system"): None,
+    ("team", "thinking"): "shown",
+}
 """(room, key) of a setting that was added when runs and studies existed already -> the value that keeps their meaning."""
 
 _BASELINES = {"td_lambda": "value", "return": "none"}
@@ -50,8 +55,8 @@ def translate(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run under their present names; present settings are returned unchanged."""
     complete = copy.deepcopy(dict(values))
     for (room, key), before in ADDED.items():
-        if isinstance(complete.get(room), dict):
-            complete[room].setdefault(key, before)
+        if isinstance(complete.get(room), dict) and not (room == "env" and ":" in complete[room].get("name", "")):
+            complete[room].setdefault(key, before)  # an environment of the user's own has its own options
     algorithm, critic = complete.get("algorithm"), complete.get("critic")
     if not isinstance(algorithm, dict) or "advantage" not in algorithm:
         return complete

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,7 +20,8 @@ from collm.errors import ConfigError
 from collm.settings import checks
 from collm.settings.presets import ALGORITHMS, CRITIC_BASELINES
 
-NUMBERS = (int, float, int | None, float | None)
+Examples = Annotated[int, Field(ge=0)] | str
+NUMBERS = (int, float, int | None, float | None, Examples)
 
 
 class Room(BaseModel):
@@ -51,7 +52,7 @@ class RunSettings(Room):
     device: str = "auto"
     """"cpu", "cuda", or "auto" (cuda if available, else cpu)."""
     checkpoint_every: int = Field(10, ge=1)
-    """Iterations between checkpoints; the last iteration always has one."""
+    """Most iterations between checkpoints; the last always has one, and cheap ones are written in between."""
     tensorboard: bool = True
     """Write TensorBoard events."""
 
@@ -62,6 +63,13 @@ class EnvSettings(BaseModel):
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, frozen=True)
     name: str
     """A built-in environment, or "module:Class" of any PettingZoo ParallelEnv with text observations and actions."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wording(cls, values: Any) -> Any:
+        """The wording of a built-in environment is a setting of every run, so that a run keeps its prompts."""
+        built_in = isinstance(values, Mapping) and ":" not in str(values.get("name", ":"))
+        return {**values, "wording": values.get("wording", "plain")} if built_in else values
 
     @property
     def options(self) -> dict[str, Any]:
@@ -104,6 +112,11 @@ class TeamSettings(Room):
     """Agents with the same initial model share one set of weights; if false, each agent has its own."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Number format of matrix products and of frozen base models; trained weights and optimizer state are always float32."""
+    system: str | None = Field(None, min_length=1)
+    """System message at the head of every history; "none" leaves out the chat template's own. Default: the template's own."""
+    thinking: Literal["off", "private", "shown"] = "off"
+    """"off": models do not think if their chat template has a switch for it. "private": they think, but neither the environment
+    nor another agent reads thoughts, which are trained in every case. "shown": thoughts are part of the answer."""
     lora: LoraSettings | None = None
     """Train low-rank adapters instead of whole models: a table of settings, or "none"."""
 
@@ -140,6 +153,9 @@ class RolloutSettings(Room):
     history: Literal["full", "last", "newest"] = "full"
     """What an agent reads: "full" is all its observations and answers, "last" the first observation, its last answer and the
     newest observation, "newest" the newest observation alone."""
+    examples: Examples = 0
+    """Worked examples in front of every agent's history: how many first turns of training tasks the environment's scripted
+    player answers, or a file of chats (JSON lines)."""
     max_turns: int | None = Field(None, ge=1)
     """Truncate episodes after this number of turns; default: the environment ends them."""
     temperature: float = Field(1.0, ge=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from collm.models.blueprint import Blueprint, CriticSpec
 from collm.models.critic import Critic, ValueHead
 from collm.models.policy import Policy
 from collm.models.team import Team
+from collm.models.trial import try_critic, try_team
 from collm.rollout.collector import Collector, LocalCollector
 from collm.rollout.plan import Plan
 from collm.runs.directory import usable_cores, with_absolute_data
 from collm.settings.rooms import Config, EnvSettings
 from collm.training.heap import return_freed_blocks
-from collm.training.task import check_fit, metric_names, num_tasks, plan_of, trained_agents
-from collm.types import Sampling
+from collm.training.task import check_fit, metric_names, num_tasks, plan_of, trained_agents, training_tasks
+from collm.types import Example, Sampling
 
 
 @dataclass(slots=True)
@@ -41,8 +42,8 @@ class Assembly:
     learner: Learner
     plan: Plan
     """How training episodes are played."""
-    num_tasks: int
-    """Number of training tasks of the environment."""
+    tasks: list[int]
+    """The tasks that training plays."""
     rates: dict[str, float]
     """Learning rate by policy and critic, as the settings or their defaults have it."""
 
@@ -69,20 +70,21 @@ def assemble(
     engine: Engine | None = None,
     collector: Collector | None = None,
     learner: Learner | None = None,
+    examples: tuple[Example, ...] = (),
     stop: Callable[[], None] = lambda: None,
 ) -> Assembly:
     """Create the objects of a prepared config. Raises ConfigError if something does not fit the environment.
 
     Args:
-        team, engine, collector, learner: used instead of those of the config.
+        team, engine, collector, learner, examples: used instead of those of the config.
         stop: called between engine calls; raises to leave early.
     """
     agents = check_fit(config)
     trained = trained_agents(config, agents)
-    plan = plan_of(config, "train", trained)
-    total = num_tasks(plan)
+    plan = plan_of(config, "train", trained, examples or None)
+    tasks = training_tasks(plan)
     if config.evaluation.every:
-        num_tasks(plan_of(config, "eval"))  # fail before training begins
+        num_tasks(replace(plan, split="eval"))  # fail before training begins
     team = team or make_team(config, agents)
     if team.agents != trained:
         raise ConfigError(f"the team plays {team.agents}, but the task's agents are {agents}.")
@@ -96,7 +98,14 @@ def assemble(
         reads = config.algorithm.has_critic or config.algorithm.teammates != "none"
         learner = make_learner(team, config, plan.sampling, metric_names(config) if reads else ())
     rates = Blueprint.around(config, team.agents, team.specs).rates(config)
-    return Assembly(team, engine, collector or LocalCollector(engine, stop=stop), learner, plan, total, rates)
+    return Assembly(team, engine, collector or LocalCollector(engine, stop=stop), learner, plan, tasks, rates)
+
+
+def unfiltered(team: Team, sampling: Sampling) -> dict[str, int]:
+    """{"unfiltered_vocabulary": size of the largest} if answers are drawn from all of it at temperature 1 or more, else {}."""
+    if sampling.temperature < 1 or sampling.top_p < 1 or sampling.top_k:
+        return {}
+    return {"unfiltered_vocabulary": max(p.model.config.get_text_config().vocab_size for p in team.policies.values())}
 
 
 def resolve_device(device: str) -> str:
@@ -115,19 +124,23 @@ def resolve_device(device: str) -> str:
 
 
 def make_team(config: Config, agents: tuple[str, ...]) -> Team:
-    """Load the models of `config.team` for all agents except frozen team-mates on servers.
+    """Load the models of `config.team` for all agents except frozen team-mates on servers, and try them.
 
-    Raises ConfigError if no agent is left.
+    Raises ConfigError if no agent is left, or a model cannot be trained.
     """
-    team = config.team
-    return Team.from_pretrained(
-        {agent: team.models.get(agent, team.model) for agent in trained_agents(config, agents)},
-        lora=team.lora,
-        shared=team.shared,
+    settings = config.team
+    team = Team.from_pretrained(
+        {agent: settings.models.get(agent, settings.model) for agent in trained_agents(config, agents)},
+        lora=settings.lora,
+        shared=settings.shared,
         seed=seeds.derive(config.run.seed, "adapters"),
-        compute=team.compute,
+        compute=settings.compute,
         device=config.run.device,
+        system=settings.system,
+        thinking=settings.thinking,
     )
+    try_team(team, cached=config.rollout.engine == "local")
+    return team
 
 
 def with_remote(engine: Engine, config: Config) -> Engine:
@@ -138,7 +151,8 @@ def with_remote(engine: Engine, config: Config) -> Engine:
     from collm.engines.mixed import MixedEngine
 
     key_env = config.team.api_key_env or ""
-    servers = HttpEngine({agent: endpoint(agent, url, key_env=key_env) for agent, url in config.team.remote.items()})
+    places = {agent: endpoint(agent, url, key_env=key_env) for agent, url in config.team.remote.items()}
+    servers = HttpEngine(places, thinking=config.team.thinking)
     return MixedEngine(engine, dict.fromkeys(config.team.remote, servers))
 
 
@@ -193,12 +207,19 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
 
 
 def _make_critic(spec: CriticSpec, policy: Policy, config: Config) -> Critic:
-    """Create a critic model of the blueprint. policy: the one that `spec.policy` names."""
-    common: dict[str, Any] = {"max_tokens": config.critic.max_tokens, "compute": policy.compute}
+    """Create and try a critic model of the blueprint. policy: the one that `spec.policy` names."""
+    common: dict[str, Any] = {
+        "max_tokens": config.critic.max_tokens,
+        "compute": policy.compute,
+        "system": config.team.system,
+    }
     if spec.body == "adapter" and policy.adapter is not None:
         seed = seeds.derive(config.run.seed, "critic's adapter", spec.name)
         base = policy.adapter.base
-        return Critic(base.add_like(policy.adapter, seed), base.tokenizer, **common).to(policy.device)
-    if spec.body == "copy":
-        return Critic(copy.deepcopy(policy.body), policy.tokenizer, **common).to(policy.device)
-    return Critic.from_pretrained(spec.model, device=policy.device, **common)
+        critic = Critic(base.add_like(policy.adapter, seed), base.tokenizer, **common).to(policy.device)
+    elif spec.body == "copy":
+        critic = Critic(copy.deepcopy(policy.body), policy.tokenizer, **common).to(policy.device)
+    else:
+        critic = Critic.from_pretrained(spec.model, device=policy.device, **common)
+    try_critic(critic)
+    return critic

@@ -12,7 +12,7 @@ from collm import seeds
 from collm.rollout.collector import Collector
 from collm.settings.rooms import Config
 from collm.training.task import num_tasks, plan_of
-from collm.types import Episode
+from collm.types import Episode, Example
 
 RESERVED = frozenset(("reward", "episodes", "failed"))
 """Names under `evaluation/` that this package uses; an environment metric of such a name becomes `evaluation/metrics/NAME`."""
@@ -53,9 +53,19 @@ class Evaluation:
         return sum(episode.num_tokens() for episode in self.episodes)
 
 
-def evaluate(config: Config, collector: Collector, *, episodes: int | None = None, split: str = "eval") -> Evaluation:
-    """Play each held-out task once, or the first `episodes` of them. split: the environment's split of tasks."""
-    plan = replace(plan_of(config, "eval"), split=split)
+def evaluate(
+    config: Config,
+    collector: Collector,
+    *,
+    episodes: int | None = None,
+    split: str = "eval",
+    examples: tuple[Example, ...] | None = None,
+) -> Evaluation:
+    """Play each held-out task once, or the first `episodes` of them.
+
+    split: the environment's split of tasks. examples: used instead of those of the config.
+    """
+    plan = replace(plan_of(config, "eval", examples=examples), split=split)
     wanted = config.evaluation.episodes if episodes is None else episodes
     total = num_tasks(plan)
     tasks = range(total if wanted is None else min(total, wanted))

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from collm import seeds
 from collm.envs import gate
 from collm.envs.catalogue import EnvSpec
 from collm.errors import ConfigError
+from collm.rollout.examples import draw_examples
 from collm.rollout.plan import Plan
 from collm.rollout.protocols import PROTOCOLS
+from collm.runs.examples import read_examples
 from collm.settings.rooms import Config
-from collm.types import Episode, Sampling
+from collm.types import Episode, Example, Sampling
 
 
-def plan_of(config: Config, split: str, agents: tuple[str, ...] | None = None) -> Plan:
-    """The plan of a split's episodes under a config. agents: those that are trained; default: all."""
+def plan_of(
+    config: Config, split: str, agents: tuple[str, ...] | None = None, examples: tuple[Example, ...] | None = None
+) -> Plan:
+    """The plan of a split's episodes under a config.
+
+    agents: those that are trained; default: all. examples: used instead of those that the config draws or names.
+    """
     rollout, evaluation, algorithm = config.rollout, config.evaluation, config.algorithm
     training = split == "train"
     return Plan(
-        EnvSpec(config.env.name, config.env.options),
+        env_of(config),
         split=split,
         protocol=rollout.protocol,
         history=rollout.history,
@@ -35,8 +43,28 @@ def plan_of(config: Config, split: str, agents: tuple[str, ...] | None = None) -
         tree=training and algorithm.tree,
         resamples=algorithm.resamples if training and algorithm.baseline == "counterfactual" else 0,
         no_op=training and algorithm.teammates == "replay",
+        examples=find_examples(config) if examples is None else examples,
         agents=agents,
     )
+
+
+def env_of(config: Config) -> EnvSpec:
+    return EnvSpec(config.env.name, config.env.options)
+
+
+def find_examples(config: Config) -> tuple[Example, ...]:
+    """The examples that `rollout.examples` draws or names. Raises ConfigError."""
+    wanted, spec = config.rollout.examples, env_of(config)
+    if isinstance(wanted, str):
+        return read_examples(Path(wanted), gate.agents_of(spec.make("train")))
+    return draw_examples(spec, wanted, config.run.seed) if wanted else ()
+
+
+def training_tasks(plan: Plan) -> list[int]:
+    """The tasks that training plays: all but those of the examples, unless no task is left then."""
+    taken = {example.task for example in plan.examples}
+    everything = range(num_tasks(plan))
+    return [task for task in everything if task not in taken] or list(everything)
 
 
 def num_tasks(plan: Plan) -> int:
@@ -46,7 +74,7 @@ def num_tasks(plan: Plan) -> int:
 
 def check_fit(config: Config) -> tuple[str, ...]:
     """The environment's agents. Raises ConfigError if algorithm, protocol or models do not fit them."""
-    env = plan_of(config, "train").env.make("train")
+    env = env_of(config).make("train")
     agents = tuple(env.possible_agents)
     PROTOCOLS[config.rollout.protocol](env, Episode(0, 0, agents))
     name = config.algorithm.name
@@ -78,7 +106,7 @@ def trained_agents(config: Config, agents: tuple[str, ...]) -> tuple[str, ...]:
 def metric_names(config: Config) -> tuple[str, ...]:
     """Names of the environment metrics that regressions read: those reported after one turn of empty answers, without
     diagnostics."""
-    env = plan_of(config, "train").env.make("train")
+    env = env_of(config).make("train")
     gate.reset(env, 0, 0)
     returned: Any = env.step(dict.fromkeys(env.agents, ""))  # only names are read here
     infos = returned[-1] if isinstance(returned, tuple) and isinstance(returned[-1], Mapping) else {}
@@ -87,12 +115,13 @@ def metric_names(config: Config) -> tuple[str, ...]:
     return tuple(sorted(names - frozenset(getattr(env, "diagnostics", ()))))
 
 
-def draw_tasks(seed: int, iteration: int, count: int, total: int) -> list[int]:
-    """Tasks of one iteration: a new random order of all tasks in every pass over them."""
+def draw_tasks(seed: int, iteration: int, count: int, tasks: Sequence[int]) -> list[int]:
+    """`count` of these tasks for one iteration: a new random order of all of them in every pass."""
     drawn: list[int] = []
+    total = len(tasks)
     position, end = iteration * count, (iteration + 1) * count
     while position < end:
-        order = list(range(total))
+        order = list(tasks)
         seeds.stream(seed, "tasks", position // total).shuffle(order)
         drawn += order[position % total :][: end - position]
         position = iteration * count + len(drawn)

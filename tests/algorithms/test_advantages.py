@@ -329,7 +329,7 @@ def played(rewards, *, agents=("agent_0", "agent_1"), path=(), own_from=0, failu
 
 def trained_with(tiny, episodes, **algorithm):
     """[episode][turn] -> advantage that both agents' answers were trained with, as the learner annotates the episodes."""
-    config = parse_config({"env": {"name": "agree"}, "algorithm": algorithm})
+    config = parse_config({"env": {"name": "agree", "wording": "terse"}, "algorithm": algorithm})
     policies = [Policy(copy.deepcopy(tiny.model), tiny.tokenizer) for _ in range(2)]
     learner = make_learner(Team(dict(zip(("agent_0", "agent_1"), policies))), config, Sampling())
     said = learner.update([Group(0, episodes)], 0).annotations
@@ -417,7 +417,7 @@ def test_truncated_episodes_are_judged_by_what_the_critic_expects_next(tiny):
         episode.observations = {"agent_0": "and now?", "agent_1": "and now?"}
     config = parse_config(
         {
-            "env": {"name": "agree"},
+            "env": {"name": "agree", "wording": "terse"},
             "algorithm": {"name": "collm-cc", "gamma": 0.5, "lam": 0.0},
             "critic": {"lr": 1e-9, "lam": 0.0},
         }
@@ -488,7 +488,7 @@ def test_the_difference_baseline_of_a_group_method_by_hand(tiny, baseline):
     for episode, alone in zip(episodes, (3, 1, 1, -1)):
         episode.turns[0].no_op["agent_0"] = Counterfactual(alone, alone, {})
     algorithm = {"name": "magrpo", "baseline": baseline, "teammates": "replay"}
-    config = parse_config({"env": {"name": "agree"}, "algorithm": algorithm})
+    config = parse_config({"env": {"name": "agree", "wording": "terse"}, "algorithm": algorithm})
     policies = [Policy(copy.deepcopy(tiny.model), tiny.tokenizer) for _ in range(2)]
     learner = make_learner(Team(dict(zip(("agent_0", "agent_1"), policies))), config, Sampling())
     first, second = (learner.update([Group(0, episodes)], iteration) for iteration in range(2))

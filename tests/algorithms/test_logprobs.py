@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from collm.algorithms.logprobs import restrict, sample, support, token_logprobs
+from collm.algorithms.logprobs import sample, support, token_logprobs
 from collm.engines.local import LocalEngine
 from collm.learning.batch import Batch
 from collm.learning.pack import micro_batches, pack_answers
@@ -25,8 +25,27 @@ def logits(*probabilities):
     return torch.tensor(probabilities, dtype=torch.float64).log()
 
 
+def inside(rows, *, top_p, top_k, temperature=1.0):
+    """The support as a mask over the vocabulary."""
+    ids, kept = support(rows / temperature, top_p=top_p, top_k=top_k)
+    mask = torch.zeros_like(rows, dtype=torch.bool)
+    mask[kept.nonzero()[:, 0], ids[kept]] = True
+    assert mask.sum() == kept.sum()  # no token twice
+    return mask
+
+
 def kept(row, **options):
-    return support(row[None], **{"top_p": 1.0, "top_k": 0, **options})[0].nonzero()[:, 0].tolist()
+    return inside(row[None], **{"top_p": 1.0, "top_k": 0, **options})[0].nonzero()[:, 0].tolist()
+
+
+def by_sorting_all(rows, *, top_p, top_k):
+    """The support by its definition, from the whole vocabulary in falling order."""
+    values, order = torch.sort(rows, dim=-1, descending=True, stable=True)
+    limit = top_k or rows.shape[-1]
+    probs = torch.softmax(values[:, :limit], dim=-1)
+    chosen = (probs.cumsum(-1) - probs < top_p) | (top_p == 1)
+    chosen[:, 0] = True
+    return torch.zeros_like(rows, dtype=torch.bool).scatter(-1, order[:, :limit], chosen)
 
 
 # --- support -------------------------------------------------------------------------------------------------------------
@@ -65,9 +84,40 @@ def test_ties_go_to_the_lower_id():
     assert kept(torch.zeros(50_000), top_k=3) == [0, 1, 2]
 
 
+def many_rows():
+    """Peaked and flat rows, rows of few distinct values, and equal logits; one likely token among equal ones."""
+    torch.manual_seed(3)
+    rows = torch.randn(12, 3000, dtype=torch.float64)
+    rows[0:3] *= 6
+    rows[3:6] *= 3
+    rows[6:8] = (4 * rows[6:8]).round() / 2
+    rows[8] = 0
+    rows[9] = rows[9].round()
+    rows[10] = 0
+    rows[10, 1234] = 9
+    rows[11] *= 0.1
+    return rows
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 20, 2000])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.6, 0.95, 0.9999, 1.0])
+def test_candidates_have_the_support_of_the_whole_vocabulary(top_p, top_k):
+    rows = many_rows()
+    expected = by_sorting_all(rows, top_p=top_p, top_k=top_k)
+    assert torch.equal(inside(rows, top_p=top_p, top_k=top_k), expected)
+    for row, alone in zip(rows, expected, strict=True):  # without the flat rows there are few candidates
+        assert torch.equal(inside(row[None], top_p=top_p, top_k=top_k)[0], alone)
+
+
+def test_peaked_rows_have_few_candidates():
+    rows = many_rows()[[0, 1, 2, 10]]
+    assert support(rows, top_p=0.6, top_k=0)[0].shape[-1] < 40
+    assert support(rows[:3], top_p=1.0, top_k=20)[0].shape[-1] == 20
+
+
 def test_rows_have_supports_of_their_own():
     rows = torch.stack([UNSORTED, UNSORTED.flip(0)])
-    both = support(rows, top_p=0.69, top_k=0)
+    both = inside(rows, top_p=0.69, top_k=0)
     assert both[0].tolist() == [False, True, False, True]
     assert both[1].tolist() == [True, False, True, False]
 
@@ -86,8 +136,7 @@ def test_probabilities_sum_to_one_over_the_support():
     torch.manual_seed(0)
     row = 3 * torch.randn(40).double()
     for options in GRID:
-        inside = support((row / options["temperature"])[None], top_p=options["top_p"], top_k=options["top_k"])[0]
-        tokens = inside.nonzero()[:, 0]
+        tokens = inside(row[None], **options)[0].nonzero()[:, 0]
         logp = token_logprobs(row.expand(len(tokens), 40), tokens, **options)
         assert logp.exp().sum().item() == pytest.approx(1.0, abs=1e-12), options
         assert (logp <= 1e-12).all()
@@ -154,14 +203,14 @@ def test_sampled_frequencies_are_the_probabilities(options):
     torch.manual_seed(1)
     V, count = 12, 40_000
     row = torch.randn(V)
-    expected = torch.softmax(restrict(row[None], **options), -1)[0].double()
+    possible = inside(row[None], **options)[0]
+    expected = torch.softmax((row / options["temperature"]).masked_fill(~possible, float("-inf")), -1).double()
     uniforms = torch.from_numpy(np.random.default_rng(5).random(count, dtype=np.float32))
     tokens, _ = sample(row.expand(count, V), uniforms, **options)
     counts = torch.bincount(tokens, minlength=V).double()
-    inside = expected > 0
-    assert counts[~inside].sum() == 0
-    statistic = ((counts - count * expected)[inside] ** 2 / (count * expected)[inside]).sum().item()
-    degrees = int(inside.sum()) - 1
+    assert counts[~possible].sum() == 0
+    statistic = ((counts - count * expected)[possible] ** 2 / (count * expected)[possible]).sum().item()
+    degrees = int(possible.sum()) - 1
     assert statistic < degrees + 4 * math.sqrt(2 * degrees), statistic  # mean and four deviations of a chi-square
     even, _ = sample(
         row.expand(count, V), (torch.arange(count) + 0.5) / count, **options
@@ -188,7 +237,7 @@ def test_impossible_tokens_are_never_drawn(V):
     for given in (uniforms, uniforms.float().clamp_max(LARGEST_BELOW_ONE)):
         for options in (PLAIN, {"temperature": 0.7, "top_p": 0.9, "top_k": 0}, {"temperature": 1.0, "top_p": 1.0, "top_k": 40}):
             tokens, logp = sample(row.expand(len(given), V), given, **options)
-            allowed = torch.softmax(restrict(row[None], **options), -1)[0] > 0
+            allowed = inside(row[None], **options)[0] & (torch.softmax(row / options["temperature"], -1) > 0)
             assert allowed[tokens].all()
             assert torch.isfinite(logp).all()
 

@@ -25,7 +25,7 @@ from collm.types import Completion, Group, Message, Request, Sampling
 
 def build(turns: int = 4) -> EnvSpec:
     settings = {"world": "persistent", "turns": turns, "strings": ["IT", "CE", "C"], "feedback": "score"}
-    return EnvSpec("str_build", settings)
+    return EnvSpec("str_build", {"wording": "terse", **settings})
 
 
 class Counting(LocalEngine):
@@ -187,7 +187,7 @@ def test_models_that_look_back_only_so_far_are_read_anew(tiny):
 
 
 def test_training_and_evaluation_remember(tiny):
-    assert make_engine(team(tiny), parse_config({"env": {"name": "agree"}}).rollout).remember
+    assert make_engine(team(tiny), parse_config({"env": {"name": "agree", "wording": "terse"}}).rollout).remember
     assert not LocalEngine(team(tiny)).remember
 
 

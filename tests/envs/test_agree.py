@@ -18,7 +18,7 @@ def play_once(env, answers, task=0):
 
 @pytest.mark.parametrize(("agents", "colours"), [(2, 2), (2, 4), (3, 3), (4, 2)])
 def test_uniform_play_returns_k_to_the_minus_n_minus_one(agents, colours):
-    env = Agree(agents=agents, colours=colours)
+    env = Agree(wording="terse", agents=agents, colours=colours)
     rewards = [play_once(env, a)[1][1] for a in itertools.product(COLOURS[:colours], repeat=agents)]
     assert all(len(set(r.values())) == 1 for r in rewards)  # joint
     assert sum(r["agent_0"] for r in rewards) / len(rewards) == pytest.approx(colours ** -(agents - 1))
@@ -41,7 +41,7 @@ def test_uniform_play_returns_k_to_the_minus_n_minus_one(agents, colours):
     ],
 )
 def test_rewards_by_hand(answers, reward, rejected):
-    _, (_, rewards, terminations, truncations, infos) = play_once(Agree(), answers)
+    _, (_, rewards, terminations, truncations, infos) = play_once(Agree(wording="terse"), answers)
     assert rewards == {"agent_0": reward, "agent_1": reward}
     for agent in rewards:
         assert infos[agent]["raw_reward"] == reward
@@ -52,7 +52,7 @@ def test_rewards_by_hand(answers, reward, rejected):
 
 
 def test_alone_the_target_is_told_and_counts():
-    env = Agree(agents=1, colours=4)
+    env = Agree(wording="terse", agents=1, colours=4)
     assert env.num_tasks == 4
     for task, target in enumerate(COLOURS[:4]):
         assert env.task_name(task) == target
@@ -65,7 +65,7 @@ def test_alone_the_target_is_told_and_counts():
 
 
 def test_several_turns_end_on_the_last_and_pay_each():
-    env = Agree(turns=3)
+    env = Agree(wording="terse", turns=3)
     env.reset(seed=1, options={"task": 0})
     paid = []
     for turn, (a, b) in enumerate([("red", "red"), ("red", "blue"), ("pink red", "red")]):
@@ -82,14 +82,14 @@ def test_several_turns_end_on_the_last_and_pay_each():
 
 def test_feedback_tells_the_outcome_and_not_the_other_answer():
     for answers in (("red", "blue"), ("red", "green"), ("red", "nonsense")):
-        _, (observations, *_) = play_once(Agree(turns=2), answers)
+        _, (observations, *_) = play_once(Agree(wording="terse", turns=2), answers)
         assert observations["agent_0"] == "That did not score. Again."
-    _, (observations, *_) = play_once(Agree(turns=2), ("red", "red"))
+    _, (observations, *_) = play_once(Agree(wording="terse", turns=2), ("red", "red"))
     assert observations["agent_0"] == "That scored. Again."
 
 
 def test_a_missing_answer_is_named():
-    env = Agree(agents=["ann", "bob"])
+    env = Agree(wording="terse", agents=["ann", "bob"])
     env.reset(seed=0)
     with pytest.raises(EnvError, match="bob"):
         env.step({"ann": "red"})
@@ -98,11 +98,11 @@ def test_a_missing_answer_is_named():
 def test_a_task_that_does_not_exist_is_refused():
     for task in (-1, 1, 99):
         with pytest.raises(EnvError, match="does not exist"):
-            Agree().reset(seed=0, options={"task": task})
+            Agree(wording="terse").reset(seed=0, options={"task": task})
 
 
 def test_tasks_are_drawn_from_the_seed():
-    env = Agree(agents=1, colours=8)
+    env = Agree(wording="terse", agents=1, colours=8)
 
     def drawn(seed):
         env.reset(seed=seed)
@@ -139,6 +139,6 @@ def test_colours_counts_the_eight_colours(colours):
 
 
 def test_each_colour_of_a_list_can_be_named():
-    env = Agree(colours=["light", "light blue"])
+    env = Agree(wording="terse", colours=["light", "light blue"])
     assert env.named("light") == "light"
     assert env.named("light blue") == "light blue"

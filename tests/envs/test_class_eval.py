@@ -80,7 +80,7 @@ TASK = read_task(ROW, "here")
 
 
 def start(row: dict[str, Any] = ROW, **options: Any) -> ClassEval:
-    env = ClassEval(**options)
+    env = ClassEval(wording="terse", **options)
     env.rows, env.num_tasks = (row,), 1
     env.reset(seed=0, options={"task": 0})
     return env
@@ -310,7 +310,7 @@ def test_answers_that_try_to_pass_every_test():
 
 
 def test_first_observations():
-    env = ClassEval()
+    env = ClassEval(wording="terse")
     env.rows, env.num_tasks = (ROW,), 1
     observations, _ = env.reset(seed=0, options={"task": 0})
     assert env.task_name(env.task) == "Pile"
@@ -320,7 +320,7 @@ def test_first_observations():
         assert SKELETON.strip() in text
         assert f"\nYour methods: {own}\n" in text
         assert "assertEqual" not in text
-    alone = ClassEval(agents=1)
+    alone = ClassEval(wording="terse", agents=1)
     alone.rows = (ROW,)
     text = alone.reset(seed=0, options={"task": 0})[0]["agent_0"]
     assert "team" not in text
@@ -358,7 +358,7 @@ def test_at_most_five_failed_tests_are_named():
 
 @needs_sandbox
 def test_who_has_no_method_is_told_so():
-    env = ClassEval(agents=5)
+    env = ClassEval(wording="terse", agents=5)
     env.rows = (ROW,)
     observations, _ = env.reset(seed=0, options={"task": 0})
     assert observations["agent_4"].endswith("You have no method to write. Answer: pass")
@@ -428,7 +428,7 @@ def test_splits_share_no_set_of_methods():
 
 
 def test_built_in_classes_are_short_and_give_both_agents_work():
-    env = ClassEval()
+    env = ClassEval(wording="terse")
     for task in range(0, env.num_tasks, 7):
         observations, _ = env.reset(seed=0, options={"task": task})
         assert [len(own) for own in env.owned.values()] == [2, 2]
@@ -439,7 +439,7 @@ def test_built_in_classes_are_short_and_give_both_agents_work():
 @pytest.mark.parametrize("agents", [1, 2, 3])
 def test_reference_solutions_of_built_in_classes_earn_6(agents):
     for split in ("train", "eval"):
-        env = ClassEval(agents=agents, split=split)
+        env = ClassEval(wording="terse", agents=agents, split=split)
         for task in range(2):
             env.reset(seed=0, options={"task": task + 10 * agents})
             *_, infos = env.step(solved(env))
@@ -451,9 +451,9 @@ def test_reference_solutions_of_built_in_classes_earn_6(agents):
 
 @needs_sandbox
 def test_the_methods_of_another_class_do_not_pass():
-    env = ClassEval()
+    env = ClassEval(wording="terse")
     env.reset(seed=0, options={"task": 0})
-    other = ClassEval()
+    other = ClassEval(wording="terse")
     other.reset(seed=0, options={"task": 1})
     assert env.step(solved(other))[4]["agent_0"]["raw_reward"] < 3
 
@@ -516,13 +516,13 @@ def test_rows_of_another_format_are_refused(tmp_path, change):
 def test_rows_of_a_public_file_are_split_as_the_paper_does(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{**ROW, "task_id": f"T{number}"} for number in range(100)]))
-    train, held_out = ClassEval(data=str(path)), ClassEval(data=str(path), split="eval")
+    train, held_out = ClassEval(wording="terse", data=str(path)), ClassEval(wording="terse", data=str(path), split="eval")
     assert (train.num_tasks, train.task_name(0), train.task_name(65)) == (66, "T0", "T65")
     assert (held_out.num_tasks, held_out.task_name(0), held_out.task_name(15)) == (16, "T66", "T81")
-    both = ClassEval(data=f"{path}[:10]", eval_data=f"{path}[10:15]", split="eval")
+    both = ClassEval(wording="terse", data=f"{path}[:10]", eval_data=f"{path}[10:15]", split="eval")
     assert (both.num_tasks, both.task_name(0)) == (5, "T10")
     with pytest.raises(EnvError, match="no row"):
-        ClassEval(data=f"{path}[:60]", split="eval")
+        ClassEval(wording="terse", data=f"{path}[:60]", split="eval")
 
 
 # Dates (17), a host's name (48), a result that changed with numpy (51), and packages that the sandbox does not show: pandas
@@ -532,7 +532,7 @@ BROKEN = {17, 28, 34, 38, 44, 45, 48, 51, 52}
 
 def _public(tasks: list[int], **options: Any) -> dict[int, float]:
     """What the reference solution of each task earns, apart among the agents."""
-    env = ClassEval(data=str(DATA / CLASSES), **options)
+    env = ClassEval(wording="terse", data=str(DATA / CLASSES), **options)
     earned = {}
     for task in tasks:
         env.reset(seed=0, options={"task": task})
@@ -552,7 +552,7 @@ def test_some_public_solutions_earn_6():
 
 @needs(CLASSES)
 def test_a_part_of_the_public_classes_leaves_an_agent_idle():
-    env = ClassEval(data=str(DATA / CLASSES))
+    env = ClassEval(wording="terse", data=str(DATA / CLASSES))
     idle = [0, 0]
     for task in range(min(env.num_tasks, 60)):
         for number, share in enumerate(("parameters", "round_robin")):

@@ -38,7 +38,7 @@ WORK = "def twice(x):\n    y = aux(x)\n    z = y + 0\n    return z"
 
 def play(main: str, aux: str | None = None, problem: Problem = TWICE, **options: Any) -> tuple[dict[str, float], Any]:
     """Reward parts of one turn, and the environment after it."""
-    env = CoopCode(agents=1 if aux is None else 2, **options)
+    env = CoopCode(wording="terse", agents=1 if aux is None else 2, **options)
     env.problems, env.num_tasks = (problem,), 1
     env.reset(seed=0, options={"task": 0})
     answers = {"main": main} | ({} if aux is None else {"aux": aux})
@@ -152,7 +152,7 @@ def test_one_agent_alone_can_earn_2_1():
 
 @needs_sandbox
 def test_helpers_share_their_parts():
-    env = CoopCode(agents=3)
+    env = CoopCode(wording="terse", agents=3)
     env.problems, env.num_tasks = (TWICE,), 1
     env.reset(seed=0, options={"task": 0})
     answers = {"aux": AUX, "aux_2": "def aux_2(x):\n    return x", "main": WORK}
@@ -396,8 +396,11 @@ def test_public_slices():
         "mbpp/sanitized-mbpp.json": (50, 15),
     }
     for source, wanted in sizes.items():
-        assert tuple(CoopCode(data=str(DATA / source), split=split).num_tasks for split in ("train", "eval")) == wanted
-    assert CoopCode(data=f"{DATA / 'mbpp/sanitized-mbpp.json'}[0:10]", split="eval").num_tasks == 2
+        assert (
+            tuple(CoopCode(wording="terse", data=str(DATA / source), split=split).num_tasks for split in ("train", "eval"))
+            == wanted
+        )
+    assert CoopCode(wording="terse", data=f"{DATA / 'mbpp/sanitized-mbpp.json'}[0:10]", split="eval").num_tasks == 2
 
 
 def rows(folder: Path, name: str, entries: list[str], **more: str) -> str:
@@ -417,13 +420,13 @@ def test_training_on_humaneval_and_evaluating_on_coophumaneval_warns_of_fourteen
     coop = rows(tmp_path, "che.jsonl", [*SHARED, *(f"new_{i}" for i in range(20))])
     problems.public.cache_clear()
     with pytest.warns(UserWarning, match="14 held-out problems") as told:
-        assert CoopCode(data=humaneval, eval_data=coop).num_tasks == 130
+        assert CoopCode(wording="terse", data=humaneval, eval_data=coop).num_tasks == 130
     names = str(told[0].message)
     assert all((name in names) == (33 <= number < 163) for name, number in SHARED.items())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        CoopCode(data=humaneval)
-        CoopCode(data=coop, eval_data=f"{coop}[20:]")
+        CoopCode(wording="terse", data=humaneval)
+        CoopCode(wording="terse", data=coop, eval_data=f"{coop}[20:]")
 
 
 def test_rows_that_are_no_problems_are_refused(tmp_path):
@@ -435,7 +438,7 @@ def test_rows_that_are_no_problems_are_refused(tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_text("\n".join([row] * 40))
         with pytest.raises(EnvError, match=r"rows\.jsonl"):
-            CoopCode(data=f"{path}[0:20]")
+            CoopCode(wording="terse", data=f"{path}[0:20]")
 
 
 def test_bad_options_are_refused():
@@ -462,7 +465,7 @@ def test_generated_problems_are_solved_by_their_solutions_and_parts_never_meet()
 @needs_sandbox
 @pytest.mark.parametrize("agents", [1, 2, 3])
 def test_the_contract(agents):
-    assert check_env(CoopCode(agents=agents))
+    assert check_env(CoopCode(wording="terse", agents=agents))
 
 
 @needs_sandbox
@@ -472,7 +475,7 @@ def test_poor_programmers_earn_something_and_vary():
         rng = random.Random(number)
         recipe = problems.draw(rng)
         problem = problems.problem_of(recipe, rng)
-        env = CoopCode()
+        env = CoopCode(wording="terse")
         parts, _ = play(*(programs.write(env, recipe, agent, rng) for agent in ("main", "aux")), problem)
         totals.append(sum(parts.values()))
     assert 0.4 < sum(totals) / len(totals) < 2.6

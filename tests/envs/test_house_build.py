@@ -47,7 +47,7 @@ HUT_ALL = {(x, 0, z): BRICKS for x in range(3) for z in range(2)} | {(0, 1, 0): 
 
 
 def start(house=HUT, seed=0, **options):
-    env = HouseBuild(houses=[house], **options)
+    env = HouseBuild(wording="terse", houses=[house], **options)
     env.reset(seed=seed, options={"task": 0})
     return env
 
@@ -176,9 +176,9 @@ def test_spiders_cost_by_their_strength_and_at_most_all_hit_points(total, reward
 def test_three_spiders_are_drawn_from_the_seed_and_shown():
     drawn = set()
     for seed in range(200):
-        env = HouseBuild(houses=[HUT])
+        env = HouseBuild(wording="terse", houses=[HUT])
         seen, _ = env.reset(seed=seed)
-        assert seen == HouseBuild(houses=[HUT]).reset(seed=seed)[0]
+        assert seen == HouseBuild(wording="terse", houses=[HUT]).reset(seed=seed)[0]
         assert len(env.spiders) == 3
         assert f"Spiders hit {' '.join(map(str, env.spiders))} of 5 HP" in seen["builder_0"]
         drawn.add(tuple(env.spiders))
@@ -353,7 +353,7 @@ def test_coverage_is_shifted_by_two_and_never_stops_early():
 
 
 def test_the_instruction_says_all_that_a_builder_needs():
-    env = HouseBuild(houses=[HUT])
+    env = HouseBuild(wording="terse", houses=[HUT])
     text = env.reset(seed=3)[0]["builder_1"]
     for phrase in (
         "You are builder_1, one of 2 builders",
@@ -366,7 +366,7 @@ def test_the_instruction_says_all_that_a_builder_needs():
     assert "Cells you may fill: stone_bricks 4, obsidian 1, planks 1." in text
     assert "At most 300 lines" in text
     assert text.isascii()
-    alone = HouseBuild(houses=[HUT], agents=1).reset(seed=3)[0]["builder_0"]
+    alone = HouseBuild(wording="terse", houses=[HUT], agents=1).reset(seed=3)[0]["builder_0"]
     assert alone.startswith("You are builder_0. Build this house.\n")
     assert "stone_bricks 9, obsidian 1, planks 1" in alone
 
@@ -402,7 +402,7 @@ def test_the_state_shows_plan_and_build():
 def test_prompts_of_small_houses_are_short():
     """Two turns of a builder who writes every line of a small house, in characters; about three make a token."""
     for task in range(40):
-        env = HouseBuild(size=(4, 3, 4), turns=2)
+        env = HouseBuild(wording="terse", size=(4, 3, 4), turns=2)
         seen, _ = env.reset(seed=task, options={"task": task})
         answers = reference_build(env)
         again = env.step(dict(zip(env.possible_agents, answers, strict=True)))[0]
@@ -428,7 +428,7 @@ def test_reference_builds_reach_the_optimum_on_new_houses(agents, reward):
     for size in ((3, 3, 3), (4, 3, 4), (6, 7, 7)):
         for split in ("train", "eval"):
             for task in range(8):
-                env = HouseBuild(agents=agents, size=size, reward=reward, split=split)
+                env = HouseBuild(wording="terse", agents=agents, size=size, reward=reward, split=split)
                 env.reset(seed=task, options={"task": task})
                 assert_optimum(env)
 
@@ -644,7 +644,7 @@ def test_a_damaged_house_is_refused(change):
 )
 def test_bad_options_are_refused_by_name(options, named):
     with pytest.raises(EnvError, match=named):
-        HouseBuild(**options)
+        HouseBuild(wording="terse", **options)
 
 
 # --- the contract, and hostile answers -----------------------------------------------------------------------------------
@@ -720,7 +720,7 @@ def test_poor_builders_speak_the_format_and_leave_much_undone():
         shares, rejected = [], 0.0
         for task in range(60):
             rng = seeds.stream("poor", task)
-            env = HouseBuild(size=(4, 3, 4), turns=1, reward=reward)
+            env = HouseBuild(wording="terse", size=(4, 3, 4), turns=1, reward=reward)
             env.reset(seed=task, options={"task": task})
             raw, info, _ = turn(env, *(houses.fill_boxes(env, agent, rng) for agent in env.agents))
             floor = info["metrics"]["floor"]

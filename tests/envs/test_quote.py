@@ -106,11 +106,11 @@ def test_every_team_keeps_the_contract(agents, options):
 
 def test_built_in_texts_are_long_enough_and_no_split_shares_one():
     train, held_out = texts("train"), texts("eval")
-    assert len({*train, *held_out}) == len(train) + len(held_out) == 60
+    assert len({*train, *held_out}) == len(train) + len(held_out) == 80
     assert make("quote").num_tasks == 40
-    assert make("quote", split="eval").num_tasks == 20
+    assert make("quote", split="eval").num_tasks == 40
     beginnings = {" ".join(text.split()[:8]) for text in (*train, *held_out)}
-    assert len(beginnings) == 60
+    assert len(beginnings) == 80
 
 
 def test_nobody_covers_a_built_in_text_alone_and_two_can():

@@ -27,7 +27,7 @@ LONG = (". . . . . . . . .", "A (0,2,1) . . . . . (2,0,0) B", "(0,1,0) . . . . .
 
 
 def start(rows=LONG, goal=None, **options):
-    env = ResourceGathering(maps=[{"task_id": "made", "rows": list(rows), "goal": goal or GOAL}], **options)
+    env = ResourceGathering(wording="terse", maps=[{"task_id": "made", "rows": list(rows), "goal": goal or GOAL}], **options)
     env.reset(seed=0, options={"task": 0})
     return env
 
@@ -146,8 +146,8 @@ def test_each_kind_is_gathered_up_to_the_load():
     assert turn(env, {}, {})[1]["metrics"] | {"success": 0} == turn(start(), {}, {})[1]["metrics"] | {
         "progress": pytest.approx(3 / 7), "wood": 1, "stone": 1, "iron": 1,
     }  # fmt: skip
-    assert ResourceGathering(agents=1).load == 3
-    assert ResourceGathering(agents=1, load=2).load == 2
+    assert ResourceGathering(wording="terse", agents=1).load == 3
+    assert ResourceGathering(wording="terse", agents=1, load=2).load == 2
 
 
 def test_standing_still_gathers_what_is_in_reach():
@@ -473,7 +473,7 @@ def to_the_others_start(env, agent, seen):
 @pytest.mark.parametrize("size", [(5, 5), (6, 6), (9, 9), (11, 11), (5, 11)])
 def test_a_team_that_knows_completes_every_generated_field(size, agents):
     for split, tasks in (("train", range(40)), ("eval", range(32))):
-        env = ResourceGathering(agents=agents, size=size, split=split)
+        env = ResourceGathering(wording="terse", agents=agents, size=size, split=split)
         for task in tasks:
             metrics, turns, total = play(env, task, to_the_others_start)
             assert (metrics["success"], metrics["progress"], metrics["rejected"]) == (1, 1, 0)
@@ -484,7 +484,7 @@ def test_a_team_that_knows_completes_every_generated_field(size, agents):
 def test_a_pair_that_knows_completes_every_public_field():
     data = str(public_data(DATA))
     for split in ("train", "eval"):
-        env = make("resource_gathering", data=data, split=split)
+        env = make("resource_gathering", wording="terse", data=data, split=split)
         assert env.num_tasks == 7
         assert all(f"_{split}_" in env.task_name(task) for task in range(7))
         for task in range(7):
@@ -531,7 +531,7 @@ class Honest:
 
 
 def honest_success(told, **options):
-    env = ResourceGathering(split="eval", **options)
+    env = ResourceGathering(wording="terse", split="eval", **options)
     found = []
     for task in range(env.num_tasks):
         players = {agent: Honest(agent, told) for agent in env.possible_agents}
@@ -555,7 +555,7 @@ def test_poor_players_leave_much_to_learn():
     for size in ((6, 6), (9, 9)):
         rng, total, successes = random.Random(0), 0.0, 0.0
         for task in range(60):
-            env = ResourceGathering(size=size)
+            env = ResourceGathering(wording="terse", size=size)
             metrics, _, reward = play(
                 env, task, lambda env, agent, seen, rng=rng: json.loads(whole(gathering.wander, env, agent, rng))
             )
@@ -635,7 +635,7 @@ def test_a_field_is_read():
 )
 def test_damaged_fields_are_refused_by_name(rows, goal):
     with pytest.raises(EnvError, match="broken"):
-        ResourceGathering(maps=[{"task_id": "broken", "rows": rows, "goal": goal}])
+        ResourceGathering(wording="terse", maps=[{"task_id": "broken", "rows": rows, "goal": goal}])
 
 
 def test_data_is_split_by_its_ids_or_in_halves(tmp_path):
@@ -671,7 +671,7 @@ def test_data_is_split_by_its_ids_or_in_halves(tmp_path):
 )
 def test_bad_options_are_refused_by_name(options, named):
     with pytest.raises(EnvError, match=named):
-        ResourceGathering(**options)
+        ResourceGathering(wording="terse", **options)
 
 
 # --- the contract --------------------------------------------------------------------------------------------------------
@@ -710,7 +710,7 @@ def test_three_gatherers_hear_each_other():
 
 def test_the_first_text_says_all_that_is_needed():
     for agents in (1, 2, 3):
-        texts, _ = ResourceGathering(agents=agents).reset(seed=0, options={"task": 0})
+        texts, _ = ResourceGathering(wording="terse", agents=agents).reset(seed=0, options={"task": 0})
         for agent, text in texts.items():
             assert text.startswith(f"You are {agent}")
             assert text.isascii()
@@ -719,7 +719,7 @@ def test_the_first_text_says_all_that_is_needed():
             for word in ("9 x 9", "4 steps", "within 2 cells", '"path"'):
                 assert word in text
             assert ("comm" in text) == (agents > 1)
-    texts, _ = ResourceGathering().reset(seed=0, options={"task": 0})
+    texts, _ = ResourceGathering(wording="terse").reset(seed=0, options={"task": 0})
     assert "You gather wood; mineral gathers stone and iron." in texts["wood"]
     assert "You gather stone and iron; wood gathers wood." in texts["mineral"]
 
@@ -802,8 +802,8 @@ def test_a_megabyte_is_read_in_no_time():
 
 
 def test_making_a_world_is_cheap():
-    ResourceGathering(size=(6, 6)).reset(seed=0, options={"task": 0})
+    ResourceGathering(wording="terse", size=(6, 6)).reset(seed=0, options={"task": 0})
     begun = time.monotonic()
     for _ in range(200):
-        ResourceGathering(size=(6, 6)).reset(seed=0, options={"task": 0})
+        ResourceGathering(wording="terse", size=(6, 6)).reset(seed=0, options={"task": 0})
     assert time.monotonic() - begun < 1

@@ -29,7 +29,7 @@ def commands(blocks):
 
 
 def start(word="I", **options):
-    env = StrBuild(strings=[word], **options)
+    env = StrBuild(wording="terse", strings=[word], **options)
     env.reset(seed=0, options={"task": 0})
     return env
 
@@ -327,7 +327,7 @@ def test_three_hundred_commands_are_split_evenly(number, limit):
 
 
 def test_the_instruction_names_the_limit_palette_box_and_target():
-    env = StrBuild(strings=["LI"])
+    env = StrBuild(wording="terse", strings=["LI"])
     observations, _ = env.reset(seed=0, options={"task": 0})
     assert env.task_name(env.task) == "LI"
     for agent, (own, other) in (("builder_0", (PALETTES[0], PALETTES[1])), ("builder_1", (PALETTES[1], PALETTES[0]))):
@@ -504,7 +504,9 @@ def test_feedback_repeats_nobodys_answer(feedback, world):
 
 def test_a_blind_first_turn_does_not_tell_the_target():
     """As in the reference, box and palette but not the target: two words of one width read the same."""
-    texts = [StrBuild(strings=[w], blind_first_turn=True).reset(seed=0, options={"task": 0})[0] for w in ("C", "I")]
+    texts = [
+        StrBuild(wording="terse", strings=[w], blind_first_turn=True).reset(seed=0, options={"task": 0})[0] for w in ("C", "I")
+    ]
     assert not re.search(r"[#]", texts[0]["builder_0"])
     assert texts[0] == texts[1]
 
@@ -637,7 +639,7 @@ def test_an_environment_replays_in_a_fresh_copy():
 
 
 def test_an_environment_forgets_its_last_episode():
-    env = StrBuild(strings=["I"], world="persistent", turns=2)
+    env = StrBuild(wording="terse", strings=["I"], world="persistent", turns=2)
     first = env.reset(seed=0)
     turn(env, commands({(0, 0): OAK}), "junk")
     assert env.reset(seed=0) == first
@@ -648,4 +650,4 @@ def test_an_environment_forgets_its_last_episode():
 def test_wrong_choices_are_refused_by_name():
     for name in ("world", "reward", "feedback", "split"):
         with pytest.raises(EnvError, match=name):
-            StrBuild(**{name: "nonsense"})
+            StrBuild(wording="terse", **{name: "nonsense"})

@@ -114,14 +114,14 @@ def test_characters_are_those_of_the_stripped_text():
     padded = "\n\n  " + text(20, 20, 220) + " " * 500
     assert parts("tldr", f"\t{text(10, 10, 100)}\n", padded)["length"] == 1.0
     inner = text(10, 10, 100).replace(" ", "   ")  # white space between words counts
-    assert play(Tldr(), inner, text(20, 20, 220))[1]["metrics"]["length_ratio"] == pytest.approx(220 / 118)
+    assert play(Tldr(wording="terse"), inner, text(20, 20, 220))[1]["metrics"]["length_ratio"] == pytest.approx(220 / 118)
 
 
 def test_characters_are_neither_words_nor_bytes():
     # 10 against 20 tokens, as it should be; but 100 against 100 characters.
     assert parts("tldr", text(10, 10, 100), text(20, 20, 100))["length"] == 0.0
     accents = " ".join("\u00e9" * 9 + chr(ord("a") + index) for index in range(10))  # 109 characters, 199 bytes
-    assert play(Tldr(), accents, text(20, 20, 218))[1]["metrics"]["length_ratio"] == 2.0
+    assert play(Tldr(wording="terse"), accents, text(20, 20, 218))[1]["metrics"]["length_ratio"] == 2.0
 
 
 # --- gate 3: different words ---------------------------------------------------------------------------------------------
@@ -152,13 +152,13 @@ def test_words_are_lower_cased_runs_of_letters():
     assert words("Don't stop-me NOW, \u00c9t\u00e9_1!") == ["don", "t", "stop", "me", "now", "\u00e9t\u00e9_1"]
     assert words("") == words("!?\n\x00") == []
     shouted = " ".join(f"q{index} Q{index}" for index in range(20))  # 40 tokens, 20 different words
-    assert play(Tldr(), text(20, 20), shouted)[1]["metrics"]["distinct_ratio"] == 1.0
+    assert play(Tldr(wording="terse"), text(20, 20), shouted)[1]["metrics"]["distinct_ratio"] == 1.0
 
 
 def test_texts_without_a_word_stop_at_the_third_gate():
-    raw, info, _ = play(Tldr(), "! ! ! ! ! ! ! !", "!!! !!! !!! !!! !!! !!! !!! !!!")
+    raw, info, _ = play(Tldr(wording="terse"), "! ! ! ! ! ! ! !", "!!! !!! !!! !!! !!! !!! !!! !!!")
     assert (raw, info["metrics"]["gates"], info["metrics"]["distinct_ratio"]) == (1.5, 2.0, 0.0)
-    raw, info, _ = play(Tldr(), "! ! ! ! ! ! ! !", text(8, 8, prefix="qq"))
+    raw, info, _ = play(Tldr(wording="terse"), "! ! ! ! ! ! ! !", text(8, 8, prefix="qq"))
     assert (raw, info["metrics"]["distinct_ratio"]) == (1.5, 0.0)  # not infinite
 
 
@@ -323,14 +323,14 @@ def test_the_optimum_is_reached_on_the_public_data(name, path, rows, skipped):
 
 
 def test_wrong_plans_fall_short():
-    env = Tldr()
+    env = Tldr(wording="terse")
     observations, _ = env.reset(seed=0, options={"task": 0})
     short, long = optimal_summaries(observations["concise"], 2)
     assert play(env, short, long)[0] == pytest.approx(2.98)
     assert play(env, long, short)[0] == 0.5  # roles swapped
     assert play(env, short, short)[0] == 0.5  # both alike
     assert play(env, short, "")[0] == play(env, "", "")[0] == 0.0
-    env = Arxiv()
+    env = Arxiv(wording="terse")
     observations, _ = env.reset(seed=0, options={"task": 0})
     short, long = optimal_paragraphs(observations["method"], 2)
     assert play(env, long, short)[0] == 0.5  # 1/1.4 = 0.71, below 0.8
@@ -342,8 +342,8 @@ def test_wrong_plans_fall_short():
 
 def test_one_writer_splits_two_texts_with_the_marker():
     short, long = text(14, 14), text(32, 32)
-    two = play(Tldr(), short, long)
-    raw, info, observations = play(Tldr(agents=1), f"{short}\n{MARKER}\n{long}")
+    two = play(Tldr(wording="terse"), short, long)
+    raw, info, observations = play(Tldr(wording="terse", agents=1), f"{short}\n{MARKER}\n{long}")
     assert raw == two[0] == pytest.approx(2.6)
     assert info["metrics"] == two[1]["metrics"] | {"delimiter_adherence": 1.0}
     assert list(observations) == ["writer"]
@@ -352,11 +352,13 @@ def test_one_writer_splits_two_texts_with_the_marker():
 
 def test_without_a_marker_the_second_text_is_empty():
     whole = text(50, 50)
-    raw, info, _ = play(Tldr(agents=1), whole)
+    raw, info, _ = play(Tldr(wording="terse", agents=1), whole)
     assert raw == 0.0
     assert (info["metrics"]["tokens_concise"], info["metrics"]["tokens_detailed"]) == (50, 0)
     assert (info["metrics"]["delimiter_adherence"], info["metrics"]["rejected"]) == (0.0, 1.0)
-    raw, info, _ = play(Tldr(agents=1, missing_marker="third"), whole)  # the quirk: twice the characters for free
+    raw, info, _ = play(
+        Tldr(wording="terse", agents=1, missing_marker="third"), whole
+    )  # the quirk: twice the characters for free
     assert info["reward_parts"]["length"] == 1.0
     assert info["metrics"]["length_ratio"] == pytest.approx(2.0, abs=0.1)
     assert info["metrics"]["delimiter_adherence"] == 0.0
@@ -372,19 +374,19 @@ def test_cutting_at_the_marker():
     assert cut("", "third") == ("", "")
     assert cut("a[paragraph_split]b") == ("a[paragraph_split]b", "")
     twice = f"{text(14, 14)}{MARKER}{text(32, 32)}{MARKER}"
-    assert play(Tldr(agents=1), twice)[1]["metrics"]["delimiter_adherence"] == 0.0
+    assert play(Tldr(wording="terse", agents=1), twice)[1]["metrics"]["delimiter_adherence"] == 0.0
 
 
 def test_more_writers_are_the_mean_of_neighbouring_pairs():
     texts = [text(14, 14), f"{text(32, 32)} however", text(9, 9)]
-    raw, info, _ = play(Tldr(agents=3), *texts)
-    pairs = [play(Tldr(), *pair) for pair in (texts[:2], texts[1:])]
+    raw, info, _ = play(Tldr(wording="terse", agents=3), *texts)
+    pairs = [play(Tldr(wording="terse"), *pair) for pair in (texts[:2], texts[1:])]
     assert raw == pytest.approx((2.6 + 0.16 + 0.5) / 2)
     assert raw == pytest.approx((pairs[0][0] + pairs[1][0]) / 2)
     assert info["metrics"]["gates"] == 2.0  # (3 + 1) / 2
     assert [info["metrics"][f"tokens_{role}"] for role in ("concise", "detailed", "extended")] == [14, 33, 9]
     assert info["metrics"]["rejected"] == 0
-    assert play(Arxiv(agents=3), *[text(128, 128)] * 2, "")[1]["metrics"]["rejected"] == 1
+    assert play(Arxiv(wording="terse", agents=3), *[text(128, 128)] * 2, "")[1]["metrics"]["rejected"] == 1
 
 
 @pytest.mark.parametrize(
@@ -398,7 +400,7 @@ def test_more_writers_are_the_mean_of_neighbouring_pairs():
     ],
 )
 def test_names(options, names):
-    env = Tldr(**options)
+    env = Tldr(wording="terse", **options)
     assert env.possible_agents == names
     observations, _ = env.reset(seed=0)
     assert all(text.startswith(f"You are {agent}") for agent, text in observations.items())
@@ -431,7 +433,7 @@ def test_impossible_options_are_refused(options):
 
 def test_a_split_that_does_not_exist_is_refused():
     with pytest.raises(EnvError, match="split='test'"):
-        Tldr(split="test")
+        Tldr(wording="terse", split="test")
 
 
 # --- what agents read ----------------------------------------------------------------------------------------------------
@@ -464,16 +466,16 @@ def test_the_text_cannot_pass_for_the_worlds_own_lines(tmp_path):
     post = "first\r\n\r\nYou are detailed.\u2028Write 1 to 2 words.\x0bPlain\x85text\x1conly.\n> quoted\nTL;DR:"
     path = tmp_path / "posts.json"
     path.write_text(json.dumps([{"prompt": post}] * 2))
-    observations, _ = Tldr(data=str(path)).reset(seed=0)
+    observations, _ = Tldr(wording="terse", data=str(path)).reset(seed=0)
     own = [line for line in observations["concise"].splitlines() if not line.startswith("> ")]
-    reference, _ = Tldr().reset(seed=0)
+    reference, _ = Tldr(wording="terse").reset(seed=0)
     assert own == [line for line in reference["concise"].splitlines() if not line.startswith("> ")]
     assert "> You are detailed." in observations["concise"]
     assert "TL;DR" not in observations["concise"]
 
 
 def test_the_state_is_more_than_agents_know():
-    env = Tldr()
+    env = Tldr(wording="terse")
     env.reset(seed=0, options={"task": 0})
     assert env.state() == f"post of {len(env.text.split())} words, {len(set(words(env.text)))} different"
     env.step({"concise": text(14, 14), "detailed": text(32, 32)})
@@ -507,47 +509,52 @@ def test_public_columns_are_read(tmp_path):
         return str(path)
 
     prompt = "SUBREDDIT: r/pets\n\nTITLE: My dog\n\nPOST: He ran away.\n\nTL;DR:"
-    env = Tldr(data=data([{"prompt": prompt, "completion": " gone"}] * 5))
+    env = Tldr(wording="terse", data=data([{"prompt": prompt, "completion": " gone"}] * 5))
     assert env.texts[0] == "SUBREDDIT: r/pets\n\nTITLE: My dog\n\nPOST: He ran away."
     assert env.num_tasks == 4
-    env = Tldr(data=data([{"id": f"{i}", "post": f"post {i}", "tldr": "gone"} for i in range(10)]), split="eval")
+    env = Tldr(
+        wording="terse", data=data([{"id": f"{i}", "post": f"post {i}", "tldr": "gone"} for i in range(10)]), split="eval"
+    )
     assert env.texts == ["post 8", "post 9"]
-    env = Arxiv(data=data([{"abstract_text": f"{i} " + "word " * count} for i, count in enumerate([98, 99, 299, 300, 100])]))
+    env = Arxiv(
+        wording="terse",
+        data=data([{"abstract_text": f"{i} " + "word " * count} for i, count in enumerate([98, 99, 299, 300, 100])]),
+    )
     assert [len(written.split()) for written in env.texts] == [100, 300]  # 99 and 301 are too short, too long
     assert env.skipped == 2
     for column in ("abstract", "text"):
-        assert Arxiv(data=data([{column: "word " * 120}] * 2)).num_tasks == 1
+        assert Arxiv(wording="terse", data=data([{column: "word " * 120}] * 2)).num_tasks == 1
     train, held_out = tmp_path / "train.json", tmp_path / "test.json"
     train.write_text(json.dumps([{"text": f"train {i}"} for i in range(3)]))
     held_out.write_text(json.dumps([{"text": "test"}]))
-    assert Tldr(data=f"{train}[:2]", eval_data=str(held_out)).texts == ["train 0", "train 1"]
-    assert Tldr(data=str(train), eval_data=str(held_out), split="eval").texts == ["test"]
+    assert Tldr(wording="terse", data=f"{train}[:2]", eval_data=str(held_out)).texts == ["train 0", "train 1"]
+    assert Tldr(wording="terse", data=str(train), eval_data=str(held_out), split="eval").texts == ["test"]
 
 
 def test_data_that_does_not_fit_says_why(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"abstract": "too short"}] * 3))
     with pytest.raises(EnvError, match="none of its 2 rows has 100 to 300 words"):
-        Arxiv(data=str(path))
+        Arxiv(wording="terse", data=str(path))
     with pytest.raises(EnvError, match="prompt, post, text"):
-        Tldr(data=str(path))
+        Tldr(wording="terse", data=str(path))
     path.write_text(json.dumps([{"post": "  "}] * 3 + [{"post": "now it has words"}] * 2))
-    assert Tldr(data=str(path), eval_data=str(path)).skipped == 3
+    assert Tldr(wording="terse", data=str(path), eval_data=str(path)).skipped == 3
 
 
 def test_worlds_are_cheap_to_make_and_a_changed_file_is_read_again(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"post": f"old {i} " + "word " * 300} for i in range(2000)]))
-    first = Tldr(data=str(path))
+    first = Tldr(wording="terse", data=str(path))
     started = time.perf_counter()
     for _ in range(50):
-        Tldr(data=str(path))
-        Arxiv()
+        Tldr(wording="terse", data=str(path))
+        Arxiv(wording="terse")
     assert (time.perf_counter() - started) / 50 < 0.01
     path.write_text(json.dumps([{"post": f"new {i} " + "word " * 300} for i in range(2000)]))
     os.utime(path, (1, 1))
     assert first.texts[0].startswith("old 0")
-    assert Tldr(data=str(path)).texts[0].startswith("new 0")
+    assert Tldr(wording="terse", data=str(path)).texts[0].startswith("new 0")
 
 
 # --- any answer whatever -------------------------------------------------------------------------------------------------
@@ -586,9 +593,9 @@ def test_any_answer_is_judged(answers, name):
 )
 def test_a_megabyte_takes_linear_time(answer):
     started = time.perf_counter()
-    for env in (Tldr(), Arxiv(transitions="substring")):
+    for env in (Tldr(wording="terse"), Arxiv(wording="terse", transitions="substring")):
         play(env, answer, answer)
-    play(Tldr(agents=1), answer)
+    play(Tldr(wording="terse", agents=1), answer)
     assert time.perf_counter() - started < 10
 
 
@@ -617,7 +624,7 @@ def test_poor_pairs_earn_a_third_with_wide_variety(name):
 def test_judging_is_a_pure_function_of_two_texts():
     first, second = text(14, 14), f"{text(32, 32)} however"
     assert judge(TLDR, first, second) == judge(TLDR, first, second)
-    assert judge(TLDR, first, second)[0] == play(Tldr(), first, second, task=5)[1]["reward_parts"]
+    assert judge(TLDR, first, second)[0] == play(Tldr(wording="terse"), first, second, task=5)[1]["reward_parts"]
 
 
 # --- what the reward does not ask ----------------------------------------------------------------------------------------
@@ -641,7 +648,7 @@ HONEST = (
 def written(first, second, tmp_path, **options):
     data = tmp_path / "posts.jsonl"
     data.write_text("".join(json.dumps({"post": PARK}) + "\n" for _ in range(2)))
-    raw, info, _ = play(Tldr(data=str(data), eval_data=str(data), **options), first, second)
+    raw, info, _ = play(Tldr(wording="terse", data=str(data), eval_data=str(data), **options), first, second)
     return raw, info["metrics"]
 
 
@@ -691,4 +698,4 @@ def test_diagnostics_reach_no_critic(name, options):
 
 def test_an_unknown_reward_is_refused():
     with pytest.raises(EnvError, match="reward='strict' is not one of paper, guarded"):
-        Tldr(reward="strict")
+        Tldr(wording="terse", reward="strict")

@@ -187,7 +187,11 @@ def test_the_size_of_micro_batches_changes_no_update(tiny, sampled, algorithm):
     results = []
     for size in (1, 1 << 20):
         config = parse_config(
-            {"env": {"name": "str_build"}, "algorithm": algorithm, "learner": {"micro_batch_tokens": size, "lr": 1e-4}}
+            {
+                "env": {"name": "str_build", "wording": "terse"},
+                "algorithm": algorithm,
+                "learner": {"micro_batch_tokens": size, "lr": 1e-4},
+            }
         )
         learner = make_learner(Team({agent: policy_of(tiny) for agent in BUILDERS}), config, HOT)
         metrics = learner.update(copy.deepcopy(sampled(HOT)[:1]), 0).metrics
@@ -228,7 +232,7 @@ def test_exactly_the_sampled_tokens_are_scored(tiny, shared):
     policy = policy_of(tiny, shared_end(tiny)) if shared else tiny
     engine = LocalEngine(Team(dict.fromkeys(BUILDERS, policy)))
     plan = Plan(
-        EnvSpec("str_build", {"strings": ["I", "LLM"], "turns": 2, "feedback": "score"}),
+        EnvSpec("str_build", {"wording": "terse", "strings": ["I", "LLM"], "turns": 2, "feedback": "score"}),
         sampling=Sampling(max_tokens=120),
         group_size=3,
     )
@@ -310,7 +314,11 @@ def test_training_on_end_of_text_makes_it_likelier(tiny):
     policy = policy_of(tiny, shared_end(tiny))
     episode = one_answer(tiny, [END])
     config = parse_config(
-        {"env": {"name": "agree"}, "algorithm": {"name": "mareinforce", "group_size": 1}, "learner": {"lr": 1e-3}}
+        {
+            "env": {"name": "agree", "wording": "terse"},
+            "algorithm": {"name": "mareinforce", "group_size": 1},
+            "learner": {"lr": 1e-3},
+        }
     )
     learner = make_learner(Team({"a": policy}), config, Sampling())
     batch = Batch.of([Group(0, [episode])], ("a",))
@@ -496,7 +504,7 @@ def test_the_metric_counts_cut_readings(tiny):
     episodes = [one_answer(tiny, [80] * 30, BUILDERS) for _ in range(2)]
     for episode in episodes:
         episode.turns[0].observations = dict.fromkeys(BUILDERS, "one two three four five six seven eight")
-    config = {"env": {"name": "str_build"}, "algorithm": {"name": "collm-cc"}}
+    config = {"env": {"name": "str_build", "wording": "terse"}, "algorithm": {"name": "collm-cc"}}
     for max_tokens, expected in ((8192, 0), (16, 2)):
         learner = make_learner(
             Team({a: policy_of(tiny) for a in BUILDERS}), parse_config(config | {"critic": {"max_tokens": max_tokens}}), HOT

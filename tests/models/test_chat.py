@@ -50,6 +50,8 @@ BASE = tokenizer()
 TINY = Chat(BASE)
 CHATS = {"tiny": TINY, "stripping": chat_with(STRIPPING), "hashes": chat_with(HASHES), "spaced": chat_with(SPACED)}
 ALL = pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
+APART = pytest.mark.parametrize("chat", [CHATS["tiny"], CHATS["stripping"]], ids=["tiny", "stripping"])
+"""Those whose messages are encoded apart from the template."""
 
 
 def ids_of(*numbers):
@@ -112,7 +114,7 @@ def test_any_text_is_encoded_as_text(text):
     assert TINY.encode((Message("user", text),)).tolist() == expected
 
 
-@ALL
+@APART
 def test_the_marks_that_frames_are_cut_at_can_be_part_of_a_message(chat):
     tricky = "\ue0000\ue001 and \ue0001\ue001"
     got = chat.encode(history(tricky, tricky, "y")).tolist()
@@ -165,7 +167,7 @@ def test_safe_messages_are_encoded_as_the_template_renders_them(chat):
         assert chat.tokenizer.decode(chat.encode(messages, answer=answer)) == rendered
 
 
-@ALL
+@APART
 def test_what_the_template_adds_does_not_depend_on_the_message(chat):
     def around(first, second):
         return len(chat.encode(history(first, second, "y"))) - len(chat.text_ids(first)) - len(chat.text_ids(second))
@@ -188,7 +190,8 @@ def test_sampled_ids_are_kept_where_the_text_would_be_tokenized_differently(chat
     assert got[start : start + len(letters)] == letters
     from_text = chat.encode(history("x", text, "y")).tolist()
     assert got != from_text
-    assert got[start + len(letters) :] == from_text[start + len(chat.text_ids(text)) :]
+    if not chat.together:
+        assert got[start + len(letters) :] == from_text[start + len(chat.text_ids(text)) :]
 
 
 @ALL

@@ -51,7 +51,7 @@ def lora(**settings: Any) -> dict[str, Any]:
 def learner_of(agents: int = 2, algorithm: dict[str, Any] | None = None, **rooms: dict[str, Any]) -> Learner:
     config = parse_config(
         {
-            "env": {"name": "agree", "agents": agents},
+            "env": {"name": "agree", "wording": "terse", "agents": agents},
             "algorithm": algorithm or {"name": "collm-cc"},
             "run": {"device": "cpu"},
             **{"team": lora(), **rooms},

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from places import ROOT
 
 from collm.cli.main import main
 from collm.cli.plan import read_size
 from collm.errors import ConfigError
+from collm.models.policy import Policy
 from collm.models.sources import resolve
 from collm.planning.advise import advise
 from collm.planning.memory import GIB, Plan, block_bytes, plan
@@ -185,20 +188,24 @@ def test_a_templates_default_system_message_is_counted(tmp_path: Path) -> None:
     """By the folder's own tokenizer; once, before the first message; only in templates that add it."""
     for path in Path(resolve("tiny")).iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    bare = template_tokens("tiny")
-    assert template_tokens(str(tmp_path)) == bare == (3, 4)  # three marks; and the end of the answer before
+
+    def added(source: str, **team: Any) -> tuple[int, int]:
+        return template_tokens(parse_config({"env": {"name": "agree"}, "team": team}), source)
+
+    assert added(str(tmp_path)) == added("tiny") == (3, 4)  # three marks; and the end of the answer before
     own, system = (tmp_path / "chat_template.jinja").read_text(), "<|user|>You are an assistant.<|end|>"
     guard = "{% if messages[0]['role'] != 'system' %}" + system + "{% endif %}"
     (tmp_path / "chat_template.jinja").write_text(guard + own)
     extra = count_tokens("tiny", system)
     assert extra > 4
-    assert template_tokens(str(tmp_path)) == (3 + extra, 4)
+    assert added(str(tmp_path)) == (3 + extra, 4)
+    assert added(str(tmp_path), system="none")[0] <= 4
     longer, shorter = (
         work_of(parse_config({"env": {"name": "agree", "turns": 3}, "team": {"model": m}})) for m in (str(tmp_path), "tiny")
     )
     assert longer.sequence("agent_0") == shorter.sequence("agent_0") + extra
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
-    assert template_tokens(str(tmp_path)) == (TEMPLATE, TEMPLATE)
+    assert added(str(tmp_path)) == (TEMPLATE, TEMPLATE)
 
 
 def test_work_follows_the_task() -> None:
@@ -321,3 +328,25 @@ def test_the_plan_is_within_15_percent_of_what_training_takes() -> None:
         assert numbers["measured_gib"] > 0.5, (name, numbers)
         assert abs(numbers["ratio"] - 1) <= 0.15, (name, numbers)
         assert numbers["grown"] <= 1.05, (name, numbers)
+
+
+def test_examples_lengthen_every_sequence(tmp_path: Path) -> None:
+    for history in ("full", "last", "newest"):
+        plain = work(history=history)
+        assert replace(plain, examples=50).sequence("a", "b") == plain.sequence("a", "b") + 100
+    config = load_config(None, {"env.name": "agree", "rollout.examples": 3})
+    plain = work_of(load_config(None, {"env.name": "agree"}))
+    assert work_of(config).examples == 3 * (plain.template[1] + plain.prompts["agent_0"][0] + plain.answer)
+    path = tmp_path / "chats.jsonl"
+    path.write_text("red " * 100)
+    assert 100 <= work_of(load_config(None, {"env.name": "agree", "rollout.examples": str(path)})).examples <= 400
+
+
+def test_the_cast_copies_of_all_whole_models_are_counted_in_generation():
+    recipe: dict[str, Any] = {"env": {"name": "agree"}, "team": {"model": "tiny", "compute": "bfloat16"}}
+    parts = plan(parse_config(recipe)).phases[0].parts
+    ready = Policy.from_pretrained("tiny", compute="bfloat16").for_generation()
+    cast = sum(2 * weight.numel() for weight in ready.model.parameters() if weight.dtype == torch.bfloat16)
+    assert parts["linear layers in bfloat16"] == 2 * cast
+    recipe["team"]["compute"] = "float32"
+    assert plan(parse_config(recipe)).phases[0].parts["linear layers in bfloat16"] == 0

@@ -32,6 +32,7 @@ checkpoint_every = 2
 tensorboard = {tensorboard}
 [env]
 name = "agree"
+wording = "terse"
 [rollout]
 tasks = 4
 max_tokens = 4

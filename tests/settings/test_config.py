@@ -420,6 +420,14 @@ def test_what_an_old_run_learned_with_and_is_gone_is_named():
     assert former.lost(old_run(team__compute="bfloat16")) == ["team.lora.base='float32'"]
 
 
+def test_old_runs_show_thoughts_and_keep_the_templates_system_message():
+    kept = parse_config(rooms()).resolved()
+    for key in ("system", "thinking"):
+        del kept["team"][key]
+    assert (parse_resolved(kept).team.system, parse_resolved(kept).team.thinking) == (None, "shown")
+    assert parse_config(rooms()).team.thinking == "off"
+
+
 def test_a_setting_that_came_later_keeps_the_meaning_of_older_runs(monkeypatch):
     """Whatever its preset says today: otherwise a resumed run would go on as another algorithm."""
     monkeypatch.setitem(former.ADDED, ("critic", "metrics"), False)
@@ -427,6 +435,15 @@ def test_a_setting_that_came_later_keeps_the_meaning_of_older_runs(monkeypatch):
     assert parse_resolved(kept).critic.metrics
     del kept["critic"]["metrics"]
     assert not parse_resolved(kept).critic.metrics
+
+
+def test_an_old_run_keeps_its_prompts_and_a_run_of_today_records_its_own():
+    kept = parse_config(rooms()).resolved()
+    assert kept["env"]["wording"] == "plain"
+    del kept["env"]["wording"]
+    assert parse_resolved(kept).env.options["wording"] == "terse"
+    own = {**kept, "env": {"name": "module:Own"}}
+    assert parse_resolved(own).env.options == {}, "environments of the user's own have their own options"
 
 
 def test_settings_of_a_recipe_beat_the_preset():
@@ -440,7 +457,7 @@ def test_overrides_beat_the_recipe(tmp_path):
         '[env]\nname = "agree"\nturns = 3\n[run]\nseed = 1\n[team.models]\nagent_0 = "a"\n[algorithm]\nname = "magrpo"\n'
     )
     plain = load_config(recipe)
-    assert (plain.run.seed, plain.env.options, plain.algorithm.group_size) == (1, {"turns": 3}, 4)
+    assert (plain.run.seed, plain.env.options, plain.algorithm.group_size) == (1, {"turns": 3, "wording": "plain"}, 4)
     changed = load_config(
         recipe,
         {
@@ -453,7 +470,7 @@ def test_overrides_beat_the_recipe(tmp_path):
         },
     )
     assert changed.run.seed == 7
-    assert changed.env.options == {"turns": 5, "colours": 2}
+    assert changed.env.options == {"turns": 5, "colours": 2, "wording": "plain"}
     assert changed.team.models == {"agent_0": "a", "agent_1": "b"}
     assert changed.critic.reads == "own"
     assert changed.learner.lr == 1e-3
@@ -501,7 +518,7 @@ def test_describe_covers_every_setting_with_a_sentence():
     inner = {
         f"{name}.{key}": field.get_default() for name, table in TABLES.items() for key, field in table.model_fields.items()
     }
-    plain = {f"{room}.{key}" for room, settings in config.items() for key in settings} - set(TABLES)
+    plain = {f"{room}.{key}" for room, settings in config.items() for key in settings} - {*TABLES, "env.wording"}
     assert set(described) == plain | set(inner)
     for name, (_, sentence) in described.items():
         assert sentence.endswith("."), name

@@ -88,5 +88,5 @@ def test_options_are_those_of_the_world(task: str) -> None:
     for method in METHODS:
         assert set(recipe(task, method).env.options) <= set(known)
     if task == "str_build":
-        assert recipe(task, "collm-cc-paper").env.options == {"turns": 4}
+        assert recipe(task, "collm-cc-paper").env.options == {"turns": 4, "wording": "plain"}
         assert find(task)(turns=4).num_tasks == TASKS[task]["tasks"]

@@ -81,7 +81,7 @@ def test_settings_come_in_layers(tmp_path: Path) -> None:
     assert names[2:6] == ["magrpo-lr0.001-seed0", "magrpo-lr0.001-seed1", "magrpo-lr0.002-seed0", "magrpo-lr0.002-seed1"]
     assert len(jobs) == 2 + 4 + 4
     config = jobs[-1].config
-    assert (config.env.name, config.env.options) == ("agree", {"agents": 3, "turns": 2})
+    assert (config.env.name, config.env.options) == ("agree", {"agents": 3, "turns": 2, "wording": "plain"})
     assert (config.learner.lr, config.critic.lr, config.learner.schedule) == (2e-3, 2e-3, "linear")
     assert (config.run.seed, config.run.iterations, config.algorithm.name) == (1, 2, "collm-cc")
     assert config.run.folder == str(tmp_path / "out" / "two")

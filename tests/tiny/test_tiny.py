@@ -26,7 +26,7 @@ PINNED = {"model.safetensors": "763447b2f923069a", "tokenizer.json": "a56e97ef37
 def play(temperature: float = 1.0, **options: object) -> Evaluation:
     config = parse_config(
         {
-            "env": {"name": "str_build", **options},
+            "env": {"name": "str_build", "wording": "terse", **options},
             "rollout": {"max_tokens": 200},
             "evaluation": {"temperature": temperature},
         }

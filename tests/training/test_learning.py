@@ -27,7 +27,7 @@ def make_trainer(folder: Path, name: str, agents: int, seed: int, **changes: dic
     """64 joint samples an iteration: 16 groups of 4, or 64 single episodes under a critic."""
     values: dict[str, dict[str, Any]] = {
         "run": {"name": "run", "seed": seed, "iterations": 60, "threads": 1, "folder": str(folder), "tensorboard": False},
-        "env": {"name": "agree", "agents": agents},
+        "env": {"name": "agree", "wording": "terse", "agents": agents},
         "rollout": {"tasks": 16 if name in MONTE_CARLO else 64, "max_tokens": 4},
         "algorithm": {"name": name},
         "learner": {"lr": 5e-4},
@@ -42,7 +42,7 @@ def make_trainer(folder: Path, name: str, agents: int, seed: int, **changes: dic
 def score(trainer: Trainer, episodes: int = 256) -> float:
     """Share of the optimum: mean reward per turn of sampled play."""
     plan = replace(trainer.plan, group_size=1, tree=False, resamples=0, no_op=False)
-    tasks = [index % trainer.num_tasks for index in range(episodes)]
+    tasks = [index % len(trainer.tasks) for index in range(episodes)]
     return reward_per_turn(collect(plan, trainer.engine, tasks, [seeds.derive("score", index) for index in range(episodes)]))
 
 

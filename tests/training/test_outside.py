@@ -17,9 +17,9 @@ from collm.engines.base import Engine
 from collm.errors import ConfigError
 from collm.learning.learner import Learner, PartsLearner
 from collm.models.team import Team
+from collm.runs.alarms import LARGE_GAP
 from collm.runs.read import read_metrics
 from collm.settings.load import parse_config
-from collm.training.alarms import LARGE_GAP
 from collm.training.assemble import assemble, make_team, prepare
 from collm.training.trainer import Trainer
 
@@ -29,7 +29,7 @@ BASELINE = {"name": "magrpo", "baseline": "outside:median"}
 def config_of(folder: Path, **changes: Any) -> Any:
     values = {
         "run": {"name": "run", "folder": str(folder), "iterations": 3, "threads": 1, "tensorboard": False},
-        "env": {"name": "agree"},
+        "env": {"name": "agree", "wording": "terse"},
         "rollout": {"tasks": 8, "max_tokens": 4},
         "learner": {"lr": 1e-3},
         "evaluation": {"every": 0},

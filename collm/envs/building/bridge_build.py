@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Sequence
@@ -10,13 +11,14 @@ from functools import lru_cache
 from typing import Any
 
 from collm.envs.base import Outcome, TextEnv
+from collm.envs.building.bridge_build_wording import PLAIN, PROBES, TERSE
 from collm.envs.data import Row
 from collm.envs.gathering import grid
-from collm.envs.gathering.grid import MAX_MESSAGE, NUM_GENERATED, Cell, Part
+from collm.envs.gathering.grid import NUM_GENERATED, Cell, Part
+from collm.envs.wording import Wording, texts_of
 from collm.errors import EnvError
 
 COMMANDS = 40
-PROBES = 3
 MAX_SIDE = 64
 KEYS = ("comm", "probe", "cmds", "path")
 
@@ -95,6 +97,7 @@ class BridgeBuild(TextEnv):
         maps: your own maps, as rows of the public format ({"map": [row, ...]}), played in both splits.
         view: how far a builder sees, in cells.
         steps: how many cells a builder may walk in a turn.
+        wording: "plain" or "terse", the wording that `tiny` knows.
         split: "train" or "eval". The generated maps of the two are disjoint.
     """
 
@@ -111,6 +114,7 @@ class BridgeBuild(TextEnv):
         maps: Sequence[dict[str, Any]] | None = None,
         view: int = 3,
         steps: int = 4,
+        wording: Wording = "plain",
         split: str = "train",
     ):
         super().__init__(grid.team(agents, ("bank_s", "bank_t")), turns)
@@ -122,6 +126,7 @@ class BridgeBuild(TextEnv):
         self.part: Part = "eval" if split == "eval" else "train"
         self.num_tasks = NUM_GENERATED[self.part] if self.maps is None else len(self.maps)
         self.limit = COMMANDS // len(self.possible_agents)
+        self.wording = texts_of(wording, PLAIN, TERSE)
 
     def map_of(self, task: int) -> BridgeMap:
         """The map of one task."""
@@ -134,7 +139,7 @@ class BridgeBuild(TextEnv):
         self.known: dict[str, set[Cell]] = {agent: set() for agent in self.agents}
         self.planks: set[Cell] = set()
         self.rejected = self.probes = self.message_tokens = 0
-        return {agent: f"{self._instruction(agent)}\n{self._scene(agent, 1)}" for agent in self.agents}
+        return {agent: self.wording.first(self, agent) for agent in self.agents}
 
     def play(self, answers: dict[str, str]) -> Outcome:
         agents = list(answers)
@@ -176,8 +181,19 @@ class BridgeBuild(TextEnv):
         observations = {}
         for agent in agents:
             heard = [f'{other} says: "{said[other]}"' for other in agents if other != agent and said[other]]
-            observations[agent] = "\n".join([*heard, self._scene(agent, self.turn + 2)])
+            observations[agent] = self.wording.later(self, agent, heard)
         return Outcome(total, parts, observations, metrics=metrics)
+
+    def scripted_answers(self) -> dict[str, str]:
+        """The builders divide the planks of `bridge_of` that are not laid yet; they know the whole map."""
+        number = len(self.possible_agents)
+        fills = runs(bridge_of(self.map) - self.planks)[: number * self.limit]
+        size = -(-len(fills) // number)
+        answers = {}
+        for index, agent in enumerate(self.agents):
+            own = [f"/fill {x1} {z1} {x2} {z2} oak_planks" for x1, z1, x2, z2 in fills[index * size : (index + 1) * size]]
+            answers[agent] = json.dumps({"cmds": own})
+        return answers
 
     def state(self) -> str:
         fakes = len(self.map.fake) - len(untouched(self.map.fake, self.planks))
@@ -233,35 +249,13 @@ class BridgeBuild(TextEnv):
         self.rejected += value is not None
         return ""
 
-    def _instruction(self, agent: str) -> str:
-        number, width, height = len(self.agents), self.map.width, self.map.height
-        alone = number == 1
-        role = f"You are {agent}" if alone else f"You are {agent}, one of {number} builders on two banks"
-        comm = "" if alone else '"comm": "text", '
-        lines = [
-            f"{role}. Plank the river from S to T.",
-            f"Map {width} x {height}: x 0..{width - 1} right, z 0..{height - 1} down. # bank . water = plank ? not seen.",
-            "P pillar; a probe shows if it is true (Y) or fake (N). p y n: with a plank on it.",
-            "Each turn costs 5 until planks join S and T edge to edge; 2 a true pillar with no plank on or beside it; "
-            "1 a fake pillar with one; 0.3 a probe" + ("." if alone else "; 0.001 a word of comm."),
-            f'Answer one JSON object: {{{comm}"probe": [[x,z]], "cmds": ["/fill x1 z1 x2 z2 oak_planks"], "path": [[x,z]]}}',
-            f"At most {PROBES} probes of pillars you see, {self.limit} cmds, {self.steps} steps of path, diagonals too. "
-            f"You see {self.view} cells around your path. Planks stay.",
-        ]
-        if not alone:
-            lines.append(f"Others see other cells and read your comm ({MAX_MESSAGE} characters) next turn.")
-        return "\n".join(lines)
-
-    def _scene(self, agent: str, turn: int) -> str:
-        """The agent's position and the cells it has seen; `turn` counts from 1."""
-        x, z = self.place[agent]
-        when = f"Turn {turn} of {self.turns}." if turn <= self.turns else "The end."
-        rows = grid.rows_of(
+    def drawing(self, agent: str) -> str:
+        """The cells that an agent has seen, as rows; `?` for the others."""
+        return grid.rows_of(
             self.map.width,
             self.map.height,
             lambda cell: self._symbol(cell, cell in self.known[agent]) if cell in self.seen[agent] else "?",
         )
-        return f"{when} You are at {x},{z}. Map:\n{rows}"
 
     def _symbol(self, cell: Cell, known: bool) -> str:
         """One character per cell; a pillar shows its kind only where `known`."""
@@ -288,6 +282,47 @@ def is_joined(river: BridgeMap, planks: set[Cell]) -> bool:
                 reached.add(cell)
                 edge.append(cell)
     return False
+
+
+def bridge_of(river: BridgeMap) -> set[Cell]:
+    """Planks that join S and T, touch every true pillar and, where the map allows that, no fake one."""
+    water = {(x, z) for x in range(river.width) for z in range(river.height) if river.takes_planks((x, z))}
+    free = {cell for cell in water if river.fake.isdisjoint((cell, *grid.beside(cell)))}
+    planks = _way(river, free) or _way(river, water)
+    for pillar in sorted(river.true):
+        if untouched(frozenset((pillar,)), planks):
+            planks |= set([cell for cell in (pillar, *grid.beside(pillar)) if cell in free][:1])
+    return planks
+
+
+def _way(river: BridgeMap, cells: set[Cell]) -> set[Cell]:
+    """A shortest way over `cells` from S to T, without both; empty if there is none."""
+    before: dict[Cell, Cell] = {}
+    edge = [river.s]
+    for cell in edge:
+        for other in sorted(grid.beside(cell)):
+            if other == river.t:
+                way = [cell]
+                while way[-1] in before:
+                    way.append(before[way[-1]])
+                return set(way) - {river.s}
+            if other in cells and other not in before:
+                before[other] = cell
+                edge.append(other)
+    return set()
+
+
+def runs(cells: set[Cell]) -> list[tuple[int, int, int, int]]:
+    """The cells as straight runs (x1, z1, x2, z2) along columns or rows, the topmost first."""
+    left, found = set(cells), []
+    for x, z in sorted(cells, key=lambda cell: (cell[1], cell[0])):
+        if (x, z) in left:
+            right = next(step for step in range(x, x + len(cells) + 1) if (step + 1, z) not in left)
+            down = next(step for step in range(z, z + len(cells) + 1) if (x, step + 1) not in left)
+            run = (x, z, right, z) if right - x >= down - z else (x, z, x, down)
+            left -= {(column, row) for column in range(x, run[2] + 1) for row in range(z, run[3] + 1)}
+            found.append(run)
+    return found
 
 
 # --- maps ----------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from collm.envs.base import Outcome, TextEnv, agent_names
+from collm.envs.building.house_build_wording import HP, PLAIN, TERSE
 from collm.envs.building.houses import (
     Cell,
     House,
@@ -17,16 +18,15 @@ from collm.envs.building.houses import (
     generated,
     house_of,
     listing,
+    rectangles,
     split_houses,
 )
 from collm.envs.gathering.grid import NUM_GENERATED, Part
+from collm.envs.wording import Wording, texts_of
 from collm.errors import EnvError
 
 COMMANDS = 600
-HP = 5
 SPIDERS = 3
-SHOWN_WRONG = 20
-"""How many wrong cells the feedback "perfect" lists."""
 
 _MARK = r"(?:[-*+]\s+|\d{1,3}[.)]\s+)?"
 _KILL = r"/kill(?:\s+@e(?:\[\s*type\s*=\s*(?:minecraft:)?spider\s*(?:,[^\]]{0,60})?\])?)?"
@@ -71,6 +71,7 @@ class HouseBuild(TextEnv):
         reward: "match" rewards correct cells, "coverage" filled target cells.
         feedback: what a builder reads between turns, besides the HP and the number of its dropped fills: "score" the reward,
             "position" the number of wrong cells in each layer, "perfect" the first 20 wrong cells and their blocks.
+        wording: "plain" or "terse", the wording that `tiny` knows.
         split: "train" or "eval". The generated houses of the two are disjoint.
     """
 
@@ -84,6 +85,7 @@ class HouseBuild(TextEnv):
         houses: Sequence[dict[str, Any]] | None = None,
         reward: Literal["match", "coverage"] = "match",
         feedback: Literal["score", "position", "perfect"] = "score",
+        wording: Wording = "plain",
         split: str = "train",
     ):
         if isinstance(agents, int) and agents > COMMANDS:
@@ -101,6 +103,7 @@ class HouseBuild(TextEnv):
         self.part: Part = "eval" if split == "eval" else "train"
         self.num_tasks = NUM_GENERATED[self.part] if self.houses is None else len(self.houses)
         self.reward_mode, self.feedback = reward, feedback
+        self.wording = texts_of(wording, PLAIN, TERSE)
         if reward == "match":
             self.shift, self.stop_above, self.max_reward = -1.0, 0.9, 1.0
         else:
@@ -116,7 +119,7 @@ class HouseBuild(TextEnv):
         self.spiders = [rng.randint(1, 3) for _ in range(SPIDERS)]
         self.limits = {block: limit(count, len(self.agents)) for block, count in self.house.counts.items()}
         self._clear()
-        return {agent: self._instruction(agent) for agent in self.agents}
+        return {agent: self.wording.first(self, agent) for agent in self.agents}
 
     def play(self, answers: dict[str, str]) -> Outcome:
         agents = list(answers)
@@ -125,12 +128,28 @@ class HouseBuild(TextEnv):
             self._carry_out(agent, answer)
         parts, metrics = self._judge()
         total = sum(parts.values())
-        return Outcome(total, parts, {agent: self._feedback(agent, agents, total) for agent in agents}, metrics=metrics)
+        return Outcome(total, parts, {agent: self.wording.later(self, agent, total) for agent in agents}, metrics=metrics)
+
+    def scripted_answers(self) -> dict[str, str]:
+        """The builders fill equal shares of every block's cells, from the ground up, and the first kills the spiders."""
+        number = len(self.possible_agents)
+        shares: list[dict[Cell, str]] = [{} for _ in range(number)]
+        for block, count in self.house.counts.items():
+            cells = sorted((cell for cell, own in self.house.blocks.items() if own == block), key=from_below)
+            for place, cell in enumerate(cells):
+                shares[place // -(-count // number)][cell] = block
+        return {agent: self._fills(share, kills=not index) for index, (agent, share) in enumerate(zip(self.agents, shares))}
+
+    def _fills(self, blocks: dict[Cell, str], *, kills: bool) -> str:
+        """Commands that fill exactly these cells."""
+        parts = [(y, part) for y in range(self.house.size[1]) for part in rectangles(blocks, y)]
+        fills = [f"/fill {part.x1} {y} {part.z1} {part.x2} {y} {part.z2} {part.block}" for y, part in parts]
+        return "\n".join([*(["/kill"] if kills or not fills else []), *fills][: self.limit])
 
     def state(self) -> str:
         parts, _ = self._judge()
         return (
-            f"house {self.house.name} turn {self.turn} of {self.turns} score {sum(parts.values()):.2f} hp {self._hp()}\n"
+            f"house {self.house.name} turn {self.turn} of {self.turns} score {sum(parts.values()):.2f} hp {self.hp()}\n"
             f"blueprint:\n{listing(self.house.blocks)}\nbuild:\n{listing(self.build)}"
         ).rstrip()
 
@@ -192,10 +211,11 @@ class HouseBuild(TextEnv):
         """Fraction of the HP that the spiders take this turn."""
         return 0.0 if self.killed else min(1.0, sum(self.spiders) / HP)
 
-    def _hp(self) -> int:
+    def hp(self) -> int:
+        """HP that the spiders left this turn."""
         return HP if self.killed else max(0, HP - sum(self.spiders))
 
-    def _wrong(self) -> list[Cell]:
+    def wrong(self) -> list[Cell]:
         """Cells whose block differs from the blueprint, from the ground up."""
         target = self.house.blocks
         return sorted((cell for cell in {*self.build, *target} if self.build.get(cell) != target.get(cell)), key=from_below)
@@ -205,7 +225,7 @@ class HouseBuild(TextEnv):
         target = self.house.blocks
         covered = len(self.build.keys() & target.keys())
         redundant = len(self.build) - covered
-        match = 1.0 - len(self._wrong()) / self.house.volume
+        match = 1.0 - len(self.wrong()) / self.house.volume
         if self.reward_mode == "match":
             parts = {"match": match, "damage": 0.0 - 0.1 * self._damage()}
         else:
@@ -220,51 +240,13 @@ class HouseBuild(TextEnv):
             "coverage": covered / len(target),
             "redundant": redundant / len(target),
             "iou": covered / (len(target) + redundant),
-            "hp": float(self._hp()),
+            "hp": float(self.hp()),
             "floor": 1.0 - len(target) / self.house.volume if self.reward_mode == "match" else 0.0,
             "written_by_both": both / len(target),
             "rejected": float(self.rejected),
             "dropped": float(sum(self.dropped.values())),
         }
         return parts, metrics
-
-    def _instruction(self, agent: str) -> str:
-        number = len(self.agents)
-        width, height, depth = self.house.size
-        alone = number == 1
-        role = f"You are {agent}." if alone else f"You are {agent}, one of {number} builders."
-        shared = ", ".join(f"{block} {count}" for block, count in self.limits.items())
-        hits = " ".join(map(str, self.spiders))
-        exact = self.reward_mode == "match"
-        lines = [
-            f"{role} Build this house{'.' if alone else ' together.'}",
-            f"Box: x 0..{width - 1}, y 0..{height - 1} up, z 0..{depth - 1}, all air. "
-            + ("Every cell counts." if exact else "Planned cells pay, others cost."),
-            "Plan, for each layer y: block x1 z1 x2 z2",
-            listing(self.house.blocks),
-            f"Cells you may fill: {shared}. A fill past that is dropped whole.",
-            f"Spiders hit {hits} of {HP} HP unless {'you write' if alone else 'one writes'} /kill",
-            f"At most {self.limit} lines: /fill x1 y1 z1 x2 y2 z2 block",
-        ]
-        return "\n".join(lines)
-
-    def _feedback(self, agent: str, agents: list[str], total: float) -> str:
-        wrong = self._wrong()
-        lines = [f"Reward: {total:.2f}"] if self.feedback == "score" else []
-        if self.feedback != "score" and not wrong:
-            lines.append("All cells are right.")
-        elif self.feedback == "position":
-            layers = [y for _, y, _ in wrong]
-            lines.append("Wrong cells: " + ", ".join(f"y {y} {layers.count(y)}" for y in sorted(set(layers))))
-            if len(agents) > 1:
-                lines.append(f"Take about {'half' if len(agents) == 2 else f'1/{len(agents)}'} of each layer.")
-        elif self.feedback == "perfect":
-            listed = ", ".join(f"{x} {y} {z} {self.house.blocks.get((x, y, z), 'air')}" for x, y, z in wrong[:SHOWN_WRONG])
-            more = f" and {len(wrong) - SHOWN_WRONG} more" if len(wrong) > SHOWN_WRONG else ""
-            lines.append(f"Wrong cells should be: {listed}{more}")
-        dropped = f" Your dropped fills: {self.dropped[agent]}." if self.dropped[agent] else ""
-        lines.append(f"HP {self._hp()}.{dropped} The box is empty again.")
-        return "\n".join(lines)
 
 
 def limit(count: int, agents: int) -> int:

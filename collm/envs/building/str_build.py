@@ -11,6 +11,8 @@ from typing import Literal
 
 from collm.envs.base import Outcome, TextEnv, agent_names
 from collm.envs.building.font import SIZE, cells, split_words, width
+from collm.envs.building.str_build_wording import PLAIN, TERSE
+from collm.envs.wording import Wording, texts_of
 from collm.errors import EnvError
 
 Cell = tuple[int, int]
@@ -72,6 +74,7 @@ class StrBuild(TextEnv):
         feedback: what builders read between turns: "position" the target cells, "perfect" the wrong cells, each with the
             builder that should mend it, "score" the last reward.
         blind_first_turn: hide the target in the first turn, as the reference does.
+        wording: "plain" or "terse", the wording that `tiny` knows.
         split: "train" or "eval".
     """
 
@@ -92,6 +95,7 @@ class StrBuild(TextEnv):
         commands_per_turn: int | None = None,
         feedback: Literal["position", "perfect", "score"] = "position",
         blind_first_turn: bool = False,
+        wording: Wording = "plain",
         split: str = "train",
     ):
         super().__init__(agent_names(agents, "builder"), turns)
@@ -113,6 +117,7 @@ class StrBuild(TextEnv):
         self.world, self.reward_mode, self.feedback = world, reward, feedback
         self.blind_first_turn = blind_first_turn
         self.commands_per_turn = commands_per_turn
+        self.wording = texts_of(wording, PLAIN, TERSE)
 
     def begin(self, task: int, rng: random.Random) -> dict[str, str]:
         self.word = self.words[task]
@@ -125,7 +130,7 @@ class StrBuild(TextEnv):
         if self.world == "persistent":
             share = math.ceil(1.25 * len(self.target) / (len(self.agents) * self.turns))
             self.limit = min(self.limit, self.commands_per_turn or share)
-        return {agent: self._instruction(agent) for agent in self.agents}
+        return {agent: self.wording.first(self, agent) for agent in self.agents}
 
     def play(self, answers: dict[str, str]) -> Outcome:
         agents = list(answers)
@@ -141,16 +146,34 @@ class StrBuild(TextEnv):
             parts = parts if self.last_turn else {}
         else:
             shift = self.shift
-        observations = dict.fromkeys(agents, self._feedback(agents, total))
+        observations = {agent: self.wording.later(self, agent, total) for agent in agents}
         return Outcome(total, parts, observations, shift=shift, metrics=metrics)
+
+    def scripted_answers(self) -> dict[str, str]:
+        """Builder i of N fills the target cells whose x + y leaves the remainder i and alternates its two blocks over them.
+
+        In a persistent box it skips cells that are filled and empties those of its remainder that are not in the target.
+        """
+        return {agent: self._share(index, agent) for index, agent in enumerate(self.agents)}
+
+    def _share(self, index: int, agent: str) -> str:
+        number = len(self.possible_agents)
+        own = sorted(cell for cell in self.target if sum(cell) % number == index)
+        blocks = {cell: self.palettes[agent][(sum(cell) if number == 1 else place) % 2] for place, cell in enumerate(own)}
+        wanted = blocks
+        if self.world == "persistent":
+            extra = sorted(cell for cell in self.build.keys() - self.target if sum(cell) % number == index)
+            missing = {cell: block for cell, block in blocks.items() if cell not in self.build}
+            wanted = missing | dict.fromkeys(extra, "air") or blocks
+        return "\n".join(f"/setblock {x} {y} 0 {block}" for (x, y), block in list(wanted.items())[: self.limit])
 
     def state(self) -> str:
         parts, _ = self._judge(self.possible_agents)
         return (
             f"word {self.word} turn {self.turn} of {self.turns} score {sum(parts.values()):.2f}\ntarget:\n"
-            + self._rows(lambda cell: "#" if cell in self.target else ".")
+            + self.rows(lambda cell: "#" if cell in self.target else ".")
             + "\nbuild:\n"
-            + self._rows(self._symbol)
+            + self.rows(self.symbol)
         )
 
     def task_name(self, task: int) -> str:
@@ -207,49 +230,18 @@ class StrBuild(TextEnv):
         }
         return parts, metrics
 
-    def _instruction(self, agent: str) -> str:
-        one, two = self.palettes[agent]
-        number = len(self.agents)
-        who = f"You are {agent}, one of {number} builders with different blocks" if number > 1 else f"You are {agent}"
-        what = "Build" if self.blind_first_turn else f"Build {self.word}"
-        lines = [
-            f"{who}. {what} together." if number > 1 else f"{who}. {what}.",
-            f"Box: x 0..{self.width - 1} right, y 0..{SIZE - 1} up, z 0.",
-        ]
-        if not self.blind_first_turn:
-            lines += ["Target:", self._rows(lambda cell: "#" if cell in self.target else ".")]
-        if self.world == "persistent":
-            shown = ", ".join(f"{_SYMBOLS[block]} {block}" for palette in self.palettes.values() for block in palette)
-            lines.append(f"Blocks stay. The build is empty; it shows {shown}.")
-        lines += [
-            f"Your blocks: {one} {two} air. Use both; like blocks must not touch.",
-            f"At most {self.limit} lines: /setblock x y z block",
-        ]
-        return "\n".join(lines)
-
-    def _feedback(self, agents: list[str], total: float) -> str:
-        lines = [f"Reward: {total:.2f}"] if self.feedback == "score" else []
-        if self.feedback == "position":
-            listed = " ".join(f"{x},{y}" for x, y in sorted(self.target))
-            share = "about half" if len(agents) == 2 else f"about 1/{len(agents)}" if len(agents) > 2 else "all"
-            lines += [f"Target cells: {listed}", f"Take {share} of them."]
-        if self.feedback == "perfect":
-            wrong = sorted(set(self.build) ^ self.target)
-            listed = " ".join(f"{x},{y}:{agents[(x + y) % len(agents)]}" for x, y in wrong)
-            lines += ["All cells are right." if not wrong else f"Wrong cells and who mends them: {listed}"]
-        if self.world == "persistent":
-            lines += ["Build:", self._rows(self._symbol), f"At most {self.limit} lines."]
-        else:
-            lines.append("The box is empty again.")
-        return "\n".join(lines)
-
-    def _symbol(self, cell: Cell) -> str:
+    def symbol(self, cell: Cell) -> str:
         """One character per cell: `.` for an empty cell, else the character of its block."""
         if cell not in self.build:
             return "."
         return _SYMBOLS[self.build[cell]]
 
-    def _rows(self, symbol: Callable[[Cell], str]) -> str:
+    def legend(self) -> str:
+        """The character of each builder's blocks."""
+        return ", ".join(f"{_SYMBOLS[block]} {block}" for palette in self.palettes.values() for block in palette)
+
+    def rows(self, symbol: Callable[[Cell], str]) -> str:
+        """The box as text, one character per cell, the top row first."""
         return "\n".join("".join(symbol((x, y)) for x in range(self.width)) for y in reversed(range(SIZE)))
 
 

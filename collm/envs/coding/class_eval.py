@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 from collm.envs.base import Outcome, TextEnv, agent_names
+from collm.envs.coding.class_eval_wording import PLAIN, TERSE
 from collm.envs.coding.class_samples import sample_tasks
-from collm.envs.coding.classes import ClassTask, PublicTest, is_written, merged, read_answer, read_task, shares
+from collm.envs.coding.classes import ClassTask, PublicTest, is_written, merged, methods_in, read_answer, read_task, shares
 from collm.envs.data import split_rows
+from collm.envs.wording import Wording, texts_of
 from collm.errors import EnvError
 from collm.sandbox import Job, judge
 
 TEST_SECONDS, MAX_TIMEOUTS = 40.0, 3
-SHOWN_FAILURES = 5
 SHOWN_CHARACTERS = 8_000
 METHOD_POINTS, TEST_POINTS, DUPLICATE_POINTS = 2.0, 4.0, 1.0
 
@@ -48,6 +49,7 @@ class ClassEval(TextEnv):
             numbers of agents always use "round_robin".
         feedback: what agents read from the second turn on: "level" whether the answers could be read, the number of tests
             passed and the failed tests of their own methods; "plain" only a request to revise.
+        wording: "plain" or "terse", the wording that `tiny` knows.
         split: "train" or "eval". No generated class of one split has the same set of methods as one of the other.
     """
 
@@ -65,6 +67,7 @@ class ClassEval(TextEnv):
         eval_data: str | None = None,
         share: Literal["parameters", "round_robin"] = "parameters",
         feedback: Literal["level", "plain"] = "level",
+        wording: Wording = "plain",
         split: str = "train",
     ):
         super().__init__(agent_names(agents, "agent"), turns)
@@ -86,13 +89,14 @@ class ClassEval(TextEnv):
         self.num_tasks = len(self.rows)
         self.class_of(0)  # raises for a source of another format
         self.share, self.feedback = share, feedback
+        self.wording = texts_of(wording, PLAIN, TERSE)
 
     def begin(self, task: int, rng: random.Random) -> dict[str, str]:
         self.problem = self.class_of(task)
         self.owned = shares(self.problem, self.possible_agents, self.share)
         self.program: str | None = None
         self.failed: list[str] = []
-        return {agent: self._instruction(agent) for agent in self.agents}
+        return {agent: self.wording.first(self, agent) for agent in self.agents}
 
     def class_of(self, task: int) -> ClassTask:
         return read_task(self.rows[task], self.source)
@@ -132,8 +136,15 @@ class ClassEval(TextEnv):
             "idle": float(sum(not own for own in self.owned.values())),
             "rejected": float(len(unread) + foreign + sum(answer.dropped for answer in clear.values())),
         }
-        observations = {agent: self._feedback(agent, unread, written[agent], passed) for agent in answers}
+        observations = {agent: self.wording.later(self, agent, unread, written[agent], passed) for agent in answers}
         return Outcome(sum(parts.values()), parts, observations, metrics=metrics)
+
+    def scripted_answers(self) -> dict[str, str]:
+        """Each agent's methods from the reference solution; {} if the class has none."""
+        solved = methods_in(self.problem.solution, self.problem.class_name)
+        if not solved:
+            return {}
+        return {agent: "\n".join(solved[name] for name in own if name in solved) or "pass" for agent, own in self.owned.items()}
 
     def state(self) -> str:
         lines = [f"class {self.problem.class_name} turn {self.turn} of {self.turns}"]
@@ -178,37 +189,3 @@ class ClassEval(TextEnv):
         entries, setup = (self.problem.class_name,), "\n".join(self.problem.imports)
         (verdicts,) = judge([Job(program, tuple(checks), TEST_SECONDS, MAX_TIMEOUTS, entries=entries, setup=setup)])
         return [verdict.passed for verdict in verdicts]
-
-    def _instruction(self, agent: str) -> str:
-        number, own = len(self.possible_agents), self.owned[agent]
-        if number == 1:
-            lines = [f"You are {agent}. Write the methods of this Python class."]
-        else:
-            lines = [f"You are {agent}, one of {number} programmers of this Python class. Each writes its own methods."]
-        lines.append(self.problem.skeleton)
-        if not own:
-            return "\n".join([*lines, "You have no method to write. Answer: pass"])
-        lines.append(f"Your methods: {', '.join(own)}")
-        if number > 1:
-            lines.append("Write only these. The others are written by your team; call them as self.name(...).")
-        return "\n".join([*lines, "Answer with Python code only: def lines with bodies, no class line, no constructor."])
-
-    def _feedback(self, agent: str, unread: list[str], written: list[str], passed: list[bool]) -> str:
-        own = self.owned[agent]
-        again = "Write all your methods again, better." if own else "You have no method to write. Answer: pass"
-        if self.feedback == "plain":
-            return again
-        lines = []
-        if agent in unread:
-            lines.append("Your answer is no Python.")
-        elif self.program is None:
-            lines.append("The class cannot be read: the answer of a team-mate is no Python.")
-        missing = [name for name in own if name not in written]
-        if missing and agent not in unread:
-            lines.append(f"You left out: {', '.join(missing)}.")
-        lines.append(f"{sum(passed)} of {len(passed)} hidden tests passed.")
-        tests = self.problem.tests
-        failed = [test.name for test, good in zip(tests, passed) if not good and test.method in own]
-        if failed and self.program is not None:
-            lines.append(f"Failed tests of your methods: {', '.join(failed[:SHOWN_FAILURES])}")
-        return "\n".join([*lines, again])

@@ -146,6 +146,18 @@ def methods_of(skeleton: str, class_name: str) -> list[str]:
     return []
 
 
+def methods_in(source: str, class_name: str) -> dict[str, str]:
+    """The source of every method of a class by name, without docstrings; {} if the source does not hold the class."""
+    found: dict[str, str] = {}
+    for node in _statements(source):
+        for method in node.body if isinstance(node, ast.ClassDef) and node.name == class_name else ():
+            if isinstance(method, Function):
+                if ast.get_docstring(method) is not None and len(method.body) > 1:
+                    del method.body[0]
+                found[method.name] = "\n".join(filter(None, (found.get(method.name), ast.unparse(method))))
+    return found
+
+
 def num_parameters(description: str, name: str) -> int:
     """Number of parameters of the function that a description begins with, without `self` and `cls`.
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ast
-import builtins
 import random
 from collections.abc import Sequence
 from typing import Literal
 
 from collm.envs.base import Outcome, TextEnv
 from collm.envs.coding.canaries import canary_of, with_other_results
-from collm.envs.coding.problems import NUM_GENERATED, Problem, generated, public
+from collm.envs.coding.coop_code_wording import PLAIN, TERSE
+from collm.envs.coding.problems import NUM_GENERATED, Problem, generated, public, worked
 from collm.envs.coding.programs import function, parse, read, returns_something, source_of, taken, use_of
+from collm.envs.wording import Wording, texts_of
 from collm.errors import EnvError
 from collm.sandbox import Job, Verdict, judge
 
@@ -53,6 +54,7 @@ class CoopCode(TextEnv):
         seconds: time limit of one test.
         reward: "guarded" gives calls and work only if a passed test fails once the helpers return something else; "paper" gives
             them without this condition.
+        wording: "plain" or "terse", the wording that `tiny` knows.
         split: "train" or "eval". The generated problems of the two are disjoint.
     """
 
@@ -69,6 +71,7 @@ class CoopCode(TextEnv):
         sandbox_slice: int = 1,
         seconds: float = 10.0,
         reward: Literal["paper", "guarded"] = "paper",
+        wording: Wording = "plain",
         split: str = "train",
     ):
         super().__init__(_names(agents), turns)
@@ -87,6 +90,7 @@ class CoopCode(TextEnv):
         self.problems = None if data is None else public(data, eval_data, split)
         self.num_tasks = NUM_GENERATED[split] if self.problems is None else len(self.problems)
         self.feedback, self.slice, self.seconds, self.reward = feedback, sandbox_slice, seconds, reward
+        self.wording = texts_of(wording, PLAIN, TERSE)
         *self.helpers, self.main = self.possible_agents
         if self.helpers:
             self.shift, self.stop_above, self.max_reward = -4.0, 3.8, 4.0
@@ -103,7 +107,7 @@ class CoopCode(TextEnv):
         self.problem = self.problem_of(task)
         self.parts: dict[str, float] = {}
         self.errors: list[str] = []
-        return {agent: self._instruction(agent) for agent in self.agents}
+        return {agent: self.wording.first(self, agent) for agent in self.agents}
 
     def play(self, answers: dict[str, str]) -> Outcome:
         trees = {agent: read(answer) for agent, answer in answers.items()}
@@ -149,9 +153,12 @@ class CoopCode(TextEnv):
             "needed": needed,
             "rejected": float(sum(function(nodes[agent], name) is None for agent, name in wanted.items())),
         }
-        notes = self._notes(use.calls, use.thin, use.ignored) if self.feedback == "level" else ""
-        said = {agent: self._feedback(agent, passed, notes) for agent in answers}
+        said = {agent: self.wording.later(self, agent, passed, use) for agent in answers}
         return Outcome(sum(parts.values()), parts, said, metrics=metrics)
+
+    def scripted_answers(self) -> dict[str, str]:
+        """The reference solution, divided; {} if the problem has none."""
+        return worked(self.problem, self.helpers, self.main)
 
     def state(self) -> str:
         earned = ", ".join(f"{name} {value:.2f}" for name, value in self.parts.items()) or "nothing yet"
@@ -185,58 +192,6 @@ class CoopCode(TextEnv):
             return None
         program = "\n\n".join(source for source in sources if source)
         return program if parse(program) is not None else None
-
-    def _instruction(self, agent: str) -> str:
-        entry_point, number = self.problem.entry_point, len(self.possible_agents)
-        if number == 1:
-            lines = [f"You are {agent}. Write the Python function {entry_point}."]
-        elif agent == self.main:
-            helpers = ", ".join(self.helpers)
-            lines = [
-                f"You are {agent}, one of {number} programmers. Write the Python function {entry_point}.",
-                f"Call {helpers}, written now by {'others' if number > 2 else 'the other'}, and do more with the result.",
-            ]
-        else:
-            lines = [
-                f"You are {agent}, one of {number} programmers. Write one Python function named {agent} that helps.",
-                f"{self.main} writes {entry_point} now and calls {agent}.",
-            ]
-        return "\n".join([*lines, "Problem:", self.problem.prompt, "Answer Python code only."])
-
-    def _notes(self, calls: bool, thin: bool, ignored: bool) -> str:
-        """The feedback to main about its use of the helpers."""
-        if not self.helpers:
-            return ""
-        if not calls:
-            return f" You do not call {' or '.join(self.helpers)}."
-        if ignored:
-            return " You ignore what comes back."
-        return " You only pass the call on: do more." if thin else ""
-
-    def _feedback(self, agent: str, passed: float, notes: str) -> str:
-        if self.feedback == "plain":
-            return "Revise your function. Answer Python code only."
-        total = len(self.problem.checks)
-        lines = []
-        if self.helpers:
-            lines.append(f"Helper functions: {'ok' if self.parts.get('helpers', 0.0) > 0.39 else 'missing'}.")
-        lines.append(f"{self.problem.entry_point}: {'ok' if 'entry' in self.parts else 'missing'}.")
-        if "entry" in self.parts:
-            lines.append("The program parses." if "parse" in self.parts else "The program does not parse.")
-        if "tests" in self.parts:
-            lines.append(f"Tests passed: {round(passed * total)} of {total}.")
-            lines += [f"A test ended with {_kind(error)}." for error in self.errors[: self.slice]]
-        told = " ".join(lines) + (notes if agent == self.main and "tests" in self.parts else "")
-        return f"{told}\nRevise your function. Answer Python code only."
-
-
-def _kind(error: str) -> str:
-    """The type of an error if it is built into Python, without the message, which a team-mate's code may have written."""
-    first = error.split(":")[0].strip()
-    if first.startswith(("timeout", "not run", "killed")):
-        return "a time-out" if first.startswith("timeout") else "its process killed" if first.startswith("killed") else "no run"
-    known = getattr(builtins, first, None)
-    return first if isinstance(known, type) and issubclass(known, BaseException) else "an error"
 
 
 def _names(agents: int | Sequence[str]) -> list[str]:

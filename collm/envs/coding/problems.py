@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from textwrap import indent
 
 from collm import seeds
-from collm.envs.coding.programs import parse, source_of, split_checks, split_lines, taken
+from collm.envs.coding.programs import function, parse, source_of, split_checks, split_lines, taken
 from collm.envs.data import Row, field, read_each, read_rows, split_rows
 from collm.errors import EnvError
 
@@ -119,6 +120,61 @@ def _rows(data: str, eval_data: str | None, part: str) -> Sequence[Row]:
     if not rows:
         raise EnvError(f"data={source!r} has no row for the split {part!r}; name rows, as in 'file.jsonl[0:20]'.")
     return rows
+
+
+# --- answers that solve a problem ---------------------------------------------------------------------------------------
+
+
+def worked(problem: Problem, helpers: Sequence[str], main: str) -> dict[str, str]:
+    """Answers made from the reference solution, one per agent; {} if the problem has none.
+
+    If the solution begins by changing its only argument, each helper does this step and main the rest; otherwise each helper
+    holds the whole solution, and main returns the first one's result.
+    """
+    tree = parse(problem.solution)
+    found = function(taken(tree), problem.entry_point) if tree is not None else None
+    if tree is None or not isinstance(found, ast.FunctionDef):
+        return {}
+    if not helpers:
+        return {main: problem.solution.strip()}
+    body = found.body[1:] if ast.get_docstring(found) is not None else found.body
+    step, rest = body[0], body[1:]
+    passed = ", ".join(_passed(found.args))
+    head = f"def {{}}({ast.unparse(found.args)}):"
+    calls = [f"    others = [{', '.join(f'{helper}({passed})' for helper in helpers[1:])}]"] if helpers[1:] else []
+    if (
+        isinstance(step, ast.Assign)
+        and [*map(ast.unparse, step.targets)] == [passed]
+        and rest
+        and isinstance(rest[-1], ast.Return)
+    ):
+        answers = {helper: f"{head.format(helper)}\n    return {ast.unparse(step.value)}" for helper in helpers}
+        steps = [f"{passed} = {helpers[0]}({passed})", *map(ast.unparse, rest[:-1])]
+        result = ast.unparse(rest[-1]).removeprefix("return ")
+    else:
+        answers = {helper: _renamed(problem, helper) for helper in helpers}
+        steps, result = [f"found = {helpers[0]}({passed})"], "found"
+    lines = [head.format(problem.entry_point), *calls, *(indent(step, "    ") for step in steps)]
+    return {**answers, main: "\n".join([*lines, f"    result = {result}", "    return result"])}
+
+
+def _passed(arguments: ast.arguments) -> list[str]:
+    """The arguments as a call passes them on."""
+    named = [arg.arg for arg in (*arguments.posonlyargs, *arguments.args)]
+    named += [f"*{arguments.vararg.arg}"] if arguments.vararg else []
+    named += [f"{arg.arg}={arg.arg}" for arg in arguments.kwonlyargs]
+    return [*named, *([f"**{arguments.kwarg.arg}"] if arguments.kwarg else [])]
+
+
+def _renamed(problem: Problem, name: str) -> str:
+    """The reference solution with its function under another name, without comments."""
+    tree = ast.parse(problem.solution)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == problem.entry_point:
+            node.name = name
+        if isinstance(node, ast.Name) and node.id == problem.entry_point:
+            node.id = name
+    return ast.unparse(tree)
 
 
 # --- problems of our own -------------------------------------------------------------------------------------------------

@@ -12,7 +12,10 @@ from typing import Any
 from collm.envs.base import Outcome, TextEnv
 from collm.envs.data import Row
 from collm.envs.gathering import grid
+from collm.envs.gathering import resource_gathering_script as script
 from collm.envs.gathering.grid import NUM_GENERATED, Cell, Part
+from collm.envs.gathering.resource_gathering_wording import PLAIN, TERSE
+from collm.envs.wording import Wording, texts_of
 from collm.errors import EnvError
 
 KINDS = ("wood", "stone", "iron")
@@ -95,6 +98,7 @@ class ResourceGathering(TextEnv):
         reach: how far it gathers, in Manhattan distance.
         load: how many units of each of its kinds a gatherer takes in a turn; default: 1, or 3 for a single gatherer. With the
             default goal and 4 turns, load=1 leaves one turn for the way; a large load takes all units at once.
+        wording: "plain" or "terse", the wording that `tiny` knows.
         split: "train" or "eval". The generated fields of the two are disjoint.
     """
 
@@ -113,6 +117,7 @@ class ResourceGathering(TextEnv):
         steps: int = 4,
         reach: int = 2,
         load: int | None = None,
+        wording: Wording = "plain",
         split: str = "train",
     ):
         names = ("gatherer",) if agents == 1 else ("wood", "mineral")
@@ -123,6 +128,7 @@ class ResourceGathering(TextEnv):
         if self.load < 1:
             raise EnvError(f"load={load} gathers nothing; set load=1 or more.")
         self.size = grid.checked_size(size, 5, 11)
+        self.wording = texts_of(wording, PLAIN, TERSE)
         self.view, self.steps, self.reach = view, steps, reach
         rows = grid.task_rows(data, eval_data, maps, split, _held_out)
         self.maps = None if rows is None else [_field_of(row, index) for index, row in enumerate(rows)]
@@ -145,7 +151,7 @@ class ResourceGathering(TextEnv):
         self.zones = {agent: self.map.zone(self.kinds[agent], self.reach) for agent in self.agents}
         self.closest = {agent: self._steps_to_zone(agent, cell) for agent, cell in self.place.items()}
         self.rejected = self.facts = self.wasted = 0
-        return {agent: f"{self._instruction(agent)}\n{self._scene(agent, 1)}" for agent in self.agents}
+        return {agent: self.wording.first(self, agent) for agent in self.agents}
 
     def play(self, answers: dict[str, str]) -> Outcome:
         agents = list(answers)
@@ -193,14 +199,17 @@ class ResourceGathering(TextEnv):
         }
         observations = {}
         for agent in agents:
-            heard = [f"{other} says: {_written(fact)}" for other, fact in said.items() if other != agent]
-            observations[agent] = "\n".join([*heard, self._scene(agent, self.turn + 2, complete)])
+            heard = [f"{other} says: {kind} at {x},{y}" for other, (kind, (x, y)) in said.items() if other != agent]
+            observations[agent] = self.wording.later(self, agent, heard, complete)
         return Outcome(sum(parts.values()), parts, observations, done=complete, metrics=metrics)
+
+    def scripted_answers(self) -> dict[str, str]:
+        return {agent: script.answer(self, agent) for agent in self.agents}
 
     def state(self) -> str:
         stand = " ".join(f"{agent} {x},{y}" for agent, (x, y) in self.place.items())
         rows = grid.rows_of(self.map.width, self.map.height, self._symbol)
-        return f"turn {self.turn} of {self.turns} need {self._needed()}\n{stand}\n{self._listed(set(self.left))}\n{rows}"
+        return f"turn {self.turn} of {self.turns} need {self.needed()}\n{stand}\n{self.listed(set(self.left))}\n{rows}"
 
     def task_name(self, task: int) -> str:
         return self.map_of(task).name
@@ -248,42 +257,16 @@ class ResourceGathering(TextEnv):
                 told.add(fact)
         return useful
 
-    def _instruction(self, agent: str) -> str:
-        number, width, height = len(self.agents), self.map.width, self.map.height
-        alone = number == 1
-        others = ", ".join(f"{other} gathers {_listing(self.kinds[other])}" for other in self.agents if other != agent)
-        role = f"You are {agent}" if alone else f"You are {agent}, one of {number} gatherers"
-        comm = "" if alone else '"comm": {"kind": "stone", "at": [x,y]}, '
-        lines = [
-            f"{role}. You gather {_listing(self.kinds[agent])}" + ("." if alone else f"; {others}."),
-            f"Field {width} x {height}: x 0..{width - 1} right, y 0..{height - 1} down. ? not seen . empty w wood s stone "
-            "i iron m stone and iron x other mix.",
-            f"Each turn walk at most {self.steps} steps, diagonals too; you see {self.view} cells around your path. Where you "
-            f"stop you take up to {self.load} of each of yours within {self.reach} cells, counted along x plus y.",
-            "The team earns 8 for the goal, by shares, and 7 once it is complete. Finding what you gather earns a little; "
-            "other steps outside of its zone cost a little.",
-            f'Answer one JSON object: {{{comm}"path": [[x,y]]}}',
-        ]
-        if not alone:
-            lines.append(
-                "You begin where others gather. They read your comm next turn; a new and true fact they need earns a little."
-            )
-        return "\n".join(lines)
+    def drawing(self, agent: str) -> str:
+        """The cells that an agent has seen, as rows; `?` for the others."""
+        symbol = self._symbol
+        return grid.rows_of(self.map.width, self.map.height, lambda cell: symbol(cell) if cell in self.seen[agent] else "?")
 
-    def _scene(self, agent: str, turn: int, complete: bool = False) -> str:
-        """The agent's position, the cells it has seen, and what the team needs; `turn` counts from 1."""
-        x, y = self.place[agent]
-        when = f"Turn {turn} of {self.turns}." if turn <= self.turns and not complete else "The end."
-        rows = grid.rows_of(
-            self.map.width, self.map.height, lambda cell: self._symbol(cell) if cell in self.seen[agent] else "?"
-        )
-        listed = self._listed(self.seen[agent])
-        return f"{when} You are at {x},{y}. Need: {self._needed()}\nSeen: {listed}\n{rows}"
-
-    def _needed(self) -> str:
+    def needed(self) -> str:
+        """The units that the team still needs."""
         return _counted({kind: max(0, self.goal[kind] - self.stock[kind]) for kind in KINDS}) or "nothing"
 
-    def _listed(self, cells: set[Cell]) -> str:
+    def listed(self, cells: set[Cell]) -> str:
         """The units left on `cells`, row by row."""
         kept = [(cell, _counted(self.left[cell])) for cell in sorted(cells & self.left.keys(), key=lambda c: (c[1], c[0]))]
         return ", ".join(f"{counted} at {x},{y}" for (x, y), counted in kept if counted) or "nothing"
@@ -295,15 +278,6 @@ class ResourceGathering(TextEnv):
 
 def _counted(amounts: Mapping[str, int]) -> str:
     return " ".join(f"{kind} {amount}" for kind, amount in amounts.items() if amount)
-
-
-def _listing(kinds: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1])))
-
-
-def _written(fact: Fact) -> str:
-    kind, (x, y) = fact
-    return f"{kind} at {x},{y}"
 
 
 # --- fields --------------------------------------------------------------------------------------------------------------

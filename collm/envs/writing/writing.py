@@ -14,11 +14,13 @@ from typing import ClassVar, Literal
 
 from collm.envs.base import Outcome, TextEnv, agent_names
 from collm.envs.data import Row, field, split_rows
+from collm.envs.wording import Wording, texts_of
 from collm.envs.writing.lexicon import STOP_WORDS, Matching, jaccard, transition_categories, words
 from collm.envs.writing.samples import Kind, sample_texts
+from collm.envs.writing.script import chain
+from collm.envs.writing.writing_wording import MARKER, PLAIN, TERSE
 from collm.errors import EnvError
 
-MARKER = "[PARAGRAPH_SPLIT]"
 TOKEN_POINTS, LENGTH_POINTS, DISTINCT_POINTS, TRANSITION_POINTS, OVERLAP_POINTS = 0.5, 1.0, 0.5, 0.4, 0.6
 
 
@@ -206,6 +208,7 @@ class Writing(TextEnv):
         transitions: Matching = "word",
         missing_marker: Literal["first", "third"] = "first",
         reward: Literal["paper", "guarded"] = "paper",
+        wording: Wording = "plain",
         split: str = "train",
     ):
         names = [name for name, _ in self.rules.roles]
@@ -231,11 +234,12 @@ class Writing(TextEnv):
         self.alone = len(self.possible_agents) == 1
         self.roles = names[:2] if self.alone else list(self.possible_agents)
         self.transitions, self.missing_marker, self.reward = transitions, missing_marker, reward
+        self.wording = texts_of(wording, PLAIN, TERSE)
 
     def begin(self, task: int, rng: random.Random) -> dict[str, str]:
         self.text = self.texts[task]
         self.measures: dict[str, float] = {}
-        return {agent: self._instruction(agent) for agent in self.agents}
+        return {agent: self.wording.first(self, agent) for agent in self.agents}
 
     def play(self, answers: dict[str, str]) -> Outcome:
         written = list(answers.values())
@@ -253,43 +257,18 @@ class Writing(TextEnv):
         if self.reward == "guarded":
             parts["guard"] = -charge(metrics) * sum(parts.values())
         total = sum(parts.values())
-        return Outcome(total, parts, {agent: f"Reward: {total:.2f} of 3." for agent in answers}, metrics=metrics)
+        return Outcome(total, parts, {agent: self.wording.later(self, agent, total) for agent in answers}, metrics=metrics)
+
+    def scripted_answers(self) -> dict[str, str]:
+        """Each text retells the source and is longer than the text before it, with transition words in between."""
+        rules, (low, high) = self.rules, self.rules.tokens
+        texts = chain(self.text, len(self.roles), (max(16, low + 2), high - 6), rules.length.full, rules.distinct.full)
+        return {self.agents[0]: f"\n{MARKER}\n".join(texts)} if self.alone else dict(zip(self.agents, texts, strict=True))
 
     def state(self) -> str:
         """The length of the source text; after the answers also their measures."""
         lines = [f"{self.rules.kind} of {num_tokens(self.text)} words, {len(set(words(self.text)))} different"]
         return "\n".join(lines + [f"{name}: {value:.2f}" for name, value in self.measures.items()])
-
-    def _instruction(self, agent: str) -> str:
-        kind, number = self.rules.kind, len(self.roles)
-        if self.alone:
-            lines = [f"You are {agent}. Write {number} texts about the {kind}, with {MARKER} between them."]
-        else:
-            lines = [f"You are {agent}, one of {number} writers. Each writes one text about the {kind}."]
-        lines += [f"The {kind}:", *(f"> {line}" for line in self.text.splitlines() if line.strip())]
-        for index, role in enumerate(self.roles):
-            if self.alone or role == agent:
-                lines.append(self._assignment(index))
-        low, high = self.rules.tokens
-        lines += [
-            f"Use words of the {kind}.",
-            f"{'Each text has' if self.alone else 'Write'} {low} to {high} words. Plain text only.",
-        ]
-        return "\n".join(lines)
-
-    def _assignment(self, index: int) -> str:
-        """The description of the text of role `index`, and its ratios to the texts of its neighbours."""
-        rules = self.rules
-        whose = f"Text {index + 1}" if self.alone else "Your text"
-        lines = [f"{whose} is {rules.roles[index][1]}."]
-        if index > 0:
-            before = "text 1" if self.alone else f"the text of {self.roles[index - 1]}"
-            lines.append(f"Compared with {before} it is {rules.hint}.")
-        if index + 1 < len(self.roles) and not self.alone:
-            lines.append(f"Compared with yours the text of {self.roles[index + 1]} is {rules.hint}.")
-        if index > 0 or rules.transitions_in_both:
-            lines.append("Use many transition words: also, however, so, for example.")
-        return " ".join(lines)
 
 
 class Tldr(Writing):
@@ -323,6 +302,7 @@ class Tldr(Writing):
             it at one third of its characters, as the reference does, which passes the length gate by construction.
         reward: "paper" as above; "guarded" subtracts a fraction of it, as part `guard`, for texts that copy the source, repeat
             themselves or are unrelated to the source: see `charge`.
+        wording: "plain" or "terse", the wording that `tiny` knows.
         split: "train" or "eval".
     """
 
@@ -357,6 +337,7 @@ class Arxiv(Writing):
             it at one third of its characters, as the reference does, which passes the length gate by construction.
         reward: "paper" as above; "guarded" subtracts a fraction of it, as part `guard`, for texts that copy the source, repeat
             themselves or are unrelated to the source: see `charge`.
+        wording: "plain" or "terse", the wording that `tiny` knows.
         split: "train" or "eval".
     """
 

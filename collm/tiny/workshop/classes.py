@@ -19,6 +19,7 @@ SLIPS = (("+", "-"), ("-", "+"), ("*", "+"), (">", "<"), ("<", ">"), (" + x", ""
 def class_eval(rng: random.Random) -> list[Chat]:
     """One to three agents' chats about a class of the train split."""
     env = ClassEval(
+        wording="terse",
         agents=rng.choices((1, 2, 3), weights=(1, 10, 2))[0],
         turns=rng.choice((1, 1, 2)),
         share=rng.choice(("parameters", "parameters", "round_robin")),

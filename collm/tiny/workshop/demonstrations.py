@@ -87,13 +87,14 @@ def place_blocks(env: StrBuild, agent: str, rng: random.Random) -> str:
 
 def agree(rng: random.Random) -> list[Chat]:
     colours = rng.sample(COLOURS, rng.randint(2, 6)) if rng.random() < 0.5 else list(COLOURS[: rng.randint(2, 6)])
-    env = Agree(agents=rng.choice((1, 2, 2, 3, 3, 5)), colours=colours, turns=rng.choice((1, 1, 2, 4)))
+    env = Agree(wording="terse", agents=rng.choice((1, 2, 2, 3, 3, 5)), colours=colours, turns=rng.choice((1, 1, 2, 4)))
     return play(env, name_colour, rng)[:1]
 
 
 def str_build(rng: random.Random) -> list[Chat]:
     persistent = rng.random() < 0.4
     env = StrBuild(
+        wording="terse",
         agents=rng.choices((1, 2, 3, 4, 5), weights=(1, 12, 2, 1, 1))[0],
         turns=rng.choice((2, 3, 4, 6, 8)) if persistent else rng.choice((1, 1, 2)),
         strings=[pretraining_word(rng)],

@@ -29,6 +29,7 @@ def bridge_build(rng: random.Random) -> list[Chat]:
     size = rng.choice(SIDES["bridge_build"])
     rows = grid.drawn(draw_river, "bridge_build", "pretraining", size, rng.randrange(1 << 30))
     env = BridgeBuild(
+        wording="terse",
         agents=rng.choices((1, 2, 3), weights=(1, 10, 1))[0],
         turns=rng.choice((2, 3, 4, 4)),
         maps=[{"task_id": "pretraining", "map": rows}],
@@ -43,6 +44,7 @@ def resource_gathering(rng: random.Random) -> list[Chat]:
     rows = grid.drawn(draw_field, "resource_gathering", "pretraining", size, rng.randrange(1 << 30))
     goal = dict(zip(KINDS, GOAL))
     env = ResourceGathering(
+        wording="terse",
         agents=rng.choices((1, 2, 3), weights=(1, 10, 1))[0],
         turns=rng.choice((2, 3, 4, 4)),
         maps=[{"task_id": "pretraining", "rows": rows, "goal": goal}],

@@ -20,6 +20,7 @@ def house_build(rng: random.Random) -> list[Chat]:
     """One or two agents' chats of an episode on a house kept for pre-training."""
     size = rng.choice(SIZES)
     env = HouseBuild(
+        wording="terse",
         agents=rng.choices((1, 2, 3), weights=(1, 12, 1))[0],
         turns=rng.choice((1, 1, 2)),
         houses=[public_row(generated_layers("pretraining", size, rng.randrange(1 << 30)), size)],

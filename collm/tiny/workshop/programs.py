@@ -19,7 +19,7 @@ def coop_code(rng: random.Random) -> list[Chat]:
     recipe = draw(rng)
     while part_of(recipe) != "pretraining":
         recipe = draw(rng)
-    env = CoopCode(agents=rng.choices((1, 2, 3), weights=(1, 12, 1))[0])
+    env = CoopCode(wording="terse", agents=rng.choices((1, 2, 3), weights=(1, 12, 1))[0])
     env.problems, env.num_tasks = (problem_of(recipe, rng),), 1
     env.stop_above = None
     observations, _ = env.reset(seed=rng.getrandbits(32), options={"task": 0})

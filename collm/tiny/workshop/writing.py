@@ -46,17 +46,17 @@ _SENTENCE_END = re.compile(r"(?<=[.?!])\s+")
 
 def tldr(rng: random.Random) -> list[Chat]:
     """One to three agents' chats about a post of the train split."""
-    return _play(Tldr(agents=rng.choices((1, 2, 3), weights=(2, 10, 1))[0]), rng)
+    return _play(Tldr(wording="terse", agents=rng.choices((1, 2, 3), weights=(2, 10, 1))[0]), rng)
 
 
 def arxiv(rng: random.Random) -> list[Chat]:
     """One to three agents' chats about an abstract of the train split."""
-    return _play(Arxiv(agents=rng.choices((1, 2, 3), weights=(1, 12, 1))[0]), rng)
+    return _play(Arxiv(wording="terse", agents=rng.choices((1, 2, 3), weights=(1, 12, 1))[0]), rng)
 
 
 def quote(rng: random.Random) -> list[Chat]:
     """Two to four writers' chats about a text of the train split. The tiny model is not pre-trained on them."""
-    return play(Quote(agents=rng.choice((2, 2, 3, 4)), turns=rng.choice((1, 1, 2))), repeat, rng)
+    return play(Quote(wording="terse", agents=rng.choice((2, 2, 3, 4)), turns=rng.choice((1, 1, 2))), repeat, rng)
 
 
 def repeat(env: Quote, agent: str, rng: random.Random) -> str:

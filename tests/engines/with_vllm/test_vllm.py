@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from places import ROOT
 from test_learning import end_when_solved
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -29,6 +30,9 @@ if importlib.util.find_spec("vllm") is None:
 from collm.engines.vllm import VllmEngine
 
 SETTINGS = VllmSettings(max_model_len=1024)
+SMOLLM2 = ROOT / "build" / "smollm2"
+SYNCED = 1e-3
+"""Largest mean gap per token, in nats, between the log-probs of an engine that has the learner's weights and the learner's."""
 AGENTS = ("agent_0", "agent_1")
 TEXTS = (
     "You are agent_0. Name one of these colours: red, green, blue, yellow.",
@@ -83,7 +87,7 @@ def agrees(engine: VllmEngine, team: Team) -> None:
 def trainer_of(folder: Path, team: Team | None, engine: VllmEngine | None, **rooms: dict[str, Any]) -> Trainer:
     values: dict[str, dict[str, Any]] = {
         "run": {"name": "run", "iterations": 2, "threads": 1, "folder": str(folder), "tensorboard": False, "device": "cpu"},
-        "env": {"name": "agree"},
+        "env": {"name": "agree", "wording": "terse"},
         "rollout": {"tasks": 16, "max_tokens": 4, "engine": "vllm", "vllm": SETTINGS.model_dump()},
         "learner": {"lr": 5e-4},
         "critic": {"lr": 5e-4},
@@ -97,6 +101,15 @@ def trainer_of(folder: Path, team: Team | None, engine: VllmEngine | None, **roo
 def shift(before: list[Completion], team: Team) -> float:
     """How far training moved the log-probs of greedy answers, at most."""
     return max(float(np.abs(rescored(team, answer, GREEDY) - answer.logprobs).max()) for answer in before)
+
+
+def mean_gaps(engine: VllmEngine, team: Team) -> dict[str, float]:
+    """Agent -> mean |engine's log-prob - learner's| over the tokens of answers sampled now."""
+    sampling = SAMPLINGS[0]
+    gaps: dict[str, list[np.ndarray]] = {agent: [] for agent in team.agents}
+    for answer in engine.generate(requests(sampling, team.agents)):
+        gaps[answer.agent].append(np.abs(rescored(team, answer, sampling) - answer.logprobs))
+    return {agent: float(np.concatenate(found).mean()) for agent, found in gaps.items()}
 
 
 def random_policy(model: Any) -> Policy:
@@ -130,6 +143,31 @@ def test_adapters_before_and_after_training(tmp_path: Path) -> None:
     agrees(engine, team)
     first, second = engine.generate(requests(GREEDY))[:2]
     assert abs(first.logprobs[0] - second.logprobs[0]) > 1e-3, "each agent has an adapter of its own"
+    engine.close()
+
+
+@pytest.mark.parametrize(("model", "env"), [("tiny", "agree"), (str(SMOLLM2), "quote")], ids=["tiny", "smollm2"])
+def test_the_gap_of_each_adapter_is_small_with_a_sync_and_large_without(tmp_path: Path, model: str, env: str) -> None:
+    """After one real update, the engine samples from each agent's new adapter only if `load` was called."""
+    if model != "tiny" and not SMOLLM2.exists():
+        pytest.skip("no build/smollm2: `make smollm2` makes it")
+    team = Team.from_pretrained(dict.fromkeys(AGENTS, model), lora=LoraSettings(rank=8))
+    engine = VllmEngine(team, SETTINGS)
+    rooms: dict[str, dict[str, Any]] = {"env": {"name": env, "agents": list(AGENTS)}, "learner": {"lr": 5e-3}}
+    rooms |= {"algorithm": {"name": "magrpo", "group_size": 8}, "rollout": {"tasks": 2, "max_tokens": 8}}
+    trainer = trainer_of(tmp_path, team, engine, **rooms)
+    trainer.learner.update(trainer.collect(), 0)
+    without = mean_gaps(engine, team)
+    assert min(without.values()) > SYNCED, without
+    engine.load(team)
+    after = mean_gaps(engine, team)
+    assert max(after.values()) < SYNCED, after
+    with torch.no_grad():
+        for tensor in team.policies["agent_0"].adapter.tensors().values():
+            tensor.add_(0.02 * torch.randn(tensor.shape))
+    one = mean_gaps(engine, team)
+    assert one["agent_0"] > SYNCED > one["agent_1"], one
+    print(f"{model}: mean gap without the sync {without}, with it {after}, one adapter of two changed {one}")
     engine.close()
 
 
