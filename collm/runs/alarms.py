@@ -170,9 +170,9 @@ def recorded(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _ruled(record: Mapping[str, Any]) -> Iterator[tuple[str, Rule]]:
-    """The metrics of a record that have a number and a rule."""
+    """The metrics of a record that have a number and a rule; alarms themselves have none."""
     for name, value in record.items():
-        if isinstance(value, (int, float)):
+        if isinstance(value, (int, float)) and not name.startswith(PREFIX):
             for rule in RULES:
                 if rule.who(name) is not None:
                     yield name, rule
