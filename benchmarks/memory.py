@@ -3,21 +3,21 @@
     python benchmarks/memory.py
     python benchmarks/memory.py --cases whole adapters --json
 
-Every case trains a team of random models for two iterations in a process of its own. Their tokens are words, so that their
-text is tokenized to the ids that were sampled, as a trained model's text nearly always is. "Measured" is the process's highest
-resident memory minus that after all imports; "planned" is the peak of `collm plan` for the same recipe. The C library returns
-every freed block of 64 KiB or more to the system (MALLOC_MMAP_THRESHOLD_); otherwise the measurement would include blocks that
-it keeps.
+Every case is `collm train` on random models, started as a user starts it. Their tokens are words, so that their text is
+tokenized to the ids that were sampled, as a trained model's text nearly always is. "Measured" is the process's highest resident
+memory minus that of a process which has imported what training imports; "planned" is the peak of `collm plan` for the same
+recipe. "Grown" is the highest resident memory of the last iteration divided by that of the second: 1 if nothing accumulates.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,77 +42,110 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "value heads": (LLAMA, {**BUILD, "algorithm.name": "collm-dc", "critic.body": "policy", "critic.metrics": False}),
     "checkpointing": (LLAMA, {**BUILD, "learner.gradient_checkpointing": True}),
     "adapters": (QWEN, {**BUILD, "env.agents": 3, "team.lora.rank": 16}),
+    "bfloat16 adapters": (SMALL, {**BUILD, "team.lora.rank": 16, "team.compute": "bfloat16"}),
     "one agent": (SMALL, {**BUILD, "env.agents": 1, "algorithm.name": "ac", "rollout.tasks": 8}),
     "reference": (SMALL, {**AGREE, "algorithm.name": "marloo", "algorithm.kl_coef": 0.1, "rollout.tasks": 2, "env.agents": 3}),
 }
 """Name -> shape of the models, and settings."""
 
 
+IMPORTS = """
+import peft, transformers, collm.training.trainer
+from pathlib import Path
+print(next(line.split()[1] for line in Path("/proc/self/status").read_text().split("\\n") if line.startswith("VmRSS:")))
+"""
+"""Prints the resident memory, in KiB, of a process that trains nothing."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="NAME", help=", ".join(CASES))
+    parser.add_argument("--iterations", type=int, default=4, help="of each case (default: 4)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--one", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.one[0], Path(options.one[1]))))
-        return
+    if sys.platform != "linux":
+        raise SystemExit("this benchmark reads /proc, so it runs on Linux only.")
+    imported = int(subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True).stdout) << 10
     results = {}
     for name in options.cases:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, "--one", name, folder]
-            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-        results[name] = found = json.loads(done.stdout.strip().split("\n")[-1])
+            results[name] = found = measure(name, Path(folder), options.iterations, imported)
         if not options.json:
             print(
-                f"{name:<14} planned {found['planned_gib']:6.2f} GiB   measured {found['measured_gib']:6.2f} GiB   "
-                f"ratio {found['ratio']:.2f}   {found['phase']}",
+                f"{name:<18} planned {found['planned_gib']:6.2f} GiB   measured {found['measured_gib']:6.2f} GiB   "
+                f"ratio {found['ratio']:.2f}   grown {found['grown']:.2f}   {found['phase']}",
                 flush=True,
             )
     if options.json:
         print(json.dumps(results))
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
-    """Train one case in this process."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def measure(name: str, folder: Path, iterations: int, imported: int) -> dict[str, Any]:
+    """Train one case. imported: bytes that a process takes for its imports."""
     from collm.planning.memory import GIB, plan
     from collm.settings.load import apply_overrides, parse_config
-    from collm.training.trainer import Trainer
 
     shape, settings = CASES[name]
-    if "team.lora.rank" in settings:
-        import peft  # noqa: F401
+    make_model(shape, folder / "model")
+    run = {"iterations": iterations, "threads": 1, "folder": str(folder), "name": "run", "tensorboard": False, "device": "cpu"}
+    overrides = {f"run.{key}": value for key, value in run.items()}
+    overrides |= {"team.model": str(folder / "model"), "evaluation.every": 0, "algorithm.name": "collm-cc", **settings}
+    (folder / "recipe.toml").write_text("")
+    words = [word for key, value in overrides.items() for word in (f"--{key}", json.dumps(value))]
+    peaks = train([str(folder / "recipe.toml"), *words], folder / "run" / "metrics.jsonl")
+    values: dict[str, Any] = {}
+    apply_overrides(values, overrides)
+    found = plan(parse_config(values))
+    measured, planned = (max(peaks) - imported) / GIB, found.peak / GIB
+    return {
+        "planned_gib": planned,
+        "measured_gib": measured,
+        "ratio": planned / measured,
+        "grown": (peaks[-1] - imported) / (peaks[1] - imported),
+        "phase": found.largest.name,
+    }
+
+
+def train(words: list[str], metrics: Path) -> list[int]:
+    """Run `collm train`; returns the highest resident memory, in bytes, of each iteration (the first includes the start)."""
+    command = [sys.executable, "-m", "collm.cli.main", "train", *words]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        peaks = [0]
+        while process.poll() is None:
+            time.sleep(0.02)
+            with suppress(OSError):  # not there yet, or just ended
+                done = metrics.read_text().count("\n") if metrics.exists() else 0  # its first line is of the start
+                while len(peaks) < done:
+                    peaks.append(0)
+                    Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # VmHWM, the highest so far, begins anew
+                peaks[-1] = max(peaks[-1], highest(process.pid))
+        if process.returncode:
+            errors.seek(0)
+            raise SystemExit(f"collm train failed: {errors.read()[-2000:]}")
+    return peaks
+
+
+def highest(pid: int) -> int:
+    """A process's highest resident memory, in bytes; 0 when it has ended."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next((int(line.split()[1]) << 10 for line in status.split("\n") if line.startswith("VmHWM:")), 0)
+
+
+def make_model(shape: dict[str, Any], folder: Path) -> None:
+    """Save a random model of a shape and a tokenizer of words."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     kind = {key: value for key, value in shape.items() if key != "model_type"}
     config = AutoConfig.for_model(shape["model_type"], **kind, max_position_embeddings=4096, eos_token_id=3, pad_token_id=0)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder / "model")
-    words(shape["vocab_size"]).save_pretrained(folder / "model")
-    del model
-    before = memory("VmRSS")
-    reset_peak()
-    values: dict[str, Any] = {
-        "run": {"iterations": 2, "threads": 1, "folder": str(folder), "name": "run", "tensorboard": False}
-    }
-    apply_overrides(
-        values, {"team.model": str(folder / "model"), "evaluation.every": 0, "algorithm.name": "collm-cc", **settings}
-    )
-    recipe = parse_config(values)
-    Trainer(recipe, quiet=True).run()
-    found = plan(recipe)
-    measured, planned = (memory("VmHWM") - before) / GIB, found.peak / GIB
-    return {"planned_gib": planned, "measured_gib": measured, "ratio": planned / measured, "phase": found.largest.name}
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    words(shape["vocab_size"]).save_pretrained(folder)
 
 
 def words(size: int) -> Any:
-    """A tokenizer of `size` words, with a chat template."""
+    """A tokenizer of `size` words, with a chat template that has a default system message."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -122,25 +155,13 @@ def words(size: int) -> Any:
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens(special)
     template = (
+        "{% if messages[0]['role'] != 'system' %}<user>w9 w10 w11 w12 w13 w14 w15 w16<end>{% endif %}"
         "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<end>", chat_template=template, padding_side="left"
     )
-
-
-def memory(field: str) -> int:
-    """Bytes of this process: VmRSS is resident now, VmHWM the maximum so far."""
-    for line in Path("/proc/self/status").read_text().split("\n"):
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("this benchmark reads /proc, so it runs on Linux only.")
-
-
-def reset_peak() -> None:
-    """Reset VmHWM."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,11 @@ def measured(part: PolicyPart, batch: Batch, *, trees: bool) -> tuple[float, flo
 
 def compare(policy: Policy, name: str, siblings: int, tokens: int, rounds: int) -> None:
     prompt, answer = WORKLOADS[name]
-    values: dict[str, Any] = {"env": {"name": "agree", "agents": 1}, "algorithm": {"name": "grpo"}}
+    values: dict[str, Any] = {
+        "env": {"name": "agree", "agents": 1},
+        "algorithm": {"name": "grpo"},
+        "learner": {"micro_batch_tokens": 1024},
+    }
     part = PolicyPart("a", policy, ["a"], {}, parse_config(values), Sampling(), lr=0.0, head_lr=0.0)
     batch = batch_of(policy, prompt, answer, max(1, tokens // (prompt + answer) // siblings), siblings)
     ratios = []

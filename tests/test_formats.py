@@ -11,7 +11,6 @@ from gymnasium.spaces.utils import flatdim, flatten, flatten_space, unflatten
 from collm.envs.base import TextSpace
 from collm.models.policy import spell_as_before
 from collm.runs.log import RunLog, episode_record
-from collm.training.alarms import alarms
 from collm.types import Annotation, Completion, Episode, Turn
 
 
@@ -88,11 +87,3 @@ def test_exports_are_spelled_for_transformers_4_too(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == 5e5
     found = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert found == {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "é"}
-
-
-def test_alarms_name_what_answers_look_like():
-    assert alarms({"evaluation/reward": 1.0}) == {}
-    assert alarms({"evaluation/repetition": 0.5, "evaluation/source_overlap": 0.9, "evaluation/source_words": 0.1}) == {}
-    found = alarms({"evaluation/repetition": 0.6, "evaluation/source_overlap": 0.95, "evaluation/source_words": 0.05})
-    assert list(found) == ["repetition", "source_overlap", "source_words"]
-    assert "0.60, above 0.5: answers repeat themselves" in found["repetition"]

@@ -76,6 +76,9 @@ def test_without_a_gpu_it_lists_what_it_would_do_and_stops(tmp_path, arguments):
     assert listed[:3] == ["tests", "gap-adapters-float32", "gap-whole-float32"]
     assert {"learn", "speed-SmolLM2", "speed-0.6B", "speed-1.7B"} < set(listed)
     assert "no/model (missing)" in done.stdout
+    shown = (FOLDER.parent / "docs" / "gpu.md").read_text()
+    cells = [line.partition("no/model")[0].rstrip() for line in done.stdout.splitlines() if line[:1].isdigit()]
+    assert all(cell in shown for cell in cells), "docs/gpu.md shows this list"
     assert not (tmp_path / "out").exists()
 
 

@@ -19,6 +19,7 @@ from collm.studies.series import REWARD
 
 if TYPE_CHECKING:
     from collm.training.evaluate import Evaluation
+    from collm.types import Completion, Episode
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,6 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"--episodes {arguments.episodes} plays nothing. Give 1 or more, or leave it out to play each held-out task once."
         )
+    if arguments.show is not None and arguments.show < 1:
+        raise ConfigError(f"--show {arguments.show} shows nothing. Give 1 or more, or leave it out.")
     if source.is_dir():
         config = run_config(source, arguments.overrides)
         weights, what = find_weights(source, which)
@@ -55,8 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not result.played:
         raise EnvError(f"none of {len(failed)} held-out episodes was played to its end; the first: {failed[0].failure}")
     if arguments.json:
-        print(json.dumps(as_record(result), allow_nan=False))
+        shown = {"played": [plain(episode) for episode in result.episodes[: arguments.show]]} if arguments.show else {}
+        print(json.dumps({**as_record(result), **shown}, allow_nan=False))
         return 0
+    for episode in result.episodes[: arguments.show or 0]:
+        print(told(episode))
     show_table(f"{source.resolve().name}, {what}", result, config, max_reward)
     return 0
 
@@ -101,3 +107,56 @@ def show_table(who: str, result: Evaluation, config: Config, max_reward: float |
     if failed:
         notes.append(f"failed and counted in no mean: {len(failed)} episodes; the first: {failed[0].failure}")
     Screen().print(evaluation_table(f"{who}: {tasks}, {sampling}", intervals, notes, max_reward))
+
+
+def name_of(episode: Episode) -> str:
+    return f"task {episode.task}" if episode.label in ("", str(episode.task)) else episode.label
+
+
+def plain(episode: Episode) -> dict[str, Any]:
+    """An episode as plain values, for JSON."""
+    turns = [
+        {
+            "reward": turn.raw_reward,
+            "parts": dict(turn.parts),
+            "agents": {
+                agent: {
+                    "read": turn.observations[agent],
+                    "text": answer.text,
+                    "token_ids": None if answer.token_ids is None else answer.token_ids.tolist(),
+                    "prompt_ids": None if answer.prompt_ids is None else answer.prompt_ids.tolist(),
+                }
+                for agent, answer in turn.completions.items()
+            },
+        }
+        for turn in episode.turns
+    ]
+    return {"task": episode.task, "label": episode.label, "failure": episode.failure, "turns": turns}
+
+
+def told(episode: Episode) -> str:
+    """An episode as text for the terminal; lines that agents read begin with `|`, lines that they wrote with `>`."""
+    from collm.types import printable
+
+    lines = [f"--- {name_of(episode)}"]
+    for number, turn in enumerate(episode.turns, start=1):
+        where = f"turn {number}, " if len(episode.turns) > 1 else ""
+        for agent, answer in turn.completions.items():
+            count = sum(message.role == "user" for message in episode.examples.get(agent, ()))
+            after = f", after {count} worked examples" if count else ""
+            lines += [f"{where}{agent} read{after}:", *(f"  | {line}" for line in turn.observations[agent].splitlines())]
+            if agent in turn.messages:
+                lines += [f"{where}{agent} wrote to the others:", *_written(turn.messages[agent])]
+            lines += [f"{where}{agent} wrote:", *_written(answer)]
+        parts = ", ".join(f"{name} {value:.3g}" for name, value in turn.parts.items())
+        lines.append(f"{where}reward {turn.raw_reward:.3g}{f' ({parts})' if parts else ''}")
+    metrics = ", ".join(f"{name} {value:.3g}" for name, value in episode.metrics.items())
+    lines += [f"metrics: {metrics}"] if metrics else []
+    if episode.failure:
+        lines.append(f"failed: {episode.failure}")
+    return printable("\n".join(lines)) + "\n"
+
+
+def _written(answer: Completion) -> list[str]:
+    lines = [f"  > {line}" for line in answer.text.splitlines()] or ["  (nothing)"]
+    return [*lines, "  (cut off at rollout.max_tokens)"] if answer.finish_reason == "length" else lines

@@ -93,13 +93,14 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate = command(
         "evaluate",
         "Evaluate a run's trained team, or a recipe's untrained team, on the held-out tasks: mean and 95 % interval.",
-        "collm evaluate runs/demo --json",
+        "collm evaluate runs/demo\n  collm evaluate recipes/real/quote.toml --show 3",
         "collm.cli.evaluate:run",
         settings=True,
     )
     evaluate.add_argument("source", type=Path, metavar="RUN|RECIPE", help="a run directory or a TOML recipe")
     evaluate.add_argument("--episodes", type=int, metavar="N", help="play the first N held-out tasks; default: each once")
     evaluate.add_argument("--checkpoint", metavar="N|best|final|start", default="final", help="which weights of a run")
+    evaluate.add_argument("--show", type=int, metavar="N", help="also print the first N tasks: what each agent read and wrote")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     imitate = command(
@@ -126,6 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory", metavar="SIZE", help="available memory, e.g. 24GB or 80GiB; default: this machine's")
     for name, text in (("generated", "sampled"), ("updated", "read in updates")):
         plan.add_argument(f"--{name}-per-second", type=float, metavar="N", help=f"tokens {text} per second, to estimate hours")
+    plan.add_argument("--measure", action="store_true", help="load the team, time real steps on this machine, and print hours")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
 
     compare = command(

@@ -31,8 +31,15 @@ def run(arguments: argparse.Namespace) -> int:
     if any(speeds) and not all(speeds):
         raise ConfigError("hours need both --generated-per-second and --updated-per-second.")
     hours = found.hours(*speeds) if all(speeds) else None
+    measured = None
+    if arguments.measure and fits:
+        from collm.training.measure import measure
+
+        with Screen(stderr=True).status("loading the team and timing steps"):
+            measured = measure(config)
     if arguments.json:
         plain = found.plain() | {"memory_bytes": limit, "fits": fits, "hours": hours}
+        plain |= {"measured": measured.plain()} if measured else {}
         plain |= {"would_fit": None if way_out is None else {"settings": way_out[0], "peak_bytes": round(way_out[1].peak)}}
         print(json.dumps(plain))
         return 0 if fits else 1
@@ -41,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     if found.work.note:
         console.print(found.work.note)
     console.print(verdict(found, limit, way_out), style="" if fits else "bold", soft_wrap=True)
+    if arguments.measure:
+        console.print(measured.sentences() if measured else "Nothing was measured, since it does not fit.", soft_wrap=True)
     return 0 if fits else 1
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from collm.cli.evaluate import as_record, show_table
+from collm.cli.evaluate import as_record, name_of, plain, show_table, told
 from collm.envs.catalogue import make
 from collm.errors import ConfigError
 from collm.reports.screen import Screen
@@ -19,7 +19,6 @@ from collm.settings.rooms import Config
 
 if TYPE_CHECKING:
     from collm.engines.http import Endpoint
-    from collm.types import Episode
 
 CHANGEABLE = ("env.", "evaluation.", "rollout.", "run.seed", "team.thinking")
 """Settings, or prefixes of settings, that apply without training and without a loaded model."""
@@ -115,43 +114,3 @@ def endpoints(given: Sequence[str], agents: Sequence[str], key_env: str) -> dict
             f"no endpoint is given for {', '.join(missing)}: add " + " ".join(f"--agent {name}=URL" for name in missing) + "."
         )
     return places
-
-
-def name_of(episode: Episode) -> str:
-    return episode.label or f"task {episode.task}"
-
-
-def plain(episode: Episode) -> dict[str, Any]:
-    """An episode as plain values, for JSON."""
-    turns = [
-        {
-            "reward": turn.raw_reward,
-            "agents": {
-                agent: {
-                    "read": turn.observations[agent],
-                    "text": answer.text,
-                    "token_ids": None if answer.token_ids is None else answer.token_ids.tolist(),
-                    "prompt_ids": None if answer.prompt_ids is None else answer.prompt_ids.tolist(),
-                }
-                for agent, answer in turn.completions.items()
-            },
-        }
-        for turn in episode.turns
-    ]
-    return {"task": episode.task, "label": episode.label, "failure": episode.failure, "turns": turns}
-
-
-def told(episode: Episode) -> str:
-    """An episode as text for the terminal; lines that agents read begin with `|`, lines that they wrote with `>`."""
-    from collm.types import printable
-
-    lines = [f"--- {name_of(episode)}"]
-    for number, turn in enumerate(episode.turns):
-        for agent, answer in turn.completions.items():
-            read = turn.observations[agent]
-            lines += [f"turn {number}, {agent} read:", *(f"  | {line}" for line in read.splitlines())]
-            lines += [f"turn {number}, {agent} wrote:", *(f"  > {line}" for line in answer.text.splitlines())]
-        lines.append(f"turn {number}: reward {turn.raw_reward:g}")
-    if episode.failure:
-        lines.append(f"failed: {episode.failure}")
-    return printable("\n".join(lines))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from collm.cli.main import settings_text
 from collm.errors import ConfigError
-from collm.runs.directory import RESUMABLE, check_named, command, read_settings
+from collm.runs.directory import RESUMABLE, check_named, checkpoints, command, read_settings
 from collm.runs.output import complain
 from collm.settings.load import load_config
 
@@ -22,6 +24,13 @@ def demo_recipe() -> Path:
     return Path(str(resources.files("collm.cli") / "demo.toml"))
 
 
+def announce(what: str, team: Mapping[str, Any]) -> None:
+    """Print a line before torch and the models are loaded, which takes seconds. team: the settings of the room `team`."""
+    sources = dict.fromkeys([team.get("model") or "tiny", *(team.get("models") or {}).values()])
+    rank = f", adapters of rank {team['lora'].get('rank')}" if team.get("lora") else ""
+    complain(f"{what}: loading {', '.join(map(str, sources))}{rank}")
+
+
 def run(arguments: argparse.Namespace) -> int:
     if arguments.settings:
         print(settings_text())
@@ -32,8 +41,6 @@ def run(arguments: argparse.Namespace) -> int:
                 "--resume continues a run with the settings it began with; leave out the recipe, or start a new run with "
                 "another --run.name."
             )
-        from collm.training.trainer import Trainer
-
         overrides = dict(arguments.overrides)
         again = {f"{room}.{key}" for room, key in NAMED_AGAIN}
         if set(overrides) <= {*RESUMABLE, *again}:  # other overrides are refused below
@@ -43,6 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
                 table = values.get(room)
                 if isinstance(table, dict) and table.get(key) == overrides.get(f"{room}.{key}"):
                     overrides.pop(f"{room}.{key}", None)
+            announce(f"resuming {arguments.resume}", values.get("team", {}))
+        from collm.training.trainer import Trainer
+
         trainer = Trainer.resume(arguments.resume, overrides=overrides)
     else:
         if arguments.recipe is None and arguments.overrides.get("env.name", "str_build") != "str_build":
@@ -52,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         config = load_config(arguments.recipe or demo_recipe(), arguments.overrides)
         config.check_trains()
+        announce(f"{config.run_name}: {config.env.name}, {config.algorithm.name}", config.resolved()["team"])
         from collm.training.trainer import Trainer
 
         trainer = Trainer(config)
@@ -60,8 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         folder = trainer.run()
     except Interrupted as interrupted:
+        kept = checkpoints(trainer.folder)
+        saved, begun = int(kept[-1].name) if kept else 0, trainer.iteration + (not trainer.whole)
+        which = f"Iterations {saved + 1} to {begun} were" if begun > saved + 1 else f"Iteration {begun} was"
+        repeated = f"{which} not saved and will be repeated. " if begun > saved else ""
         complain(
-            f"collm: {interrupted}; saved after {trainer.iteration} iterations. "
+            f"collm: {interrupted}; saved after {saved} iterations. {repeated}"
             f"Continue with: {command('collm', 'train', '--resume', trainer.folder)}"
         )
         return 128 + interrupted.signum

@@ -68,9 +68,12 @@ class _GrowingLayer(DynamicLayer):
         self.is_initialized = False
 
     def begin(self, batch: int, keys: Tensor, values: Tensor) -> None:
-        """Allocate buffers for `batch` rows with the heads of `keys` and `values` (..., H, S, D)."""
-        self.buffers = [states.new_zeros(batch, states.shape[-3], self.length, states.shape[-1]) for states in (keys, values)]
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        """Allocate buffers for `batch` rows with the heads of `keys` and `values` (..., H, S, D).
+
+        Keys take the format of values: under autocast they come in float32, and attention would cast all of them at each token.
+        """
+        self.buffers = [values.new_zeros(batch, states.shape[-3], self.length, states.shape[-1]) for states in (keys, values)]
+        self.dtype, self.device, self.is_initialized = values.dtype, values.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:

@@ -7,7 +7,7 @@ reused in the next turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Literal
 
@@ -37,15 +37,19 @@ class LocalEngine:
         self.team = team
         self.batch_tokens = batch_tokens
         self.remember = remember
+        self.watch: Callable[[int, int], None] | None = None
+        """Called after each batch of a call with the number of answers that are done, and of those asked for."""
         self._memories: dict[tuple[int, Sampling], Memory] = {}
+        self._ready: dict[int, Policy] = {}
 
     def load(self, team: Team) -> None:
+        self.rest()
         self.team = team
-        self._memories.clear()
 
     def rest(self) -> None:
-        """Release the kept caches."""
+        """Release the kept caches and cast weights."""
         self._memories.clear()
+        self._ready.clear()
 
     def close(self) -> None:
         self.rest()
@@ -72,16 +76,22 @@ class LocalEngine:
             after = Memory() if self.remember and _continues(policy) and held + size <= self.batch_tokens // 2 else None
             if after is None:
                 before = None
+            if id(policy) not in self._ready:
+                self._ready[id(policy)] = policy.for_generation()
             while rows:
                 count = max(1, (self.batch_tokens - held) // (len(prompts[rows[0]]) + sampling.max_tokens))
                 batch, rows = rows[:count], rows[count:]
                 uniforms = np.stack([_uniforms(requests[i].seed, sampling.max_tokens) for i in batch])
-                answers = decode(policy, [prompts[i] for i in batch], torch.from_numpy(uniforms), sampling, before, after)
+                answers = decode(
+                    self._ready[id(policy)], [prompts[i] for i in batch], torch.from_numpy(uniforms), sampling, before, after
+                )
                 for i, (ids, logprobs) in zip(batch, answers, strict=True):
                     stopped = bool(len(ids)) and int(ids[-1]) in policy.stop_ids
                     text, written = policy.chat.read(ids.tolist())
                     finish: Literal["stop", "length"] = "stop" if stopped else "length"
                     completions[i] = Completion(requests[i].agent, text, prompts[i], ids, logprobs, finish, written=written)
+                if self.watch is not None:
+                    self.watch(len(completions), len(requests))
             if after is not None:
                 self._memories[id(policy), sampling] = after
         return [completions[i] for i in range(len(requests))]

@@ -97,13 +97,16 @@ class Chat:
 
     def encode(self, messages: Sequence[Message], *, answer: bool = True) -> Ids:
         """Token ids (L,) of a history; with `answer`, up to the mark after which the model is to answer."""
-        frames = self._frames(tuple(message.role for message in messages), answer)
+        roles = tuple(message.role for message in messages)
+        frames = self._frames(roles, answer)
         newest = max((i for i, message in enumerate(messages) if message.role == "user"), default=0)
         ids: list[int] = []
         run: list[Piece] = [(True, frames[0])]
         end: int | None = None  # the end mark, where it was sampled already
         for i, (message, frame) in enumerate(zip(messages, frames[1:], strict=True)):
             before, sampled = self._said(message, earlier=message.role == "assistant" and i < newest)
+            if sampled is not None and i:
+                run[-1] = (True, self._prompted(roles[:i], frames[i]))
             run += before
             if sampled is not None:
                 ids += _after(end, self._run(run, continued=bool(ids))) + sampled
@@ -144,11 +147,12 @@ class Chat:
 
     @cached_property
     def _marks(self) -> dict[int, str]:
-        """Id -> text of the tokens that no message may hold: special ones, and added ones that the template writes."""
+        """Id -> text of the tokens that no message may hold: special ones, and added ones that the template writes, white space
+        aside."""
         texts = [self.template, *self._frames(TALK, True)]
         with contextlib.suppress(ConfigError):  # a template without system messages
             texts += self._frames(("system", "user"), True)
-        added = self.tokenizer.added_tokens_decoder
+        added = {i: token for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}
         return {i: token.content for i, token in added.items() if token.special or any(token.content in t for t in texts)}
 
     @cached_property
@@ -184,6 +188,14 @@ class Chat:
             if not np.array_equal(later[: len(answered)], answered):
                 return False
         return True
+
+    def _prompted(self, roles: tuple[str, ...], frame: str) -> str:
+        """The template's text before a sampled answer. A space that the template puts before answers, but not at the end of a
+        prompt, is left out: the model has sampled its own."""
+        if not frame[-1:].isspace():
+            return frame
+        prompt = self._frames(roles, True)[-1]
+        return prompt if frame.startswith(prompt) and frame.removeprefix(prompt).isspace() else frame
 
     def _said(self, message: Message, *, earlier: bool) -> tuple[list[Piece], list[int] | None]:
         """A message as texts and, after them, the sampled ids that it keeps; None for a message that was not sampled.
@@ -225,18 +237,18 @@ class Chat:
 
     def decode(self, ids: Any) -> str:
         """The text of sampled ids, without special tokens."""
-        added, texts, start = self.tokenizer.added_tokens_decoder, [], 0
-        for place, i in enumerate(ids):  # marks of thoughts that are special tokens would be left out, and the thoughts stay
-            if i in self._thought_marks:
-                texts += [self._decode(ids[start:place]), added[i].content]
+        texts, start = [], 0
+        for place, i in enumerate(ids if self._left_out else ()):
+            if i in self._left_out:
+                texts += [self._decode(ids[start:place]), self._left_out[i]]
                 start = place + 1
         return "".join([*texts, self._decode(ids[start:])])
 
     @cached_property
-    def _thought_marks(self) -> frozenset[int]:
-        """Ids of the marks of thoughts, if they are special tokens."""
+    def _left_out(self) -> dict[int, str]:
+        """Id -> text of marks of thoughts that are special tokens: decoding leaves out the marks, and not the thoughts."""
         added = self.tokenizer.added_tokens_decoder
-        return frozenset(i for i, token in added.items() if token.special and token.content in (THOUGHT, THOUGHT_END))
+        return {i: token.content for i, token in added.items() if token.special and token.content in (THOUGHT, THOUGHT_END)}
 
     def _decode(self, ids: Any) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -250,6 +262,12 @@ class Chat:
             self.tokenizer.save_pretrained(folder)
         finally:
             self.tokenizer.chat_template = own
+
+    def by_transformers(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt ids of texts that transformers' `apply_chat_template` gives with this template."""
+        chat = [{"role": message.role, "content": message.text} for message in messages]
+        options = {"chat_template": self.template, "add_generation_prompt": True, "strftime_now": _DAY.strftime}
+        return list(self.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False, **options))
 
     def forget(self) -> None:
         """Clear the caches of encoded texts, for long-lived processes that read untrusted texts."""

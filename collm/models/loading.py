@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,17 @@ def stop_ids_of(source: str, config: Any) -> list[int]:
     except OSError:
         stops = GenerationConfig.from_model_config(config).eos_token_id
     return [i for i in (stops if isinstance(stops, list) else [stops]) if i is not None]
+
+
+def check_vocabulary(tokenizer: Any, rows: int, stop_ids: Iterable[Any] = ()) -> None:
+    """Raises ConfigError where a token of the tokenizer, padding aside, or an id that ends answers has no row of embeddings."""
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows and i != tokenizer.pad_token_id}
+    if beyond or not all(type(i) is int and 0 <= i < rows for i in stop_ids):
+        what = f"token {min(beyond, key=beyond.__getitem__)!r}" if beyond else f"the end mark {list(stop_ids)!r}"
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path!r} does not fit its model: {what} lies beyond its {rows} embeddings. "
+            "Take both from one place."
+        )
 
 
 def max_positions_of(config: Any) -> int:

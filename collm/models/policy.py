@@ -20,7 +20,7 @@ from collm.models import attention
 from collm.models.adapters import Adapter, Base
 from collm.models.blueprint import BaseSpec, base_of
 from collm.models.chat import Chat
-from collm.models.loading import load_pretrained, max_positions_of
+from collm.models.loading import check_vocabulary, load_pretrained, max_positions_of
 from collm.models.sources import is_adapter, resolve
 from collm.models.trees import Tree, hidden_states, reads_trees
 from collm.settings.rooms import LoraSettings
@@ -68,16 +68,9 @@ class Policy:
         self.head: Any = model.get_output_embeddings()
         self.scale, self.softcap = logit_rule(model)
         stops = model.generation_config.eos_token_id if model.generation_config is not None else None
-        stops = stops if isinstance(stops, list) else [stops]
-        size = model.get_input_embeddings().num_embeddings
-        beyond = {t: i for t, i in tokenizer.get_vocab().items() if i >= size and i != tokenizer.pad_token_id}
-        if beyond or not all(i is None or (type(i) is int and 0 <= i < size) for i in stops):
-            what = f"token {min(beyond, key=beyond.__getitem__)!r}" if beyond else f"the end mark {stops!r}"
-            raise ConfigError(
-                f"model {str(model.name_or_path)!r} does not fit its tokenizer: {what} lies beyond its {size} embeddings. "
-                "Take both from one place."
-            )
-        stops, limit = [i for i in stops if i is not None], max_positions_of(model.config)
+        stops = [i for i in (stops if isinstance(stops, list) else [stops]) if i is not None]
+        check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, stops)
+        limit = max_positions_of(model.config)
         self.chat = Chat(tokenizer, stops, max_positions=limit, system=system, thinking=thinking)
 
     @classmethod
@@ -169,6 +162,23 @@ class Policy:
             for hidden, tokens in zip(hidden_KD.split(rows), tokens_K.split(rows), strict=True)
         ]
         return torch.cat(parts)
+
+    def for_generation(self) -> Policy:
+        """The policy with the linear layers of a whole model cast to its compute format once; the same log-probs, bit for bit.
+
+        Autocast casts float32 weights at every token. The result is valid until the weights change; it shares all weights but
+        the cast ones. A policy without such weights is returned as it is.
+        """
+        if self.compute != "bfloat16" or self.adapter is not None:
+            return self
+        ready = copy.copy(self)
+        ready.model = copy.deepcopy(self.model, {id(weight): weight for weight in self.model.parameters()})
+        ready.head = ready.model.get_output_embeddings()
+        for layer in ready.model.modules():
+            if isinstance(layer, nn.Linear):
+                for name, weight in layer.named_parameters(recurse=False):
+                    setattr(layer, name, nn.Parameter(weight.detach().bfloat16(), requires_grad=False))
+        return ready
 
     def frozen_copy(self) -> Policy:
         """A frozen copy of the policy, the reference of KL penalties; that of an adapter has the same base."""

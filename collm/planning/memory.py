@@ -137,7 +137,8 @@ def plan(config: Config, work: Work | None = None) -> Plan:
     add("value heads", sum(12 * (model.shape.hidden + 1) for _, model in critics))
     if config.run.device != "cpu" and _has_cuda(config.run.device):
         add("CUDA context (assumed)", CUDA_RESERVE)
-    phases = [_generation(config, work, model, policy.agents) for policy, model in policies]
+    cast = sum(_cast_bytes(config, model) for _, model in policies)
+    phases = [_generation(config, work, model, policy.agents, cast) for policy, model in policies]
     phases += [_update(config, model, *_read_by(config, work, critic), 0) for critic, model in critics]
     for policy, model in policies:
         longest = max(work.sequence(agent) for agent in policy.agents)
@@ -173,7 +174,7 @@ def _read_by(config: Config, work: Work, critic: CriticSpec) -> tuple[int, int]:
     return min(config.critic.max_tokens, work.sequence(*agents) - unread), work.sequences
 
 
-def _generation(config: Config, work: Work, model: Model, agents: Sequence[str]) -> Phase:
+def _generation(config: Config, work: Work, model: Model, agents: Sequence[str], cast: int) -> Phase:
     """Generation of the last and longest turn: prefill, key-value cache, logits, as in engines/local.py."""
     if config.rollout.engine == "vllm":
         return Phase(f"generation ({model.name})", {})
@@ -191,7 +192,11 @@ def _generation(config: Config, work: Work, model: Model, agents: Sequence[str])
     logits = rows * shape.vocabulary * (16 + 25 * bool(sorts))
     return Phase(
         f"generation ({model.name})",
-        {"key-value cache": cache, "prompts and logits": max(rows * prompt * max(mlp, attention), logits)},
+        {
+            "key-value cache": cache,
+            "prompts and logits": max(rows * prompt * max(mlp, attention), logits),
+            "linear layers in bfloat16": cast,
+        },
     )
 
 
@@ -225,23 +230,33 @@ def _update(config: Config, model: Model, longest: int, count: int, answer: int)
 def block_bytes(shape: Shape, c: int, lora: LoraSettings | None) -> float:
     """Bytes per token that one block keeps for its backward pass. c: bytes per number in products (4, or 2 for bfloat16).
 
-    Residual stream and norms are float32. A frozen layer does not keep its input, but an adapter on it keeps its own input.
+    Norms are float32. A layer keeps its input if it is trained or adapted. In float32, layers with the same input share it; in
+    bfloat16 each has its own copy, except a whole model's output projection, which takes attention's answer as it is.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     trained = lora is None
-    norm = 4 * shape.hidden * (2 if trained else 1) + c * shape.hidden  # its input, that normalized, and its output
-    size: float = 2 * norm
+    norm = 4 * (2 if trained else 1)  # its input, and that normalized where its weight is trained
+    size: float = 2 * norm * shape.hidden
     if shape.qk_norm:
-        size += 4 * (queries + keys) * (2 if trained else 1)
-    size += c * (queries + 2 * keys)  # queries, keys and values as attention takes them
-    size += c * queries  # attention's answer
-    size += c * 4 * shape.intermediate  # gate, its activation, up, and their product
-    if lora is not None:
-        chosen = shape.linear if lora.targets == ["all-linear"] else lora.targets
-        size += c * lora.rank * len(list(chosen))
-        if c == 2:  # each adapter keeps its own copy of its input
-            size += 2 * sum(shape.linear[name][0] for name in chosen)
-    return size
+        size += norm * (queries + keys)
+    size += c * 2 * (queries + keys)  # queries, keys, values and answer of attention
+    size += c * 3 * shape.intermediate  # gate, its activation, and up
+    chosen = list(shape.linear) if lora is None or lora.targets == ["all-linear"] else lora.targets
+    for readers in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",), ("o_proj",)):
+        num = len(set(readers) & set(chosen))
+        copies = num if c == 2 else min(num, 1)
+        if readers == ("o_proj",) and (trained or c == 4):
+            copies = 0
+        size += c * copies * shape.linear[readers[0]][0]
+    return size + (0 if lora is None else c * lora.rank * len(chosen))
+
+
+def _cast_bytes(config: Config, model: Model) -> int:
+    """Bytes of the linear layers that the local engine casts and keeps while it generates: `Policy.for_generation`."""
+    if model.lora is not None or config.team.compute != "bfloat16":
+        return 0
+    shape = model.shape
+    return 2 * (shape.layers * sum(a * b for a, b in shape.linear.values()) + shape.vocabulary * shape.hidden)
 
 
 def _compute_bytes(config: Config) -> int:

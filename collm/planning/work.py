@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from collm.planning.shapes import folder_of
 from collm.settings.rooms import Config
 
 TEMPLATE = 8
-"""Assumed number of tokens that a chat template adds to one message and its answer."""
+"""Assumed number of tokens that a chat template adds to one message and its answer if it is not on this machine."""
 CHARACTERS_PER_TOKEN = 4.0
 """Assumed for prompts if the model's tokenizer is not on this machine."""
 
@@ -24,7 +25,8 @@ class Work:
     """The size of one iteration if every answer has the greatest length.
 
     prompts: agent -> tokens of each turn's new observation. answer: tokens of an answer. episodes: number of episodes, leaves
-    of turn trees included. joint_actions: joint actions that are learned from. note: assumptions made.
+    of turn trees included. joint_actions: joint actions that are learned from. note: assumptions made. template: tokens
+    that the chat template adds to the first message and its answer, and to each later one.
     """
 
     agents: tuple[str, ...]
@@ -36,6 +38,7 @@ class Work:
     note: str = ""
     examples: int = 0
     """Tokens of one agent's worked examples."""
+    template: tuple[int, int] = (TEMPLATE, TEMPLATE)
 
     @property
     def turns(self) -> int:
@@ -43,7 +46,12 @@ class Work:
 
     def sequence(self, *readers: str) -> int:
         """Tokens of the longest history with its answers: of one agent, or of all `readers` in a joint history."""
-        turns = [TEMPLATE + sum(self.prompts[agent][turn] + self.answer for agent in readers) for turn in range(self.turns)]
+        first, later = self.template
+        turns = [
+            (later if turn and self.history != "newest" else first)
+            + sum(self.prompts[agent][turn] + self.answer for agent in readers)
+            for turn in range(self.turns)
+        ]
         head = self.examples * len(readers)
         if self.history == "full":
             return head + sum(turns)
@@ -81,18 +89,21 @@ def work_of(config: Config) -> Work:
     else:
         episodes, actions = tasks * group, tasks * group * turns
     prompts = {agent: tuple(counts) for agent, counts in longest.items()}
-    examples = _example_tokens(config, max(counts[0] for counts in prompts.values()))
-    return Work(agents, prompts, config.rollout.max_tokens, episodes, actions, config.rollout.history, note, examples)
+    added = [template_tokens(config, config.team.models.get(agent, config.team.model)) for agent in agents]
+    template = max(first for first, _ in added), max(later for _, later in added)
+    examples = _example_tokens(config, template[1] + max(counts[0] for counts in prompts.values()))
+    answer, history = config.rollout.max_tokens, config.rollout.history
+    return Work(agents, prompts, answer, episodes, actions, history, note, examples, template)
 
 
-def _example_tokens(config: Config, first: int) -> int:
+def _example_tokens(config: Config, asked: int) -> int:
     """Tokens of one agent's examples if every answer has the greatest length, or of the whole file that holds them.
 
-    first: tokens of the longest first observation.
+    asked: tokens of the longest first observation and of the template around it.
     """
     wanted = config.rollout.examples
     if isinstance(wanted, int):
-        return wanted * (TEMPLATE + first + config.rollout.max_tokens)
+        return wanted * (asked + config.rollout.max_tokens)
     try:
         return count_tokens(config.team.model, Path(wanted).read_text(encoding="utf-8", errors="replace"))
     except OSError as error:
@@ -118,13 +129,45 @@ def _observed(env: Any, task: int, turns: int) -> dict[str, list[str]]:
 def count_tokens(source: str, text: str) -> int:
     """Number of tokens of a text, by the model's tokenizer if it is on this machine, otherwise estimated from its length."""
     folder = folder_of(source)
-    if folder is not None and (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
-        known = _tokenizers.setdefault(str(folder), None) or Tokenizer.from_file(str(folder / "tokenizer.json"))
-        _tokenizers[str(folder)] = known
-        return len(known.encode(text, add_special_tokens=False))
-    return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
+    return len(_tokenizer(folder).encode(text, add_special_tokens=False))
 
 
-_tokenizers: dict[str, Any] = {}
+def template_tokens(config: Config, source: str) -> tuple[int, int]:
+    """Number of tokens that a model's chat template adds to the first message and its answer, its own system message or that of
+    `team.system` included, and to each later one; `TEMPLATE` for both if it is not on this machine or fails."""
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    folder = folder_of(source)
+    files = [] if folder is None else [folder / "tokenizer.json", folder / "chat_template.jinja"]
+    if not files or not all(path.is_file() for path in files):
+        return TEMPLATE, TEMPLATE
+    tokenizer, text = _tokenizer(files[0].parent), files[1].read_text(encoding="utf-8")
+    system = config.team.system
+    head = [] if system in (None, "none") else [{"role": "system", "content": system}]
+    chat = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    thinks = config.team.thinking != "off"
+    added = []
+    try:
+        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        template = sandbox.from_string(text)
+        for length in (1, 3):
+            rendered = template.render(
+                messages=[*head, *chat[:length]], add_generation_prompt=True, enable_thinking=thinks, thinking=thinks
+            )
+            added.append(len(tokenizer.encode(rendered, add_special_tokens=False)) - length)
+    except (TemplateError, TypeError, ValueError):
+        return TEMPLATE, TEMPLATE
+    first, both = added
+    later = both - first
+    return (min(first, later) if system == "none" else first), later
+
+
+@cache
+def _tokenizer(folder: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))

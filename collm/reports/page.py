@@ -13,6 +13,7 @@ from typing import Any
 from collm.errors import RunError
 from collm.reports.builds import BLOCKS
 from collm.reports.curves import COLOURS, run_names
+from collm.runs.alarms import recorded
 from collm.runs.files import write_text
 from collm.runs.open import Run
 from collm.runs.read import Record, read_episodes
@@ -79,7 +80,7 @@ def _run(name: str, run: Run, colour: str) -> Record:
         labels = list(comparison.labels)
         notes = [f"{comparison.num_tasks} held-out tasks; mean [95 % interval] over tasks", *comparison.notes]
     except RunError as error:
-        rows, labels, notes = {}, [], [str(error)]
+        rows, labels, notes = {}, [], [str(error), *recorded(run.metrics)]
     return {
         "name": name,
         "colour": colour,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +37,30 @@ from collm.runs.files import REMOVING, explained, remove, replacing, write_text
 from collm.types import Example
 
 FORMAT = 1
+SAVE_AFTER, SAVE_SHARE = 60.0, 0.02
+"""See `Pace`: seconds, and a fraction of the time."""
 STATE = "state.json"
 _DAMAGE = (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, RecursionError, SafetensorError)
+
+
+class Pace:
+    """When a checkpoint is cheap: `SAVE_AFTER` seconds after the last one, or later, when that took at most `SAVE_SHARE` of the
+    time since. An interrupted update or a crash then repeats little."""
+
+    def __init__(self) -> None:
+        self.saved, self.took = time.monotonic(), 0.0
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self.saved > max(SAVE_AFTER, self.took / SAVE_SHARE)
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """The context in which a checkpoint is written."""
+        began = time.monotonic()
+        yield
+        self.saved = time.monotonic()
+        self.took = self.saved - began
 
 
 def save(folder: Path, learner: Learner, state: Mapping[str, Any]) -> None:

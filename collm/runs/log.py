@@ -119,7 +119,8 @@ class RunLog:
     """Writes the logs of a run directory.
 
     On resume, records of iterations after `resumed_at` are dropped, since they will be written again. If that iteration is
-    `pending`, its line and its evaluation are dropped too, but not the episodes that it was trained on.
+    `pending`, its line and its evaluation are dropped too, but not the episodes that it was trained on. `before` holds the
+    records that were kept.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool, resumed_at: int = -1, pending: bool = False):
@@ -128,6 +129,7 @@ class RunLog:
         completed = resumed_at - pending
         begun = os.path.lexists(self.path)
         kept = [record for record in read_metrics(self.path) if record["iteration"] <= completed] if begun else []
+        self.before = kept
         write_text(self.path, "".join(_line(record) for record in kept))
         with explained(folder / "episodes"):
             (folder / "episodes").mkdir(exist_ok=True)

@@ -165,13 +165,16 @@ def load_agent(source: Path, agent: str, checkpoint: str, *, device: str = "") -
         raise RunError(f"{str(source)!r} is neither a run directory nor an exported folder.")
     if (source / "tokenizer_config.json").is_file():
         from collm.models.policy import Policy
+        from collm.models.trial import try_policy
         from collm.training.assemble import resolve_device
 
         if checkpoint != "final":
             raise ConfigError(
                 f"--checkpoint {checkpoint} is for run directories; {str(source)!r} holds one model. Leave it out."
             )
-        return Policy.from_pretrained(str(source), device=resolve_device(device or "auto")), "exported weights"
+        policy = Policy.from_pretrained(str(source), device=resolve_device(device or "auto"))
+        try_policy(policy)
+        return policy, "exported weights"
     config = run_config(source, {"run.device": device} if device else {}, playing=False)
     weights, what = find_weights(source, checkpoint)
     return load_team(config, weights, agents=(agent,)).policies[agent], what

@@ -52,7 +52,7 @@ class RunSettings(Room):
     device: str = "auto"
     """"cpu", "cuda", or "auto" (cuda if available, else cpu)."""
     checkpoint_every: int = Field(10, ge=1)
-    """Iterations between checkpoints; the last iteration always has one."""
+    """Most iterations between checkpoints; the last always has one, and cheap ones are written in between."""
     tensorboard: bool = True
     """Write TensorBoard events."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from collm.errors import RunError
+from collm.runs.alarms import recorded
 from collm.runs.directory import command
 from collm.runs.open import Run
 from collm.runs.read import Record, read_evaluation
@@ -110,4 +111,5 @@ def before_after(run: Run) -> BeforeAfter:
     left_out = len(old[REWARD].keys() | new[REWARD].keys()) - len(tasks)
     if left_out:
         notes.append(f"left out: {left_out} tasks that were not played to their end both times")
+    notes += recorded(run.metrics)
     return BeforeAfter(run, first, last, len(tasks), rows, before, after, notes, run.cost())

@@ -22,10 +22,12 @@ from collm.models.blueprint import Blueprint, CriticSpec
 from collm.models.critic import Critic, ValueHead
 from collm.models.policy import Policy
 from collm.models.team import Team
+from collm.models.trial import try_critic, try_team
 from collm.rollout.collector import Collector, LocalCollector
 from collm.rollout.plan import Plan
 from collm.runs.directory import usable_cores, with_absolute_data
 from collm.settings.rooms import Config, EnvSettings
+from collm.training.heap import return_freed_blocks
 from collm.training.task import check_fit, metric_names, num_tasks, plan_of, trained_agents, training_tasks
 from collm.types import Example, Sampling
 
@@ -47,13 +49,15 @@ class Assembly:
 
 
 def prepare(config: Config) -> Config:
-    """The config of the run directory, with this machine's threads and device and with absolute data paths.
+    """The config of the run directory, with this machine's threads and device and with absolute data paths; this process uses
+    those threads and returns freed memory to the system.
 
     Raises ConfigError for settings that cannot train, or a device that is not available.
     """
     config.check_trains()
     threads, device = config.run.threads or usable_cores(), resolve_device(config.run.device)
     torch.set_num_threads(threads)
+    return_freed_blocks()
     options = with_absolute_data(config.env.options, Path.cwd())
     env = EnvSettings.model_validate({"name": config.env.name, **options})
     return config.model_copy(update={"run": config.run.model_copy(update={"threads": threads, "device": device}), "env": env})
@@ -97,6 +101,13 @@ def assemble(
     return Assembly(team, engine, collector or LocalCollector(engine, stop=stop), learner, plan, tasks, rates)
 
 
+def unfiltered(team: Team, sampling: Sampling) -> dict[str, int]:
+    """{"unfiltered_vocabulary": size of the largest} if answers are drawn from all of it at temperature 1 or more, else {}."""
+    if sampling.temperature < 1 or sampling.top_p < 1 or sampling.top_k:
+        return {}
+    return {"unfiltered_vocabulary": max(p.model.config.get_text_config().vocab_size for p in team.policies.values())}
+
+
 def resolve_device(device: str) -> str:
     """The device; "auto" is cuda if available, else cpu. Raises ConfigError for a device that is not available."""
     if device == "auto":
@@ -113,21 +124,23 @@ def resolve_device(device: str) -> str:
 
 
 def make_team(config: Config, agents: tuple[str, ...]) -> Team:
-    """Load the models of `config.team` for all agents except frozen team-mates on servers.
+    """Load the models of `config.team` for all agents except frozen team-mates on servers, and try them.
 
-    Raises ConfigError if no agent is left.
+    Raises ConfigError if no agent is left, or a model cannot be trained.
     """
-    team = config.team
-    return Team.from_pretrained(
-        {agent: team.models.get(agent, team.model) for agent in trained_agents(config, agents)},
-        lora=team.lora,
-        shared=team.shared,
+    settings = config.team
+    team = Team.from_pretrained(
+        {agent: settings.models.get(agent, settings.model) for agent in trained_agents(config, agents)},
+        lora=settings.lora,
+        shared=settings.shared,
         seed=seeds.derive(config.run.seed, "adapters"),
-        compute=team.compute,
+        compute=settings.compute,
         device=config.run.device,
-        system=team.system,
-        thinking=team.thinking,
+        system=settings.system,
+        thinking=settings.thinking,
     )
+    try_team(team, cached=config.rollout.engine == "local")
+    return team
 
 
 def with_remote(engine: Engine, config: Config) -> Engine:
@@ -194,7 +207,7 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
 
 
 def _make_critic(spec: CriticSpec, policy: Policy, config: Config) -> Critic:
-    """Create a critic model of the blueprint. policy: the one that `spec.policy` names."""
+    """Create and try a critic model of the blueprint. policy: the one that `spec.policy` names."""
     common: dict[str, Any] = {
         "max_tokens": config.critic.max_tokens,
         "compute": policy.compute,
@@ -203,7 +216,10 @@ def _make_critic(spec: CriticSpec, policy: Policy, config: Config) -> Critic:
     if spec.body == "adapter" and policy.adapter is not None:
         seed = seeds.derive(config.run.seed, "critic's adapter", spec.name)
         base = policy.adapter.base
-        return Critic(base.add_like(policy.adapter, seed), base.tokenizer, **common).to(policy.device)
-    if spec.body == "copy":
-        return Critic(copy.deepcopy(policy.body), policy.tokenizer, **common).to(policy.device)
-    return Critic.from_pretrained(spec.model, device=policy.device, **common)
+        critic = Critic(base.add_like(policy.adapter, seed), base.tokenizer, **common).to(policy.device)
+    elif spec.body == "copy":
+        critic = Critic(copy.deepcopy(policy.body), policy.tokenizer, **common).to(policy.device)
+    else:
+        critic = Critic.from_pretrained(spec.model, device=policy.device, **common)
+    try_critic(critic)
+    return critic

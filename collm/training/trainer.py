@@ -15,12 +15,12 @@ from collm.learning.learner import Learner
 from collm.models.team import Team
 from collm.rollout.collector import Collector
 from collm.runs import checkpoint
+from collm.runs.alarms import PREFIX, Alarms, answer_metrics, sentence
 from collm.runs.directory import begin, checkpoints, lock, resumed_config, write_config
 from collm.runs.examples import recorded_examples, write_examples
 from collm.runs.log import RunLog, describe
 from collm.settings.rooms import Config
-from collm.training.alarms import alarms, gaps
-from collm.training.assemble import assemble, prepare
+from collm.training.assemble import assemble, prepare, unfiltered
 from collm.training.display import Display
 from collm.training.evaluate import evaluate
 from collm.training.signals import Interrupted, Signals
@@ -67,48 +67,45 @@ class Trainer:
         trainer = cls.__new__(cls)
         given = {"examples": recorded_examples(folder), **replaced}
         trainer._setup(resumed_config(folder, overrides or {}), given, quiet)
-        trainer.folder = folder
-        trainer.changed = bool(overrides)
+        trainer.folder, trainer.changed = folder, bool(overrides)
         return trainer
 
     def _setup(self, config: Config, given: Mapping[str, Any], quiet: bool) -> None:
         self.config, self.quiet, self.signals = prepare(config), quiet, Signals()
         made = assemble(self.config, **given, stop=self.signals.check)
         self.team, self.engine, self.collector, self.learner = made.team, made.engine, made.collector, made.learner
-        self.plan, self.tasks, self.rates = made.plan, made.tasks, made.rates
+        self.plan, self.tasks, self.rates, self.every = made.plan, made.tasks, made.rates, config.evaluation.every
         self.iteration = self.joint_actions = 0
         self.best: tuple[float, int] | None = None
-        self.pending: dict[str, Any] | None = {"iteration": 0, "joint_actions": 0}
-        self.changed = False
-        self.warned: set[str] = set()
+        self.pending: dict[str, Any] | None = {"iteration": 0, "joint_actions": 0, **unfiltered(made.team, made.plan.sampling)}
+        self.changed, self.pace, self.whole = False, checkpoint.Pace(), True  # not whole during an update
 
     def run(self) -> Path:
         """Train to the last iteration and return the run directory.
 
-        Raises Interrupted after a signal, after everything done so far has been saved.
+        Raises Interrupted after a signal. Everything done so far is saved then, except by an interrupted update, which leaves
+        the last checkpoint as it was; a resumed run is the same in both cases.
         """
-        with lock(self.folder), self.signals.listen():
+        with lock(self.folder), self.signals.listen(None if self.quiet else self.folder):
             self._restore()
             write_examples(self.folder, self.plan.examples)
             if self.changed:
                 write_config(self.folder, self.config)
-            log = RunLog(
-                self.folder,
-                tensorboard=self.config.run.tensorboard,
-                resumed_at=self.iteration,
-                pending=self.pending is not None,
-            )
-            display = Display(self.config.run.iterations, done=self.iteration, quiet=self.quiet)
+            settings = self.config.run
+            log = RunLog(self.folder, tensorboard=settings.tensorboard, resumed_at=self.iteration, pending=bool(self.pending))
+            self.alarms = Alarms(log.before)
+            display = Display(settings.iterations, done=self.iteration, evaluate_every=self.every, quiet=self.quiet)
             display.say("learning rates: " + ", ".join(f"{name} {rate:g}" for name, rate in self.rates.items()))
             try:
                 if self.pending is not None:
                     self._complete(self.pending, log, display)
-                while self.iteration < self.config.run.iterations:
+                while self.iteration < settings.iterations:
                     self._iterate(log, display)
                 self._save(log)
                 checkpoint.save_team(self.folder / "final", self.team, self.plan.examples)
             except Interrupted:
-                self._save(log)
+                if self.whole:
+                    self._save(log)
                 raise
             finally:
                 display.close()
@@ -117,20 +114,22 @@ class Trainer:
 
     def _iterate(self, log: RunLog, display: Display) -> None:
         """One iteration: collect episodes, update, and evaluate and save if due."""
-        started = time.monotonic()
-        groups = self.collect()
+        started, number = time.monotonic(), self.iteration + 1
+        with display.phase("collecting", self.engine, of=number), self.signals.at_once():
+            groups = self.collect()
         self.engine.rest()
         collected = time.monotonic()
-        update = self.learner.update(groups, self.iteration)
+        with display.phase("learning", of=number), self.signals.at_once():
+            self.whole = False
+            update = self.learner.update(groups, self.iteration)
         self.engine.load(self.team)
-        self.iteration += 1
         episodes = [episode for group in groups for episode in group.episodes]
         self.joint_actions += sum(len(episode.turns) - episode.own_from for episode in episodes)
-        record = {"iteration": self.iteration, "joint_actions": self.joint_actions, **describe(episodes), **update.metrics}
-        record["seconds/collect"] = collected - started
-        record["seconds/learn"] = time.monotonic() - collected
-        log.episodes(self.iteration, episodes[:EPISODES_SAVED], update.annotations)
-        self._warn(gaps(update.metrics), display)
+        self.iteration, self.whole = number, True
+        record = {"iteration": number, "joint_actions": self.joint_actions, **describe(episodes), **update.metrics}
+        record |= answer_metrics(episodes, self.config.env.name)
+        record |= {"seconds/collect": collected - started, "seconds/learn": time.monotonic() - collected}
+        log.episodes(number, episodes[:EPISODES_SAVED], update.annotations)
         self._complete(record, log, display)
 
     def _complete(self, record: dict[str, Any], log: RunLog, display: Display) -> None:
@@ -138,15 +137,18 @@ class Trainer:
 
         Until then the record is pending: a run that is interrupted here saves it in its checkpoint and completes it on resume.
         """
+        self._watch(record, display)
         self.pending = record
-        every, last = self.config.evaluation.every, self.iteration == self.config.run.iterations
-        if every and (last or self.iteration % every == 0):
+        last = self.iteration == self.config.run.iterations
+        if self.every and (last or self.iteration % self.every == 0):
             record = record | self._evaluate(log, display)
+            self._watch(record, display)
         log.metrics(record)
         self.pending = None
         display.update(self.iteration, record)
-        new_best = self.best is not None and self.best[1] == self.iteration
-        if self.iteration and (last or new_best or self.iteration % self.config.run.checkpoint_every == 0):
+        new_best = (self.best or (0.0, 0))[1] == self.iteration
+        due = last or new_best or self.pace.due or self.iteration % self.config.run.checkpoint_every == 0
+        if self.iteration and due:
             self._save(log)
 
     def collect(self) -> list[Group]:
@@ -158,7 +160,8 @@ class Trainer:
     def _evaluate(self, log: RunLog, display: Display) -> dict[str, Any]:
         """Held-out means now; the best iteration is recorded so that its checkpoint is kept."""
         try:
-            result = evaluate(self.config, self.collector, examples=self.plan.examples)
+            with display.phase("evaluating", self.engine), self.signals.at_once():
+                result = evaluate(self.config, self.collector, examples=self.plan.examples)
         finally:
             self.engine.rest()  # drop its caches, so that training continues as it would after a resume
         log.episodes(self.iteration, result.episodes, suffix="-evaluation")
@@ -167,27 +170,24 @@ class Trainer:
         if math.isfinite(score) and (self.best is None or score > self.best[0]):
             self.best = (score, self.iteration)
         display.say(f"held-out after {self.iteration} iterations: reward {score:.3f} over {len(result.played)} tasks")
-        if self.iteration:  # before training, degenerate answers are expected
-            self._warn(alarms(record), display)
         return record
 
-    def _warn(self, warnings: Mapping[str, str], display: Display) -> None:
-        """Show each kind of warning once."""
-        for name in warnings.keys() - self.warned:
-            self.warned.add(name)
-            display.say(warnings[name])
-
-    # --- saving and leaving ------------------------------------------------------------------------------------------
+    def _watch(self, record: dict[str, Any], display: Display) -> None:
+        """Show the alarms that a record raises for the first time, and add them to it."""
+        for name, value in self.alarms.raised(record).items():
+            record[PREFIX + name] = value
+            display.say(f"warning: {sentence(name, value)}")
 
     def _save(self, log: RunLog) -> None:
         log.flush()
-        state = {"iteration": self.iteration, "joint_actions": self.joint_actions, "best": self.best, "pending": self.pending}
-        checkpoint.save(self.folder / "checkpoints" / f"{self.iteration:06d}", self.learner, state)
-        checkpoint.prune(self.folder, KEPT, self.best and self.best[1])
+        best, name = self.best and list(self.best), f"{self.iteration:06d}"
+        state = {"iteration": self.iteration, "joint_actions": self.joint_actions, "best": best, "pending": self.pending}
+        with self.pace.measure():
+            checkpoint.save(self.folder / "checkpoints" / name, self.learner, state)
+            checkpoint.prune(self.folder, KEPT, self.best and self.best[1])
 
     def _restore(self) -> None:
-        found = checkpoints(self.folder)
-        if found:
+        if found := checkpoints(self.folder):
             state = checkpoint.load(found[-1], self.learner)
             if state["iteration"] > self.config.run.iterations:
                 raise ConfigError(

@@ -85,6 +85,14 @@ def test_an_ordinary_endpoint_gives_text_alone():
     assert not HttpEngine.trains
 
 
+def test_thoughts_that_a_server_sends_are_kept_apart_unless_shown():
+    said = "<think>\nblue?\n</think>\n\nred"
+    with serve(lambda *_: http(completion(said))) as served:
+        got, shown = ask(served.url), ask(served.url, thinking="shown")
+    assert (got.text, got.written) == ("red", said)
+    assert (shown.text, shown.written) == (said, None)
+
+
 def test_log_probs_where_openai_and_vllm_put_them():
     content = [{"token": "red", "logprob": -0.5, "bytes": None, "top_logprobs": []}]
     got = read_answer("a", completion("red", logprobs={"content": content}, token_ids=[71]))

@@ -119,7 +119,7 @@ def test_they_agree_to_the_rounding_of_bfloat16(tmp_path: Path, monkeypatch) -> 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2.exists(), reason="build/smollm2 is not there: make smollm2")
-@pytest.mark.parametrize("team", [{}, {"lora": {"rank": 8}}], ids=["whole models", "adapters"])
+@pytest.mark.parametrize("team", [{"shared": True}, {"lora": {"rank": 8}}], ids=["a whole model", "adapters"])
 def test_gradients_of_real_weights_are_those_of_one_pass_per_sequence(
     tmp_path: Path, monkeypatch, team: dict[str, Any]
 ) -> None:

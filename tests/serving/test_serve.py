@@ -24,16 +24,19 @@ from typing import ClassVar
 import httpx
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from places import ROOT
 
 from collm.cli.main import main
 from collm.engines.http import HttpEngine, endpoint
 from collm.engines.local import LocalEngine
+from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.rollout.collector import LocalCollector
 from collm.runs.directory import run_config
 from collm.runs.weights import load_team
 from collm.serving.batcher import Batcher
+from collm.serving.server import make_app
 from collm.serving.wire import Refused
 from collm.settings.load import parse_config
 from collm.training.evaluate import evaluate
@@ -275,6 +278,19 @@ def test_requests_that_come_together_are_one_batch(tiny):
     assert refused.code == "context_length_exceeded"
     assert [answer.text for answer in answers] == alone
     assert engine.calls == [16]
+
+
+@pytest.mark.parametrize("thinking", ["private", "shown"])
+def test_thoughts_are_served_only_if_shown(monkeypatch, thinking):
+    policy = Policy.from_pretrained("tiny", thinking=thinking)
+    said = "<think>\nblue?\n</think>\n\nred"
+    ids = np.array([*policy.chat.text_ids(said), policy.stop_ids[0]], dtype=np.int32)
+    logprobs = np.zeros(len(ids), dtype=np.float32)
+    monkeypatch.setattr("collm.engines.local.decode", lambda policy, prompts, *rest: [(ids, logprobs) for _ in prompts])
+    with TestClient(make_app(policy, "a")) as client:
+        answer = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Name a colour"}]}).json()
+    assert answer["choices"][0]["message"]["content"] == ("red" if thinking == "private" else said)
+    assert answer["choices"][0]["token_ids"] == ids.tolist()
 
 
 def test_an_engine_that_fails_is_an_error_of_its_batch_alone(tiny, capsys):

@@ -420,6 +420,14 @@ def test_what_an_old_run_learned_with_and_is_gone_is_named():
     assert former.lost(old_run(team__compute="bfloat16")) == ["team.lora.base='float32'"]
 
 
+def test_old_runs_show_thoughts_and_keep_the_templates_system_message():
+    kept = parse_config(rooms()).resolved()
+    for key in ("system", "thinking"):
+        del kept["team"][key]
+    assert (parse_resolved(kept).team.system, parse_resolved(kept).team.thinking) == (None, "shown")
+    assert parse_config(rooms()).team.thinking == "off"
+
+
 def test_a_setting_that_came_later_keeps_the_meaning_of_older_runs(monkeypatch):
     """Whatever its preset says today: otherwise a resumed run would go on as another algorithm."""
     monkeypatch.setitem(former.ADDED, ("critic", "metrics"), False)

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from collm.cli.evaluate import told
 from collm.cli.main import main
 from collm.envs.base import Outcome, TextEnv, agent_names
 from collm.errors import EnvError
 from collm.runs.log import read_metrics
 from collm.settings.load import parse_config
 from collm.training.trainer import Trainer
+from collm.types import Completion, Episode, Turn
 
 WORDS = ["AN", "AT", "BE", "DO", "GO", "IN", "IT", "ON", "UP"]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -194,6 +196,7 @@ def test_a_world_whose_every_task_fails_is_an_error(tmp_path, refused):
     [
         (["--episodes", "0"], "--episodes 0 plays nothing"),
         (["--episodes", "-2"], "--episodes -2 plays nothing"),
+        (["--show", "0"], "--show 0 shows nothing"),
         (["--checkpoint", "1"], "no checkpoint after 1 iterations; saved: 2, 3"),
         (["--checkpoint", "newest"], "is not final, best, start, or a number"),
         (["--learner.lr", "1"], "'learner.lr' is not a setting that the evaluation of a trained run can change"),
@@ -259,3 +262,43 @@ def test_mistakes_are_told_before_torch_is_loaded(run):
     words = ["evaluate", str(run), "--checkpoint", "7"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+
+
+def test_show_prints_what_each_agent_read_and_wrote(tmp_path, capsys):
+    """Of the first tasks, beside the same table; a failed episode has its reason; JSON stays one object."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[run]\nthreads = 1\n[env]\nname = "test_evaluate:Choosy"\n[rollout]\nmax_tokens = 2\n')
+    assert main(["evaluate", str(recipe), "--show", "4"]) == 0
+    shown = capsys.readouterr().out
+    blocks = shown.split("--- ")[1:]
+    assert [block.splitlines()[0] for block in blocks] == ["task 0", "task 1", "task 2", "task 3"]
+    for block in blocks[:3]:
+        for agent in ("agent_0", "agent_1"):
+            assert f"{agent} read:\n  | Name one colour.\n{agent} wrote:\n  " in block
+    assert "reward 2\n" in blocks[2]
+    assert "metrics: odd 1" in blocks[0]
+    assert "failed: step 0: task 3 is broken" in blocks[3]
+    assert shown.count("mean [95 % interval]") == 1
+    assert main(["evaluate", str(recipe), "--show", "2", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [episode["task"] for episode in record["played"]] == [0, 1]
+    assert record["played"][1]["turns"][0]["agents"]["agent_0"]["read"] == "Name one colour."
+    assert record["played"][1]["turns"][0]["reward"] == 1.0
+    assert record["episodes"] == 9
+
+
+def test_show_names_turns_parts_empty_and_cut_answers(capsys):
+    answers = {"a": Completion("a", "one\ntwo\x1b[2J", finish_reason="length"), "b": Completion("b", "")}
+    turn = Turn(
+        {"a": "Say\nit.", "b": "Say."}, answers, 0.5, 0.5, parts={"covered": 0.5}, messages={"a": Completion("a", "hi")}
+    )
+    text = told(Episode(7, 0, ("a", "b"), turns=[turn, turn], label="7"))
+    assert text.splitlines()[:13] == [
+        "--- task 7",
+        "turn 1, a read:", "  | Say", "  | it.",
+        "turn 1, a wrote to the others:", "  > hi",
+        "turn 1, a wrote:", "  > one", "  > two?[2J", "  (cut off at rollout.max_tokens)",
+        "turn 1, b read:", "  | Say.",
+        "turn 1, b wrote:",
+    ]  # fmt: skip
+    assert text.splitlines()[13:15] == ["  (nothing)", "turn 1, reward 0.5 (covered 0.5)"]

@@ -17,9 +17,9 @@ from collm.engines.base import Engine
 from collm.errors import ConfigError
 from collm.learning.learner import Learner, PartsLearner
 from collm.models.team import Team
+from collm.runs.alarms import LARGE_GAP
 from collm.runs.read import read_metrics
 from collm.settings.load import parse_config
-from collm.training.alarms import LARGE_GAP
 from collm.training.assemble import assemble, make_team, prepare
 from collm.training.trainer import Trainer
 

@@ -20,8 +20,10 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from collm.engines import local
 from collm.errors import ConfigError, RunError
-from collm.runs import directory
+from collm.learning import parts, steps
+from collm.runs import checkpoint, directory
 from collm.settings.load import load_config, parse_config
 from collm.training import trainer as trainer_module
 from collm.training.signals import Interrupted
@@ -144,6 +146,80 @@ def test_stopped_in_an_evaluation_it_is_evaluated_once_more(
     monkeypatch.undo()
     Trainer.resume(part.folder, quiet=True).run()
     assert outcome(part.folder) == outcome(whole)
+
+
+@pytest.mark.parametrize("saved", [0, 2])
+def test_a_signal_inside_an_update_leaves_it_and_the_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, saved: int
+) -> None:
+    """The signal comes after the first optimizer step of an iteration: no further micro-batch is read, nothing is saved."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(iterations=6))
+    part = Trainer(load_config(recipe, overrides={"run.folder": str(tmp_path), "run.name": "part"}), quiet=True)
+    read: list[bool] = []
+    first_step, micro_batches = steps.step, parts.micro_batches
+
+    def stepping(*arguments: Any) -> float:
+        norm = first_step(*arguments)
+        if part.iteration == saved and not read:
+            read.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return norm
+
+    def reading(*arguments: Any, **rest: Any) -> Any:
+        for micro in micro_batches(*arguments, **rest):
+            assert not read, "a micro-batch was read after the signal"
+            yield micro
+
+    monkeypatch.setattr(parts, "step", stepping)
+    monkeypatch.setattr(parts, "micro_batches", reading)
+    with pytest.raises(Interrupted):
+        part.run()
+    monkeypatch.undo()
+    assert not part.whole
+    assert [int(path.name) for path in directory.checkpoints(part.folder)] == ([saved] if saved else [])
+    Trainer.resume(part.folder, quiet=True).run()
+    assert outcome(part.folder) == outcome(whole)
+
+
+def test_a_signal_inside_a_generation_leaves_it_and_everything_before_is_saved(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(iterations=6))
+    part = Trainer(load_config(recipe, overrides={"run.folder": str(tmp_path), "run.name": "part"}))
+    decode = local.decode
+
+    def decoding(*arguments: Any) -> Any:
+        if part.iteration == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            raise AssertionError("the generation went on")
+        return decode(*arguments)
+
+    monkeypatch.setattr(local, "decode", decoding)
+    with pytest.raises(Interrupted):
+        part.run()
+    monkeypatch.undo()
+    line = next(line for line in capfd.readouterr().err.splitlines() if "SIGINT" in line)
+    assert line == f"collm: SIGINT: stopping after this micro-batch; `collm train --resume {part.folder}` goes on."
+    assert [int(path.name) for path in directory.checkpoints(part.folder)] == [1]
+    Trainer.resume(part.folder, quiet=True).run()
+    assert outcome(part.folder) == outcome(whole)
+
+
+def test_checkpoints_are_written_where_they_cost_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save of 2 s: due again after 100 s; one of 0.1 s: after a minute."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for seconds, wait in ((2.0, 100.0), (0.1, 60.0)):
+        pace = checkpoint.Pace()
+        with pace.measure():
+            now[0] += seconds
+        now[0] += wait - 0.5
+        assert not pace.due
+        now[0] += 1.0
+        assert pace.due
 
 
 @pytest.mark.slow
