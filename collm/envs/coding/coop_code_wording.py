@@ -25,9 +25,8 @@ def _plain_first(env: CoopCode, agent: str) -> str:
             f"{writers}, and does more with the result."
         )
     else:
-        lines.append(
-            f"You are {agent}, one of {number} programmers. {env.main} writes {entry_point} now and calls your function {agent}."
-        )
+        role = f"You are {agent}, one of {number} programmers."
+        lines.append(f"{role} {env.main} writes {entry_point} now and calls your function {agent}.")
     return "\n".join([*lines, _imperative(env, agent)])
 
 
