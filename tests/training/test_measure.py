@@ -14,7 +14,7 @@ from collm.training import measure as module
 from collm.training.measure import Measured, Step, measure
 
 AGREE: dict[str, Any] = {
-    "env": {"name": "agree"},
+    "env": {"name": "agree", "wording": "terse"},
     "rollout": {"tasks": 16, "max_tokens": 2},
     "run": {"iterations": 7, "threads": 1, "device": "cpu"},
     "evaluation": {"every": 3, "episodes": 2},
