@@ -35,7 +35,8 @@ def make_trainer(folder: Path, name: str, agents: int, seed: int, **changes: dic
         "evaluation": {"every": 0},
     }
     for room, settings in changes.items():
-        values[room] = {**values.get(room, {}), **settings}
+        former = {} if room == "env" and "name" in settings else values.get(room, {})
+        values[room] = {**former, **settings}
     return Trainer(parse_config(values), quiet=True)
 
 
