@@ -285,7 +285,7 @@ def test_tasks_says_of_every_world_what_it_is(capsys):
             assert f"agents: {', '.join(row['agents'])}  turns: {row['turns']}  tasks: {row['tasks']}" in block
     lines = shown.split("\n")
     assert max(len(line) for line in lines if line.startswith("    ")) <= 110
-    assert rows["agree"]["options"] == {"agents": 2, "colours": 4, "turns": 1}
+    assert rows["agree"]["options"] == {"agents": 2, "colours": 4, "turns": 1, "wording": "plain"}
 
 
 def test_a_task_that_cannot_be_made_is_listed_with_the_reason(capsys, monkeypatch):
