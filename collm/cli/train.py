@@ -73,7 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     except Interrupted as interrupted:
         kept = checkpoints(trainer.folder)
         saved, begun = int(kept[-1].name) if kept else 0, trainer.iteration + (not trainer.whole)
-        repeated = f"iterations {saved + 1} to {begun}, not saved, will be repeated. " if begun > saved else ""
+        which = f"Iterations {saved + 1} to {begun} were" if begun > saved + 1 else f"Iteration {begun} was"
+        repeated = f"{which} not saved and will be repeated. " if begun > saved else ""
         complain(
             f"collm: {interrupted}; saved after {saved} iterations. {repeated}"
             f"Continue with: {command('collm', 'train', '--resume', trainer.folder)}"

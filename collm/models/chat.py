@@ -147,11 +147,12 @@ class Chat:
 
     @cached_property
     def _marks(self) -> dict[int, str]:
-        """Id -> text of the tokens that no message may hold: special ones, and added ones that the template writes."""
+        """Id -> text of the tokens that no message may hold: special ones, and added ones that the template writes, white space
+        aside."""
         texts = [self.template, *self._frames(TALK, True)]
         with contextlib.suppress(ConfigError):  # a template without system messages
             texts += self._frames(("system", "user"), True)
-        added = self.tokenizer.added_tokens_decoder
+        added = {i: token for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}
         return {i: token.content for i, token in added.items() if token.special or any(token.content in t for t in texts)}
 
     @cached_property
@@ -236,18 +237,18 @@ class Chat:
 
     def decode(self, ids: Any) -> str:
         """The text of sampled ids, without special tokens."""
-        added, texts, start = self.tokenizer.added_tokens_decoder, [], 0
-        for place, i in enumerate(ids):  # marks of thoughts that are special tokens would be left out, and the thoughts stay
-            if i in self._thought_marks:
-                texts += [self._decode(ids[start:place]), added[i].content]
+        texts, start = [], 0
+        for place, i in enumerate(ids if self._left_out else ()):
+            if i in self._left_out:
+                texts += [self._decode(ids[start:place]), self._left_out[i]]
                 start = place + 1
         return "".join([*texts, self._decode(ids[start:])])
 
     @cached_property
-    def _thought_marks(self) -> frozenset[int]:
-        """Ids of the marks of thoughts, if they are special tokens."""
+    def _left_out(self) -> dict[int, str]:
+        """Id -> text of marks of thoughts that are special tokens: decoding leaves out the marks, and not the thoughts."""
         added = self.tokenizer.added_tokens_decoder
-        return frozenset(i for i, token in added.items() if token.special and token.content in (THOUGHT, THOUGHT_END))
+        return {i: token.content for i, token in added.items() if token.special and token.content in (THOUGHT, THOUGHT_END)}
 
     def _decode(self, ids: Any) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -35,7 +35,8 @@ LARGEST_GAP = {"float32": 1e-3, "bfloat16": 0.05}
 
 def try_team(team: Team, *, cached: bool = True) -> None:
     """Try each policy of a team; of several from one source, the first. Raises ConfigError, as `try_policy`."""
-    for policy in {(policy.source or id(policy), policy.compute): policy for policy in team.policies.values()}.values():
+    distinct = {(p.source or id(p), p.compute, p.adapter is None): p for p in reversed(team.policies.values())}
+    for policy in distinct.values():
         try_policy(policy, cached=cached)
 
 

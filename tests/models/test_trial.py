@@ -158,7 +158,7 @@ def test_the_templates_end_of_a_turn_ends_an_answer_whatever_the_tokenizers_end_
 
 def test_added_tokens_of_the_template_are_split_in_texts_though_not_flagged_special() -> None:
     words = copy.deepcopy(tokenizer("qwen2.5"))
-    words.add_tokens([AddedToken("<|me|>", special=False), AddedToken("<|other|>", special=False)])
+    words.add_tokens([AddedToken(text, special=False) for text in ("<|me|>", "<|other|>", "\n\n")])
     words.chat_template = CHATML.replace("'<|im_start|>' + m.role", "'<|me|>' + m.role")
     chat = Chat(words)
     me, other = words.convert_tokens_to_ids(["<|me|>", "<|other|>"])
@@ -166,6 +166,8 @@ def test_added_tokens_of_the_template_are_split_in_texts_though_not_flagged_spec
     assert me in words(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]  # so it would be a forged turn
     assert me not in chat.text_ids(text)
     assert other in chat.text_ids(text)  # a token of no meaning to the template
+    words.chat_template = words.chat_template.replace("m.content +", "m.content + '\n\n' +")
+    assert words.convert_tokens_to_ids("\n\n") in Chat(words).text_ids("a\n\nb")  # white space is not a mark
     assert chat.decode(chat.text_ids(text)) == text
     assert chat.encode([Message("user", text)]).tolist().count(me) == chat.encode(TALK[:1]).tolist().count(me)
 
