@@ -50,12 +50,12 @@ class Case:
 CASES = (
     Case("agree", {}, 1, 0.5, 8, {"colours": ["white", "black", "brown", "pink"]}),
     Case("quote", {}, 0, 0.7, 14),
-    Case("tldr", {}, 0, 0.5, 48),
-    Case("coop_code", {"turns": 1}, 1, 0.3, 48),
+    Case("coop_code", {"turns": 1}, 0, 0.3, 40),
+    Case("tldr", {}, 0, 0.5, 40),
+    Case("bridge_build", {"size": [5, 5], "turns": 1}, 2, 0.7, 32),
+    Case("resource_gathering", {"size": [5, 5], "turns": 1}, 2, 0.3, 56),
     Case("str_build", {"strings": "english", "lengths": [2], "turns": 1}, 1, 0.5, 64),
     Case("house_build", {"size": [4, 3, 4], "turns": 1}, 1, 0.5, 64),
-    Case("bridge_build", {"size": [5, 5], "turns": 1}, 2, 0.7, 32),
-    Case("resource_gathering", {"size": [5, 5], "turns": 1}, 3, 0.3, 56),
 )
 
 

@@ -35,7 +35,13 @@ def test_parts_are_lines_json_entries_or_the_whole_answer(usable: Any) -> None:
 def test_half_of_the_parts_may_be_rejected_and_no_more(usable: Any) -> None:
     spec = EnvSpec("str_build", {"strings": ["I"], "eval_strings": ["I"]})
     good, bad = "/setblock 0 0 0 oak_planks", "I would build an I."
-    for answer, is_usable in ((good, True), (f"{good}\n{bad}", True), (f"{good}\n{bad}\n{bad}", False), (bad, False), ("", False)):
+    for answer, is_usable in (
+        (good, True),
+        (f"{good}\n{bad}", True),
+        (f"{good}\n{bad}\n{bad}", False),
+        (bad, False),
+        ("", False),
+    ):
         assert usable.judge("str_build", spec, 0, 0, "builder_0", answer, []).usable is is_usable
 
 

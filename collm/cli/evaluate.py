@@ -142,7 +142,9 @@ def told(episode: Episode) -> str:
     for number, turn in enumerate(episode.turns, start=1):
         where = f"turn {number}, " if len(episode.turns) > 1 else ""
         for agent, answer in turn.completions.items():
-            lines += [f"{where}{agent} read:", *(f"  | {line}" for line in turn.observations[agent].splitlines())]
+            count = sum(message.role == "user" for message in episode.examples.get(agent, ()))
+            after = f", after {count} worked examples" if count else ""
+            lines += [f"{where}{agent} read{after}:", *(f"  | {line}" for line in turn.observations[agent].splitlines())]
             if agent in turn.messages:
                 lines += [f"{where}{agent} wrote to the others:", *_written(turn.messages[agent])]
             lines += [f"{where}{agent} wrote:", *_written(answer)]

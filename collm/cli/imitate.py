@@ -19,9 +19,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     display = Display(arguments.steps)
     try:
-        display.say("loading the team")
-        from collm.training.imitate import imitate
-
+        with display.phase("loading"):
+            from collm.training.imitate import imitate
         done = imitate(config, steps=arguments.steps, data=arguments.data, out=arguments.out, display=display)
     finally:
         display.close()

@@ -38,9 +38,9 @@ class Rule:
     """Whether values below the limit raise it, instead of values above."""
     of_first: bool = False
     """The limit is a fraction of the run's first value."""
-    when: Literal["always", "first", "trained", "stuck"] = "always"
-    """In every record; in that of the first iteration; after training has begun; or while the reward is not above its first
-    value."""
+    when: Literal["always", "first", "later", "trained", "stuck"] = "always"
+    """In every record; in that of the first iteration, or not before the second (a new critic's values are 0); after training
+    has begun; or while the reward is not above its first value."""
 
     def who(self, name: str) -> str | None:
         """The agent or policy in a metric's name, empty if it has none; None for another metric."""
@@ -53,6 +53,7 @@ class Rule:
         due = {
             "always": True,
             "first": record["iteration"] == 1,
+            "later": record["iteration"] > 1,
             "trained": record["iteration"] > 0,
             "stuck": record["iteration"] > 0 and record.get(reward, 0.0) <= first.get(reward, 0.0),
         }
@@ -72,6 +73,7 @@ RULES = (
         0.5,
         "{percent} of the answers of {who} have advantage 0 and teach nothing: all answers of a group earned the same. If the "
         "task is not solved, raise rollout.temperature or algorithm.group_size, or take tasks of another difficulty.",
+        when="later",
     ),
     Rule(
         "entropy_estimate",
@@ -165,7 +167,7 @@ def recorded(records: Sequence[Mapping[str, Any]]) -> list[str]:
     for record in records:
         for name, value in record.items():
             if name.startswith(PREFIX) and value is not None and (text := sentence(name.removeprefix(PREFIX), value)):
-                found.append(f"warning after {record['iteration']} iterations: {text}")
+                found.append(f"warning after iteration {record['iteration']}: {text}")
     return found
 
 

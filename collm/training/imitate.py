@@ -80,12 +80,13 @@ def imitate(
     losses: list[float] = []
     before = _held_out(config, engine, plan, display, "before")
     display.started = time.monotonic()
-    for done in range(steps):
-        drawn = draw_tasks(config.run.seed, done, config.rollout.tasks, tasks if chats is None else range(len(chats)))
-        keys = [seeds.derive(config.run.seed, "imitate", done, i) for i in range(len(drawn))]
-        played = [play_scripted(plan, t, k) if chats is None else chats[t] for t, k in zip(drawn, keys, strict=True)]
-        losses.append(step(learner, [recorded(episode, team, plan) for episode in played], done))
-        display.update(done + 1, {"loss": losses[-1]})
+    with display.phase("imitating"):
+        for done in range(steps):
+            drawn = draw_tasks(config.run.seed, done, config.rollout.tasks, tasks if chats is None else range(len(chats)))
+            keys = [seeds.derive(config.run.seed, "imitate", done, i) for i in range(len(drawn))]
+            played = [play_scripted(plan, t, k) if chats is None else chats[t] for t, k in zip(drawn, keys, strict=True)]
+            losses.append(step(learner, [recorded(episode, team, plan) for episode in played], done))
+            display.update(done + 1, {"loss": losses[-1]})
     engine.load(team)
     after = _held_out(config, engine, plan, display, "after")
     engine.close()
@@ -164,8 +165,8 @@ def _held_out(config: Config, engine: Engine, plan: Plan, display: Display, when
     """The held-out reward now; None if the config disables evaluation."""
     if not config.evaluation.every:
         return None
-    display.say(f"evaluating {when} imitation")
-    reward = evaluate(config, LocalCollector(engine), examples=plan.examples).summary()["evaluation/reward"]
+    with display.phase(f"evaluating {when} imitation", engine):
+        reward = evaluate(config, LocalCollector(engine), examples=plan.examples).summary()["evaluation/reward"]
     engine.rest()
     display.say(f"held-out {when} imitation: reward {reward:.3f}")
     return float(reward)

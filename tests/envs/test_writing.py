@@ -9,6 +9,7 @@ import random
 import re
 import statistics
 import time
+from functools import partial
 
 import pytest
 from hypothesis import example, given, settings
@@ -29,7 +30,7 @@ ABSTRACTS = DATA / "arxiv" / "scitldr_abstracts.jsonl"
 PUBLIC = [pytest.param("tldr", POSTS, 400, 0, id="tldr"), pytest.param("arxiv", ABSTRACTS, 600, 0, id="arxiv")]
 # One word of each category of transitions.
 ONE_EACH = ["also", "but", "so", "namely", "next", "indeed", "overall", "likewise", "still", "if", "soon", "lest"]
-ENVS = {"tldr": Tldr, "arxiv": Arxiv}
+ENVS = {"tldr": partial(Tldr, wording="terse"), "arxiv": partial(Arxiv, wording="terse")}
 
 
 def play(env, *answers, task=0):
@@ -297,7 +298,7 @@ def best(env, task):
 @pytest.mark.parametrize("split", ["train", "eval"])
 @pytest.mark.parametrize("name", ["tldr", "arxiv"])
 def test_a_scripted_pair_reaches_the_optimum_on_every_task(name, split):
-    env = make(name, split=split)
+    env = make(name, wording="terse", split=split)
     assert [env.num_tasks, env.max_reward] == [NUM_TASKS[split], 3.0]
     for task in range(env.num_tasks):
         assert best(env, task) == pytest.approx(2.98), task
@@ -306,7 +307,7 @@ def test_a_scripted_pair_reaches_the_optimum_on_every_task(name, split):
 @pytest.mark.parametrize("agents", [1, 3, 4])
 @pytest.mark.parametrize("name", ["tldr", "arxiv"])
 def test_any_number_of_writers_can_reach_the_optimum(name, agents):
-    env = make(name, agents=agents)
+    env = make(name, wording="terse", agents=agents)
     for task in range(40):
         assert best(env, task) == pytest.approx(2.98), task
 
@@ -316,7 +317,7 @@ def test_the_optimum_is_reached_on_the_public_data(name, path, rows, skipped):
     if not path.exists():
         pytest.skip(f"the public data is not here: {path.name}")
     for split, expected in (("train", rows - rows // 5), ("eval", rows // 5)):
-        env = make(name, data=str(path), split=split)
+        env = make(name, wording="terse", data=str(path), split=split)
         assert (env.num_tasks + env.skipped, env.skipped) == (expected, skipped)
         for task in range(env.num_tasks):
             assert best(env, task) == pytest.approx(2.98), task
@@ -442,7 +443,7 @@ def test_a_split_that_does_not_exist_is_refused():
 @pytest.mark.parametrize("agents", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", ["tldr", "arxiv"])
 def test_the_instruction_is_short_ascii_and_names_role_task_and_limits(name, agents):
-    env = make(name, agents=agents)
+    env = make(name, wording="terse", agents=agents)
     observations, _ = env.reset(seed=0, options={"task": 3})
     assert set(observations) == set(env.possible_agents)
     for index, (agent, observation) in enumerate(observations.items()):

@@ -319,7 +319,7 @@ def test_alarms_of_a_run_are_among_the_notes_of_its_table_and_page(tmp_path: Pat
     run = open_run(write_run(tmp_path / "run", {0: nine, 4: nine}, [{}, alarm]))
     (note,) = [note for note in before_after(run).notes if note.startswith("warning")]
     assert note.startswith(
-        "warning after 1 iterations: the environment rejected 80% of what the first iteration's answers hold"
+        "warning after iteration 1: the environment rejected 80% of what the first iteration's answers hold"
     )
     assert note in page_data([run])["runs"][0]["notes"]
     alone = open_run(write_run(tmp_path / "alone", {0: nine}, [{}, alarm]))

@@ -532,7 +532,7 @@ def test_optimal_play_of_agree():
     assert all(sum(turn.reward for turn in g.episodes[0].turns) == 4.0 for g in groups)
     assert all(g.episodes[0].metrics == {"match": 1.0, "rejected": 0.0} for g in groups)
     alone = Plan(EnvSpec("agree", {"agents": 1}))
-    target = ScriptedEngine(lambda request: re.search(r"Name the colour (\w+)", request.messages[0].text)[1])
+    target = ScriptedEngine(lambda request: re.search(r"colour (\w+)", request.messages[0].text)[1])
     assert all(g.episodes[0].score == 1.0 for g in collect(alone, target, [0, 1, 2, 3], range(4)))
 
 

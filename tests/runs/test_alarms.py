@@ -58,6 +58,12 @@ def test_rejected_answers_are_an_alarm_of_the_first_iteration() -> None:
     assert "rejected 80% of what the first iteration's answers hold" in sentence("answers_rejected", 0.8)
 
 
+def test_advantages_of_the_first_iteration_may_be_zero() -> None:
+    """A new critic's values are 0, so answers without reward have advantage 0."""
+    assert Alarms([{"iteration": 0}]).raised({"iteration": 1, "a/zero_advantages": 0.7}) == {}
+    assert Alarms([FIRST]).raised({"iteration": 2, "a/zero_advantages": 0.7}) == {"a/zero_advantages": 0.7}
+
+
 def test_before_training_held_out_answers_raise_nothing() -> None:
     assert Alarms().raised({"iteration": 0, "evaluation/repetition": 0.9}) == {}
 
@@ -66,7 +72,7 @@ def test_a_resumed_run_raises_no_alarm_again_and_compares_with_the_same_first_va
     records = [FIRST, {"iteration": 2, "reward/raw": 0.4, "answer_tokens": 2.0, f"{PREFIX}answer_tokens": 2.0}]
     later = {"iteration": 3, "reward/raw": 0.4, "answer_tokens": 1.9, "a/entropy_estimate": 0.1}
     assert Alarms(records).raised(later) == {"a/entropy_estimate": 0.1}
-    assert recorded(records) == [f"warning after 2 iterations: {sentence('answer_tokens', 2.0)}"]
+    assert recorded(records) == [f"warning after iteration 2: {sentence('answer_tokens', 2.0)}"]
 
 
 def test_each_sentence_names_its_number_and_a_way_out() -> None:

@@ -67,7 +67,7 @@ def test_likelihood_and_reward_rise_and_the_folder_trains_and_serves(recipe: Pat
     words = ["imitate", str(recipe), "--steps", "40", "--out", str(out), "--json"]
     assert main([*words, "--rollout.examples", str(shown)]) == 0
     found = capsys.readouterr()
-    assert found.err.startswith("loading the team")
+    assert found.err.startswith("loading")
     assert "left" in found.err
     record = json.loads(found.out)
     assert record["loss"][1] < 0.2 * record["loss"][0]

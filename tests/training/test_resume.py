@@ -166,8 +166,8 @@ def test_a_signal_inside_an_update_leaves_it_and_the_resumed_run_is_the_uninterr
             os.kill(os.getpid(), signal.SIGTERM)
         return norm
 
-    def reading(*arguments: Any) -> Any:
-        for micro in micro_batches(*arguments):
+    def reading(*arguments: Any, **rest: Any) -> Any:
+        for micro in micro_batches(*arguments, **rest):
             assert not read, "a micro-batch was read after the signal"
             yield micro
 

@@ -25,10 +25,8 @@ def _plain_first(env: CoopCode, agent: str) -> str:
             f"{writers}, and does more with the result."
         )
     else:
-        lines.append(
-            f"You are {agent}, one of {number} programmers. {env.main} writes {entry_point} now and calls your function."
-        )
-    return "\n".join([*lines, "", _imperative(env, agent)])
+        lines.append(f"You are {agent}, one of {number} programmers. {env.main} writes {entry_point} now and calls {agent}.")
+    return "\n".join([*lines, _imperative(env, agent)])
 
 
 def _plain_later(env: CoopCode, agent: str, passed: float, use: Use) -> str:
@@ -39,9 +37,10 @@ def _plain_later(env: CoopCode, agent: str, passed: float, use: Use) -> str:
 def _imperative(env: CoopCode, agent: str) -> str:
     helps = agent in env.helpers
     name = agent if helps else env.problem.entry_point
-    task = f"the Python function {name}" + (", which does one step of the problem" if helps else "")
+    step = " that does a step of the problem" if helps else ""
     return (
-        f"Write only {task}. Another function is, for example:\ndef half(x):\n    return x / 2\nIt must begin with: def {name}("
+        f"An answer is, for example: def {name}(xs): return xs[1:]\n\n"
+        f"Write one Python function named {name}{step}. It must begin with: def {name}("
     )
 
 
