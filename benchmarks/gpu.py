@@ -276,6 +276,7 @@ def run_cell(cell: Cell, seconds: float, options: argparse.Namespace) -> Row:
             command = (*command, "--reference", str(options.reference)) if "comlrl" in command else command
             code, text = limited(command, env, log, seconds - (time.monotonic() - started))
             if code:
+                log.write(text)
                 last = (Path(log.name).read_text(errors="replace").strip() or text).split("\n")[-1]
                 reason = f"not done after {seconds:.0f} seconds" if code == -signal.SIGKILL else f"exit code {code}: {last}"
                 row |= {"outcome": "failed", "reason": reason}

@@ -42,7 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "value heads": (LLAMA, {**BUILD, "algorithm.name": "collm-dc", "critic.body": "policy", "critic.metrics": False}),
     "checkpointing": (LLAMA, {**BUILD, "learner.gradient_checkpointing": True}),
     "adapters": (QWEN, {**BUILD, "env.agents": 3, "team.lora.rank": 16}),
-    "bfloat16 adapters": (SMALL, {**BUILD, "team.lora.rank": 16, "team.compute": "bfloat16"}),
+    "bfloat16 adapters": (SMALL, {**AGREE, "rollout.tasks": 64, "team.lora.rank": 16, "team.compute": "bfloat16"}),
     "one agent": (SMALL, {**BUILD, "env.agents": 1, "algorithm.name": "ac", "rollout.tasks": 8}),
     "reference": (SMALL, {**AGREE, "algorithm.name": "marloo", "algorithm.kl_coef": 0.1, "rollout.tasks": 2, "env.agents": 3}),
 }
@@ -116,14 +116,14 @@ def train(words: list[str], metrics: Path) -> list[int]:
             time.sleep(0.02)
             with suppress(OSError):  # not there yet, or just ended
                 done = metrics.read_text().count("\n") if metrics.exists() else 0  # its first line is of the start
-                while len(peaks) < done:
+                peaks[-1] = max(peaks[-1], highest(process.pid))
+                if done > len(peaks):
                     peaks.append(0)
                     Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # VmHWM, the highest so far, begins anew
-                peaks[-1] = max(peaks[-1], highest(process.pid))
         if process.returncode:
             errors.seek(0)
             raise SystemExit(f"collm train failed: {errors.read()[-2000:]}")
-    return peaks
+    return peaks[:-1]  # the last is of saving the team
 
 
 def highest(pid: int) -> int:

@@ -317,7 +317,7 @@ def test_shapes_are_plain_values() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_the_plan_is_within_15_percent_of_what_training_takes() -> None:
-    """Whole models, and adapters in bfloat16, as a user starts them; no iteration takes more than the second."""
+    """Whole models, and adapters in bfloat16, as a user starts them; nothing accumulates from iteration to iteration."""
     cases = ["own critics", "bfloat16 adapters"]
     command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--json", "--cases", *cases]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
@@ -327,7 +327,7 @@ def test_the_plan_is_within_15_percent_of_what_training_takes() -> None:
     for name, numbers in found.items():
         assert numbers["measured_gib"] > 0.5, (name, numbers)
         assert abs(numbers["ratio"] - 1) <= 0.15, (name, numbers)
-        assert numbers["grown"] <= 1.05, (name, numbers)
+        assert numbers["grown"] <= 1.1, (name, numbers)
 
 
 def test_examples_lengthen_every_sequence(tmp_path: Path) -> None:

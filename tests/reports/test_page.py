@@ -39,6 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         },
         "env": {
             "name": "str_build",
+            "wording": "terse",
             "strings": ["IL", "CM", "LI"],
             "eval_strings": ["MI", "LC"],
             "turns": 2,

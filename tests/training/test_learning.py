@@ -34,6 +34,8 @@ def make_trainer(folder: Path, name: str, agents: int, seed: int, **changes: dic
         "critic": {"lr": 5e-4},
         "evaluation": {"every": 0},
     }
+    if "name" in changes.get("env", {}):
+        values["env"].pop("wording")  # other environments have no such option
     for room, settings in changes.items():
         former = {} if room == "env" and "name" in settings else values.get(room, {})
         values[room] = {**former, **settings}
