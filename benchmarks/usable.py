@@ -19,12 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from collm import seeds
-from collm.engines.local import LocalEngine
+from collm.engines.kv_cache import Memory
+from collm.engines.local import _uniforms, decode
 from collm.envs.catalogue import EnvSpec
 from collm.envs.gathering import grid
+from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.rollout.examples import draw_examples
 from collm.settings.rooms import LoraSettings
@@ -52,10 +55,10 @@ CASES = (
     Case("quote", {}, 0, 0.7, 14),
     Case("coop_code", {"turns": 1}, 3, 0.5, 40),
     Case("tldr", {}, 0, 0.5, 40),
-    Case("bridge_build", {"size": [5, 5], "turns": 1}, 1, 0.5, 48),
-    Case("resource_gathering", {"size": [5, 5], "turns": 1}, 2, 0.3, 56),
-    Case("str_build", {"strings": "english", "lengths": [2], "turns": 1}, 1, 0.5, 64),
-    Case("house_build", {"size": [4, 3, 4], "turns": 1}, 1, 0.5, 64),
+    Case("bridge_build", {"size": [5, 5], "turns": 1}, 3, 0.7, 48),
+    Case("resource_gathering", {"size": [5, 5], "turns": 1}, 3, 0.4, 48),
+    Case("str_build", {"strings": "english", "lengths": [2], "turns": 1}, 1, 0.5, 48),
+    Case("house_build", {"size": [4, 3, 4], "turns": 1}, 2, 0.4, 56),
 )
 
 
@@ -121,10 +124,9 @@ def measure(case: Case, model: str, tasks: int, seed: int) -> dict[str, Any]:
         Request(agent, (*_messages(examples, agent), Message("user", text)), sampling, own) for _, own, agent, text in asked
     ]
     agents = env.possible_agents
-    team = Team.from_pretrained(dict.fromkeys(agents, model), lora=LoraSettings(rank=1), shared=True, compute="bfloat16")
-    answers = LocalEngine(team, batch_tokens=1 << 14).generate(requests)
+    answers = answers_of(loaded(agents, model), requests)
     judged = [
-        judge(case.env, spec, task, own, agent, answer.text, [e.messages[-1].text for e in examples if e.agent == agent])
+        judge(case.env, spec, task, own, agent, answer, [e.messages[-1].text for e in examples if e.agent == agent])
         for (task, own, agent, _), answer in zip(asked, answers, strict=True)
     ]
     by_agent = {
@@ -142,10 +144,34 @@ def measure(case: Case, model: str, tasks: int, seed: int) -> dict[str, Any]:
         "copied": sum(one.copied for one in judged) / tasks,
         "seconds": round(time.monotonic() - began),
         "samples": [
-            {"agent": agent, "read": text, "wrote": answer.text, "usable": one.usable}
+            {"agent": agent, "read": text, "wrote": answer, "usable": one.usable}
             for (_, _, agent, text), answer, one in zip(asked[:3], answers, judged)
         ],
     }
+
+
+def loaded(agents: Sequence[str], model: str) -> Policy:
+    team = Team.from_pretrained(dict.fromkeys(agents, model), lora=LoraSettings(rank=1), shared=True, compute="bfloat16")
+    return team.policies[agents[0]].for_generation()
+
+
+@torch.inference_mode()
+def answers_of(policy: Policy, requests: Sequence[Request]) -> list[str]:
+    """Sample an answer to each request. The beginning that the prompts of one agent share, its examples, is read once."""
+    answers: dict[int, str] = {}
+    for agent in dict.fromkeys(request.agent for request in requests):
+        rows = [i for i, request in enumerate(requests) if request.agent == agent]
+        prompts, sampling = [policy.chat.encode(requests[i].messages) for i in rows], requests[rows[0]].sampling
+        shared = min(prompts, key=len)[:-1]
+        while any((prompt[: len(shared)] != shared).any() for prompt in prompts):
+            shared = shared[:-1]
+        known = Memory()
+        decode(policy, [shared], torch.zeros(1, 1), Sampling(max_tokens=1), after=(read := Memory()))
+        known.add(shared, next(iter(read._rows.values())))
+        uniforms = np.stack([_uniforms(requests[i].seed, sampling.max_tokens) for i in rows])
+        found = decode(policy, prompts, torch.from_numpy(uniforms), sampling, known)
+        answers.update((i, policy.chat.read(ids.tolist())[0]) for i, (ids, _) in zip(rows, found, strict=True))
+    return [answers[i] for i in range(len(requests))]
 
 
 def _messages(examples: Sequence[Example], agent: str) -> list[Message]:
