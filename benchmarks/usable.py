@@ -48,17 +48,32 @@ class Case:
     max_tokens: int
     example_options: dict[str, Any] = field(default_factory=dict)
     """Options of the examples that differ, where an environment has one task alone."""
+    tried: str = ""
+    """What else was tried on training tasks, as usable answers of all."""
 
 
+BRIDGES = (
+    "With earlier wordings: 1 example, temperature 0.5: 0 of 8 (6 copies); 1 example, 0.8: 2 of 10 (2 copies); "
+    "3 examples, 0.5: 3 of 10 (5 copies); 3 examples, 0.8: 4 of 10 (3 copies); maps of 7 x 7, "
+    "2 examples, 0.7: 1 of 10 (5 copies)."
+)
+FIELDS = (
+    "With earlier wordings: 1 example, temperature 0.5, the neighbours listed: 3 of 8 (2 copies); 3 examples, 0.5, a format of "
+    "letters: 2 of 10 (1 copy); 2 examples, 0.5, a fact of letters: 1 of 10 (2 copies); 3 examples, 0.3: 5 of 10 (3 copies)."
+)
+HOUSES = (
+    "With earlier wordings, temperature 0.5: 1 example: 4 of 6; 2 examples: 5 of 10; the boxes listed as commands, 1 example: "
+    "4 of 8."
+)
 CASES = (
     Case("agree", {}, 1, 0.5, 8, {"colours": ["white", "black", "brown", "pink"]}),
     Case("quote", {}, 0, 0.7, 14),
     Case("coop_code", {"turns": 1}, 3, 0.5, 40),
     Case("tldr", {}, 0, 0.5, 40),
-    Case("bridge_build", {"size": [5, 5], "turns": 1}, 3, 0.7, 48),
-    Case("resource_gathering", {"size": [5, 5], "turns": 1}, 3, 0.4, 48),
+    Case("bridge_build", {"size": [5, 5], "turns": 1}, 3, 0.7, 48, tried=BRIDGES),
+    Case("resource_gathering", {"size": [5, 5], "turns": 1}, 3, 0.4, 48, tried=FIELDS),
     Case("str_build", {"strings": "english", "lengths": [2], "turns": 1}, 1, 0.5, 48),
-    Case("house_build", {"size": [4, 3, 4], "turns": 1}, 2, 0.4, 56),
+    Case("house_build", {"size": [4, 3, 4], "turns": 1}, 2, 0.4, 56, tried=HOUSES),
 )
 
 
@@ -139,10 +154,12 @@ def measure(case: Case, model: str, tasks: int, seed: int) -> dict[str, Any]:
         "temperature": case.temperature,
         "max_tokens": case.max_tokens,
         "tasks": tasks,
+        "seed": seed,
         "usable": sum(one.usable for one in judged) / tasks,
         "usable_by_agent": {agent: sum(good) / len(good) for agent, good in by_agent.items() if good},
         "copied": sum(one.copied for one in judged) / tasks,
         "seconds": round(time.monotonic() - began),
+        "tried": case.tried,
         "samples": [
             {"agent": agent, "read": text, "wrote": answer, "usable": one.usable}
             for (_, _, agent, text), answer, one in zip(asked[:3], answers, judged)
