@@ -50,7 +50,7 @@ class Case:
 CASES = (
     Case("agree", {}, 1, 0.5, 8, {"colours": ["white", "black", "brown", "pink"]}),
     Case("quote", {}, 0, 0.7, 14),
-    Case("coop_code", {"turns": 1}, 0, 0.3, 40),
+    Case("coop_code", {"turns": 1}, 3, 0.5, 40),
     Case("tldr", {}, 0, 0.5, 40),
     Case("bridge_build", {"size": [5, 5], "turns": 1}, 2, 0.7, 32),
     Case("resource_gathering", {"size": [5, 5], "turns": 1}, 2, 0.3, 56),
