@@ -38,7 +38,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "own critics": (LLAMA, {**AGREE, "algorithm.name": "collm-dc"}),
     "no critic": (
         QWEN,
-        {**TWICE, "algorithm.name": "magrpo", "rollout.tasks": 2, "rollout.temperature": 0.7, "rollout.top_p": 0.9},
+        {
+            **TWICE,
+            "algorithm.name": "magrpo",
+            "rollout.tasks": 16,
+            "rollout.max_tokens": 8,
+            "rollout.temperature": 0.7,
+            "rollout.top_p": 0.9,
+        },
     ),
     "value heads": (LLAMA, {**TWICE, "algorithm.name": "collm-dc", "critic.body": "policy", "critic.metrics": False}),
     "checkpointing": (LLAMA, {**TWICE, "learner.gradient_checkpointing": True}),

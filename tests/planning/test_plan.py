@@ -386,8 +386,8 @@ def test_shapes_are_plain_values() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_the_plan_is_within_15_percent_of_what_training_takes() -> None:
-    """Whole models, and adapters in bfloat16, as a user starts them; nothing accumulates from iteration to iteration."""
-    cases = ["own critics", "bfloat16 adapters"]
+    """Whole models, siblings that share rows, and adapters in bfloat16, as a user starts them; nothing accumulates."""
+    cases = ["own critics", "no critic", "bfloat16 adapters"]
     command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--json", "--cases", *cases]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
