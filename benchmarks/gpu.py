@@ -41,9 +41,9 @@ ROOT = HERE.parent
 SECONDS = 600
 TESTS = (
     "tests/engines/test_kv_cache.py",
-    "tests/learning",
+    "tests/learning/test_pack.py",
     "tests/training/test_evaluate.py",
-    "tests/training/test_learning.py",
+    "tests/training/test_learning.py::test_two_agents_agree",
 )
 _QWEN3: dict[str, Any] = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
 _QWEN3 |= {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}

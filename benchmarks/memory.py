@@ -4,9 +4,10 @@
     python benchmarks/memory.py --cases whole adapters --json
 
 Every case is `collm train` on random models, started as a user starts it. Their tokens are words, so that their text is
-tokenized to the ids that were sampled, as a trained model's text nearly always is. "Measured" is the process's highest resident
-memory minus that of a process which has imported what training imports; "planned" is the peak of `collm plan` for the same
-recipe. "Grown" is the highest resident memory of the last iteration divided by that of the second: 1 if nothing accumulates.
+tokenized to the ids that were sampled, as a trained model's text nearly always is; the words name colours, so that returns
+differ and every model learns. "Measured" is the process's highest resident memory minus that of a process which has imported
+what training imports and made one pass of the built-in model; "planned" is the peak of `collm plan` for the same recipe.
+"Grown" is the highest resident memory of the last iteration divided by that of the second: 1 if nothing accumulates.
 """
 
 from __future__ import annotations
@@ -31,30 +32,40 @@ LLAMA: dict[str, Any] = {
 }  # fmt: skip
 SMALL: dict[str, Any] = {**QWEN, "num_key_value_heads": 2, "tie_word_embeddings": True}
 AGREE = {"env.name": "agree", "env.wording": "terse", "rollout.tasks": 4, "rollout.max_tokens": 8}
-BUILD = {"env.name": "str_build", "env.wording": "terse", "env.turns": 2, "rollout.tasks": 6, "rollout.max_tokens": 48}
+TWICE = {**AGREE, "env.turns": 2, "rollout.tasks": 6, "rollout.max_tokens": 48}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "whole": (QWEN, AGREE),
     "own critics": (LLAMA, {**AGREE, "algorithm.name": "collm-dc"}),
     "no critic": (
         QWEN,
-        {**BUILD, "algorithm.name": "magrpo", "rollout.tasks": 2, "rollout.temperature": 0.7, "rollout.top_p": 0.9},
+        {
+            **TWICE,
+            "algorithm.name": "magrpo",
+            "rollout.tasks": 16,
+            "rollout.max_tokens": 8,
+            "rollout.temperature": 0.7,
+            "rollout.top_p": 0.9,
+        },
     ),
-    "value heads": (LLAMA, {**BUILD, "algorithm.name": "collm-dc", "critic.body": "policy", "critic.metrics": False}),
-    "checkpointing": (LLAMA, {**BUILD, "learner.gradient_checkpointing": True}),
-    "adapters": (QWEN, {**BUILD, "env.agents": 3, "team.lora.rank": 16}),
+    "value heads": (LLAMA, {**TWICE, "algorithm.name": "collm-dc", "critic.body": "policy", "critic.metrics": False}),
+    "checkpointing": (LLAMA, {**TWICE, "learner.gradient_checkpointing": True}),
+    "adapters": (QWEN, {**TWICE, "env.agents": 3, "team.lora.rank": 16}),
     "bfloat16 adapters": (SMALL, {**AGREE, "rollout.tasks": 64, "team.lora.rank": 16, "team.compute": "bfloat16"}),
-    "one agent": (SMALL, {**BUILD, "env.agents": 1, "algorithm.name": "ac", "rollout.tasks": 8}),
+    "one agent": (SMALL, {**TWICE, "env.agents": 1, "algorithm.name": "ac", "rollout.tasks": 8}),
     "reference": (SMALL, {**AGREE, "algorithm.name": "marloo", "algorithm.kl_coef": 0.1, "rollout.tasks": 2, "env.agents": 3}),
 }
 """Name -> shape of the models, and settings."""
 
 
 IMPORTS = """
-import peft, transformers, collm.training.trainer
+import peft, torch, transformers, collm.training.trainer
 from pathlib import Path
+from collm.models.policy import Policy
+torch.set_num_threads(1)
+Policy.from_pretrained("tiny", compute="bfloat16").hidden(torch.arange(8)[None]).sum().backward()
 print(next(line.split()[1] for line in Path("/proc/self/status").read_text().split("\\n") if line.startswith("VmRSS:")))
 """
-"""Prints the resident memory, in KiB, of a process that trains nothing."""
+"""Prints the resident memory, in KiB, of a process that has imported what training imports and computed with it once."""
 
 
 def main() -> None:
@@ -145,17 +156,19 @@ def make_model(shape: dict[str, Any], folder: Path) -> None:
 
 
 def words(size: int) -> Any:
-    """A tokenizer of `size` words, with a chat template that has a default system message."""
+    """A tokenizer of `size` words, which name colours, with a chat template that has a default system message."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    from collm.envs.agree import COLOURS
+
     special = ["<pad>", "<user>", "<assistant>", "<end>"]
-    vocabulary = {word: i for i, word in enumerate([*special, "<unknown>", *(f"w{i}" for i in range(5, size))])}
+    vocabulary = {word: i for i, word in enumerate([*special, "<unknown>", *(f"{COLOURS[i % 4]}.{i}" for i in range(5, size))])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens(special)
     template = (
-        "{% if messages[0]['role'] != 'system' %}<user>w9 w10 w11 w12 w13 w14 w15 w16<end>{% endif %}"
+        "{% if messages[0]['role'] != 'system' %}<user>one two three four five six seven eight<end>{% endif %}"
         "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )

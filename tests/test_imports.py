@@ -28,7 +28,7 @@ MAY = {
     "engines": {"types", "errors", "settings", "algorithms", "models"},
     "rollout": {"types", "errors", "seeds", "envs.base", "envs.gate", "engines.base"},
     "learning": RECORDS | {"algorithms", "models"},
-    "planning": {"settings", "errors", "envs", "models.blueprint", "models.sources"},
+    "planning": {"settings", "errors", "envs", "models.blueprint", "models.sources", "models.sharing"},
     "runs": RECORDS | {"learning", "models"},
     "serving": {"types", "errors", "settings", "algorithms", "models", "engines", "runs"},
     "cluster": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "learning", "planning", "runs"},
@@ -42,7 +42,7 @@ MAY = {
 # File -> what it may import besides, inside functions alone: it stands low and is light, and reaches up when it is called.
 INSIDE = {"runs/open.py": {"engines", "training"}, "runs/weights.py": {"training"}}
 NO_TORCH = ("types", "errors", "seeds", "settings", "sandbox", "envs", "studies", "reports", "planning", "")
-NO_TORCH_FILES = ("models/blueprint.py", "models/sources.py")
+NO_TORCH_FILES = ("models/blueprint.py", "models/sources.py", "models/sharing.py")
 WORKSHOP = "tiny/workshop/"  # made the shipped model; only its own files import it
 HEAVY = {"torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "vllm"}
 DOORS = {

@@ -21,11 +21,9 @@ from collm.errors import EngineError
 from collm.learning.batch import Batch
 from collm.models.critic import Critic
 from collm.models.policy import Policy
+from collm.models.sharing import joins
 from collm.models.trees import Tree
 from collm.types import History, Ids
-
-PAIRS_PER_TOKEN = 1024
-"""Attention of this many pairs of tokens is taken to cost as much as one more token."""
 
 
 @dataclass(slots=True)
@@ -208,9 +206,8 @@ def num_shared(one: Ids, other: Ids) -> int:
 def rows_of(packed: Sequence[Packed], max_tokens: int, *, trees: bool) -> list[Row]:
     """One row per sequence; with `trees`, sequences of a group that begin alike share rows. The given order is kept.
 
-    In sorted order a sequence shares most with its neighbour. It joins its neighbour's row if reading the shared tokens again
-    costs more than the attention between its new tokens and the row, which is computed and masked. A row has at most
-    `max_tokens`, unless it is one sequence.
+    In sorted order a sequence shares most with its neighbour, and joins its row by the rule of models/sharing.py. A row has at
+    most `max_tokens`, unless it is one sequence.
     """
     if not trees:
         return [Row.of([sequence]) for sequence in packed]
@@ -221,7 +218,7 @@ def rows_of(packed: Sequence[Packed], max_tokens: int, *, trees: bool) -> list[R
         alike = bool(rows) and rows[-1][-1].group == sequence.group
         shared = num_shared(rows[-1][-1].ids, sequence.ids) if alike else 0
         new = len(sequence.ids) - shared
-        if alike and total + new <= max_tokens and 2 * new * (total + new) <= PAIRS_PER_TOKEN * shared:
+        if alike and joins(total, shared, new, max_tokens):
             rows[-1].append(sequence)
             total += new
         else:

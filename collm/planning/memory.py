@@ -16,7 +16,7 @@ from typing import Any
 from collm.models.blueprint import BaseSpec, Blueprint, CriticSpec, PolicySpec
 from collm.models.sources import is_adapter
 from collm.planning.shapes import Shape, read_adapter, read_shape
-from collm.planning.work import Work, work_of
+from collm.planning.work import Row, Work, work_of
 from collm.settings.rooms import Config, LoraSettings
 
 GIB = 1 << 30
@@ -24,6 +24,10 @@ LOGITS_AT_ONCE = 1 << 25
 """Longer batches are scored in chunks of so many logits, as in models/policy.py."""
 CUDA_RESERVE = 1 * GIB
 """Bytes assumed for a CUDA context, its libraries' workspaces and fragmentation."""
+
+TOKENIZER = 900
+"""Bytes of the process per token of a vocabulary, for a byte-pair tokenizer and the heap that loading it leaves: 43 MiB were
+measured for the 49152 tokens of SmolLM2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,19 +141,22 @@ def plan(config: Config, work: Work | None = None) -> Plan:
     add("value heads", sum(12 * (model.shape.hidden + 1) for _, model in critics))
     if config.run.device != "cpu" and _has_cuda(config.run.device):
         add("CUDA context (assumed)", CUDA_RESERVE)
+    else:
+        add("tokenizer", TOKENIZER * max(model.shape.vocabulary for model in models))
     cast = sum(_cast_bytes(config, model) for _, model in policies)
     phases = [_generation(config, work, model, policy.agents, cast) for policy, model in policies]
-    phases += [_update(config, model, *_read_by(config, work, critic), 0) for critic, model in critics]
+    limit, tasks = config.learner.micro_batch_tokens, work.episodes // work.leaves
+    rows = {agent: work.rows(agent, max_tokens=limit) for agent in blueprint.agents}
+    read = {critic.name: _read_by(config, work, critic) for critic, _ in critics}
+    phases += [_update(config, model, read[critic.name], tasks, 0) for critic, model in critics]
     for policy, model in policies:
-        longest = max(work.sequence(agent) for agent in policy.agents)
-        answers = work.turns * work.answer if work.history == "full" else work.answer
-        phases.append(_update(config, model, longest, work.sequences * len(policy.agents), answers))
+        longest = max((rows[agent] for agent in policy.agents), key=lambda found: sum(row.tokens for row in found))
+        phases.append(_update(config, model, longest, tasks, work.answer))
     written = max(4 * model.trained for model in models)
     phases.append(Phase("saving a checkpoint", {"a copy of one model's weights": written}))
-    tokens = config.algorithm.epochs * sum(work.sequences * work.sequence(agent) for agent in blueprint.agents)
-    for critic, _ in critics:
-        longest, count = _read_by(config, work, critic)
-        tokens += (1 + config.critic.epochs) * longest * count
+    passes = [(config.algorithm.epochs, found) for found in rows.values()]
+    passes += [(1 + config.critic.epochs, found) for found in read.values()]
+    tokens = tasks * sum(times * sum(row.tokens for row in found) for times, found in passes)
     return Plan(config, blueprint, work, held, phases, tokens)
 
 
@@ -167,11 +174,11 @@ def _lora(policy: PolicySpec) -> LoraSettings | None:
     return read_adapter(policy.model) if is_adapter(policy.model) else policy.lora
 
 
-def _read_by(config: Config, work: Work, critic: CriticSpec) -> tuple[int, int]:
-    """(tokens, number) of the sequences that a critic reads. V reads the last turn before it is answered."""
+def _read_by(config: Config, work: Work, critic: CriticSpec) -> list[Row]:
+    """The rows of one task that a critic reads. V reads the last turn before it is answered."""
     agents = work.agents if critic.joint else critic.agents
-    unread = len(agents) * work.answer if critic.kind == "V" else 0
-    return min(config.critic.max_tokens, work.sequence(*agents) - unread), work.sequences
+    size = {"max_tokens": config.learner.micro_batch_tokens, "limit": config.critic.max_tokens}
+    return work.rows(*agents, **size, answered=critic.kind != "V")
 
 
 def _generation(config: Config, work: Work, model: Model, agents: Sequence[str], cast: int) -> Phase:
@@ -200,17 +207,19 @@ def _generation(config: Config, work: Work, model: Model, agents: Sequence[str],
     )
 
 
-def _update(config: Config, model: Model, longest: int, count: int, answer: int) -> Phase:
-    """Forward and backward of one micro-batch: activations kept for the backward pass, the gradient, the logits.
+def _update(config: Config, model: Model, rows: Sequence[Row], tasks: int, answer: int) -> Phase:
+    """Forward and backward of the largest micro-batch: activations kept for the backward pass, the gradient, the logits.
 
-    longest: tokens of a sequence; count: sequences; answer: tokens scored in each (0 for a critic).
+    rows: those of one of `tasks` tasks. answer: tokens scored in an answer (0 for a critic).
     """
     shape, c = model.shape, _compute_bytes(config)
-    rows = max(1, min(count, config.learner.micro_batch_tokens // max(1, longest)))
-    tokens, scored = rows * longest, rows * answer
+    longest, num, scored, branches = _micro_batch(rows, tasks, config.learner.micro_batch_tokens)
+    tokens, scored = num * longest, scored * answer
     block, transient = tokens * block_bytes(shape, c, model.lora), tokens * 3 * c * shape.intermediate
     inputs = tokens * 4 * shape.hidden
     kept = 3 * inputs + (shape.layers * inputs + block if config.learner.gradient_checkpointing else shape.layers * block)
+    if branches:
+        kept += tree_bytes(shape, c, longest, num) * (1 if config.learner.gradient_checkpointing else shape.layers)
     gradient = 4 * model.trained
     if model.lora is None and c == 2:
         gradient += 2 * (model.trained - shape.embedding)  # the products' own copies of the weights
@@ -225,6 +234,25 @@ def _update(config: Config, model: Model, longest: int, count: int, answer: int)
         f"update ({model.name})",
         {"gradient": gradient, "activations": kept, "logits and products": max(logits, transient) + largest_weight},
     )
+
+
+def _micro_batch(rows: Sequence[Row], tasks: int, max_tokens: int) -> tuple[int, int, int, bool]:
+    """The micro-batch with the most tokens, as learning/pack.py makes it: (tokens of a row, number of rows, answers scored,
+    whether it has a mask)."""
+    found = [(0, 0, 0, False)]
+    for branches in (False, True):
+        alike = sorted((row for row in rows if row.branches == branches), key=lambda row: -row.tokens)
+        if alike:
+            longest = alike[0].tokens
+            num = max(1, min(len(alike) * tasks, max_tokens // max(1, longest)))
+            found.append((longest, num, sum(alike[i // tasks].answers for i in range(num)), branches))
+    return max(found, key=lambda batch: batch[0] * batch[1])
+
+
+def tree_bytes(shape: Shape, c: int, longest: int, num: int) -> float:
+    """Bytes that attention of one layer keeps more under a tree's mask, in `num` rows of `longest` tokens: the mask as numbers,
+    and keys and values copied for every query head."""
+    return c * num * longest * (longest + 2 * (shape.heads - shape.kv_heads) * shape.head_dim)
 
 
 def block_bytes(shape: Shape, c: int, lora: LoraSettings | None) -> float:

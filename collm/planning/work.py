@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from collm.envs.catalogue import make
 from collm.errors import CollmError, ConfigError
+from collm.models.sharing import joins
 from collm.planning.shapes import folder_of
 from collm.settings.rooms import Config
 
@@ -18,6 +19,15 @@ TEMPLATE = 8
 """Assumed number of tokens that a chat template adds to one message and its answer if it is not on this machine."""
 CHARACTERS_PER_TOKEN = 4.0
 """Assumed for prompts if the model's tokenizer is not on this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one row of an update holds: its tokens, the answers scored in it, and whether it is several sequences."""
+
+    tokens: int
+    answers: int
+    branches: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,32 +49,82 @@ class Work:
     examples: int = 0
     """Tokens of one agent's worked examples."""
     template: tuple[int, int] = (TEMPLATE, TEMPLATE)
+    names: int = 0
+    """Tokens of the agents' names in one message of a joint history."""
+    group: int = 1
+    """Siblings per task; in a tree, per node."""
+    tree: bool = False
 
     @property
     def turns(self) -> int:
         return len(self.prompts[self.agents[0]])
 
-    def sequence(self, *readers: str) -> int:
-        """Tokens of the longest history with its answers: of one agent, or of all `readers` in a joint history."""
-        first, later = self.template
-        turns = [
-            (later if turn and self.history != "newest" else first)
-            + sum(self.prompts[agent][turn] + self.answer for agent in readers)
+    def _turns(self, readers: Sequence[str]) -> list[tuple[int, int]]:
+        """(tokens of the observations with the template, tokens of the answers) of every turn, in a joint history if several
+        read."""
+        names = self.names if len(readers) > 1 else 0
+        return [
+            (self.template[turn > 0 and self.history != "newest"] + names + sum(self.prompts[agent][turn] for agent in readers),
+             names + self.answer * len(readers))
             for turn in range(self.turns)
-        ]
-        head = self.examples * len(readers)
+        ]  # fmt: skip
+
+    def sequence(self, *readers: str, answered: bool = True) -> int:
+        """Tokens of the longest history: of one agent, or of all `readers` in a joint history.
+
+        answered: with the answers of its last turn.
+        """
+        turns, head = self._turns(readers), self.examples * len(readers)
+        sizes = [asked + said for asked, said in turns]
+        last = turns[-1][1] * (not answered)
         if self.history == "full":
-            return head + sum(turns)
-        return head + (turns[0] + max(turns[1:]) if self.history == "last" and self.turns > 1 else max(turns))
+            return head + sum(sizes) - last
+        return head + (sizes[0] + max(sizes[1:]) if self.history == "last" and self.turns > 1 else max(sizes)) - last
+
+    def rows(self, *readers: str, max_tokens: int, limit: int | None = None, answered: bool = True) -> list[Row]:
+        """The rows of one task that an update reads, as learning/pack.py makes them.
+
+        Siblings share the prompt of the turn at which they part, and all before it. With another history than "full", every
+        turn is a sequence of its own and is counted with its prompt, which later turns of siblings need not share.
+
+        Args: max_tokens: of a row. limit: of a sequence. answered: with the answers of the last turn.
+        """
+        length = self.sequence(*readers, answered=answered)
+        if self.turns > 1 and self.history != "full":
+            return [Row(min(length, limit or length), 1, False)] * (self.leaves * self.turns)
+        turns, shared = self._turns(readers), [self.examples * len(readers)]
+        for asked, said in turns:
+            shared[-1] += asked
+            shared.append(shared[-1] + said)
+        whole = limit is None or length <= limit
+        rows: list[Row] = []
+        for leaf in range(self.leaves):
+            parted = self._parted(leaf) if leaf else 0
+            same = shared[parted] if whole and leaf else 0
+            new = (length if limit is None else min(length, limit)) - same
+            if leaf and joins(rows[-1].tokens, same, new, max_tokens):
+                before = rows[-1]
+                rows[-1] = Row(before.tokens + new, before.answers + self.turns - parted, before.branches or new > 0)
+            else:
+                rows.append(Row(same + new, self.turns - parted, False))
+        return rows
 
     @property
-    def sequences(self) -> int:
-        """Sequences per agent that one update reads: one per episode with history "full", otherwise one per turn."""
-        return self.episodes if self.history == "full" else self.episodes * self.turns
+    def leaves(self) -> int:
+        """Episodes of one task."""
+        return self.group**self.turns if self.tree else self.group
+
+    def _parted(self, leaf: int) -> int:
+        """The turn at which a leaf parts from the one before it."""
+        depth = self.turns - 1
+        while self.tree and depth and leaf % self.group == 0:
+            leaf, depth = leaf // self.group, depth - 1
+        return depth if self.tree else 0
 
 
 def work_of(config: Config) -> Work:
-    """The work of one iteration. Prompts are measured on the first four tasks, played with empty answers."""
+    """The work of one iteration. Prompts are measured on as many tasks as it has, at most 32; later turns on the first four,
+    played with empty answers."""
     note, options = "", config.env.options
     data = [str(options[key]) for key in ("data", "eval_data") if options.get(key)]
     absent = [name for name in data if name.startswith("hf:") or not Path(name.split("[")[0]).exists()]
@@ -77,9 +137,9 @@ def work_of(config: Config) -> Work:
     agents, turns = tuple(env.possible_agents), int(getattr(env, "turns", 1))
     turns = min(turns, config.rollout.max_turns or turns)
     longest = {agent: [0] * turns for agent in agents}
-    for task in range(min(4, int(getattr(env, "num_tasks", 1)))):
-        for agent, texts in _observed(env, task, turns).items():
-            for turn in range(turns):
+    for task in range(min(32, max(4, config.rollout.tasks), int(getattr(env, "num_tasks", 1)))):
+        for agent, texts in _observed(env, task, turns if task < 4 else 1).items():
+            for turn in range(turns if task < 4 else 1):
                 text = texts[min(turn, len(texts) - 1)]
                 source = config.team.models.get(agent, config.team.model)
                 longest[agent][turn] = max(longest[agent][turn], count_tokens(source, text))
@@ -93,7 +153,10 @@ def work_of(config: Config) -> Work:
     template = max(first for first, _ in added), max(later for _, later in added)
     examples = _example_tokens(config, template[1] + max(counts[0] for counts in prompts.values()))
     answer, history = config.rollout.max_tokens, config.rollout.history
-    return Work(agents, prompts, answer, episodes, actions, history, note, examples, template)
+    names = count_tokens(config.team.model, "\n".join(f"{agent}: x" for agent in agents)) - len(agents)
+    return Work(
+        agents, prompts, answer, episodes, actions, history, note, examples, template, names, group, config.algorithm.tree
+    )
 
 
 def _example_tokens(config: Config, asked: int) -> int:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from places import ROOT
 
-from collm.learning import pack, parts
+from collm.learning import parts
 from collm.learning.pack import Packed, Row, rows_of
+from collm.models import sharing
 from collm.models.critic import Critic
 from collm.models.policy import Policy
 from collm.settings.load import parse_config
@@ -81,7 +82,7 @@ def updated(trainer: Trainer, groups: list[Group], monkeypatch, *, trees: bool) 
 
 def compare(folder: Path, monkeypatch, tolerance: float, **rooms: dict[str, Any]) -> tuple[Any, Any]:
     """All that begins alike is shared; rewards are random, and value heads read what their bodies say."""
-    monkeypatch.setattr(pack, "PAIRS_PER_TOKEN", 1 << 30)
+    monkeypatch.setattr(sharing, "PAIRS_PER_TOKEN", 1 << 30)
     one, other = trainer_of(folder / "one", **rooms), trainer_of(folder / "other", **rooms)
     for trainer in (one, other):
         for head in learners.value_heads(trainer.learner).values():

@@ -9,19 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from places import ROOT
 
 from collm.cli.main import main
 from collm.cli.plan import read_size
+from collm.envs.catalogue import make
 from collm.errors import ConfigError
 from collm.models.policy import Policy
 from collm.models.sources import resolve
 from collm.planning.advise import advise
-from collm.planning.memory import GIB, Plan, block_bytes, plan
+from collm.planning.memory import GIB, TOKENIZER, Plan, block_bytes, plan, tree_bytes
 from collm.planning.shapes import KNOWN, Shape, read_shape
-from collm.planning.work import TEMPLATE, Work, count_tokens, template_tokens, work_of
+from collm.planning.work import TEMPLATE, Row, Work, count_tokens, template_tokens, work_of
 from collm.settings.load import apply_overrides, load_config, parse_config
 from collm.settings.rooms import LoraSettings
 
@@ -106,6 +108,7 @@ def test_memory_of_whole_models_by_hand() -> None:
         "weights": 4 * (2 * whole + body),
         "optimizer": 8 * (2 * whole + body),
         "value heads": 12 * (shape.hidden + 1),
+        "tokenizer": TOKENIZER * shape.vocabulary,
     }
     phases = {phase.name: phase.parts for phase in found.phases}
     assert phases["update (a)"]["gradient"] == 4 * whole
@@ -124,6 +127,72 @@ def test_memory_of_whole_models_by_hand() -> None:
     assert found.update_tokens == 2 * tokens + 2 * joint  # two agents; the critic reads both, before learning and then
     assert found.peak == sum(found.held.values()) + max(phase.total for phase in found.phases)
     assert found.hours(100, 1000) == pytest.approx(100 * (320 / 100 + found.update_tokens / 1000) / 3600)
+
+
+@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize(("asked", "max_tokens"), [(200, 8192), (200, 400), (60, 8192), (1, 8192)])
+def test_siblings_share_rows_as_in_an_update(tree: bool, asked: int, max_tokens: int) -> None:
+    from collm.learning.pack import Packed, rows_of
+
+    facts = {"answer": 30, "template": (5, 7), "group": 3, "tree": tree, "prompts": {"a": (asked, 20)}, "agents": ("a",)}
+    found = work(**facts)
+    numbers = np.random.default_rng(0)
+
+    def said(size: int) -> np.ndarray:
+        return numbers.integers(0, 1 << 30, size)
+
+    first = said(5 + asked)
+    if tree:
+        seconds = [np.concatenate([first, said(30), said(7 + 20)]) for _ in range(3)]
+        ids = [np.concatenate([second, said(30)]) for second in seconds for _ in range(3)]
+    else:
+        ids = [np.concatenate([first, said(30 + 7 + 20 + 30)]) for _ in range(3)]
+    wanted = rows_of([Packed(each) for each in ids], max_tokens, trees=True)
+    rows = found.rows("a", max_tokens=max_tokens)
+    assert [row.tokens for row in rows] == [len(row.ids) for row in wanted]
+    assert [row.branches for row in rows] == [row.branches for row in wanted]
+    assert sum(row.answers for row in rows) == (3 + 9 if tree else 6)
+
+
+def test_rows_of_a_critic() -> None:
+    """V reads what siblings share and nothing else in the first turn; a history that is cut is not shared."""
+    found = work(group=4, prompts={"a": (50,), "b": (50,)}, names=6)
+    v = {"max_tokens": 8192, "answered": False}
+    assert found.rows("a", "b", **v) == [Row(TEMPLATE + 100 + 6, 4, False)]
+    assert found.rows("a", "b", max_tokens=8192) == [Row(TEMPLATE + 100 + 6 + 4 * 26, 4, True)]
+    assert found.rows("a", "b", **v, limit=60) == [Row(60, 1, False)] * 4
+    assert len(work(group=4, history="newest").rows("a", max_tokens=8192)) == 8
+
+
+def test_the_names_in_a_joint_history_are_counted() -> None:
+    from collm.models.critic import Critic
+    from collm.types import Episode
+
+    found, critic = work_of(parse_config({"env": {"name": "quote"}})), Critic.from_pretrained("tiny")
+    texts, _ = make("quote").reset(seed=0, options={"task": 0})
+    episode = Episode(task=0, seed=0, agents=found.agents, observations=texts)
+    exact = replace(found, prompts={agent: (count_tokens("tiny", text),) for agent, text in texts.items()})
+    added = len(critic.read(episode, 0, found.agents).ids) - replace(exact, names=0).sequence(*found.agents, answered=False)
+    assert 0 < added <= found.names < 2 * added
+
+
+def test_a_trees_mask_is_what_autograd_keeps() -> None:
+    from collm.models.team import Team
+    from collm.models.trees import Tree
+
+    policy, shape = Team.from_pretrained({"a": "tiny"}).policies["a"], read_shape("tiny")
+
+    def saved(length: int, tree: Tree | None) -> int:
+        kept: dict[int, torch.Tensor] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+        ):
+            _held = policy.hidden(torch.full((2, length), 7), tree)
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    tree = Tree(torch.arange(96).repeat(2, 1), torch.full((2, 96), 96))
+    more = saved(96, tree) - saved(96, None)
+    assert shape.layers * tree_bytes(shape, 4, 96, 2) == pytest.approx(more, rel=0.05)
 
 
 def test_adapters_share_one_base() -> None:
@@ -317,8 +386,8 @@ def test_shapes_are_plain_values() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_the_plan_is_within_15_percent_of_what_training_takes() -> None:
-    """Whole models, and adapters in bfloat16, as a user starts them; nothing accumulates from iteration to iteration."""
-    cases = ["own critics", "bfloat16 adapters"]
+    """Whole models, siblings that share rows, and adapters in bfloat16, as a user starts them; nothing accumulates."""
+    cases = ["own critics", "no critic", "bfloat16 adapters"]
     command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--json", "--cases", *cases]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
