@@ -19,12 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from collm import seeds
-from collm.engines.local import LocalEngine
+from collm.engines.kv_cache import Memory
+from collm.engines.local import _uniforms, decode
 from collm.envs.catalogue import EnvSpec
 from collm.envs.gathering import grid
+from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.rollout.examples import draw_examples
 from collm.settings.rooms import LoraSettings
@@ -45,17 +48,32 @@ class Case:
     max_tokens: int
     example_options: dict[str, Any] = field(default_factory=dict)
     """Options of the examples that differ, where an environment has one task alone."""
+    tried: str = ""
+    """What else was tried on training tasks, as usable answers of all."""
 
 
+BRIDGES = (
+    "With earlier wordings: 1 example, temperature 0.5: 0 of 8 (6 copies); 1 example, 0.8: 2 of 10 (2 copies); "
+    "3 examples, 0.5: 3 of 10 (5 copies); 3 examples, 0.8: 4 of 10 (3 copies); maps of 7 x 7, "
+    "2 examples, 0.7: 1 of 10 (5 copies)."
+)
+FIELDS = (
+    "With earlier wordings: 1 example, temperature 0.5, the neighbours listed: 3 of 8 (2 copies); 3 examples, 0.5, a format of "
+    "letters: 2 of 10 (1 copy); 2 examples, 0.5, a fact of letters: 1 of 10 (2 copies); 3 examples, 0.3: 5 of 10 (3 copies)."
+)
+HOUSES = (
+    "With earlier wordings, temperature 0.5: 1 example: 4 of 6; 2 examples: 5 of 10; the boxes listed as commands, 1 example: "
+    "4 of 8."
+)
 CASES = (
     Case("agree", {}, 1, 0.5, 8, {"colours": ["white", "black", "brown", "pink"]}),
     Case("quote", {}, 0, 0.7, 14),
     Case("coop_code", {"turns": 1}, 3, 0.5, 40),
     Case("tldr", {}, 0, 0.5, 40),
-    Case("bridge_build", {"size": [5, 5], "turns": 1}, 1, 0.5, 48),
-    Case("resource_gathering", {"size": [5, 5], "turns": 1}, 2, 0.3, 56),
-    Case("str_build", {"strings": "english", "lengths": [2], "turns": 1}, 1, 0.5, 64),
-    Case("house_build", {"size": [4, 3, 4], "turns": 1}, 1, 0.5, 64),
+    Case("bridge_build", {"size": [5, 5], "turns": 1}, 3, 0.7, 48, tried=BRIDGES),
+    Case("resource_gathering", {"size": [5, 5], "turns": 1}, 3, 0.4, 48, tried=FIELDS),
+    Case("str_build", {"strings": "english", "lengths": [2], "turns": 1}, 1, 0.5, 48),
+    Case("house_build", {"size": [4, 3, 4], "turns": 1}, 2, 0.4, 56, tried=HOUSES),
 )
 
 
@@ -121,10 +139,9 @@ def measure(case: Case, model: str, tasks: int, seed: int) -> dict[str, Any]:
         Request(agent, (*_messages(examples, agent), Message("user", text)), sampling, own) for _, own, agent, text in asked
     ]
     agents = env.possible_agents
-    team = Team.from_pretrained(dict.fromkeys(agents, model), lora=LoraSettings(rank=1), shared=True, compute="bfloat16")
-    answers = LocalEngine(team, batch_tokens=1 << 14).generate(requests)
+    answers = answers_of(loaded(agents, model), requests)
     judged = [
-        judge(case.env, spec, task, own, agent, answer.text, [e.messages[-1].text for e in examples if e.agent == agent])
+        judge(case.env, spec, task, own, agent, answer, [e.messages[-1].text for e in examples if e.agent == agent])
         for (task, own, agent, _), answer in zip(asked, answers, strict=True)
     ]
     by_agent = {
@@ -137,15 +154,41 @@ def measure(case: Case, model: str, tasks: int, seed: int) -> dict[str, Any]:
         "temperature": case.temperature,
         "max_tokens": case.max_tokens,
         "tasks": tasks,
+        "seed": seed,
         "usable": sum(one.usable for one in judged) / tasks,
         "usable_by_agent": {agent: sum(good) / len(good) for agent, good in by_agent.items() if good},
         "copied": sum(one.copied for one in judged) / tasks,
         "seconds": round(time.monotonic() - began),
+        "tried": case.tried,
         "samples": [
-            {"agent": agent, "read": text, "wrote": answer.text, "usable": one.usable}
+            {"agent": agent, "read": text, "wrote": answer, "usable": one.usable}
             for (_, _, agent, text), answer, one in zip(asked[:3], answers, judged)
         ],
     }
+
+
+def loaded(agents: Sequence[str], model: str) -> Policy:
+    team = Team.from_pretrained(dict.fromkeys(agents, model), lora=LoraSettings(rank=1), shared=True, compute="bfloat16")
+    return team.policies[agents[0]].for_generation()
+
+
+@torch.inference_mode()
+def answers_of(policy: Policy, requests: Sequence[Request]) -> list[str]:
+    """Sample an answer to each request. The beginning that the prompts of one agent share, its examples, is read once."""
+    answers: dict[int, str] = {}
+    for agent in dict.fromkeys(request.agent for request in requests):
+        rows = [i for i, request in enumerate(requests) if request.agent == agent]
+        prompts, sampling = [policy.chat.encode(requests[i].messages) for i in rows], requests[rows[0]].sampling
+        shared = min(prompts, key=len)[:-1]
+        while any((prompt[: len(shared)] != shared).any() for prompt in prompts):
+            shared = shared[:-1]
+        known = Memory()
+        decode(policy, [shared], torch.zeros(1, 1), Sampling(max_tokens=1), after=(read := Memory()))
+        known.add(shared, next(iter(read._rows.values())))
+        uniforms = np.stack([_uniforms(requests[i].seed, sampling.max_tokens) for i in rows])
+        found = decode(policy, prompts, torch.from_numpy(uniforms), sampling, known)
+        answers.update((i, policy.chat.read(ids.tolist())[0]) for i, (ids, _) in zip(rows, found, strict=True))
+    return [answers[i] for i in range(len(requests))]
 
 
 def _messages(examples: Sequence[Example], agent: str) -> list[Message]:

@@ -5,46 +5,60 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from collm.envs.gathering.grid import MAX_MESSAGE
+from collm.envs.gathering.grid import MAX_MESSAGE, Cell
 from collm.envs.wording import Texts
 
 if TYPE_CHECKING:
     from collm.envs.building.bridge_build import BridgeBuild
 
 PROBES = 3
-IMPERATIVE = (
-    'Write one JSON object with your planks. It must begin with: {"cmds": ["/fill, '
-    'for example: {"cmds": ["/fill 2 1 2 3 oak_planks"]}'
-)
 
 
 def _plain_first(env: BridgeBuild, agent: str) -> str:
-    number, width, height = len(env.agents), env.map.width, env.map.height
+    number = len(env.agents)
     alone = number == 1
     lines = [
         *_plain_scene(env, agent, 1),
         f"You are {agent}" + ("." if alone else f", one of {number} builders on two banks. The others see other cells."),
-        f"x counts from 0 to {width - 1} to the right, z from 0 to {height - 1} down. # bank, . water, = plank, ? not seen, P "
-        "pillar, Y true pillar, N fake pillar; p, y, n with a plank on it.",
-        "Each turn costs 5 until planks join S and T edge to edge; 2 for a true pillar with no plank on or beside it; 1 for a "
-        "fake pillar with one; 0.3 for a probe" + ("." if alone else "; 0.001 for a word of comm."),
-        f"cmds holds at most {env.limit} lines /fill x1 z1 x2 z2 oak_planks. Other keys may follow: probe, at most {PROBES} "
-        f"pillars [x, z] that you see; path, at most {env.steps} steps [x, z] to neighbours, which show {env.view} cells around"
-        + ("." if alone else f"; comm, a text for the others of at most {MAX_MESSAGE} characters."),
+        "# bank, . water, = plank, ? not seen, P pillar, Y true pillar, N fake pillar; p, y, n with a plank on it.",
+        "Join S and T (else 5 a turn). Touch true pillars (2 each), no fake ones (1 each). A probe costs 0.3"
+        + ("." if alone else ", a word of comm 0.001."),
+        f"cmds has at most {env.limit} lines /fill x1 z1 x2 z2 oak_planks. Other keys: probe, at most {PROBES} "
+        f"pillars [x, z] that you see; path, at most {env.steps} steps [x, z], which show {env.view} cells around"
+        + ("." if alone else "; comm, a text."),
         "",
-        IMPERATIVE,
+        _imperative(env, agent),
     ]
     return "\n".join(lines)
 
 
 def _plain_later(env: BridgeBuild, agent: str, heard: Sequence[str]) -> str:
-    return "\n".join([*heard, *_plain_scene(env, agent, env.turn + 2), "", IMPERATIVE])
+    return "\n".join([*heard, *_plain_scene(env, agent, env.turn + 2), "", _imperative(env, agent)])
 
 
 def _plain_scene(env: BridgeBuild, agent: str, turn: int) -> list[str]:
     x, z = env.place[agent]
     when = f"Turn {turn} of {env.turns}." if turn <= env.turns else "The end."
-    return ["The map:", env.drawing(agent), "", f"{when} You are at {x},{z}."]
+    pillars = ", ".join(f"{column} {row}" for column, row in _pillars(env, agent)) or "none"
+    return [
+        f"The map, x 0 to {env.map.width - 1} to the right, z 0 to {env.map.height - 1} down:",
+        env.drawing(agent),
+        "",
+        f"{when} You are at {x} {z}. Pillars seen, as x z: {pillars}.",
+    ]
+
+
+def _pillars(env: BridgeBuild, agent: str) -> list[Cell]:
+    """The pillars that an agent has seen."""
+    return sorted(cell for cell in env.seen[agent] if env.map.at(cell) in "YN")
+
+
+def _imperative(env: BridgeBuild, agent: str) -> str:
+    (x, z), (to_x, to_z) = env.place[agent], (*_pillars(env, agent), env.place[agent])[0]
+    return (
+        'Write one JSON object with your planks. It must begin with {"cmds": and is, '
+        f'for example: {{"cmds": ["/fill {x} {z} {to_x} {to_z} oak_planks"]}}'
+    )
 
 
 def _terse_first(env: BridgeBuild, agent: str) -> str:

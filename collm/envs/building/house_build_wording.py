@@ -21,19 +21,15 @@ def _plain_first(env: HouseBuild, agent: str) -> str:
     role = "" if number == 1 else f", one of {number} builders, who build it together"
     lines = [
         "The house, as boxes x1 y1 z1 x2 y2 z2 block:",
-        *(
-            f"{part.x1} {y} {part.z1} {part.x2} {y} {part.z2} {part.block}"
-            for y in range(height)
-            for part in rectangles(env.house.blocks, y)
-        ),
+        *_boxes(env),
         "",
-        f"You are {agent}{role}. x is 0 to {width - 1}, y 0 to {height - 1} and z 0 to {depth - 1}; all cells are air now.",
-        "Every cell counts." if env.reward_mode == "match" else "Cells of the house pay, others cost.",
-        f"Cells that you may fill: {shared}. A box with more cells than that is dropped.",
+        f"You are {agent}{role}. x is 0 to {width - 1}, y 0 to {height - 1} and z 0 to {depth - 1}; all cells are air now. "
+        + ("Every cell counts." if env.reward_mode == "match" else "Cells of the house pay, others cost."),
+        f"Cells that you may fill: {shared}. A box with more cells is dropped.",
         f"Spiders take {' '.join(map(str, env.spiders))} of {HP} HP unless "
         f"{'you write' if number == 1 else 'one of you writes'} the line /kill.",
         "",
-        _imperative(env),
+        _imperative(env, agent),
     ]
     return "\n".join(lines)
 
@@ -48,15 +44,24 @@ def _plain_later(env: HouseBuild, agent: str, total: float) -> str:
     elif env.feedback == "perfect":
         lines.append(_wrong_cells(env))
     dropped = f" {env.dropped[agent]} of your boxes were dropped." if env.dropped[agent] else ""
-    return "\n".join([*lines, f"HP {env.hp()}.{dropped} The box is empty again.", "", _imperative(env)])
+    return "\n".join([*lines, f"HP {env.hp()}.{dropped} The box is empty again.", "", _imperative(env, agent)])
 
 
-def _imperative(env: HouseBuild) -> str:
-    number, block = len(env.possible_agents), next(iter(env.limits))
+def _boxes(env: HouseBuild) -> list[str]:
+    """The commands that build the house."""
+    return [
+        f"/fill {part.x1} {y} {part.z1} {part.x2} {y} {part.z2} {part.block}"
+        for y in range(env.house.size[1])
+        for part in rectangles(env.house.blocks, y)
+    ]
+
+
+def _imperative(env: HouseBuild, agent: str) -> str:
+    number, boxes = len(env.possible_agents), _boxes(env)
     share = "the boxes" if number == 1 else "half of the boxes" if number == 2 else f"one of {number} parts of the boxes"
     return (
-        f"Write one line for each of {share}, at most {env.limit} lines. "
-        f"Each line must begin with: /fill, for example: /fill 2 1 0 2 1 2 {block}"
+        f"Write one line for each of {share}, at most {env.limit} lines. Each line must begin with: /fill, "
+        f"for example: {boxes[env.possible_agents.index(agent) * len(boxes) // number]}"
     )
 
 

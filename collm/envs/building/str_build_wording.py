@@ -18,15 +18,11 @@ def _plain_first(env: StrBuild, agent: str) -> str:
         lines += [f"The cells of {env.word}, as x y z:", _listed(env), ""]
     lines.append(f"The box has x from 0 to {env.width - 1}, y from 0 to {SIZE - 1} and z 0.")
     if env.world == "persistent":
-        lines.append(f"Blocks stay. The build is empty; it shows {env.legend()}.")
+        lines.append(f"Blocks stay. The build is empty; it shows {env.legend()}. The block air empties a cell.")
     if number > 1:
         lines.append(f"You are {agent}, one of {number} builders, who fill these cells together. Each has blocks of its own.")
     one, two = env.palettes[agent]
-    lines += [
-        f"Your blocks are {one} and {two}. Use both; like blocks must not touch. The block air empties a cell.",
-        "",
-        _imperative(env, agent),
-    ]
+    lines += [f"Your blocks are {one} and {two}. Use both; like blocks must not touch.", "", _imperative(env, agent)]
     return "\n".join(lines)
 
 

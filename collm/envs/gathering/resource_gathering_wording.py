@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,22 +16,17 @@ SYMBOLS = "? not seen, . empty, w wood, s stone, i iron, m stone and iron, x oth
 
 
 def _plain_first(env: ResourceGathering, agent: str) -> str:
-    number, width, height = len(env.agents), env.map.width, env.map.height
-    alone = number == 1
-    others = ", ".join(f"{other} gathers {_listing(env.kinds[other])}" for other in env.agents if other != agent)
+    alone = len(env.agents) == 1
+    others = "".join(f"; {other} gathers {_listing(env.kinds[other])}" for other in env.agents if other != agent)
     lines = [
-        f"The field: x counts from 0 to {width - 1} to the right, y from 0 to {height - 1} down. {SYMBOLS}.",
-        f"You are {agent} and gather {_listing(env.kinds[agent])}"
-        + ("." if alone else f"; {others}. You begin where others gather."),
-        f"In a turn you walk at most {env.steps} steps and see {env.view} cells around them. Where you stop you take up to "
-        f"{env.load} of each of yours within {env.reach} cells, counted along x plus y.",
-        "The team earns 8 for the goal, by shares, and 7 once it is complete. Finding what you gather earns a little; other "
-        "steps outside of its zone cost a little.",
+        f"You are {agent} and gather {_listing(env.kinds[agent])}{others}.",
+        f"You walk at most {env.steps} steps a turn and take up to {env.load} of each of yours within {env.reach} cells, "
+        f"counted along x plus y, of where you stop. You see {env.view} cells around your steps. "
+        "The team earns 8 for its goal, by shares, and 7 once it is complete.",
     ]
     if not alone:
         lines.append(
-            'The key comm may follow, one fact for the others, such as "comm": {"kind": "stone", "at": [2, 3]}. A new and true '
-            "fact that they need earns a little."
+            'The key comm may follow: one thing that you see and they need, such as "comm": {"kind": "stone", "at": [2, 3]}.'
         )
     return "\n".join([*lines, "", *_plain_scene(env, agent, 1)])
 
@@ -40,17 +36,19 @@ def _plain_later(env: ResourceGathering, agent: str, heard: Sequence[str], compl
 
 
 def _plain_scene(env: ResourceGathering, agent: str, turn: int, complete: bool = False) -> list[str]:
-    x, y = here = env.place[agent]
+    width, height, (x, y) = env.map.width, env.map.height, env.place[agent]
     when = f"Turn {turn} of {env.turns}." if turn <= env.turns and not complete else "The end."
-    inside = grid.view([here], 1, env.map.width, env.map.height) - {here}
-    beside = ", ".join(f"[{column}, {row}]" for column, row in sorted(inside))
+    beside = sorted(grid.view([(x, y)], 1, width, height) - {(x, y)})
+    inward = min(beside, key=lambda cell: grid.distance(cell, (width // 2, height // 2)))
     return [
+        f"The field, x 0 to {width - 1} to the right, y 0 to {height - 1} down. {SYMBOLS}:",
         env.drawing(agent),
         f"Seen: {env.listed(env.seen[agent])}",
         f"{when} The team needs: {env.needed()}",
-        f"You are at [{x}, {y}]. Each step goes to a neighbour, diagonals too; the first can go to {beside}.",
+        f"You are at [{x}, {y}]. Each step goes to a neighbour, diagonals too.",
         "",
-        'Write one JSON object with your steps. It must begin with: {"path": [[, for example: {"path": [[2, 3], [3, 4]]}',
+        'Write one JSON object with your steps. It must begin with {"path": and is, for example: '
+        + json.dumps({"path": [list(inward)]}),
     ]
 
 
