@@ -552,7 +552,7 @@ def test_optimal_play_of_str_build(split):
 
     tasks = range(8) if split == "train" else range(2)
     engine = Counting(answer)
-    groups = collect(Plan(EnvSpec("str_build"), split=split), engine, tasks, tasks)
+    groups = collect(Plan(EnvSpec("str_build", {"wording": "terse"}), split=split), engine, tasks, tasks)
     for group in groups:
         (episode,) = group.episodes
         assert (len(episode.turns), episode.score, episode.turns[0].reward, episode.metrics["iou"]) == (1, 2.0, 0.0, 1.0)
@@ -565,7 +565,9 @@ def test_a_persistent_build_is_finished_over_several_turns():
         lines = optimal_build("MC")[request.agent].splitlines()
         return "\n".join(lines[turn * limit : (turn + 1) * limit])
 
-    plan = Plan(EnvSpec("str_build", {"strings": ["MC"], "world": "persistent", "reward": "sparse", "turns": 4}))
+    plan = Plan(
+        EnvSpec("str_build", {"strings": ["MC"], "world": "persistent", "reward": "sparse", "turns": 4, "wording": "terse"})
+    )
     (group,) = collect(plan, Counting(answer), [0], [0])
     assert [turn.reward for turn in group.episodes[0].turns] == [0.0, 0.0, 0.0, 2.0]
 
