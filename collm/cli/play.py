@@ -54,7 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
     failed = [episode for episode in result.episodes if episode.failure]
     if arguments.json:
         record: dict[str, Any] = as_record(result) if result.played else {"episodes": 0, "failed": len(failed)}
-        record |= {"requests": engine.sent, "failures": {name_of(episode): episode.failure for episode in failed}}
+        record |= {
+            "requests": engine.sent,
+            "failures": {episode.label or str(episode.task): episode.failure for episode in failed},
+        }
         if arguments.show:
             record["played"] = [plain(episode) for episode in result.episodes]
         print(json.dumps(record, allow_nan=False))

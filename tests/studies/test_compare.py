@@ -95,7 +95,7 @@ def test_trained_methods_of_a_shipped_comparison_get_the_same(name: str, tmp_pat
     """The same joint actions, learning rates and seeds; critics the same switches, but the one that makes an own critic read
     its team-mates' answers; that one has a row of its own (dc-difference) where the claim is about critics."""
     plan, jobs = read_plan(SHIPPED / f"{name}.toml", tmp_path)
-    trained: dict[str, dict[str, Any]] = {}
+    trained: dict[tuple[str, bool], dict[str, Any]] = {}  # whole models have other rates than adapters
     for job in jobs:
         if job.trained:
             config = job.config
@@ -108,12 +108,12 @@ def test_trained_methods_of_a_shipped_comparison_get_the_same(name: str, tmp_pat
                 config.critic.lr,
                 job.cell.seed,
             )
-            trained.setdefault(job.cell.task, {}).setdefault(job.cell.method, set()).add(about)
+            trained.setdefault((job.cell.task, config.team.lora is None), {}).setdefault(job.cell.method, set()).add(about)
     assert all(found == next(iter(methods.values())) for methods in trained.values() for found in methods.values())
     critics = {
         job.config.critic for job in jobs if job.cell.method in ("collm-cc", "collm-dc") and job.cell.seed == plan.seeds[0]
     }
-    assert len({repr(critic.model_copy(update={"lr": 0.1, "reads": "joint"})) for critic in critics}) == 1
+    assert len({repr(critic.model_copy(update={"lr": 0.1, "reads": "joint"})) for critic in critics}) <= 1
     if name in ("str_build_sparse", "str_build_sparse_rates"):
         configs = {job.cell.method: job.config for job in jobs if (job.cell.seed, job.cell.rate) == (plan.seeds[0], 2e-4)}
         joint, own = configs["collm-cc"], configs["dc-difference"]

@@ -10,7 +10,7 @@ from collm.settings.load import load_config
 
 FOLDER = ROOT / "recipes" / "tiny"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.toml"))
-SHAPE = {"agents", "turns", "size", "strings", "eval_strings", "lengths", "world", "reward", "feedback", "colours"}
+SHAPE = {"wording", "agents", "turns", "size", "strings", "eval_strings", "lengths", "world", "reward", "feedback", "colours"}
 """Options that choose a size, a horizon or a world's variant; gates and limits of a reward are none of them."""
 
 
