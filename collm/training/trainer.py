@@ -99,7 +99,7 @@ class Trainer:
             try:
                 if self.pending is not None:
                     self._complete(self.pending, log, display)
-                while self.iteration < settings.iterations:
+                while self.iteration < self.config.run.iterations:
                     self._iterate(log, display)
                 self._save(log)
                 checkpoint.save_team(self.folder / "final", self.team, self.plan.examples)
