@@ -285,6 +285,10 @@ class EvaluationSettings(Room):
     temperature: float = Field(0.0, ge=0)
     """Sampling temperature; 0 is greedy. Above 0, top_p and top_k are those of the rollout."""
 
+    def due(self, iteration: int, last: int) -> bool:
+        """Whether the team is evaluated after `iteration` of `last` iterations; 0 is before training."""
+        return self.every > 0 and (iteration % self.every == 0 or iteration == last)
+
 
 TABLES: dict[str, type[Room]] = {"team.lora": LoraSettings, "rollout.vllm": VllmSettings}
 """Nested tables: "room.key" -> model."""

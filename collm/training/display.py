@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from collm.runs.output import Lasting
+from collm.settings.rooms import EvaluationSettings
 from collm.types import printable
 
 if TYPE_CHECKING:  # the first line is shown before torch is imported
@@ -102,9 +103,9 @@ class Display:
         if done == self.first:
             return None
         per_iteration = (time.monotonic() - self.started - self.evaluated) / (done - self.first)
-        every = self.evaluate_every
-        due = [k for k in range(done + 1, self.total + 1) if every and (k % every == 0 or k == self.total)]
-        return per_iteration * (self.total - done) + self.evaluation * len(due)
+        evaluations = EvaluationSettings(every=self.evaluate_every)
+        num = sum(evaluations.due(k, self.total) for k in range(done + 1, self.total + 1))
+        return per_iteration * (self.total - done) + self.evaluation * num
 
     def close(self) -> None:
         if self.bar:

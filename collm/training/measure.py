@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from collm import seeds
 from collm.settings.rooms import Config
 from collm.training.assemble import Assembly, assemble, prepare
-from collm.training.task import draw_tasks, num_tasks, plan_of
+from collm.training.task import draw_tasks, num_tasks
 
 PATIENCE = 60.0
 """Seconds that one timed step may take; a recipe whose steps are longer is timed with fewer tasks."""
@@ -96,14 +96,14 @@ def measure(config: Config) -> Measured:
     played = tasks if (first.collect + first.learn) * tasks / small <= PATIENCE else small
     steps = _step(made, config, 1, played), _step(made, config, 2, played)
     made.engine.close()
-    every, total = config.evaluation.every, config.run.iterations
-    held_out = num_tasks(plan_of(config, "eval")) if every else 0
+    total = config.run.iterations
+    held_out = num_tasks(replace(made.plan, split="eval")) if config.evaluation.every else 0
     return Measured(
         steps,
         played,
         tasks,
         iterations=total,
-        evaluations=1 + sum(k % every == 0 or k == total for k in range(1, total + 1)) if every else 0,
+        evaluations=sum(config.evaluation.due(k, total) for k in range(total + 1)),
         held_out=min(held_out, config.evaluation.episodes or held_out),
     )
 

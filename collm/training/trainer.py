@@ -74,7 +74,7 @@ class Trainer:
         self.config, self.quiet, self.signals = prepare(config), quiet, Signals()
         made = assemble(self.config, **given, stop=self.signals.check)
         self.team, self.engine, self.collector, self.learner = made.team, made.engine, made.collector, made.learner
-        self.plan, self.tasks, self.rates, self.every = made.plan, made.tasks, made.rates, config.evaluation.every
+        self.plan, self.tasks, self.rates = made.plan, made.tasks, made.rates
         self.iteration = self.joint_actions = 0
         self.best: tuple[float, int] | None = None
         self.pending: dict[str, Any] | None = {"iteration": 0, "joint_actions": 0, **unfiltered(made.team, made.plan.sampling)}
@@ -91,10 +91,10 @@ class Trainer:
             write_examples(self.folder, self.plan.examples)
             if self.changed:
                 write_config(self.folder, self.config)
-            settings = self.config.run
+            settings, every = self.config.run, self.config.evaluation.every
             log = RunLog(self.folder, tensorboard=settings.tensorboard, resumed_at=self.iteration, pending=bool(self.pending))
             self.alarms = Alarms(log.before)
-            display = Display(settings.iterations, done=self.iteration, evaluate_every=self.every, quiet=self.quiet)
+            display = Display(settings.iterations, done=self.iteration, evaluate_every=every, quiet=self.quiet)
             display.say("learning rates: " + ", ".join(f"{name} {rate:g}" for name, rate in self.rates.items()))
             try:
                 if self.pending is not None:
@@ -140,7 +140,7 @@ class Trainer:
         self._watch(record, display)
         self.pending = record
         last = self.iteration == self.config.run.iterations
-        if self.every and (last or self.iteration % self.every == 0):
+        if self.config.evaluation.due(self.iteration, self.config.run.iterations):
             record = record | self._evaluate(log, display)
             self._watch(record, display)
         log.metrics(record)
