@@ -265,7 +265,9 @@ def test_seeds_limits_and_training(tmp_path: Path) -> None:
 def score(trainer: Trainer, episodes: int = 256) -> float:
     from collm import seeds
     from collm.rollout.collect import collect
+    from collm.training.task import num_tasks
 
-    tasks = [index % trainer.num_tasks for index in range(episodes)]
+    total = num_tasks(trainer.plan)
+    tasks = [index % total for index in range(episodes)]
     groups = collect(trainer.plan, trainer.engine, tasks, [seeds.derive("score", index) for index in range(episodes)])
     return float(np.mean([episode.score for group in groups for episode in group.episodes]))
