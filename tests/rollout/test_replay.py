@@ -129,10 +129,10 @@ def test_the_recorded_rest_is_kept():
     assert [t.reward for t in whole.turns] == [t.reward for t in episode.turns]
     assert said(empty) == [said(episode)[0], said(episode)[1][1], said(episode)[2]]
     assert empty.turns[1].reward == float(said(episode)[1][1])
-    assert empty.terminated and not empty.truncated
+    assert (empty.terminated, empty.truncated) == (True, False)
     short = replace(episode, turns=episode.turns[:2])
     [cut] = replay_with(Plan(PLAIN), [Branch(short, 1, {})])
-    assert cut.truncated and len(cut.turns) == 2
+    assert (cut.truncated, len(cut.turns)) == (True, 2)
 
 
 def test_other_answers_depend_on_their_purpose():
