@@ -109,9 +109,9 @@ def blame(
     if replay and episodes:
         found |= _replayed(run, episodes, resamples, overrides or {})
     blamed = []
-    for number, (record, episode) in enumerate(zip(poor, episodes, strict=True)):
+    for number, record in enumerate(poor):
         costs = {method: own[number] for method, own in found.items()}
-        faults = {method: worst(episode, own) for method, own in costs.items() if own}
+        faults = {method: worst(record, own) for method, own in costs.items() if own}
         blamed.append(Blamed(record["iteration"], record["label"] or str(record["task"]), total(record), faults))
     return Blame(blamed, len(records), sum(costs is None for costs in found.get(NO_OP, ())))
 
@@ -129,13 +129,13 @@ def failed(records: Sequence[Record], below: float | None = None) -> list[Record
 
 def total(record: Record) -> float:
     """The return of a recorded episode: the sum of its joint rewards."""
-    return float(sum(turn["reward"] for turn in record["turns"]))
+    return float(sum(turn.get("reward") or 0.0 for turn in record["turns"]))
 
 
 def by_credit(record: Record) -> Fault | None:
     """The answer with the smallest recorded advantage; None without recorded advantages."""
     costs = credit_costs(record)
-    return worst(recorded_episode(record), costs) if costs else None
+    return worst(record, costs) if costs else None
 
 
 def credit_costs(record: Record) -> Costs:
@@ -148,10 +148,10 @@ def credit_costs(record: Record) -> Costs:
     }
 
 
-def worst(episode: Episode, costs: Costs) -> Fault:
+def worst(record: Record, costs: Costs) -> Fault:
     """The answer with the greatest cost; of equal ones the first."""
     turn, agent = max(costs, key=lambda place: costs[place])
-    return Fault(agent, turn, costs[turn, agent], episode.turns[turn].completions[agent].text)
+    return Fault(agent, turn, costs[turn, agent], record["turns"][turn]["agents"][agent]["wrote"])
 
 
 def no_op_costs(plan: Plan, episode: Episode) -> Costs | None:

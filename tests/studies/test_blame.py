@@ -19,6 +19,7 @@ from collm.reports.page import page_data
 from collm.rollout.collect import collect
 from collm.rollout.plan import Plan
 from collm.runs.log import episode_record
+from collm.runs.read import recorded_episode
 from collm.settings.load import parse_config
 from collm.studies.blame import CREDIT, NO_OP, RESAMPLING, Blame, by_credit, failed, no_op_costs, total, worst
 from collm.training.trainer import Trainer
@@ -63,7 +64,7 @@ def test_no_op_replay_finds_a_planted_fault(turn, agent):
     costs = no_op_costs(plan, episode)
     assert costs is not None
     assert costs == {(t, a): 5.0 if (t, a) == (turn, agent) else -1.0 for t in range(TURNS) for a in "ab"}
-    fault = worst(episode, costs)
+    fault = worst(record(episode, {}), costs)
     assert (fault.agent, fault.turn, fault.cost, fault.text) == (agent, turn, 5.0, "-5")
 
 
@@ -160,6 +161,6 @@ def test_what_cannot_be_blamed_is_said(folder: Path, capsys: pytest.CaptureFixtu
     lines = (folder / "episodes" / "000002.jsonl").read_text().splitlines()
     broken = {key: value for key, value in json.loads(lines[0]).items() if key != "seed"}
     with pytest.raises(RunError, match="lacks 'seed'"):
-        by_credit(broken)
+        recorded_episode(broken)
     assert main(["blame", str(folder.parent / "nowhere")]) == 2
     assert "is not a run directory" in capsys.readouterr().err
