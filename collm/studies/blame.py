@@ -13,6 +13,7 @@ from collm.runs.directory import run_config
 from collm.runs.examples import recorded_examples
 from collm.runs.open import Run, open_run
 from collm.runs.read import Record, recorded_episode
+from collm.settings.rooms import Config
 from collm.types import Completion, Episode
 
 if TYPE_CHECKING:
@@ -100,14 +101,15 @@ def blame(
     run = run if isinstance(run, Run) else open_run(run)
     if last < 1 or resamples == 1 or resamples < 0:
         raise ConfigError(f"last={last}, resamples={resamples}: give 1 or more iterations, and no or 2 or more resamples.")
+    config = run_config(run.folder, overrides or {}) if replay else None
     wanted = list(run.training_episodes())[-last:]
     records = [record for iteration in wanted for record in run.episodes(iteration)]
     poor = failed(records, below)
     examples = recorded_examples(run.folder)
     episodes = [recorded_episode(record, examples) for record in poor]
     found: dict[str, list[Costs | None]] = {CREDIT: [credit_costs(record) for record in poor]}
-    if replay and episodes:
-        found |= _replayed(run, episodes, resamples, overrides or {})
+    if config is not None and episodes:
+        found |= _replayed(run, config, episodes, resamples)
     blamed = []
     for number, record in enumerate(poor):
         costs = {method: own[number] for method, own in found.items()}
@@ -172,13 +174,10 @@ def no_op_costs(plan: Plan, episode: Episode) -> Costs | None:
     }
 
 
-def _replayed(
-    run: Run, episodes: Sequence[Episode], resamples: int, overrides: Mapping[str, Any]
-) -> dict[str, list[Costs | None]]:
+def _replayed(run: Run, config: Config, episodes: Sequence[Episode], resamples: int) -> dict[str, list[Costs | None]]:
     """Costs by no-op replay, and with `resamples` by resampling."""
     from collm.training.task import plan_of
 
-    config = run_config(run.folder, overrides)
     plan = plan_of(config, "train")
     found: dict[str, list[Costs | None]] = {NO_OP: [no_op_costs(plan, episode) for episode in episodes]}
     if not resamples:
