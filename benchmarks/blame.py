@@ -50,7 +50,7 @@ ENVIRONMENTS = {
 }
 """Name -> recipe in recipes/tiny, and further settings."""
 METHODS = ("credit", "no-op", "resampling")
-BATCH = 16
+BATCH = 32
 """Episodes of one batch, in which credit is assigned together."""
 Row = dict[str, Any]
 
@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", choices=ENVIRONMENTS, action="append", help="default: all four")
     parser.add_argument("--episodes", type=int, default=50, help="planted failures of each environment")
-    parser.add_argument("--learn", type=int, default=8, help="batches that the regressions learn from")
-    parser.add_argument("--plays", type=int, default=4, help="K of resampling")
+    parser.add_argument("--learn", type=int, default=4, help="batches that the regressions learn from")
+    parser.add_argument("--plays", type=int, default=4, help="K of resampling; 0 leaves it out")
     parser.add_argument("--folder", type=Path, default=Path("runs/blame"))
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results")
     given = parser.parse_args(arguments)
@@ -164,14 +164,15 @@ def judge(made: Assembly, learner: PartsLearner, found: Sequence[tuple[Episode, 
     said = learner.credit([Group(episode.task, [episode]) for episode in episodes])
     places = [[(t, agent) for t, turn in enumerate(e.turns) for agent in turn.completions] for e in episodes]
     wanted = [(episode, t, agent) for episode, own in zip(episodes, places, strict=True) for t, agent in own]
-    known = iter(truths(made.plan, made.engine, wanted, plays, gamma=1.0))
+    known = iter(truths(made.plan, made.engine, wanted, plays, gamma=1.0) if plays else ())
     rows = []
     for e, (episode, turn, agent) in enumerate(found):
         costs: dict[str, Costs] = {
             "credit": {place: -(note.advantage or 0.0) for place, note in said[e].items()},
             "no-op": no_op_costs(made.plan, episode) or {},
-            "resampling": {place: -truth.mean for place in places[e] if not (truth := next(known)).unknown},
         }
+        if plays:
+            costs["resampling"] = {p: -truth.mean for p in places[e] if not (truth := next(known)).unknown}
         rows.append(
             {
                 "turn": turn,
@@ -180,12 +181,12 @@ def judge(made: Assembly, learner: PartsLearner, found: Sequence[tuple[Episode, 
                 "answers": len(places[e]),
                 "agents": len(episode.agents),
             }
-            | {method: hits(costs[method], turn, agent, len(places[e])) for method in METHODS}
+            | {method: hits(own, turn, agent) for method, own in costs.items()}
         )
     return rows
 
 
-def hits(costs: Costs, turn: int, agent: str, answers: int) -> dict[str, float]:
+def hits(costs: Costs, turn: int, agent: str) -> dict[str, float]:
     """Fractions of the answers with the greatest cost that have the right agent, the right turn, and both."""
     if not costs:
         return {"agent": 0.0, "step": 0.0, "both": 0.0}
@@ -204,7 +205,8 @@ def summarize(rows: Sequence[Row]) -> Row:
     often = {what: Counter(row[what] for row in rows).most_common(1)[0][0] for what in ("agent", "turn")}
     found: Row = {"episodes": len(rows), "turns": max(row["turns"] for row in rows)}
     for method in METHODS:
-        found[method] = {what: rate([row[method][what] for row in rows]) for what in ("agent", "step", "both")}
+        judged = [row[method] for row in rows if method in row]
+        found[method] = {what: rate([row[what] for row in judged]) for what in ("agent", "step", "both") if judged}
     found["random"] = {
         "agent": rate([1 / row["agents"] for row in rows]),
         "step": rate([1 / row["turns"] for row in rows]),
