@@ -24,17 +24,13 @@ import torch
 
 from collm import seeds
 from collm.engines.kv_cache import Memory
-from collm.engines.local import _uniforms, decode
+from collm.engines.local import decode, uniforms_of
 from collm.envs.catalogue import EnvSpec
-from collm.envs.gathering import grid
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.rollout.examples import draw_examples
 from collm.settings.rooms import LoraSettings
 from collm.types import Example, Message, Request, Sampling
-
-JSON_KEYS = {"bridge_build": ("comm", "probe", "cmds", "path"), "resource_gathering": ("comm", "path")}
-LINES = ("str_build", "house_build")
 
 
 @dataclass(frozen=True)
@@ -79,8 +75,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class Judged:
-    """One answer: its parts (lines, entries of its JSON object, or 1), how many of them the environment rejected, and whether
-    it copies an example."""
+    """One answer: its parts (`TextEnv.num_parts`), how many of them the environment rejected, and whether it copies an
+    example."""
 
     parts: int
     rejected: int
@@ -90,16 +86,6 @@ class Judged:
     def usable(self) -> bool:
         """The environment accepts it, at most half of its parts are rejected, and it does not copy an example."""
         return self.parts > 0 and 2 * self.rejected <= self.parts and not self.copied
-
-
-def num_parts(env: str, answer: str) -> int:
-    """What of an answer can be rejected: its lines, the entries of its JSON object, or the answer as a whole."""
-    if env in JSON_KEYS:
-        found, _ = grid.read_action(answer, JSON_KEYS[env])
-        return sum(len(value) if isinstance(value, list) else value is not None for value in found.values())
-    if env in LINES:
-        return sum(bool(line.strip()) and not line.strip().startswith("```") for line in answer.split("\n"))
-    return int(bool(answer.strip()))
 
 
 def copies(answer: str, observation: str, shown: Iterable[str]) -> bool:
@@ -113,13 +99,13 @@ def _lines(text: str) -> set[str]:
     return {" ".join(line.lower().split()) for line in re.split(r"\n|(?<=[.!?])\s", text) if line.strip()}
 
 
-def judge(env: str, spec: EnvSpec, task: int, seed: int, agent: str, answer: str, shown: Sequence[str]) -> Judged:
+def judge(spec: EnvSpec, task: int, seed: int, agent: str, answer: str, shown: Sequence[str]) -> Judged:
     """Play one turn in which the other agents answer as the scripted player does."""
     made: Any = spec.make("eval")
     observations, _ = made.reset(seed=seed, options={"task": task})
     *_, infos = made.step({**made.scripted_answers(), agent: answer})
     metrics = infos[agent]["metrics"]
-    return Judged(num_parts(env, answer), int(metrics["rejected"]), copies(answer, observations[agent], shown))
+    return Judged(made.num_parts(answer), int(metrics["rejected"]), copies(answer, observations[agent], shown))
 
 
 def measure(case: Case, model: str, tasks: int, seed: int) -> dict[str, Any]:
@@ -141,7 +127,7 @@ def measure(case: Case, model: str, tasks: int, seed: int) -> dict[str, Any]:
     agents = env.possible_agents
     answers = answers_of(loaded(agents, model), requests)
     judged = [
-        judge(case.env, spec, task, own, agent, answer, [e.messages[-1].text for e in examples if e.agent == agent])
+        judge(spec, task, own, agent, answer, [e.messages[-1].text for e in examples if e.agent == agent])
         for (task, own, agent, _), answer in zip(asked, answers, strict=True)
     ]
     by_agent = {
@@ -182,10 +168,11 @@ def answers_of(policy: Policy, requests: Sequence[Request]) -> list[str]:
         shared = min(prompts, key=len)[:-1]
         while any((prompt[: len(shared)] != shared).any() for prompt in prompts):
             shared = shared[:-1]
-        known = Memory()
-        decode(policy, [shared], torch.zeros(1, 1), Sampling(max_tokens=1), after=(read := Memory()))
-        known.add(shared, next(iter(read._rows.values())))
-        uniforms = np.stack([_uniforms(requests[i].seed, sampling.max_tokens) for i in rows])
+        ((ids, _),) = decode(policy, [shared], torch.zeros(1, 1), Sampling(max_tokens=1), after=(read := Memory()))
+        layers, known = read.find(np.concatenate([shared, ids, ids])), Memory()
+        assert layers is not None  # the row that was just read
+        known.add(shared, layers)
+        uniforms = np.stack([uniforms_of(requests[i].seed, sampling.max_tokens) for i in rows])
         found = decode(policy, prompts, torch.from_numpy(uniforms), sampling, known)
         answers.update((i, policy.chat.read(ids.tolist())[0]) for i, (ids, _) in zip(rows, found, strict=True))
     return [answers[i] for i in range(len(requests))]

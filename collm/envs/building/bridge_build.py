@@ -204,6 +204,9 @@ class BridgeBuild(TextEnv):
             + grid.rows_of(self.map.width, self.map.height, lambda cell: self._symbol(cell, True))
         )
 
+    def num_parts(self, answer: str) -> int:
+        return grid.num_entries(answer, KEYS)
+
     def task_name(self, task: int) -> str:
         return self.map_of(task).name
 
