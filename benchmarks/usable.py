@@ -54,8 +54,10 @@ BRIDGES = (
     "2 examples, 0.7: 1 of 10 (5 copies)."
 )
 FIELDS = (
-    "With earlier wordings: 1 example, temperature 0.5, the neighbours listed: 3 of 8 (2 copies); 3 examples, 0.5, a format of "
-    "letters: 2 of 10 (1 copy); 2 examples, 0.5, a fact of letters: 1 of 10 (2 copies); 3 examples, 0.3: 5 of 10 (3 copies)."
+    "On 5 x 5 fields, where half of the scripted player's answers for `mineral` have no step: 1 example, temperature 0.5, the "
+    "neighbours listed: 3 of 8 (2 copies); 3 examples, 0.5, a format of letters: 2 of 10 (1 copy); 2 examples, 0.5, a fact of "
+    "letters: 1 of 10 (2 copies); 3 examples, 0.3: 5 of 10 (3 copies); 0.4 on 40 held-out tasks: 16 (12 copies). With 3 "
+    "examples, temperature 0.4 and this wording: 7 x 7: 6 of 10 (no copy); 6 x 6: 8 of 10 (1 copy)."
 )
 HOUSES = (
     "With earlier wordings, temperature 0.5: 1 example: 4 of 6; 2 examples: 5 of 10; the boxes listed as commands, 1 example: "
@@ -67,7 +69,7 @@ CASES = (
     Case("coop_code", {"turns": 1}, 3, 0.5, 40),
     Case("tldr", {}, 0, 0.5, 40),
     Case("bridge_build", {"size": [5, 5], "turns": 1}, 3, 0.7, 48, tried=BRIDGES),
-    Case("resource_gathering", {"size": [5, 5], "turns": 1}, 3, 0.4, 48, tried=FIELDS),
+    Case("resource_gathering", {"size": [6, 6], "turns": 1}, 3, 0.4, 48, tried=FIELDS),
     Case("str_build", {"strings": "english", "lengths": [2], "turns": 1}, 1, 0.5, 48),
     Case("house_build", {"size": [4, 3, 4], "turns": 1}, 2, 0.4, 56, tried=HOUSES),
 )
