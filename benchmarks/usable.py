@@ -49,9 +49,11 @@ class Case:
 
 
 BRIDGES = (
-    "With earlier wordings: 1 example, temperature 0.5: 0 of 8 (6 copies); 1 example, 0.8: 2 of 10 (2 copies); "
-    "3 examples, 0.5: 3 of 10 (5 copies); 3 examples, 0.8: 4 of 10 (3 copies); maps of 7 x 7, "
-    "2 examples, 0.7: 1 of 10 (5 copies)."
+    "With earlier wordings, and a scripted player that gave one builder an empty list on small maps: 1 example, "
+    "temperature 0.5: 0 of 8 (6 copies); 1 example, 0.8: 2 of 10 (2 copies); 3 examples, 0.5: 3 of 10 (5 copies); "
+    "3 examples, 0.8: 4 of 10 (3 copies); 3 examples, 0.7: 3 of 20 (14 copies); maps of 7 x 7, 2 examples, 0.7: 1 of 10 "
+    "(5 copies). With the water listed as commands: 5 x 5, 3 examples, 0.5: 2 of 16 (14 copies); 5 x 5, no example, 0.5: "
+    "0 of 8; 7 x 7, 2 examples, 0.7: 5 of 8 (1 copy); 7 x 7, 2 examples, 0.5: 6 of 10 (3 copies)."
 )
 FIELDS = (
     "On 5 x 5 fields, where half of the scripted player's answers for `mineral` have no step: 1 example, temperature 0.5, the "
@@ -68,7 +70,7 @@ CASES = (
     Case("quote", {}, 0, 0.7, 14),
     Case("coop_code", {"turns": 1}, 3, 0.5, 40),
     Case("tldr", {}, 0, 0.5, 40),
-    Case("bridge_build", {"size": [5, 5], "turns": 1}, 3, 0.7, 48, tried=BRIDGES),
+    Case("bridge_build", {"size": [7, 7], "turns": 1}, 2, 0.6, 64, tried=BRIDGES),
     Case("resource_gathering", {"size": [6, 6], "turns": 1}, 3, 0.4, 48, tried=FIELDS),
     Case("str_build", {"strings": "english", "lengths": [2], "turns": 1}, 1, 0.5, 48),
     Case("house_build", {"size": [4, 3, 4], "turns": 1}, 2, 0.4, 56, tried=HOUSES),
