@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pettingzoo import ParallelEnv
+
 from collm.types import Episode
 
 LARGE_GAP = 0.05
@@ -20,8 +22,6 @@ LARGE_VOCABULARY = 10_000
 """Vocabularies above it have a tail of unlikely tokens whose probabilities add up."""
 FEWEST_TASKS = 4
 """Distinct first observations that are needed to compare an agent's answers to them."""
-BY_LINE = frozenset(("str_build", "house_build", "bridge_build", "resource_gathering", "class_eval"))
-"""Environments whose metric `rejected` counts lines; in others it counts answers."""
 PREFIX = "alarm/"
 
 
@@ -180,12 +180,13 @@ def _ruled(record: Mapping[str, Any]) -> Iterator[tuple[str, Rule]]:
                     yield name, rule
 
 
-def answer_metrics(episodes: Sequence[Episode], env: str) -> dict[str, float]:
+def answer_metrics(episodes: Sequence[Episode], env: ParallelEnv) -> dict[str, float]:
     """What alarms about answers follow from, over the first turns of an iteration's episodes.
 
     answer_tokens: mean number of sampled tokens. answers_repeated: of an agent's distinct observations, the largest fraction to
     which it gave one and the same answer; the largest over agents; absent with fewer than `FEWEST_TASKS` observations.
-    answers_rejected: the environment's metric `rejected` per answer, or per line of the answers (`BY_LINE`); absent without it.
+    answers_rejected: the environment's metric `rejected` per part of the answers (`TextEnv.num_parts`, at least 1 of each
+    answer); absent without this metric or if the number of parts is unknown.
     """
     turns = [(episode, episode.turns[0]) for episode in episodes if episode.turns and not episode.failure]
     answers = [answer for _, turn in turns for answer in turn.completions.values()]
@@ -205,6 +206,8 @@ def answer_metrics(episodes: Sequence[Episode], env: str) -> dict[str, float]:
         metrics["answers_repeated"] = max(shares)
     after = [(e.turns[1].metrics if len(e.turns) > 1 else e.metrics).get("rejected") for e, _ in turns]
     if numbers := [number for number in after if number is not None]:
-        parts = sum(max(1, len(a.text.strip().splitlines())) for a in answers) if env in BY_LINE else len(answers)
-        metrics["answers_rejected"] = sum(numbers) / parts
+        num_parts = getattr(env, "num_parts", lambda answer: None)
+        parts = [count for answer in answers if (count := num_parts(answer.text)) is not None]
+        if len(parts) == len(answers):
+            metrics["answers_rejected"] = sum(numbers) / sum(max(1, count) for count in parts)
     return metrics
