@@ -165,6 +165,8 @@ class Counterfactual:
     """Joint reward of the replayed turn, without shift."""
     metrics: dict[str, float]
     """Environment metrics after the replayed turn."""
+    observations: dict[str, str] = field(default_factory=dict)
+    """Agent -> its observation after the replayed turn."""
 
 
 @dataclass(slots=True)

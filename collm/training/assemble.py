@@ -195,13 +195,13 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
         for spec in blueprint.policies
     ]
     labels = blueprint.labels
+    read = "global" if config.regressions_read_metrics else "none"
     regressions = Regressions(
+        {"team": team.agents},
         metric_names,
-        len(team.agents),
         critic=config.algorithm.has_critic,
-        metrics=blueprint.metric_regression,
-        teammates=blueprint.difference_baseline,
-        read_metrics=config.regressions_read_metrics,
+        returns=read if blueprint.metric_regression else None,
+        changes=read if blueprint.difference_baseline else None,
     )
     return PartsLearner(LocalHands([*critics, *policies]), team.agents, labels, regressions, config)
 

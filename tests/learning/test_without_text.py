@@ -47,7 +47,8 @@ def assign(regressions: Regressions, *episodes: Episode, **settings: Any) -> Ass
 
 
 def regressions(*, read_metrics: bool, teammates: bool = False) -> Regressions:
-    return Regressions(("m",), 2, critic=True, metrics=True, teammates=teammates, read_metrics=read_metrics)
+    reads = "global" if read_metrics else "none"
+    return Regressions({"team": TEAM}, ("m",), critic=True, returns=reads, changes=reads if teammates else None)
 
 
 def values(assigned: Assignment, turn: int) -> list[float | None]:
@@ -140,7 +141,7 @@ def test_a_run_has_no_critic_and_resumes_exactly(tmp_path: Path, metrics: bool) 
     assert {"critic/value", "critic/explained_variance_turn_1", "ceiling_turn_1", "critic/replayed"} <= last.keys()
     assert not {"critic/loss", "critic/cut", "tokens/critic"} & last.keys()
     assert last["ceiling_turn_1"] > 0.9, "the ceiling reads the metric in both cases"
-    assert whole.learner.regressions.metric_names == (("luck",) if metrics else ())
+    assert whole.learner.regressions.returns["team"].source.names == (("luck",) if metrics else ())
     files = {path.stem for path in (tmp_path / "whole" / "checkpoints" / "000004").glob("*.safetensors")}
     agents = {f"{kind}-agent_{n}" for kind in ("policy", "optimizer") for n in (0, 1)}
     assert files == agents | {"regression", "without", "yardstick"}
