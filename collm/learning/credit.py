@@ -114,13 +114,18 @@ def without_teammates(
 ) -> tuple[Tensor, Metrics]:
     """Advantages (E, N, T): returns minus difference baselines; and metrics.
 
-    The regressions predict the effect of the team-mates' answers first and learn from this iteration afterwards.
+    Regressions and learned effects predict first and learn from this iteration afterwards: `residual.predict_teammates` says
+    for which returns the gradient stays unbiased.
     """
-    changes_ENTM, known_ENT = residual.teammates_changes(batch, rows, regressions.changes)
+    changes_ENTM, known_ENT = residual.teammates_changes(batch, rows, regressions)
     expected_ENT = residual.predict_teammates(regressions.teammates, changes_ENTM, known_ENT, baselines_ENT)
     residual.learn_teammates(regressions.teammates, changes_ENTM, known_ENT, baselines_ENT, returns_ENT)
     advantages_ENT = advantages.difference(returns_ENT, expected_ENT, batch.live_ENT)
-    return advantages_ENT, {"critic/replayed": diagnostics.replayed(batch)}
+    if regressions.effects is None:
+        return advantages_ENT, diagnostics.replayed(batch)
+    regressions.effects.learn(batch)
+    live_ENT = batch.live_ENT.bool()
+    return advantages_ENT, {"critic/effects": known_ENT[live_ENT].float().mean().item() if live_ENT.any() else 0.0}
 
 
 def from_siblings(batch: Batch, settings: AlgorithmSettings) -> Tensor:

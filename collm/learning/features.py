@@ -14,6 +14,7 @@ from torch import Tensor
 
 from collm.errors import TrainingError
 from collm.learning.batch import Batch
+from collm.learning.readings import Columns, Reader, joined
 from collm.types import Counterfactual, Episode
 
 
@@ -46,25 +47,23 @@ class Point:
 class Source(Protocol):
     """Where the numbers of a regression come from, beside the rewards so far."""
 
-    kind: str
-    """What a number is called in messages."""
-
     @property
     def width(self) -> int:
         """Number of columns."""
         ...
 
-    def name(self, column: int) -> str: ...
+    def collect(self, points: Sequence[Point]) -> None:
+        """Get to know an iteration's points before any of them is read: columns may follow from them."""
+        ...
 
     def numbers(self, points: Sequence[Point]) -> NDArray[np.float64]:
-        """(S, width) numbers at S points; NaN for what is not a number."""
+        """(S, width) numbers at S points; NaN for a metric that is not a number. Raises TrainingError for a reading that is not
+        finite."""
         ...
 
 
 class MetricSource:
     """The named environment metrics; without names, the rewards so far are the only features."""
-
-    kind = "environment metric"
 
     def __init__(self, names: Sequence[str]):
         self.names = tuple(names)
@@ -73,13 +72,45 @@ class MetricSource:
     def width(self) -> int:
         return len(self.names)
 
-    def name(self, column: int) -> str:
-        return self.names[column]
+    def collect(self, points: Sequence[Point]) -> None:
+        pass
 
     def numbers(self, points: Sequence[Point]) -> NDArray[np.float64]:
         """(S, width); 0 for a metric that is not reported."""
         found = [[_number(point.metrics.get(name, 0.0)) for name in self.names] for point in points]
         return np.array(found, dtype=np.float64).reshape(len(points), self.width)
+
+
+class TextSource:
+    """Readings of the first and the newest observation of some agents, and of no other text.
+
+    Rewards so far are among the features all the same: the joint reward is common knowledge of the team.
+
+    Args: agents: those whose observations are read; None for all, frozen team-mates included.
+    """
+
+    def __init__(self, read: Reader, agents: Sequence[str] | None = None):
+        self.read, self.agents = read, None if agents is None else tuple(agents)
+        self.columns = Columns()
+        self._known: dict[tuple[str, str], dict[str, float]] = {}
+
+    @property
+    def width(self) -> int:
+        return self.columns.width
+
+    def collect(self, points: Sequence[Point]) -> None:
+        self._known.clear()
+        self.columns.add([self._of(point) for point in points])
+
+    def numbers(self, points: Sequence[Point]) -> NDArray[np.float64]:
+        return self.columns([self._of(point) for point in points]).double().numpy()
+
+    def _of(self, point: Point) -> dict[str, float]:
+        agents = sorted(point.newest) if self.agents is None else self.agents
+        texts = joined(point.first.get(a, "") for a in agents), joined(point.newest.get(a, "") for a in agents)
+        if texts not in self._known:
+            self._known[texts] = self.read(*texts)
+        return self._known[texts]
 
 
 def points_of(episode: Episode) -> list[Point]:
@@ -103,14 +134,8 @@ def features(batch: Batch, source: Source) -> Tensor:
     for e, episode in enumerate(batch.episodes):
         points = points_of(episode)
         rows_ETM[e, : len(points)] = _rows(source, points)
-        read = len(points) if episode.truncated else len(points) - 1
-        for t, column in np.argwhere(~np.isfinite(rows_ETM[e, :read, 2:])).tolist():
-            name = source.name(column)
-            value = points[t].metrics.get(name, rows_ETM[e, t, 2 + column].item())
-            raise TrainingError(
-                f"the {source.kind} {name!r} is {value!r} before turn {t} of episode {e} (task {episode.label}), not a finite "
-                "number. Nothing was learned from this iteration. `collm check` names what an environment may report."
-            )
+        if isinstance(source, MetricSource):
+            _check(source, episode, e, points, rows_ETM[e, :, 2:])
     return torch.from_numpy(rows_ETM).float()
 
 
@@ -129,6 +154,18 @@ def counterfactual_features(
             if np.isfinite(row).all():
                 rows_ETM[e, t], known_ET[e, t] = row, True
     return torch.from_numpy(rows_ETM).float(), torch.from_numpy(known_ET)
+
+
+def _check(source: MetricSource, episode: Episode, e: int, points: Sequence[Point], numbers_TM: NDArray[np.float64]) -> None:
+    """Raises TrainingError for a metric that is not finite; after the end of an episode nothing is read."""
+    read = len(points) if episode.truncated else len(points) - 1
+    for t, column in np.argwhere(~np.isfinite(numbers_TM[:read])).tolist():
+        name = source.names[column]
+        raise TrainingError(
+            f"the environment metric {name!r} is {points[t].metrics[name]!r} before turn {t} of episode {e} (task "
+            f"{episode.label}), not a finite number. Nothing was learned from this iteration. `collm check` names what an "
+            "environment may report."
+        )
 
 
 def _rows(source: Source, points: Sequence[Point]) -> NDArray[np.float64]:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from collm.algorithms.advantages import discounted_returns
 from collm.algorithms.regression import MetricCeiling, TurnRegression
 from collm.learning.batch import Batch
-from collm.learning.features import MetricSource, Source, counterfactual_features, features
+from collm.learning.effects import Effects
+from collm.learning.features import MetricSource, Source, TextSource, counterfactual_features, features, points_of
+from collm.learning.readings import resolve
 from collm.types import Counterfactual
 
 TURNS = 32
@@ -41,8 +43,10 @@ class Regressions:
         views: name -> the agents that share a regression; one of all agents is called "team".
         metric_names: the environment metrics.
         critic: whether values are predicted; the metric ceiling is then measured, for reports.
-        returns, changes: what the regressions of returns, and those of the difference baseline, read: "global" (environment
-            metrics and rewards so far) or "none" (rewards so far); None for no such regression.
+        returns, changes: what the regressions of returns, and those of the difference baseline, read beside the rewards so far:
+            "global" (environment metrics), "readings" (of the observations of the view's agents), a user's "module:function"
+            in place of `readings.read`, or "none"; None for no such regression.
+        effects: the difference baseline follows from learned effects instead of replays.
     """
 
     returns: dict[str, View]
@@ -63,18 +67,28 @@ class Regressions:
         critic: bool,
         returns: str | None = None,
         changes: str | None = None,
+        effects: bool = False,
     ):
         self.everything = MetricSource(metric_names)
-        sources = {"global": self.everything, "none": MetricSource(())}
+        self.texts: dict[str, TextSource] = {}
+        rewards = MetricSource(())
+
+        def source(read: str, name: str) -> Source:
+            if read in ("global", "none"):
+                return self.everything if read == "global" else rewards
+            if name not in self.texts:
+                reader = resolve("text" if read == "readings" else read, "critic.metrics")
+                self.texts[name] = TextSource(reader, None if name == "team" else views[name])
+            return self.texts[name]
+
         self.returns = {}
-        if returns is not None:
-            source = sources[returns]
-            self.returns = {
-                name: View(tuple(agents), source, TurnRegression(2 + source.width, TURNS)) for name, agents in views.items()
-            }
+        for name, agents in views.items() if returns is not None else ():
+            found = source(str(returns), name)
+            self.returns[name] = View(tuple(agents), found, TurnRegression(2 + found.width, TURNS))
         self.changes = ()
         if changes is not None:
-            self.changes = tuple(sources[changes] for agents in views.values() for _ in agents)
+            self.changes = tuple(source(changes, name) for name, agents in views.items() for _ in agents)
+        self.effects = Effects([a for agents in views.values() for a in agents]) if effects else None
         self.teammates = nn.ModuleList(TurnRegression(2 + source.width, TURNS) for source in self.changes)
         self.ceiling = MetricCeiling(2 + len(metric_names), TURNS) if critic else None
 
@@ -87,6 +101,10 @@ class Regressions:
             found["regression" if name == "team" else f"regression-{name}"] = view.regression
         if self.teammates:
             found["without"] = self.teammates
+        for name, source in self.texts.items():
+            found["readings" if name == "team" else f"readings-{name}"] = source.columns
+        if self.effects is not None:
+            found["effects"] = self.effects.observers
         return found
 
     def read(self, batch: Batch) -> Rows:
@@ -96,7 +114,14 @@ class Regressions:
             *self.changes,
             *([self.everything] if self.ceiling else []),
         ]
+        points = [point for episode in batch.episodes for point in points_of(episode)]
+        for source in set(sources):
+            source.collect(points)
         return {source: features(batch, source) for source in dict.fromkeys(sources)}
+
+    def without(self, batch: Batch, agent: str) -> Mapping[tuple[int, int], Counterfactual]:
+        """(episode, turn) -> the outcome of the turn without the agent's answer, where it is known."""
+        return replayed(batch, agent) if self.effects is None else self.effects.outcomes(batch, agent)
 
 
 def predict_returns(views: Mapping[str, View], rows: Rows, batch: Batch, read_ENT: Tensor) -> Tensor:
@@ -137,21 +162,21 @@ def learn_returns(
 
 
 def replayed(batch: Batch, agent: str) -> dict[tuple[int, int], Counterfactual]:
-    """(episode, turn) -> outcome of the replayed turn with the agent's answer empty, where it is known."""
+    """(episode, turn) -> outcome of the replayed turn with the agent's answer empty, where the replay repeated the record."""
     return {
         (e, t): turn.no_op[agent]
         for e, episode in enumerate(batch.episodes)
         for t, turn in enumerate(episode.turns)
-        if agent in turn.no_op
+        if agent in turn.no_op and turn.no_op[agent].matches
     }
 
 
-def teammates_changes(batch: Batch, rows: Rows, sources: Sequence[Source]) -> tuple[Tensor, Tensor]:
+def teammates_changes(batch: Batch, rows: Rows, regressions: Regressions) -> tuple[Tensor, Tensor]:
     """(E, N, T, M) change of the features in a turn caused by each agent's team-mates alone, centred over the iteration; and
-    (E, N, T) bool where the counterfactual is known. sources: (N,) what each agent's regression reads."""
+    (E, N, T) bool where the counterfactual is known."""
     changes, known = [], []
-    for agent, source in zip(batch.agents, sources, strict=True):
-        after_ETM, known_ET = counterfactual_features(batch, source, replayed(batch, agent))
+    for agent, source in zip(batch.agents, regressions.changes, strict=True):
+        after_ETM, known_ET = counterfactual_features(batch, source, regressions.without(batch, agent))
         changes.append(centred(after_ETM - rows[source][:, :-1], known_ET))
         known.append(known_ET)
     return torch.stack(changes, 1), torch.stack(known, 1)

@@ -195,13 +195,14 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
         for spec in blueprint.policies
     ]
     labels = blueprint.labels
-    read = "global" if config.regressions_read_metrics else "none"
+    reported = bool(metric_names)
     regressions = Regressions(
-        {"team": team.agents},
+        dict(blueprint.views),
         metric_names,
         critic=config.algorithm.has_critic,
-        returns=read if blueprint.metric_regression else None,
-        changes=read if blueprint.difference_baseline else None,
+        returns=config.returns_read(reported=reported) if blueprint.metric_regression else None,
+        changes=config.changes_read(reported=reported) if blueprint.difference_baseline else None,
+        effects=config.algorithm.teammates == "effects",
     )
     return PartsLearner(LocalHands([*critics, *policies]), team.agents, labels, regressions, config)
 

@@ -113,7 +113,7 @@ def test_what_the_world_counted_before_a_turn_is_recorded_with_it(lucky: Path) -
 
 
 def test_a_method_without_critic_refuses_the_switch(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"critic\.metrics=True, but magrpo has no critic"):
+    with pytest.raises(ConfigError, match=r"critic\.metrics='global', but magrpo has no critic"):
         make_trainer(tmp_path, "magrpo", 2, 0, critic={"metrics": True})
 
 
@@ -230,7 +230,7 @@ def test_the_baseline_is_level_with_v_however_returns_rise(echoing: Path) -> Non
         text = next(values for values in trainer.learner.hands.all("values", batch) if values is not None)
         values_ENT = text.values_ENT + residual.predict_returns(regressions.returns, rows, batch, text.read_ENT)
         G_ENT = batch.rewards_ET[:, None].expand_as(batch.live_ENT)
-        changes, known = residual.teammates_changes(batch, rows, regressions.changes)
+        changes, known = residual.teammates_changes(batch, rows, regressions)
         baselines_ENT = residual.predict_teammates(regressions.teammates, changes, known, values_ENT[..., :-1])
         residual.learn_teammates(regressions.teammates, changes, known, values_ENT[..., :-1], G_ENT)
         residual.learn_returns(regressions.returns, rows, batch, values_ENT, text.read_ENT, gamma=0.9, kind="V")
@@ -258,7 +258,7 @@ def test_where_silence_has_no_finite_number_the_baseline_is_v(echoing: Path) -> 
     turn.no_op["agent_0"] = replace(turn.no_op["agent_0"], metrics={"e": math.nan})
     batch = Batch.of(groups, trainer.team.agents)
     values_ENT = next(values for values in trainer.learner.hands.all("values", batch) if values is not None).values_ENT
-    changes, known = residual.teammates_changes(batch, regressions.read(batch), regressions.changes)
+    changes, known = residual.teammates_changes(batch, regressions.read(batch), regressions)
     baselines_ENT = residual.predict_teammates(regressions.teammates, changes, known, values_ENT[..., :-1])
     assert baselines_ENT[3, 0, 0] == values_ENT[3, 0, 0]
     assert baselines_ENT[2, 0, 0] != values_ENT[2, 0, 0]
