@@ -145,3 +145,29 @@ def test_a_run_has_no_critic_and_resumes_exactly(tmp_path: Path, metrics: bool) 
     files = {path.stem for path in (tmp_path / "whole" / "checkpoints" / "000004").glob("*.safetensors")}
     agents = {f"{kind}-agent_{n}" for kind in ("policy", "optimizer") for n in (0, 1)}
     assert files == agents | {"regression", "without", "yardstick"}
+
+
+@pytest.mark.parametrize("name", ["collm-dc", "magrpo"])
+def test_readings_and_effects_resume_exactly(tmp_path: Path, name: str) -> None:
+    """Columns, regressions and counts of effects are in the checkpoint."""
+    has_critic = name == "collm-dc"
+
+    def start(run: str, iterations: int) -> Trainer:
+        build = {"name": "str_build", "wording": "terse", "world": "persistent", "turns": 3, "strings": ["IT", "C"]}
+        critic = {"body": "none"} if has_critic else {}
+        algorithm = {"teammates": "effects", "group_size": 1 if has_critic else 2}
+        rooms = {"algorithm": algorithm, "critic": critic, "rollout": {"tasks": 4, "max_tokens": 12}}
+        return make_trainer(tmp_path, name, 2, 0, env=build, run={"name": run, "iterations": iterations}, **rooms)
+
+    whole = start("whole", 4)
+    whole.run()
+    start("part", 2).run()
+    part = Trainer.resume(tmp_path / "part", overrides={"run.iterations": 4}, quiet=True)
+    part.run()
+    assert repr(lines(part)) == repr(lines(whole))
+    assert lines(whole)[-1]["critic/effects"] == 1.0
+    files = {path.stem for path in (tmp_path / "whole" / "checkpoints" / "000004").glob("*.safetensors")}
+    views = [f"{kind}-builder_{n}" for kind in ("regression", "readings") for n in (0, 1)]
+    assert {"effects", "without", *(views if has_critic else ["readings"])} <= files
+    table = whole.learner.regressions.effects.observers[0]
+    assert sum(len(cells) > 0 for cells in table.known().values()) > 5
