@@ -189,11 +189,19 @@ def predict_teammates(regressions: nn.ModuleList, changes_ENTM: Tensor, known_EN
 
     b is V of a critic, or the baseline of a group method. Where the counterfactual is unknown, b_i = b.
 
-    Delta is the change of the environment metrics by the team-mates' answers alone and does not depend on agent i's answer: see
-    `algorithms.advantages.difference`. Delta and G - b are centred within the iteration, so that b_i equals b on average. A
-    constant term would track the same rise of returns as b, so that correct answers get negative advantages until both settle.
+    Delta is what the team-mates' answers alone change in the features of the next observation: replayed, or predicted from
+    learned effects. Delta and G - b are centred within the iteration, so that b_i equals b on average. A constant term would
+    track the same rise of returns as b, so that correct answers get negative advantages until both settle.
+
+    Subtracting b_i instead of b adds no bias to the gradient of any G: given the histories, answers are drawn independently of
+    each other, and nothing in b_i - b depends on agent i's answer of the turn. Delta follows from the history and the
+    team-mates' answers; beta, and the counts of learned effects, from earlier iterations alone; the mean of Delta from the
+    other episodes besides. So for every return G of the turn, with V fixed before the update: the one-step target, a
+    lambda-return, and a return-to-go whose group baseline was subtracted already. What bias G - b has of itself (V that errs in
+    a one-step target, `group_max`) stays.
 
     Args: changes_ENTM: (E, N, T, M) Delta. known_ENT: (E, N, T) bool. baselines_ENT: (E, N, T) b, in units of return.
+    Source: Wu et al. 2018, arXiv:1803.07246, section 4; see `algorithms.advantages.difference`.
     """
     baselines_ENT = baselines_ENT.clone()
     for n, regression in enumerate(regressions):

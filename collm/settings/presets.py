@@ -39,7 +39,7 @@ ALGORITHMS = {
         {"reads": "joint"},
     ),
     "collm-dc": Preset(
-        "a decentralized critic per agent, which reads that agent's history; TD(lambda)",
+        "a decentralized critic per agent, which reads that agent's history and nothing else; TD(lambda)",
         {"baseline": "value", "lam": 0.9},
         {"reads": "own", "lam": 0.9, "metrics": "auto"},
     ),
