@@ -94,7 +94,7 @@ class Plan:
     def replayed_turns(self) -> int:
         """Environment turns replayed for difference baselines in one iteration, at most: `rollout.replay.replay_without`."""
         agents, turns = len(self.work.agents), self.work.turns
-        if not self.blueprint.difference_baseline or agents == 1:
+        if self.config.algorithm.teammates != "replay" or agents == 1:
             return 0
         return self.work.episodes * agents * turns * (turns + 1) // 2
 

@@ -115,6 +115,13 @@ RULES = (
         "Engine.load takes new weights.",
     ),
     Rule(
+        "replay_mismatch",
+        0.0,
+        "replays of {percent} of the answers came to other observations or metrics than were recorded: the environment has "
+        "randomness that reset(seed=...) does not determine. These answers have no difference baseline. Seed the environment "
+        "(`collm check` tests this). Set algorithm.teammates='effects' or 'none' if it cannot be seeded.",
+    ),
+    Rule(
         "unfiltered_vocabulary",
         LARGE_VOCABULARY,
         "answers are drawn from all {value:,.0f} tokens of the vocabulary (temperature of 1 or more, top_p=1, top_k=0): "

@@ -195,13 +195,14 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
         for spec in blueprint.policies
     ]
     labels = blueprint.labels
+    reported = bool(metric_names)
     regressions = Regressions(
+        dict(blueprint.views),
         metric_names,
-        len(team.agents),
         critic=config.algorithm.has_critic,
-        metrics=blueprint.metric_regression,
-        teammates=blueprint.difference_baseline,
-        read_metrics=config.regressions_read_metrics,
+        returns=config.returns_read(reported=reported) if blueprint.metric_regression else None,
+        changes=config.changes_read(reported=reported) if blueprint.difference_baseline else None,
+        effects=config.algorithm.teammates == "effects",
     )
     return PartsLearner(LocalHands([*critics, *policies]), team.agents, labels, regressions, config)
 
