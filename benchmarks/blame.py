@@ -2,8 +2,9 @@
 
 In a recorded episode the answer of one agent at one turn, both drawn uniformly, is replaced by that agent's answer of the same
 turn to another task. All other answers stay as recorded, so that a lower return is this answer's doing alone; episodes whose
-return does not fall are left out. The players are the shipped tiny model as it is, and in quote a script that repeats a passage
-which begins at random. Credit is collm-cc's without a language model as critic: its regressions learn from `--learn` batches.
+return does not fall are left out. The players are the environments' scripted ones, whose answers are exchanged in the same way
+with probability `--noise`; in quote, a script that repeats a passage which begins at random. It alone has a policy to resample.
+Credit is collm-cc's without a language model as critic: its regressions learn from `--learn` batches.
 
     python benchmarks/blame.py --episodes 50 --folder runs/blame
 
@@ -30,6 +31,8 @@ from collm import seeds
 from collm.engines.scripted import ScriptedEngine
 from collm.learning.learner import PartsLearner
 from collm.learning.parts import LocalHands
+from collm.rollout.live import begin, live_episode, resume
+from collm.rollout.plan import Plan
 from collm.rollout.replay import Branch, replay_with, replay_without
 from collm.rollout.truth import truths
 from collm.runs.files import write_text
@@ -39,7 +42,7 @@ from collm.studies.blame import Costs, no_op_costs
 from collm.studies.intervals import interval
 from collm.training.assemble import Assembly, assemble, prepare
 from collm.training.task import draw_tasks
-from collm.types import Episode, Group, Request
+from collm.types import Completion, Episode, Group, Request
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = {
@@ -76,13 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, default=50, help="planted failures of each environment")
     parser.add_argument("--learn", type=int, default=4, help="batches that the regressions learn from")
     parser.add_argument("--plays", type=int, default=4, help="K of resampling; 0 leaves it out")
+    parser.add_argument("--noise", type=float, default=0.05, help="probability that a scripted answer is another task's")
     parser.add_argument("--folder", type=Path, default=Path("runs/blame"))
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     given.folder.mkdir(parents=True, exist_ok=True)
     for name in given.env or ENVIRONMENTS:
-        play(name, given.folder / f"{name}.jsonl", given.episodes, given.learn, given.plays)
+        play(name, given.folder / f"{name}.jsonl", given.episodes, given.learn, given.plays, given.noise)
     found = {name: rows for name in ENVIRONMENTS if (rows := read(given.folder / f"{name}.jsonl"))}
     given.out.mkdir(parents=True, exist_ok=True)
     summary = {name: summarize(rows[: given.episodes]) for name, rows in found.items()}
@@ -97,7 +101,7 @@ def read(path: Path) -> list[Row]:
     return [row for line in lines for row in json.loads(line)["rows"]]
 
 
-def play(name: str, path: Path, wanted: int, learn: int, plays: int) -> None:
+def play(name: str, path: Path, wanted: int, learn: int, plays: int, noise: float) -> None:
     """Play batches until `wanted` failures are planted; appends a line per batch."""
     if len(read(path)) >= wanted:
         return
@@ -108,13 +112,13 @@ def play(name: str, path: Path, wanted: int, learn: int, plays: int) -> None:
     made = assemble(config, engine=engine)
     learner = PartsLearner(LocalHands([]), made.team.agents, made.learner.critic_labels, made.learner.regressions, config)
     for number in range(learn):
-        learner.update(batch_of(made, config, number), number)
+        learner.update(batch_of(made, config, number, noise if engine is None else None), number)
     made.engine.rest()
     done = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
     while len(read(path)) < wanted:
         began = time.monotonic()
-        groups = batch_of(made, config, learn + done, no_op=False)
-        rows = judge(made, learner, planted(made, groups, done), plays)
+        groups = batch_of(made, config, learn + done, noise if engine is None else None)
+        rows = judge(made, learner, planted(made, groups, done), 0 if engine is None else plays)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"seconds": time.monotonic() - began, "rows": rows}) + "\n")
         made.engine.rest()
@@ -122,10 +126,37 @@ def play(name: str, path: Path, wanted: int, learn: int, plays: int) -> None:
         print(f"{name}: {len(read(path))} of {wanted}, {time.monotonic() - began:.0f} s a batch", file=sys.stderr, flush=True)
 
 
-def batch_of(made: Assembly, config: Config, number: int, *, no_op: bool = True) -> list[Group]:
+def batch_of(made: Assembly, config: Config, number: int, noise: float | None) -> list[Group]:
+    """A batch played by the engine, or by scripted players with `noise`; no-op replays included."""
     keys = [seeds.derive(config.run.seed, "blame", number, i) for i in range(BATCH)]
-    plan = replace(made.plan, no_op=no_op)
-    return made.collector.play(plan, draw_tasks(config.run.seed, number, BATCH, made.tasks), keys, 0)
+    tasks = draw_tasks(config.run.seed, number, BATCH, made.tasks)
+    if noise is None:
+        return made.collector.play(made.plan, tasks, keys, 0)
+    clean = [scripted(made.plan, task, key, [], 0.0) for task, key in zip(tasks, keys, strict=True)]
+    noisy = [scripted(made.plan, task, key, clean, noise) for task, key in zip(tasks, keys, strict=True)]
+    replay_without(made.plan, noisy)
+    return [Group(episode.task, [episode]) for episode in noisy]
+
+
+def scripted(plan: Plan, task: int, seed: int, others: Sequence[Episode], noise: float) -> Episode:
+    """An episode of the environment's scripted player; with probability `noise` an answer is that of another task's episode."""
+    env: Any = plan.env.make(plan.split)
+    live, rng = live_episode(plan, task, seed, env=env), seeds.stream(seed, "noise")
+    begin(live)
+    while live.requests:
+        answers, t = env.scripted_answers(), len(live.episode.turns)
+        for agent in answers:
+            taken = other_answers(others, task, t, agent)
+            if taken and rng.random() < noise:
+                answers[agent] = rng.choice(taken).text
+        resume(live, [Completion(request.agent, answers[request.agent]) for request in live.requests])
+    return live.episode
+
+
+def other_answers(episodes: Sequence[Episode], task: int, t: int, agent: str) -> list[Completion]:
+    """The answers of an agent at a turn in episodes of other tasks."""
+    turns = [episode.turns[t] for episode in episodes if episode.task != task and t < len(episode.turns)]
+    return [turn.completions[agent] for turn in turns if agent in turn.completions]
 
 
 def total(episode: Episode) -> float:
@@ -140,11 +171,7 @@ def planted(made: Assembly, groups: Sequence[Group], number: int) -> list[tuple[
     for episode in episodes:
         t = rng.randrange(len(episode.turns))
         agent = rng.choice(sorted(episode.turns[t].completions))
-        answers = [
-            other.turns[t].completions[agent]
-            for other in episodes
-            if other.task != episode.task and t < len(other.turns) and agent in other.turns[t].completions
-        ]
+        answers = other_answers(episodes, episode.task, t, agent)
         if answers:
             branches.append((episode, t, agent, rng.choice(answers)))
     replayed = replay_with(made.plan, [Branch(episode, t, {agent: answer}) for episode, t, agent, answer in branches])
