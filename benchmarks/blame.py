@@ -55,6 +55,8 @@ ENVIRONMENTS = {
 METHODS = ("credit", "no-op", "resampling")
 BATCH = 32
 """Episodes of one batch, in which credit is assigned together."""
+LEARN_NOISE = 0.3
+"""`--noise` of the batches that regressions learn from, so that returns vary."""
 Row = dict[str, Any]
 
 
@@ -77,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", choices=ENVIRONMENTS, action="append", help="default: all four")
     parser.add_argument("--episodes", type=int, default=50, help="planted failures of each environment")
-    parser.add_argument("--learn", type=int, default=4, help="batches that the regressions learn from")
+    parser.add_argument("--learn", type=int, default=16, help="batches that the regressions learn from")
     parser.add_argument("--plays", type=int, default=4, help="K of resampling; 0 leaves it out")
     parser.add_argument("--noise", type=float, default=0.05, help="probability that a scripted answer is another task's")
     parser.add_argument("--folder", type=Path, default=Path("runs/blame"))
@@ -112,7 +114,7 @@ def play(name: str, path: Path, wanted: int, learn: int, plays: int, noise: floa
     made = assemble(config, engine=engine)
     learner = PartsLearner(LocalHands([]), made.team.agents, made.learner.critic_labels, made.learner.regressions, config)
     for number in range(learn):
-        learner.update(batch_of(made, config, number, noise if engine is None else None), number)
+        learner.update(batch_of(made, config, number, LEARN_NOISE if engine is None else None), number)
     made.engine.rest()
     done = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
     while len(read(path)) < wanted:
