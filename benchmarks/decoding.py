@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from collm.algorithms.logprobs import sample
-from collm.engines.local import decode
+from collm.engines.local import Segment, decode
 from collm.models.policy import Policy
 from collm.types import Sampling
 
@@ -80,7 +80,7 @@ def answers(model: str, rows: int, rounds: int) -> None:
 
     def side(policy: Policy, length: int) -> Callable[[], object]:
         policy.chat.stop_ids = []
-        return lambda: decode(policy, prompts, uniforms_BT[:, :length], Sampling(max_tokens=length))
+        return lambda: decode([Segment(policy, prompts, uniforms_BT[:, :length], Sampling(max_tokens=length))])
 
     policies = {"float32": exact, "bfloat16, autocast": half, "bfloat16, cast once": ready}
     seconds = alternate({f"{n} {t}": side(p, t) for n, p in policies.items() for t in (1, ANSWER)}, rounds)

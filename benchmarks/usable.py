@@ -24,7 +24,7 @@ import torch
 
 from collm import seeds
 from collm.engines.kv_cache import Memory
-from collm.engines.local import _uniforms, decode
+from collm.engines.local import Segment, _uniforms, decode
 from collm.envs.catalogue import EnvSpec
 from collm.envs.gathering import grid
 from collm.models.policy import Policy
@@ -183,10 +183,10 @@ def answers_of(policy: Policy, requests: Sequence[Request]) -> list[str]:
         while any((prompt[: len(shared)] != shared).any() for prompt in prompts):
             shared = shared[:-1]
         known = Memory()
-        decode(policy, [shared], torch.zeros(1, 1), Sampling(max_tokens=1), after=(read := Memory()))
+        decode([Segment(policy, [shared], torch.zeros(1, 1), Sampling(max_tokens=1), after=(read := Memory()))])
         known.add(shared, next(iter(read._rows.values())))
         uniforms = np.stack([_uniforms(requests[i].seed, sampling.max_tokens) for i in rows])
-        found = decode(policy, prompts, torch.from_numpy(uniforms), sampling, known)
+        found = decode([Segment(policy, prompts, torch.from_numpy(uniforms), sampling, known)])
         answers.update((i, policy.chat.read(ids.tolist())[0]) for i, (ids, _) in zip(rows, found, strict=True))
     return [answers[i] for i in range(len(requests))]
 
