@@ -135,7 +135,7 @@ def adapters(model: str, num: int, rows: int, siblings: int, rounds: int) -> Non
     ):
         ratios = each / one
         print(
-            f"{num} x {rows} rows, {siblings} per prompt: {what:13} {np.median(each):.3f} s, in one batch {np.median(one):.3f} s:"
+            f"{num} x {rows} rows, {siblings} per prompt: {what:13} {np.median(each):.3f} s, one batch {np.median(one):.3f} s:"
             f" x{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})",
             flush=True,
         )

@@ -162,6 +162,6 @@ def test_which_models_decode_adapters_together(kind: str, tiny: Policy) -> None:
     assert local._one_batch(one, two) == (kind == "tiny")
     assert local._one_batch(one, one)
     assert not local._one_batch(one, tiny)
-    asked = [Request(agent, (Message("user", "red"),), Sampling(max_tokens=4), 1) for agent in "ab"]
+    asked = [Request(agent, (Message("user", "red"),), Sampling(max_tokens=length), 1) for agent in "ab" for length in (3, 4)]
     team = Team({"a": stirred(one, 1), "b": stirred(two, 2)})
     assert same(LocalEngine(team).generate(asked), alone(team, asked))
