@@ -101,7 +101,7 @@ class LocalEngine:
                 segments = []
                 for key, neighbours in groupby(batch, key=keys.__getitem__):
                     own = list(neighbours)
-                    uniforms = torch.from_numpy(np.stack([_uniforms(requests[i].seed, key[1].max_tokens) for i in own]))
+                    uniforms = torch.from_numpy(np.stack([uniforms_of(requests[i].seed, key[1].max_tokens) for i in own]))
                     memories = (before[key], after[key]) if key in after else ()
                     segments.append(Segment(self._ready[key[0]], [prompts[i] for i in own], uniforms, key[1], *memories))
                 for i, (ids, logprobs) in zip(batch, decode(segments), strict=True):
@@ -147,7 +147,7 @@ def _too_long(request: Request, length: int, limit: int) -> Completion:
     return Completion(request.agent, "", finish_reason="error", error=reason)
 
 
-def _uniforms(seed: int, length: int) -> np.ndarray:
+def uniforms_of(seed: int, length: int) -> np.ndarray:
     """The random numbers of one answer: (length,) float32 in [0, 1), a function of its seed."""
     return np.random.Generator(np.random.Philox(key=seed)).random(length, dtype=np.float32)
 
