@@ -118,7 +118,7 @@ class LocalEngine:
 def _one_batch(policy: Policy, other: Policy) -> bool:
     """Whether answers of both can be decoded in one batch: one policy, or adapters of one base.
 
-    Decoding steps are 1.3 to 1.6 times as fast on a CPU core as with one batch per adapter (docs/performance.md).
+    Decoding steps are 1.2 to 1.6 times as fast on a CPU core as with one batch per adapter (docs/performance.md).
     """
     if policy is other or policy.adapter is None or other.adapter is None:
         return policy is other
