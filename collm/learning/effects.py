@@ -71,12 +71,15 @@ class LineEffects(nn.Module):
 
     def known(self) -> dict[bytes, Cells]:
         """Line -> its cells, (C, 4) as in `cells_K4`."""
-        with_LK = self.hits_LK / (self.open_LK + 1)
-        without_LK = (self.hits_K - self.hits_LK) / (self.open_K - self.open_LK).clamp_min(1)
-        effect_LK = with_LK - without_LK
-        chosen_LK = (effect_LK >= LEAST) & (effect_LK >= NEAR * effect_LK.amax(0))
-        cells_K4 = self.cells_K4.numpy()
-        return {line: cells_K4[chosen_LK[place].numpy()] for line, place in self._places().items()}
+        places, cells_K4 = self._places(), self.cells_K4[self.cells_K4[:, 0] >= 0].numpy()
+        if not places or not len(cells_K4):
+            return {}
+        L, K = max(places.values()) + 1, len(cells_K4)  # places are filled in order
+        hits_LK, open_LK = self.hits_LK[:L, :K], self.open_LK[:L, :K]
+        without_LK = (self.hits_K[:K] - hits_LK) / (self.open_K[:K] - open_LK).clamp_min(1)
+        effect_LK = hits_LK / (open_LK + 1) - without_LK
+        chosen_LK = ((effect_LK >= LEAST) & (effect_LK >= NEAR * effect_LK.amax(0))).numpy()
+        return {line: cells_K4[chosen_LK[place]] for line, place in places.items()}
 
     def before(self, point: Point, agent: str) -> tuple[Layout, Cells] | None:
         """Layout and code points (C,) of an agent's blocks before a turn; None without blocks.
