@@ -114,7 +114,7 @@ class Columns(nn.Module):
         counts = Counter(self._stored(name) for reading in readings for name in reading)
         new = sorted(counts.keys() - set(known), key=lambda name: (-counts[name], name))
         for k, name in enumerate(new[: self.width - len(known)], start=len(known)):
-            self.names_KB[k, : len(name)] = torch.tensor(list(name), dtype=torch.uint8)
+            self.names_KB[k, : len(name)].copy_(torch.tensor(list(name), dtype=torch.uint8))
 
     def forward(self, readings: Sequence[Mapping[str, float]]) -> Tensor:
         """Features (S, K) of S readings. Names without a column are left out.
