@@ -31,7 +31,8 @@ def measure_ceiling(ceiling: MetricCeiling | None, batch: Batch, features_ETM: T
 
 
 def explain(batch: Batch, values_ENT: Tensor, wanted_ENT: Tensor, critics: Mapping[str, str], *, gamma: float) -> Metrics:
-    """Mean value and explained variance per turn of each critic: over all episodes, and within tasks (task means removed).
+    """Lowest and highest return; mean value and explained variance per turn of each critic: over all episodes, and within tasks
+    (task means removed).
 
     Args:
         critics: critic's label in metrics -> an agent that it predicts values for.
@@ -39,6 +40,9 @@ def explain(batch: Batch, values_ENT: Tensor, wanted_ENT: Tensor, critics: Mappi
     """
     metrics: Metrics = {}
     returns_ET = discounted_returns(batch.rewards_ET, gamma=gamma)
+    if batch.complete_ET.any():
+        returns = returns_ET[batch.complete_ET]
+        metrics |= {"return_lowest": returns.min().item(), "return_highest": returns.max().item()}
     for label, agent in critics.items():
         n = batch.agents.index(agent)
         live_ET = wanted_ENT[:, n].bool() & ~batch.truncated_E[:, None]

@@ -27,7 +27,7 @@ from collm.rollout.collector import Collector, LocalCollector
 from collm.rollout.plan import Plan
 from collm.runs.directory import usable_cores, with_absolute_data
 from collm.settings.rooms import Config, EnvSettings
-from collm.training.heap import return_freed_blocks
+from collm.training.heap import limit_heap
 from collm.training.task import check_fit, metric_names, num_tasks, plan_of, trained_agents, training_tasks
 from collm.types import Example, Sampling
 
@@ -50,14 +50,14 @@ class Assembly:
 
 def prepare(config: Config) -> Config:
     """The config of the run directory, with this machine's threads and device and with absolute data paths; this process uses
-    those threads and returns freed memory to the system.
+    those threads and a limited heap.
 
     Raises ConfigError for settings that cannot train, or a device that is not available.
     """
     config.check_trains()
     threads, device = config.run.threads or usable_cores(), resolve_device(config.run.device)
     torch.set_num_threads(threads)
-    return_freed_blocks()
+    limit_heap()
     options = with_absolute_data(config.env.options, Path.cwd())
     env = EnvSettings.model_validate({"name": config.env.name, **options})
     return config.model_copy(update={"run": config.run.model_copy(update={"threads": threads, "device": device}), "env": env})
