@@ -450,6 +450,16 @@ def test_the_number_of_parts_is_unknown_by_default():
     assert Paying(["a"], 1).num_parts("1") is None
 
 
+@pytest.mark.parametrize("wrong", [-1, 1.5, "2"])
+def test_a_number_of_parts_is_a_count_or_none(wrong):
+    class Counting(Honest):
+        def num_parts(self, answer):
+            return wrong
+
+    with pytest.raises(EnvError, match="num_parts returned"):
+        check_env(Counting())
+
+
 def test_samples_of_the_text_space_lie_in_it_and_are_hostile():
     space = TextSpace()
     space.seed(0)
