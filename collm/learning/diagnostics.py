@@ -31,7 +31,8 @@ def measure_ceiling(ceiling: MetricCeiling | None, batch: Batch, features_ETM: T
 
 
 def explain(batch: Batch, values_ENT: Tensor, wanted_ENT: Tensor, critics: Mapping[str, str], *, gamma: float) -> Metrics:
-    """Mean value and explained variance per turn of each critic: over all episodes, and within tasks (task means removed).
+    """Lowest and highest return; mean value and explained variance per turn of each critic: over all episodes, and within tasks
+    (task means removed).
 
     Args:
         critics: critic's label in metrics -> an agent that it predicts values for.
@@ -39,6 +40,9 @@ def explain(batch: Batch, values_ENT: Tensor, wanted_ENT: Tensor, critics: Mappi
     """
     metrics: Metrics = {}
     returns_ET = discounted_returns(batch.rewards_ET, gamma=gamma)
+    if batch.complete_ET.any():
+        returns = returns_ET[batch.complete_ET]
+        metrics |= {"return_lowest": returns.min().item(), "return_highest": returns.max().item()}
     for label, agent in critics.items():
         n = batch.agents.index(agent)
         live_ET = wanted_ENT[:, n].bool() & ~batch.truncated_E[:, None]
@@ -62,7 +66,12 @@ def deviations(batch: Batch, advantages_ENT: Tensor) -> Metrics:
     return metrics
 
 
-def replayed(batch: Batch) -> float:
-    """The fraction of answers whose no-op counterfactual was replayed."""
-    fractions = [len(turn.no_op) / len(turn.completions) for e in batch.episodes for turn in e.turns[e.own_from :]]
-    return sum(fractions) / max(1, len(fractions))
+def replayed(batch: Batch) -> Metrics:
+    """Fractions of answers: `critic/replayed`, whose no-op counterfactual is known; and `critic/replay_mismatch`, whose replay
+    came to other observations or metrics before the turn than were recorded."""
+    turns = [turn for e in batch.episodes for turn in e.turns[e.own_from :]]
+    fractions = {
+        name: [sum(o.matches is kind for o in turn.no_op.values()) / len(turn.completions) for turn in turns]
+        for name, kind in (("critic/replayed", True), ("critic/replay_mismatch", False))
+    }
+    return {name: sum(shares) / max(1, len(shares)) for name, shares in fractions.items()}

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ def read(first: str, newest: str) -> dict[str, float]:
     firsts, newests = _views(first), _views(newest)
     found = _numbers(newests)
     if newest != first:
-        found |= _figures([_blocks(text) for text in firsts], [_blocks(text) for text in newests])
+        found |= _figures(*([[block for _, block in blocks(text)] for text in texts] for texts in (firsts, newests)))
         found |= _words(" ".join(firsts), " ".join(newests))
     return found
 
@@ -126,15 +127,15 @@ class Columns(nn.Module):
         Raises TrainingError if a number is not finite.
         """
         places = {name: k for k, name in enumerate(self.names)}
-        rows = torch.zeros(len(readings), self.width)
-        for s, reading in enumerate(readings):
+        rows_SK = np.zeros((len(readings), self.width), dtype=np.float32)
+        for row_K, reading in zip(rows_SK, readings, strict=True):
             for name, value in reading.items():
                 if not math.isfinite(value):
                     raise TrainingError(f"the reading {name!r} is {value!r}, not a finite number; mend the reader's function.")
                 k = places.get(self._stored(name))
                 if k is not None:
-                    rows[s, k] = value
-        return rows
+                    row_K[k] = value
+        return torch.from_numpy(rows_SK)
 
     def _stored(self, name: str) -> bytes:
         return name.encode(errors="surrogatepass")[: self.names_KB.shape[1]]
@@ -195,16 +196,17 @@ def _label(words: Sequence[str]) -> str:
     return " ".join(words)[:40]
 
 
-def _blocks(text: str) -> list[list[str]]:
-    """Runs of at least three lines of equal length, three characters or more, without spaces."""
-    found: list[list[str]] = []
+def blocks(text: str) -> list[tuple[int, list[str]]]:
+    """(number of the first line, lines) of laid-out blocks: at least three lines of equal length, three characters or more,
+    without spaces."""
+    found: list[tuple[int, list[str]]] = []
     run: list[str] = []
-    for line in [*text.replace("\r", "").split("\n"), ""]:
+    for number, line in enumerate([*text.replace("\r", "").split("\n"), ""]):
         if run and len(line) == len(run[0]) and " " not in line:
             run.append(line)
             continue
         if len(run) >= 3:
-            found.append(run)
+            found.append((number - len(run), run))
         run = [line] if len(line) >= 3 and " " not in line else []
     return found
 

@@ -1,4 +1,4 @@
-"""Alarms: sentences about metrics that indicate degenerate answers, or updates that teach nothing.
+"""Alarms: sentences about metrics that indicate degenerate answers, updates that teach nothing, or a loss of what was learned.
 
 Each alarm is raised once in a run. Its number is `alarm/METRIC` in that iteration's record, so that the report shows the same
 sentence. docs/alarms.md lists them.
@@ -6,10 +6,13 @@ sentence. docs/alarms.md lists them.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from pettingzoo import ParallelEnv
 
 from collm.types import Episode
 
@@ -20,8 +23,6 @@ LARGE_VOCABULARY = 10_000
 """Vocabularies above it have a tail of unlikely tokens whose probabilities add up."""
 FEWEST_TASKS = 4
 """Distinct first observations that are needed to compare an agent's answers to them."""
-BY_LINE = frozenset(("str_build", "house_build", "bridge_build", "resource_gathering", "class_eval"))
-"""Environments whose metric `rejected` counts lines; in others it counts answers."""
 PREFIX = "alarm/"
 
 
@@ -115,10 +116,31 @@ RULES = (
         "Engine.load takes new weights.",
     ),
     Rule(
+        "replay_mismatch",
+        0.0,
+        "replays of {percent} of the answers came to other observations or metrics than were recorded: the environment has "
+        "randomness that reset(seed=...) does not determine. These answers have no difference baseline. Seed the environment "
+        "(`collm check` tests this). Set algorithm.teammates='effects' or 'none' if it cannot be seeded.",
+    ),
+    Rule(
         "unfiltered_vocabulary",
         LARGE_VOCABULARY,
         "answers are drawn from all {value:,.0f} tokens of the vocabulary (temperature of 1 or more, top_p=1, top_k=0): "
         "unlikely tokens together are frequent and spoil answers. Set rollout.temperature=0.7.",
+    ),
+    Rule(
+        "reward_kept",
+        0.75,
+        "the training reward of the last three iterations is {percent} of the best mean of three iterations: the team loses "
+        "what it had learned. Lower learner.lr, or raise rollout.tasks. The checkpoint with the best held-out reward is kept.",
+        below=True,
+    ),
+    Rule(
+        "value_outside",
+        0.05,
+        "the mean value of {who} is outside the range of all returns seen so far, by {percent} of its width: advantages then "
+        "have one sign, whatever the answers are. Lower critic.lr, or set critic.metrics=true.",
+        when="later",
     ),
     _looks("repetition", 0.5, "answers repeat themselves"),
     _looks("source_overlap", 0.9, "answers copy their source"),
@@ -136,6 +158,8 @@ class Alarms:
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()):
         self.first: dict[str, float] = {}
         self.before: set[str] = set()
+        self.rewards: dict[int, float] = {}
+        self.lowest, self.highest = math.inf, -math.inf
         for record in records:
             self._note(record)
             self.before |= {name.removeprefix(PREFIX) for name in record if name.startswith(PREFIX)}
@@ -143,6 +167,7 @@ class Alarms:
     def raised(self, record: Mapping[str, Any]) -> dict[str, float]:
         """Metric -> its number, of the alarms that the record raises and that were not raised before."""
         self._note(record)
+        record = {**record, **self._compared(record)}
         found = {name: record[name] for name, rule in _ruled(record) if rule.broken(name, record, self.first)}
         new = {name: value for name, value in found.items() if name not in self.before}
         self.before |= new.keys()
@@ -152,6 +177,28 @@ class Alarms:
         for name, value in record.items():
             if isinstance(value, (int, float)):
                 self.first.setdefault(name, value)
+        if "reward/raw" in record:
+            self.rewards[record["iteration"]] = record["reward/raw"]
+        self.lowest = min(self.lowest, record.get("return_lowest", math.inf))
+        self.highest = max(self.highest, record.get("return_highest", -math.inf))
+
+    def _compared(self, record: Mapping[str, Any]) -> dict[str, float]:
+        """Numbers of a record beside those before it.
+
+        reward_kept: mean training reward of the last three iterations, as a fraction of the best such mean where that is
+        positive. CRITIC/value_outside: distance of the mean value from the range of all returns so far, as a fraction of its
+        width.
+        """
+        numbers: dict[str, float] = {}
+        rewards = list(self.rewards.values())
+        means = [math.fsum(rewards[i : i + 3]) / 3 for i in range(len(rewards) - 2)]
+        if means and max(means) > 0:
+            numbers["reward_kept"] = means[-1] / max(means)
+        width = self.highest - self.lowest
+        for name, value in record.items():
+            if width > 0 and name.endswith("critic/value") and isinstance(value, float):
+                numbers[f"{name}_outside"] = max(self.lowest - value, value - self.highest, 0.0) / width
+        return numbers
 
 
 def sentence(name: str, value: float) -> str:
@@ -180,12 +227,13 @@ def _ruled(record: Mapping[str, Any]) -> Iterator[tuple[str, Rule]]:
                     yield name, rule
 
 
-def answer_metrics(episodes: Sequence[Episode], env: str) -> dict[str, float]:
+def answer_metrics(episodes: Sequence[Episode], env: ParallelEnv) -> dict[str, float]:
     """What alarms about answers follow from, over the first turns of an iteration's episodes.
 
     answer_tokens: mean number of sampled tokens. answers_repeated: of an agent's distinct observations, the largest fraction to
     which it gave one and the same answer; the largest over agents; absent with fewer than `FEWEST_TASKS` observations.
-    answers_rejected: the environment's metric `rejected` per answer, or per line of the answers (`BY_LINE`); absent without it.
+    answers_rejected: the environment's metric `rejected` per part of the answers (`TextEnv.num_parts`, at least 1 of each
+    answer); absent without this metric or if the number of parts is unknown.
     """
     turns = [(episode, episode.turns[0]) for episode in episodes if episode.turns and not episode.failure]
     answers = [answer for _, turn in turns for answer in turn.completions.values()]
@@ -205,6 +253,8 @@ def answer_metrics(episodes: Sequence[Episode], env: str) -> dict[str, float]:
         metrics["answers_repeated"] = max(shares)
     after = [(e.turns[1].metrics if len(e.turns) > 1 else e.metrics).get("rejected") for e, _ in turns]
     if numbers := [number for number in after if number is not None]:
-        parts = sum(max(1, len(a.text.strip().splitlines())) for a in answers) if env in BY_LINE else len(answers)
-        metrics["answers_rejected"] = sum(numbers) / parts
+        num_parts = getattr(env, "num_parts", lambda answer: None)
+        parts = [count for answer in answers if (count := num_parts(answer.text)) is not None]
+        if len(parts) == len(answers):
+            metrics["answers_rejected"] = sum(numbers) / sum(max(1, count) for count in parts)
     return metrics

@@ -81,6 +81,13 @@ def translate(values: Mapping[str, Any]) -> dict[str, Any]:
     return complete
 
 
+def metrics(value: Any) -> Any:
+    """The present value of `critic.metrics` for a truth value, which it was before, also as text; others are unchanged."""
+    known = {"true": "global", "1": "global", "yes": "global", "on": "global"}
+    known |= {"false": "none", "0": "none", "no": "none", "off": "none"}
+    return known.get(str(value).lower(), value)
+
+
 def lost(values: Mapping[str, Any]) -> list[str]:
     """Settings of an old run that can no longer be expressed, as "name=value"; such a run cannot be resumed exactly."""
     found = []

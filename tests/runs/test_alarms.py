@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pettingzoo import ParallelEnv
+from worlds import Echo
 
+from collm.envs.catalogue import make
 from collm.runs.alarms import PREFIX, RULES, Alarms, answer_metrics, recorded, sentence
 from collm.types import Completion, Episode, Turn
 
@@ -75,6 +78,41 @@ def test_a_resumed_run_raises_no_alarm_again_and_compares_with_the_same_first_va
     assert recorded(records) == [f"warning after iteration 2: {sentence('answer_tokens', 2.0)}"]
 
 
+@pytest.mark.parametrize(
+    ("rewards", "raised"),
+    [
+        ([0.2, 0.9, 0.9, 0.9, 0.5, 0.5], 6),  # means of three: 0.67, 0.9, 0.77, 0.63
+        ([0.2, 0.9, 0.9, 0.9, 0.0, 0.9, 0.9, 0.9], 5),  # 0.6 in the iteration of the fall
+        ([0.2, 0.9, 0.9, 0.9, 0.5, 0.9, 0.9, 0.5, 0.9], None),  # never below 0.85 of the best
+        ([0.9, 0.0], None),  # fewer than three
+        ([-1.0, -1.0, -1.0, -9.0, -9.0, -9.0], None),  # a fraction of a negative number has no meaning
+        ([1.0, 2.0, 3.0, 2.0, 1.0, 1.0], 6),
+    ],
+)
+def test_a_fall_of_the_training_reward_below_three_quarters_of_its_best_mean_of_three(
+    rewards: list[float], raised: int | None
+) -> None:
+    alarms = Alarms([{"iteration": 0}])
+    found = [i for i, r in enumerate(rewards, 1) if "reward_kept" in alarms.raised({"iteration": i, "reward/raw": r})]
+    assert found == ([raised] if raised else [])
+    for done in range(1, len(rewards)):  # a resumed run raises what the uninterrupted one does
+        again = Alarms([{"iteration": i, "reward/raw": r} for i, r in enumerate(rewards[:done], 1)])
+        later = [i for i, r in enumerate(rewards[done:], done + 1) if again.raised({"iteration": i, "reward/raw": r})]
+        assert later[:1] == [max(raised, done + 1)] if raised and raised > done else True
+
+
+def test_the_mean_value_outside_the_range_of_all_returns_so_far() -> None:
+    alarms = Alarms([{"iteration": 0}])
+    assert alarms.raised({"iteration": 1, "critic/value": 0.0, "return_lowest": 0.2, "return_highest": 0.4}) == {}, "is new"
+    assert alarms.raised({"iteration": 2, "critic/value": 1.03, "return_lowest": 0.5, "return_highest": 1.0}) == {}
+    solved = {"iteration": 3, "return_lowest": 1.0, "return_highest": 1.0}  # the range is that of the run: 0.2 to 1
+    assert alarms.raised({**solved, "critic/value": 1.03}) == {}
+    found = alarms.raised({**solved, "critic/value": 1.2, "a/critic/value": 0.12})
+    assert found == {"critic/value_outside": pytest.approx(0.25), "a/critic/value_outside": pytest.approx(0.1)}
+    assert "the mean value of a/critic is outside" in sentence("a/critic/value_outside", 0.1)
+    assert "by 25% of its width" in sentence("critic/value_outside", 0.25)
+
+
 def test_each_sentence_names_its_number_and_a_way_out() -> None:
     for rule in RULES:
         text = sentence(f"x/{rule.metric}", 0.875)
@@ -90,15 +128,23 @@ def test_what_is_said_about_answers_by_hand() -> None:
         )
         for n in range(4)
     ]
-    found = answer_metrics(episodes, "agree")
+    found = answer_metrics(episodes, make("agree"))
     assert found == {"answer_tokens": 9 / 8, "answers_repeated": 0.75, "answers_rejected": 3 / 8}
     alike = [episode({"a": "task"}, {"a": "red"}) for _ in range(9)]
-    assert answer_metrics(alike, "agree") == {"answer_tokens": 1.0}  # one task, asked nine times
+    assert answer_metrics(alike, make("agree")) == {"answer_tokens": 1.0}  # one task, asked nine times
 
 
-def test_rejected_lines_are_counted_per_line_and_rejected_answers_per_answer() -> None:
+def test_rejected_parts_are_counted_per_part_as_the_environment_defines_it() -> None:
     built = [episode({"a": "x"}, {"a": "1 0 0\n1 1 0\n1 2 0\n1 3 0"}, rejected=2.0)]
-    assert answer_metrics(built, "str_build")["answers_rejected"] == 0.5
-    assert (
-        answer_metrics([episode({"a": "x"}, {"a": "def f():\n  return"}, rejected=1.0)], "coop_code")["answers_rejected"] == 1
-    )
+    assert answer_metrics(built, make("str_build"))["answers_rejected"] == 0.5
+    code = [episode({"a": "x"}, {"a": "def f():\n  return"}, rejected=1.0)]
+    assert answer_metrics(code, make("coop_code"))["answers_rejected"] == 1
+    nothing = [episode({"a": "x"}, {"a": "no object"}, rejected=1.0)]
+    assert answer_metrics(nothing, make("bridge_build"))["answers_rejected"] == 1  # no part, which counts as one
+
+
+def test_no_fraction_is_computed_where_the_number_of_parts_is_unknown() -> None:
+    played = [episode({"a": "x"}, {"a": "1\n2"}, rejected=1.0)]
+    unknown: tuple[Any, ...] = (Echo(), ParallelEnv())  # without the method, and not a TextEnv
+    for env in unknown:
+        assert answer_metrics(played, env) == {"answer_tokens": 2.0}

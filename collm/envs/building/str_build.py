@@ -11,6 +11,7 @@ from typing import Literal
 
 from collm.envs.base import Outcome, TextEnv, agent_names
 from collm.envs.building.font import SIZE, cells, split_words, width
+from collm.envs.building.lines import command_lines
 from collm.envs.building.str_build_wording import PLAIN, TERSE
 from collm.envs.wording import Wording, texts_of
 from collm.errors import EnvError
@@ -35,8 +36,6 @@ _SYMBOLS = dict(zip((block for palette in PALETTES for block in palette), "01234
 _COMMAND = re.compile(
     r"(?:[-*+]\s+|\d{1,3}[.)]\s+)?/setblock\s+(\d{1,6})\s+(\d{1,6})\s+(\d{1,6})\s+(?:minecraft:)?([a-z_]{1,40})", re.ASCII
 )
-
-_FENCE = re.compile(r"```[a-z]{0,20}", re.ASCII)
 
 
 class StrBuild(TextEnv):
@@ -183,6 +182,9 @@ class StrBuild(TextEnv):
             + self.drawn(self.build)
         )
 
+    def num_parts(self, answer: str) -> int:
+        return len(command_lines(answer))
+
     def task_name(self, task: int) -> str:
         return self.words[task]
 
@@ -190,10 +192,7 @@ class StrBuild(TextEnv):
         """Execute one builder's commands and count the rejected lines."""
         allowed = {*self.palettes[agent], "air"}
         placed = 0
-        for line in answer.split("\n"):
-            line = line.strip()
-            if not line or _FENCE.fullmatch(line):
-                continue
+        for line in command_lines(answer):
             found = _COMMAND.fullmatch(line) if len(line) < 200 else None
             cell = (int(found[1]), int(found[2])) if found else (-1, -1)
             inside = 0 <= cell[0] < self.width and 0 <= cell[1] < SIZE
