@@ -1,7 +1,6 @@
 """How much of the return's variance the joint view determines, each agent's own view, and the environment's metrics.
 
-    python benchmarks/views.py                              # scripted players, both environments; about two minutes
-    python benchmarks/views.py str_build --player tiny      # the untrained tiny team, about ten minutes
+    python benchmarks/views.py                              # both environments, scripted players; a minute
     python benchmarks/views.py --view all                   # where every agent sees the work of all
     python benchmarks/views.py --seed 10 --episodes 36 --write docs/results/views.json
 
@@ -31,14 +30,8 @@ from numpy.typing import NDArray
 
 from collm import make, seeds
 from collm.algorithms.regression import TurnRegression
-from collm.engines.local import LocalEngine
 from collm.envs.base import TextEnv
-from collm.envs.catalogue import EnvSpec
 from collm.learning.readings import PENALTY, Columns, joined, read
-from collm.models.team import Team
-from collm.rollout.collect import collect
-from collm.rollout.plan import Plan
-from collm.types import Sampling
 
 Floats, Numbers = NDArray[np.float64], NDArray[np.int64]
 WORDS = (
@@ -51,7 +44,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "quote": {"reward": "sparse", "turns": 4, "max_words": 6, "view": "own"},
 }  # fmt: skip
-TOKENS = {"str_build": 12, "quote": 24}
 FOLDS, ITERATION, RESAMPLES = 5, 16, 2000
 
 
@@ -84,10 +76,10 @@ def quotes(env: Any, agent: str, rng: random.Random) -> str:
     return " ".join(told[start : start + rng.randint(1, env.max_words)])
 
 
-SCRIPTED: dict[str, Callable[[Any, str, random.Random], str]] = {"str_build": builds, "quote": quotes}
+PLAYERS: dict[str, Callable[[Any, str, random.Random], str]] = {"str_build": builds, "quote": quotes}
 
 
-def scripted(name: str, tasks: Sequence[int], seed: int) -> list[Played]:
+def play(name: str, tasks: Sequence[int], seed: int) -> list[Played]:
     """One episode of each task by scripted players."""
     found = []
     for number, task in enumerate(tasks):
@@ -99,23 +91,9 @@ def scripted(name: str, tasks: Sequence[int], seed: int) -> list[Played]:
         views = []
         while env.agents:
             views.append(views_of(firsts, newest, metrics))
-            newest, rewards, _, _, infos = env.step({agent: SCRIPTED[name](env, agent, rng) for agent in env.agents})
+            newest, rewards, _, _, infos = env.step({agent: PLAYERS[name](env, agent, rng) for agent in env.agents})
             metrics, score = next(iter(infos.values()))["metrics"], next(iter(rewards.values()))
         found.append(Played(task, score, views))
-    return found
-
-
-def tiny(name: str, tasks: Sequence[int], seed: int) -> list[Played]:
-    """One episode of each task by the shipped tiny team, not trained any further."""
-    spec = EnvSpec(name, OPTIONS[name])
-    plan = Plan(spec, sampling=Sampling(max_tokens=TOKENS[name]))
-    team = Team.from_pretrained(dict.fromkeys(spec.make().possible_agents, "tiny"))
-    groups = collect(plan, LocalEngine(team), tasks, [seeds.derive(seed, "views", str(n)) for n in range(len(tasks))])
-    found = []
-    for episode in (group.episodes[0] for group in groups):
-        firsts = episode.turns[0].observations
-        views = [views_of(firsts, turn.observations, turn.metrics) for turn in episode.turns]
-        found.append(Played(episode.task, episode.turns[-1].reward, views))
     return found
 
 
@@ -206,7 +184,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("environments", nargs="*", default=list(OPTIONS), help=f"of {', '.join(OPTIONS)}")
     parser.add_argument("--episodes", type=int, default=12, help="episodes of each task")
-    parser.add_argument("--player", choices=("scripted", "tiny"), default="scripted")
     parser.add_argument("--view", choices=("own", "all"), default="own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="a JSON file, to which the results are added")
@@ -217,9 +194,9 @@ def main() -> None:
         num_tasks = make(name, **OPTIONS[name]).num_tasks
         tasks = [task for _ in range(args.episodes) for task in range(num_tasks)]
         seeds.stream(args.seed, "views", name).shuffle(tasks)
-        played = (scripted if args.player == "scripted" else tiny)(name, tasks, args.seed)
+        played = play(name, tasks, args.seed)
         mean, found = float(np.mean([p.score for p in played])), measure(played)
-        case = f"{name}, view {args.view}, {args.player} players, seed {args.seed}"
+        case = f"{name}, view {args.view}, seed {args.seed}"
         print(f"\n{case}: {len(played)} episodes of {num_tasks} tasks, mean return {mean:.3f}")
         print("| reads | columns that vary | held out | online | held out, before each turn |\n|---|---|---|---|---|")
         for view, row in found.items():

@@ -526,17 +526,17 @@ def test_feedback_has_the_scope_of_the_view():
         _, _, seen = turn(start("I", feedback="perfect", view="own"), commands({**even, (4, 3): OAK}), other)
         assert set(re.findall(r"(\d+),(\d+):(\w+)", seen["builder_0"])) == {("0", "0", "builder_0"), ("4", "3", "builder_0")}
         _, _, seen = turn(start("I", feedback="score", view="own"), commands({(0, 0): OAK}), other)
-        assert "own blocks: -0.10" in seen["builder_0"]  # 2/13 - 0.25 = -0.096: only its own missing block counts
+        assert "Reward: -0.10" in seen["builder_0"]  # 2/13 - 0.25 = -0.096: only its own missing block counts
     sparse = start("I", feedback="score", view="own", reward="sparse", turns=2)
-    assert "own blocks: 0.00" in turn(sparse, commands({(0, 0): OAK}), "")[2]["builder_0"]
-    assert "own blocks: -0.10" in turn(sparse, commands({(0, 0): OAK}), "")[2]["builder_0"]
+    assert "Reward: 0.00" in turn(sparse, commands({(0, 0): OAK}), "")[2]["builder_0"]
+    assert "Reward: -0.10" in turn(sparse, commands({(0, 0): OAK}), "")[2]["builder_0"]
 
 
 @pytest.mark.parametrize("wording", ["plain", "terse"])
 def test_the_own_view_names_no_block_of_another(wording):
     env = StrBuild(wording=wording, strings=["LI"], world="persistent", view="own")
     texts, _ = env.reset(seed=0, options={"task": 0})
-    assert "own blocks alone, 0 oak_planks, 1 stone" in texts["builder_0"]
+    assert "0 oak_planks, 1 stone." in texts["builder_0"]
     assert CONCRETE not in texts["builder_0"]
     assert OBSIDIAN not in texts["builder_0"]
 
