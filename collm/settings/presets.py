@@ -35,7 +35,7 @@ ALGORITHMS = {
     ),
     "collm-cc-paper": Preset(
         "the setting of arXiv:2601.21972: a critic that reads text alone, TD error z-scored per agent",
-        {"baseline": "value", "normalize": "agent"},
+        {"baseline": "value", "normalize": "agent", "max_drop": None},
         {"reads": "joint"},
     ),
     "collm-dc": Preset(

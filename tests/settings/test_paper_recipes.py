@@ -64,6 +64,7 @@ def test_a_recipe_holds_the_papers_numbers(task: str, method: str) -> None:
     }
     assert (config.algorithm.gamma, config.learner.clip_norm) == (0.9, None)
     assert config.algorithm.lam == config.critic.lam == 0
+    assert config.algorithm.max_drop is None
     assert (config.env.options.get("agents", 2) == 1) == (method in ("ac", "grpo"))
     critic = method in ("collm-cc-paper", "collm-dc", "ac")
     lr, epochs, size = (CRITICS if critic else GROUPS)[task]
