@@ -24,17 +24,13 @@ import torch
 
 from collm import seeds
 from collm.engines.kv_cache import Memory
-from collm.engines.local import _uniforms, decode
+from collm.engines.local import decode, uniforms_of
 from collm.envs.catalogue import EnvSpec
-from collm.envs.gathering import grid
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.rollout.examples import draw_examples
 from collm.settings.rooms import LoraSettings
 from collm.types import Example, Message, Request, Sampling
-
-JSON_KEYS = {"bridge_build": ("comm", "probe", "cmds", "path"), "resource_gathering": ("comm", "path")}
-LINES = ("str_build", "house_build")
 
 
 @dataclass(frozen=True)
@@ -53,13 +49,17 @@ class Case:
 
 
 BRIDGES = (
-    "With earlier wordings: 1 example, temperature 0.5: 0 of 8 (6 copies); 1 example, 0.8: 2 of 10 (2 copies); "
-    "3 examples, 0.5: 3 of 10 (5 copies); 3 examples, 0.8: 4 of 10 (3 copies); maps of 7 x 7, "
-    "2 examples, 0.7: 1 of 10 (5 copies)."
+    "With earlier wordings, and a scripted player that gave one builder an empty list on small maps: 1 example, "
+    "temperature 0.5: 0 of 8 (6 copies); 1 example, 0.8: 2 of 10 (2 copies); 3 examples, 0.5: 3 of 10 (5 copies); "
+    "3 examples, 0.8: 4 of 10 (3 copies); 3 examples, 0.7: 3 of 20 (14 copies); maps of 7 x 7, 2 examples, 0.7: 1 of 10 "
+    "(5 copies). With the water listed as commands: 5 x 5, 3 examples, 0.5: 2 of 16 (14 copies); 5 x 5, no example, 0.5: "
+    "0 of 8; 7 x 7, 2 examples, 0.7: 5 of 8 (1 copy); 7 x 7, 2 examples, 0.5: 6 of 10 (3 copies)."
 )
 FIELDS = (
-    "With earlier wordings: 1 example, temperature 0.5, the neighbours listed: 3 of 8 (2 copies); 3 examples, 0.5, a format of "
-    "letters: 2 of 10 (1 copy); 2 examples, 0.5, a fact of letters: 1 of 10 (2 copies); 3 examples, 0.3: 5 of 10 (3 copies)."
+    "On 5 x 5 fields, where half of the scripted player's answers for `mineral` have no step: 1 example, temperature 0.5, the "
+    "neighbours listed: 3 of 8 (2 copies); 3 examples, 0.5, a format of letters: 2 of 10 (1 copy); 2 examples, 0.5, a fact of "
+    "letters: 1 of 10 (2 copies); 3 examples, 0.3: 5 of 10 (3 copies); 0.4 on 40 held-out tasks: 16 (12 copies). With 3 "
+    "examples, temperature 0.4 and this wording: 7 x 7: 6 of 10 (no copy); 6 x 6: 8 of 10 (1 copy)."
 )
 HOUSES = (
     "With earlier wordings, temperature 0.5: 1 example: 4 of 6; 2 examples: 5 of 10; the boxes listed as commands, 1 example: "
@@ -70,8 +70,8 @@ CASES = (
     Case("quote", {}, 0, 0.7, 14),
     Case("coop_code", {"turns": 1}, 3, 0.5, 40),
     Case("tldr", {}, 0, 0.5, 40),
-    Case("bridge_build", {"size": [5, 5], "turns": 1}, 3, 0.7, 48, tried=BRIDGES),
-    Case("resource_gathering", {"size": [5, 5], "turns": 1}, 3, 0.4, 48, tried=FIELDS),
+    Case("bridge_build", {"size": [7, 7], "turns": 1}, 2, 0.6, 64, tried=BRIDGES),
+    Case("resource_gathering", {"size": [6, 6], "turns": 1}, 3, 0.4, 48, tried=FIELDS),
     Case("str_build", {"strings": "english", "lengths": [2], "turns": 1}, 1, 0.5, 48),
     Case("house_build", {"size": [4, 3, 4], "turns": 1}, 2, 0.4, 56, tried=HOUSES),
 )
@@ -79,8 +79,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class Judged:
-    """One answer: its parts (lines, entries of its JSON object, or 1), how many of them the environment rejected, and whether
-    it copies an example."""
+    """One answer: its parts (`TextEnv.num_parts`), how many of them the environment rejected, and whether it copies an
+    example."""
 
     parts: int
     rejected: int
@@ -90,16 +90,6 @@ class Judged:
     def usable(self) -> bool:
         """The environment accepts it, at most half of its parts are rejected, and it does not copy an example."""
         return self.parts > 0 and 2 * self.rejected <= self.parts and not self.copied
-
-
-def num_parts(env: str, answer: str) -> int:
-    """What of an answer can be rejected: its lines, the entries of its JSON object, or the answer as a whole."""
-    if env in JSON_KEYS:
-        found, _ = grid.read_action(answer, JSON_KEYS[env])
-        return sum(len(value) if isinstance(value, list) else value is not None for value in found.values())
-    if env in LINES:
-        return sum(bool(line.strip()) and not line.strip().startswith("```") for line in answer.split("\n"))
-    return int(bool(answer.strip()))
 
 
 def copies(answer: str, observation: str, shown: Iterable[str]) -> bool:
@@ -113,13 +103,13 @@ def _lines(text: str) -> set[str]:
     return {" ".join(line.lower().split()) for line in re.split(r"\n|(?<=[.!?])\s", text) if line.strip()}
 
 
-def judge(env: str, spec: EnvSpec, task: int, seed: int, agent: str, answer: str, shown: Sequence[str]) -> Judged:
+def judge(spec: EnvSpec, task: int, seed: int, agent: str, answer: str, shown: Sequence[str]) -> Judged:
     """Play one turn in which the other agents answer as the scripted player does."""
     made: Any = spec.make("eval")
     observations, _ = made.reset(seed=seed, options={"task": task})
     *_, infos = made.step({**made.scripted_answers(), agent: answer})
     metrics = infos[agent]["metrics"]
-    return Judged(num_parts(env, answer), int(metrics["rejected"]), copies(answer, observations[agent], shown))
+    return Judged(made.num_parts(answer), int(metrics["rejected"]), copies(answer, observations[agent], shown))
 
 
 def measure(case: Case, model: str, tasks: int, seed: int) -> dict[str, Any]:
@@ -141,7 +131,7 @@ def measure(case: Case, model: str, tasks: int, seed: int) -> dict[str, Any]:
     agents = env.possible_agents
     answers = answers_of(loaded(agents, model), requests)
     judged = [
-        judge(case.env, spec, task, own, agent, answer, [e.messages[-1].text for e in examples if e.agent == agent])
+        judge(spec, task, own, agent, answer, [e.messages[-1].text for e in examples if e.agent == agent])
         for (task, own, agent, _), answer in zip(asked, answers, strict=True)
     ]
     by_agent = {
@@ -182,10 +172,11 @@ def answers_of(policy: Policy, requests: Sequence[Request]) -> list[str]:
         shared = min(prompts, key=len)[:-1]
         while any((prompt[: len(shared)] != shared).any() for prompt in prompts):
             shared = shared[:-1]
-        known = Memory()
-        decode(policy, [shared], torch.zeros(1, 1), Sampling(max_tokens=1), after=(read := Memory()))
-        known.add(shared, next(iter(read._rows.values())))
-        uniforms = np.stack([_uniforms(requests[i].seed, sampling.max_tokens) for i in rows])
+        ((ids, _),) = decode(policy, [shared], torch.zeros(1, 1), Sampling(max_tokens=1), after=(read := Memory()))
+        layers, known = read.find(np.concatenate([shared, ids, ids])), Memory()
+        assert layers is not None  # the row that was just read
+        known.add(shared, layers)
+        uniforms = np.stack([uniforms_of(requests[i].seed, sampling.max_tokens) for i in rows])
         found = decode(policy, prompts, torch.from_numpy(uniforms), sampling, known)
         answers.update((i, policy.chat.read(ids.tolist())[0]) for i, (ids, _) in zip(rows, found, strict=True))
     return [answers[i] for i in range(len(requests))]

@@ -165,6 +165,10 @@ class Counterfactual:
     """Joint reward of the replayed turn, without shift."""
     metrics: dict[str, float]
     """Environment metrics after the replayed turn."""
+    observations: dict[str, str] = field(default_factory=dict)
+    """Agent -> its observation after the replayed turn."""
+    matches: bool = True
+    """Whether the replay repeated what was recorded before the turn: observations and metrics."""
 
 
 @dataclass(slots=True)

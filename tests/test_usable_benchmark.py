@@ -23,15 +23,6 @@ def usable() -> Any:
     return module
 
 
-def test_parts_are_lines_json_entries_or_the_whole_answer(usable: Any) -> None:
-    assert usable.num_parts("str_build", "```\n/setblock 0 0 0 stone\n\nno\n```") == 2
-    assert usable.num_parts("bridge_build", '{"cmds": ["a", "b"], "path": [[1, 2]], "comm": "x"}') == 4
-    assert usable.num_parts("bridge_build", '{"cmds": []}') == 0
-    assert usable.num_parts("resource_gathering", "no object") == 0
-    assert usable.num_parts("agree", "red\nblue") == 1
-    assert usable.num_parts("agree", " \n") == 0
-
-
 def test_half_of_the_parts_may_be_rejected_and_no_more(usable: Any) -> None:
     spec = EnvSpec("str_build", {"strings": ["I"], "eval_strings": ["I"]})
     good, bad = "/setblock 0 0 0 oak_planks", "I would build an I."
@@ -42,13 +33,13 @@ def test_half_of_the_parts_may_be_rejected_and_no_more(usable: Any) -> None:
         (bad, False),
         ("", False),
     ):
-        assert usable.judge("str_build", spec, 0, 0, "builder_0", answer, []).usable is is_usable
+        assert usable.judge(spec, 0, 0, "builder_0", answer, []).usable is is_usable
 
 
 def test_team_mates_answers_are_not_counted_against_an_agent(usable: Any) -> None:
-    judged = usable.judge("agree", EnvSpec("agree"), 0, 0, "agent_1", "red", [])
+    judged = usable.judge(EnvSpec("agree"), 0, 0, "agent_1", "red", [])
     assert (judged.parts, judged.rejected, judged.usable) == (1, 0, True)
-    assert not usable.judge("agree", EnvSpec("agree"), 0, 0, "agent_1", "purple", []).usable
+    assert not usable.judge(EnvSpec("agree"), 0, 0, "agent_1", "purple", []).usable
 
 
 def test_an_answer_whose_every_line_is_an_examples_is_a_copy(usable: Any) -> None:

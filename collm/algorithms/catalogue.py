@@ -32,7 +32,7 @@ def group_estimator(baseline: str) -> advantages.GroupEstimator:
     """
     if baseline in GROUP_ESTIMATORS:
         return GROUP_ESTIMATORS[baseline]
-    function = _load(baseline)
+    function = load(baseline, "algorithm.baseline", "baseline", Tensor, "function(returns_G: Tensor)")
 
     def estimate(returns_G: Tensor) -> Tensor:
         baseline_G = function(returns_G)
@@ -47,20 +47,22 @@ def group_estimator(baseline: str) -> advantages.GroupEstimator:
     return estimate
 
 
-def _load(name: str) -> Any:
-    """Import "module:function". Its return annotation must be Tensor, so that a recipe cannot call arbitrary functions."""
+def load(name: str, setting: str, kind: str, returned: Any, call: str) -> Any:
+    """Import the "module:function" of a setting. Its return annotation must be `returned`, so that a recipe cannot call
+    arbitrary functions. `kind` and `call`, the function with its arguments, are for the message."""
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-        returned = get_type_hints(function).get("return")
-    except (ImportError, AttributeError, TypeError, NameError) as error:
+        annotated = get_type_hints(function).get("return")
+    except (ImportError, AttributeError, TypeError, NameError, ValueError) as error:
         raise ConfigError(
-            f"algorithm.baseline={name!r} cannot be loaded: {error}. Write 'module:function' of a module that Python finds "
+            f"{setting}={name!r} cannot be loaded: {error}. Write 'module:function' of a module that Python finds "
             "here (PYTHONPATH)."
         ) from error
-    if returned is not Tensor:
+    if annotated != returned:
+        written = returned.__name__ if isinstance(returned, type) else str(returned)
         raise ConfigError(
-            f"algorithm.baseline={name!r} is not a baseline: it must be a function with the annotation `-> Tensor`. Write "
-            "`def function(returns_G: Tensor) -> Tensor`."
+            f"{setting}={name!r} is not a {kind}: it must be a function with the annotation `-> {written}`. Write "
+            f"`def {call} -> {written}`."
         )
     return function

@@ -81,7 +81,7 @@ class LocalEngine:
             while rows:
                 count = max(1, (self.batch_tokens - held) // (len(prompts[rows[0]]) + sampling.max_tokens))
                 batch, rows = rows[:count], rows[count:]
-                uniforms = np.stack([_uniforms(requests[i].seed, sampling.max_tokens) for i in batch])
+                uniforms = np.stack([uniforms_of(requests[i].seed, sampling.max_tokens) for i in batch])
                 answers = decode(
                     self._ready[id(policy)], [prompts[i] for i in batch], torch.from_numpy(uniforms), sampling, before, after
                 )
@@ -113,7 +113,7 @@ def _too_long(request: Request, length: int, limit: int) -> Completion:
     return Completion(request.agent, "", finish_reason="error", error=reason)
 
 
-def _uniforms(seed: int, length: int) -> np.ndarray:
+def uniforms_of(seed: int, length: int) -> np.ndarray:
     """The random numbers of one answer: (length,) float32 in [0, 1), a function of its seed."""
     return np.random.Generator(np.random.Philox(key=seed)).random(length, dtype=np.float32)
 

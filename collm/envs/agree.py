@@ -73,6 +73,9 @@ class Agree(TextEnv):
     def state(self) -> str:
         return f"turn {self.turn} of {self.turns} {self.target}".strip()
 
+    def num_parts(self, answer: str) -> int:
+        return 1
+
     def task_name(self, task: int) -> str:
         return self.colours[task] if self.alone else "agree"
 

@@ -149,6 +149,14 @@ class TextEnv(ParallelEnv[str, str, str]):
         """
         return {}
 
+    def num_parts(self, answer: str) -> int | None:
+        """The number of parts of an answer that the metric `rejected` counts: its lines, say, or 1 if answers are counted.
+
+        None, the default, means unknown: the fraction of rejected parts is then not computed. The number depends on the text
+        alone, not on the present task.
+        """
+        return None
+
     def task_name(self, task: int) -> str:
         """The name of a task in tables and logs."""
         return str(task)

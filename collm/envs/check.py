@@ -15,6 +15,7 @@ from pettingzoo import ParallelEnv
 from pettingzoo.test import parallel_api_test
 
 from collm.envs import gate
+from collm.envs.base import TextEnv
 from collm.errors import EnvError
 
 SECRET = "zyzzogeton"
@@ -149,6 +150,10 @@ def _metrics(env: ParallelEnv, fresh: ParallelEnv | None, seed: int) -> None:
         for key in ("metrics", "reward_parts"):
             for name, value in info.get(key, {}).items():
                 _require(_is_number(value), f"{agent}: {key}[{name!r}] is {value!r}, not a number.")
+        count = env.num_parts(env.action_space(agent).sample()) if isinstance(env, TextEnv) else None
+        _require(
+            count is None or (isinstance(count, int) and count >= 0), f"num_parts returned {count!r}, not a count or None."
+        )
 
 
 def _is_number(value: Any) -> bool:

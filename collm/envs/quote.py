@@ -112,6 +112,9 @@ class Quote(TextEnv):
         first = self.turn * len(self.agents)
         return {agent: parts[(first + index) % len(parts)] for index, agent in enumerate(self.agents)}
 
+    def num_parts(self, answer: str) -> int:
+        return 1
+
     def state(self) -> str:
         covered = self.covered()
         return f"turn {self.turn} of {self.turns}\ncovered {len(covered)} of {len(self.content)}: {self.listed(covered)}"

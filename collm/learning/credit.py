@@ -16,7 +16,7 @@ from collm.algorithms.catalogue import group_estimator
 from collm.learning import diagnostics, residual
 from collm.learning.batch import Batch
 from collm.learning.critics import Values
-from collm.learning.residual import Regressions
+from collm.learning.residual import Regressions, Rows
 from collm.settings.rooms import AlgorithmSettings
 from collm.types import Annotation, Metrics
 
@@ -49,9 +49,9 @@ def assign_returns(batch: Batch, settings: AlgorithmSettings, regressions: Regre
     advantages_ENT = advantages_ET[:, None] * batch.live_ENT
     metrics: Metrics = {}
     if regressions.teammates:
-        features_ETM = residual.features(batch, regressions.metric_names)
         baselines_ENT = torch.zeros(batch.shape)  # the group baseline is subtracted already
-        advantages_ENT, metrics = without_teammates(batch, regressions, features_ETM, advantages_ENT, baselines_ENT)
+        rows = regressions.read(batch)
+        advantages_ENT, metrics = without_teammates(batch, regressions, rows, advantages_ENT, baselines_ENT)
     advantages_ENT = _normalized(advantages_ENT, batch, settings)
     metrics |= diagnostics.deviations(batch, advantages_ENT)
     return Assignment(
@@ -80,9 +80,9 @@ def assign_values(
         critics: critic's label in metrics -> an agent that it predicts values for.
         critic_lam: lambda of the critics' targets.
     """
-    kind, gamma, names = settings.critic_kind, settings.gamma, regressions.metric_names
-    features_ETM = residual.features(batch, names)
-    predicted_ENT = residual.predict_returns(regressions.metrics, features_ETM, text.read_ENT)
+    kind, gamma = settings.critic_kind, settings.gamma
+    rows = regressions.read(batch)
+    predicted_ENT = residual.predict_returns(regressions.returns, rows, batch, text.read_ENT)
     values_ENT = text.values_ENT + predicted_ENT
     rewards_ENT = batch.rewards_ET[:, None].expand(batch.shape)
     following_ENT = values_ENT if kind == "V" else nn.functional.pad(values_ENT, (0, 1))
@@ -97,31 +97,35 @@ def assign_values(
         if kind == "V":
             returns_ENT = advantages.lambda_returns(rewards_ENT, values_ENT, wanted_ENT, gamma=gamma, lam=settings.lam)
             baselines_ENT = values_ENT[..., :-1]
-        advantages_ENT, metrics = without_teammates(batch, regressions, features_ETM, returns_ENT, baselines_ENT)
+        advantages_ENT, metrics = without_teammates(batch, regressions, rows, returns_ENT, baselines_ENT)
     advantages_ENT = _normalized(advantages_ENT * batch.live_ENT, batch, settings)
     metrics |= diagnostics.deviations(batch, advantages_ENT)
-    ceiling_ETM = residual.features(batch, regressions.ceiling_names)
-    metrics |= diagnostics.measure_ceiling(regressions.ceiling, batch, ceiling_ETM, gamma=gamma)
+    metrics |= diagnostics.measure_ceiling(regressions.ceiling, batch, rows[regressions.everything], gamma=gamma)
     metrics |= diagnostics.explain(batch, values_ENT, wanted_ENT, critics, gamma=gamma)
-    residual.learn_returns(regressions.metrics, features_ETM, batch, values_ENT, text.read_ENT, gamma=gamma, kind=kind)
-    learned_ENT = residual.predict_returns(regressions.metrics, features_ETM, text.read_ENT)
+    residual.learn_returns(regressions.returns, rows, batch, values_ENT, text.read_ENT, gamma=gamma, kind=kind)
+    learned_ENT = residual.predict_returns(regressions.returns, rows, batch, text.read_ENT)
     credit = Credit(advantages_ENT, targets_ENT - learned_ENT[..., : targets_ENT.shape[-1]], wanted_ENT)
     errors_ENT = rewards_ENT + gamma * values_ENT[..., 1:] - values_ENT[..., :-1] if kind == "V" else None
     return Assignment(credit, _annotations(batch, advantages_ENT, values_ENT, errors_ENT), metrics)
 
 
 def without_teammates(
-    batch: Batch, regressions: Regressions, features_ETM: Tensor, returns_ENT: Tensor, baselines_ENT: Tensor
+    batch: Batch, regressions: Regressions, rows: Rows, returns_ENT: Tensor, baselines_ENT: Tensor
 ) -> tuple[Tensor, Metrics]:
     """Advantages (E, N, T): returns minus difference baselines; and metrics.
 
-    The regressions predict the effect of the team-mates' answers first and learn from this iteration afterwards.
+    Regressions and learned effects predict first and learn from this iteration afterwards: `residual.predict_teammates` says
+    for which returns the gradient stays unbiased.
     """
-    changes_ENTM, known_ENT = residual.teammates_changes(batch, features_ETM, regressions.metric_names)
+    changes_ENTM, known_ENT = residual.teammates_changes(batch, rows, regressions)
     expected_ENT = residual.predict_teammates(regressions.teammates, changes_ENTM, known_ENT, baselines_ENT)
     residual.learn_teammates(regressions.teammates, changes_ENTM, known_ENT, baselines_ENT, returns_ENT)
     advantages_ENT = advantages.difference(returns_ENT, expected_ENT, batch.live_ENT)
-    return advantages_ENT, {"critic/replayed": diagnostics.replayed(batch)}
+    if regressions.effects is None:
+        return advantages_ENT, diagnostics.replayed(batch)
+    regressions.effects.learn(batch)
+    live_ENT = batch.live_ENT.bool()
+    return advantages_ENT, {"critic/effects": known_ENT[live_ENT].float().mean().item() if live_ENT.any() else 0.0}
 
 
 def from_siblings(batch: Batch, settings: AlgorithmSettings) -> Tensor:

@@ -66,7 +66,12 @@ def deviations(batch: Batch, advantages_ENT: Tensor) -> Metrics:
     return metrics
 
 
-def replayed(batch: Batch) -> float:
-    """The fraction of answers whose no-op counterfactual was replayed."""
-    fractions = [len(turn.no_op) / len(turn.completions) for e in batch.episodes for turn in e.turns[e.own_from :]]
-    return sum(fractions) / max(1, len(fractions))
+def replayed(batch: Batch) -> Metrics:
+    """Fractions of answers: `critic/replayed`, whose no-op counterfactual is known; and `critic/replay_mismatch`, whose replay
+    came to other observations or metrics before the turn than were recorded."""
+    turns = [turn for e in batch.episodes for turn in e.turns[e.own_from :]]
+    fractions = {
+        name: [sum(o.matches is kind for o in turn.no_op.values()) / len(turn.completions) for turn in turns]
+        for name, kind in (("critic/replayed", True), ("critic/replay_mismatch", False))
+    }
+    return {name: sum(shares) / max(1, len(shares)) for name, shares in fractions.items()}

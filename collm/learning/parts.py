@@ -40,6 +40,8 @@ from collm.types import Metrics, Sampling
 
 VALUE_WEIGHT = 0.6
 """Weight of a value loss beside the policy's loss (arXiv:2601.21972); a separate critic model uses the same weight."""
+CLIP = 0.2
+"""Importance ratios are clipped to [1 - CLIP, 1 + CLIP]."""
 SHORTEST = 1 / 64
 """A policy step is not shortened below this fraction."""
 
@@ -252,7 +254,7 @@ class PolicyPart:
             loss, stats = losses.reinforce(logp_K, micro.answer_K, advantages_S, num_answers=num)
         else:
             loss, stats = CLIPPED_LOSSES[settings.loss](
-                logp_K, micro.old_logp_K, micro.answer_K, advantages_S, clip=settings.clip, num_answers=num
+                logp_K, micro.old_logp_K, micro.answer_K, advantages_S, clip=CLIP, num_answers=num
             )
         totals["policy"] += loss.item()
         if self.reference is not None:

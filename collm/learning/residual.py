@@ -1,124 +1,142 @@
-"""Regressions on environment metrics: the metric regression of returns, and the difference baseline.
+"""Regressions on features: those of returns, which values are added to or consist of, and those of the difference baseline.
 
 `predict_*` returns predictions and changes nothing; `learn_*` adds an iteration's samples and returns nothing. Samples are
-predicted before they are learned from.
+predicted before they are learned from. `features` computes what regressions read.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from collm.algorithms.advantages import discounted_returns
 from collm.algorithms.regression import MetricCeiling, TurnRegression
-from collm.errors import TrainingError
 from collm.learning.batch import Batch
+from collm.learning.effects import Effects
+from collm.learning.features import MetricSource, Source, TextSource, counterfactual_features, features, points_of
+from collm.learning.readings import resolve
+from collm.types import Counterfactual
 
 TURNS = 32
 """Number of turns with a separate regression; later turns share the last one."""
 
+Rows = Mapping[Source, Tensor]
+"""Source -> its features (E, T + 1, M) of one iteration."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A regression of returns: what it reads, and the agents whose values it predicts."""
+
+    agents: tuple[str, ...]
+    source: Source
+    regression: TurnRegression
+
 
 class Regressions:
-    """The regressions of a run."""
+    """The regressions of a run.
 
-    metric_names: tuple[str, ...]
-    """The environment metrics that the regressions read beside the rewards; empty for rewards alone."""
-    ceiling_names: tuple[str, ...]
-    """Those that the metric ceiling reads: all."""
-    metrics: TurnRegression | None
-    """The metric regression, from environment metrics and rewards so far to the return; None if values are from text alone."""
+    Args:
+        views: name -> the agents that share a regression; one of all agents is called "team".
+        metric_names: the environment metrics.
+        critic: whether values are predicted; the metric ceiling is then measured, for reports.
+        returns, changes: what the regressions of returns, and those of the difference baseline, read beside the rewards so far:
+            "global" (environment metrics), "readings" (of the observations of the view's agents), a user's "module:function"
+            in place of `readings.read`, or "none"; None for no such regression.
+        effects: the difference baseline follows from learned effects instead of replays.
+    """
+
+    returns: dict[str, View]
+    """Name -> the regression of returns of these agents; empty if values are from text alone."""
     teammates: nn.ModuleList
-    """For each agent, a regression from the change of metrics by its team-mates' answers alone to the return minus its
-    baseline; empty without the difference baseline."""
+    """For each agent, a regression from what its team-mates' answers alone change to the return minus its baseline; empty
+    without the difference baseline."""
+    changes: tuple[Source, ...]
+    """For each agent, what that regression reads; empty without the difference baseline."""
     ceiling: MetricCeiling | None
-    """The metric ceiling, for reports; None without a critic."""
+    """The metric ceiling; None without a critic."""
 
     def __init__(
         self,
+        views: Mapping[str, Sequence[str]],
         metric_names: Sequence[str],
-        num_agents: int,
         *,
         critic: bool,
-        metrics: bool,
-        teammates: bool,
-        read_metrics: bool = True,
+        returns: str | None = None,
+        changes: str | None = None,
+        effects: bool = False,
     ):
-        self.ceiling_names = tuple(metric_names)
-        self.metric_names = self.ceiling_names if read_metrics else ()
-        width = 2 + len(self.metric_names)
-        self.metrics = TurnRegression(width, TURNS) if metrics else None
-        self.teammates = nn.ModuleList(TurnRegression(width, TURNS) for _ in range(num_agents if teammates else 0))
-        self.ceiling = MetricCeiling(2 + len(self.ceiling_names), TURNS) if critic else None
+        self.everything = MetricSource(metric_names)
+        self.texts: dict[str, TextSource] = {}
+        rewards = MetricSource(())
+
+        def source(read: str, name: str) -> Source:
+            if read in ("global", "none"):
+                return self.everything if read == "global" else rewards
+            if name not in self.texts:
+                reader = resolve("text" if read == "readings" else read, "critic.metrics")
+                self.texts[name] = TextSource(reader, None if name == "team" else views[name])
+            return self.texts[name]
+
+        self.returns = {}
+        for name, agents in views.items() if returns is not None else ():
+            found = source(str(returns), name)
+            self.returns[name] = View(tuple(agents), found, TurnRegression(2 + found.width, TURNS))
+        self.changes = ()
+        if changes is not None:
+            self.changes = tuple(source(changes, name) for name, agents in views.items() for _ in agents)
+        self.effects = Effects([a for agents in views.values() for a in agents]) if effects else None
+        self.teammates = nn.ModuleList(TurnRegression(2 + source.width, TURNS) for source in self.changes)
+        self.ceiling = MetricCeiling(2 + len(metric_names), TURNS) if critic else None
 
     def modules(self) -> dict[str, nn.Module]:
         """File name -> module of a checkpoint."""
         found: dict[str, nn.Module] = {}
         if self.ceiling is not None:
             found["yardstick"] = self.ceiling
-        if self.metrics is not None:
-            found["regression"] = self.metrics
+        for name, view in self.returns.items():
+            found["regression" if name == "team" else f"regression-{name}"] = view.regression
         if self.teammates:
             found["without"] = self.teammates
+        for name, source in self.texts.items():
+            found["readings" if name == "team" else f"readings-{name}"] = source.columns
+        if self.effects is not None:
+            found["effects"] = self.effects.observers
         return found
 
+    def read(self, batch: Batch) -> Rows:
+        """Features of everything that regressions read. Raises TrainingError for a number that is not finite."""
+        sources = [
+            *(view.source for view in self.returns.values()),
+            *self.changes,
+            *([self.everything] if self.ceiling else []),
+        ]
+        points = [point for episode in batch.episodes for point in points_of(episode)]
+        for source in set(sources):
+            source.collect(points)
+        return {source: features(batch, source) for source in dict.fromkeys(sources)}
 
-def features(batch: Batch, metric_names: Sequence[str]) -> Tensor:
-    """Features (E, T + 1, M) before each turn and after the last one: sum of rewards so far, last raw reward, environment
-    metrics. Raises TrainingError for a metric that is not finite."""
-    E, _, T = batch.shape
-    rows = np.zeros((E, T + 1, 2 + len(metric_names)))
-    for e, episode in enumerate(batch.episodes):
-        so_far = 0.0
-        for t in range(len(episode.turns) + 1):
-            last = episode.turns[t - 1].raw_reward if t else 0.0
-            so_far += episode.turns[t - 1].reward if t else 0.0
-            ended = t == len(episode.turns)
-            reported = episode.metrics if ended else episode.turns[t].metrics
-            rows[e, t] = [so_far, last, *_numbers(reported, metric_names)]
-            bad = [name for name, x in zip(metric_names, rows[e, t, 2:], strict=True) if not math.isfinite(x)]
-            if bad and (not ended or episode.truncated):
-                raise TrainingError(
-                    f"the environment metric {bad[0]!r} is {reported[bad[0]]!r} before turn {t} of episode {e} (task "
-                    f"{episode.label}), not a finite number. Nothing was learned from this iteration. `collm check` names "
-                    "what an environment may report."
-                )
-    return torch.from_numpy(rows).float()
+    def without(self, batch: Batch, agent: str) -> Mapping[tuple[int, int], Counterfactual]:
+        """(episode, turn) -> the outcome of the turn without the agent's answer, where it is known."""
+        return replayed(batch, agent) if self.effects is None else self.effects.outcomes(batch, agent)
 
 
-def counterfactual_features(batch: Batch, agent: str, metric_names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Features (E, T, M) after each turn of the no-op counterfactual, with the agent's answer empty; and (E, T) bool where they
-    are known and finite."""
-    E, _, T = batch.shape
-    rows, known = np.zeros((E, T, 2 + len(metric_names))), np.zeros((E, T), dtype=bool)
-    for e, episode in enumerate(batch.episodes):
-        so_far = 0.0
-        for t, turn in enumerate(episode.turns):
-            if agent in turn.no_op and t >= episode.own_from:
-                replayed = turn.no_op[agent]
-                numbers = [so_far + replayed.reward, replayed.raw_reward, *_numbers(replayed.metrics, metric_names)]
-                if all(map(math.isfinite, numbers)):
-                    rows[e, t], known[e, t] = numbers, True
-            so_far += turn.reward
-    return torch.from_numpy(rows).float(), torch.from_numpy(known)
-
-
-def predict_returns(regression: TurnRegression | None, features_ETM: Tensor, read_ENT: Tensor) -> Tensor:
+def predict_returns(views: Mapping[str, View], rows: Rows, batch: Batch, read_ENT: Tensor) -> Tensor:
     """Predicted returns (E, N, T or T + 1) where a critic computes a value; 0 elsewhere, and without a regression."""
     predicted_ENT = torch.zeros_like(read_ENT)
-    if regression is None:
-        return predicted_ENT
-    predicted_ET = regression(features_ETM[:, : read_ENT.shape[-1]])
-    return torch.where(read_ENT.bool(), predicted_ET[:, None], predicted_ENT)
+    for view in views.values():
+        chosen = [batch.agents.index(agent) for agent in view.agents]
+        predicted_ET = view.regression(rows[view.source][:, : read_ENT.shape[-1]])
+        predicted_ENT[:, chosen] = torch.where(read_ENT[:, chosen].bool(), predicted_ET[:, None], predicted_ENT[:, chosen])
+    return predicted_ENT
 
 
 def learn_returns(
-    regression: TurnRegression | None,
-    features_ETM: Tensor,
+    views: Mapping[str, View],
+    rows: Rows,
     batch: Batch,
     values_ENT: Tensor,
     read_ENT: Tensor,
@@ -126,29 +144,40 @@ def learn_returns(
     gamma: float,
     kind: str,
 ) -> None:
-    """Add this iteration's returns to the metric regression.
+    """Add this iteration's returns to the regressions.
 
-    The return of a truncated episode is bootstrapped with V of its final history; for Q such an episode is left out.
+    The return of a truncated episode is bootstrapped with V of its final history, the mean over the agents of the regression;
+    for Q such an episode is left out.
     """
-    if regression is None:
-        return
-    rewards_ET, counted_ET = batch.rewards_ET, batch.complete_ET
-    if kind == "V":
-        speaking_ENT = read_ENT[..., 1:]
-        following_ET = (values_ENT[..., 1:] * speaking_ENT).sum(1) / speaking_ENT.sum(1).clamp_min(1)
-        rewards_ET = rewards_ET + gamma * following_ET * (batch.last_ET & batch.truncated_E[:, None])
-        counted_ET = batch.played_ET
-    returns_ET = discounted_returns(rewards_ET, gamma=gamma)
-    regression.learn(features_ETM[:, :-1], returns_ET, counted_ET)
+    for view in views.values():
+        rewards_ET, counted_ET = batch.rewards_ET, batch.complete_ET
+        if kind == "V":
+            chosen = [batch.agents.index(agent) for agent in view.agents]
+            speaking_ENT = read_ENT[:, chosen, 1:]
+            following_ET = (values_ENT[:, chosen, 1:] * speaking_ENT).sum(1) / speaking_ENT.sum(1).clamp_min(1)
+            rewards_ET = rewards_ET + gamma * following_ET * (batch.last_ET & batch.truncated_E[:, None])
+            counted_ET = batch.played_ET
+        returns_ET = discounted_returns(rewards_ET, gamma=gamma)
+        view.regression.learn(rows[view.source][:, :-1], returns_ET, counted_ET)
 
 
-def teammates_changes(batch: Batch, features_ETM: Tensor, metric_names: Sequence[str]) -> tuple[Tensor, Tensor]:
+def replayed(batch: Batch, agent: str) -> dict[tuple[int, int], Counterfactual]:
+    """(episode, turn) -> outcome of the replayed turn with the agent's answer empty, where the replay repeated the record."""
+    return {
+        (e, t): turn.no_op[agent]
+        for e, episode in enumerate(batch.episodes)
+        for t, turn in enumerate(episode.turns)
+        if agent in turn.no_op and turn.no_op[agent].matches
+    }
+
+
+def teammates_changes(batch: Batch, rows: Rows, regressions: Regressions) -> tuple[Tensor, Tensor]:
     """(E, N, T, M) change of the features in a turn caused by each agent's team-mates alone, centred over the iteration; and
-    (E, N, T) bool where the no-op counterfactual is known."""
+    (E, N, T) bool where the counterfactual is known."""
     changes, known = [], []
-    for agent in batch.agents:
-        after_ETM, known_ET = counterfactual_features(batch, agent, metric_names)
-        changes.append(centred(after_ETM - features_ETM[:, :-1], known_ET))
+    for agent, source in zip(batch.agents, regressions.changes, strict=True):
+        after_ETM, known_ET = counterfactual_features(batch, source, regressions.without(batch, agent))
+        changes.append(centred(after_ETM - rows[source][:, :-1], known_ET))
         known.append(known_ET)
     return torch.stack(changes, 1), torch.stack(known, 1)
 
@@ -160,11 +189,19 @@ def predict_teammates(regressions: nn.ModuleList, changes_ENTM: Tensor, known_EN
 
     b is V of a critic, or the baseline of a group method. Where the counterfactual is unknown, b_i = b.
 
-    Delta is the change of the environment metrics by the team-mates' answers alone and does not depend on agent i's answer: see
-    `algorithms.advantages.difference`. Delta and G - b are centred within the iteration, so that b_i equals b on average. A
-    constant term would track the same rise of returns as b, so that correct answers get negative advantages until both settle.
+    Delta is what the team-mates' answers alone change in the features of the next observation: replayed, or predicted from
+    learned effects. Delta and G - b are centred within the iteration, so that b_i equals b on average. A constant term would
+    track the same rise of returns as b, so that correct answers get negative advantages until both settle.
+
+    Subtracting b_i instead of b adds no bias to the gradient of any G: given the histories, answers are drawn independently of
+    each other, and nothing in b_i - b depends on agent i's answer of the turn. Delta follows from the history and the
+    team-mates' answers; beta, and the counts of learned effects, from earlier iterations alone; the mean of Delta from the
+    other episodes besides. So for every return G of the turn, with V fixed before the update: the one-step target, a
+    lambda-return, and a return-to-go whose group baseline was subtracted already. What bias G - b has of itself (V that errs in
+    a one-step target, `group_max`) stays.
 
     Args: changes_ENTM: (E, N, T, M) Delta. known_ENT: (E, N, T) bool. baselines_ENT: (E, N, T) b, in units of return.
+    Source: Wu et al. 2018, arXiv:1803.07246, section 4; see `algorithms.advantages.difference`.
     """
     baselines_ENT = baselines_ENT.clone()
     for n, regression in enumerate(regressions):
@@ -187,15 +224,3 @@ def centred(numbers_ETM: Tensor, chosen_ET: Tensor) -> Tensor:
     chosen_ET1 = chosen_ET[..., None]
     kept_ETM = torch.where(chosen_ET1, numbers_ETM, 0.0)  # unchosen numbers may be NaN
     return kept_ETM - chosen_ET1 * kept_ETM.sum(0) / chosen_ET1.sum(0).clamp_min(1)
-
-
-def _numbers(reported: Mapping[str, Any], names: Sequence[str]) -> list[float]:
-    """The named metrics as floats: 0 if it is not reported, NaN if it is not a number."""
-    return [_number(reported.get(name, 0.0)) for name in names]
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan

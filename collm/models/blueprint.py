@@ -152,9 +152,11 @@ class Blueprint:
     remote: tuple[str, ...] = ()
     """The frozen team-mates on servers; they have no parameters here."""
     metric_regression: bool = False
-    """The metric regression is added to the critics' predictions; with `critic.body="none"` it is V."""
+    """A regression of returns is added to the critics' predictions; with `critic.body="none"` it is V."""
     difference_baseline: bool = False
-    """A difference baseline from no-op counterfactuals is subtracted."""
+    """A difference baseline is subtracted."""
+    views: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(name, agents) of each view that regressions read: one of all agents, "team", or each agent's own."""
 
     @classmethod
     def of(cls, config: Config, agents: Sequence[str]) -> Blueprint:
@@ -186,8 +188,9 @@ class Blueprint:
             critics,
             tuple(references),
             remote,
-            metric_regression=has_critic and (config.critic.metrics or not text),
-            difference_baseline=config.algorithm.teammates == "replay",
+            metric_regression=has_critic and (config.critic.metrics != "none" or not text),
+            difference_baseline=config.algorithm.teammates != "none",
+            views=tuple((agent, (agent,)) for agent in agents) if config.views_are_own else (("team", agents),),
         )
 
     def rates(self, config: Config) -> dict[str, float]:
@@ -202,8 +205,9 @@ class Blueprint:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Critic's label in metrics -> an agent that it predicts values for; a regression alone has a joint critic's."""
-        alone = {"critic": self.agents[0]} if self.metric_regression else {}
+        """Critic's label in metrics -> an agent that it predicts values for; regressions alone have those of critics."""
+        views = self.views if self.metric_regression else ()
+        alone = {"critic" if name == "team" else f"{name}/critic": agents[0] for name, agents in views}
         return {critic.label: critic.agents[0] for critic in self.critics} or alone
 
     def policy_of(self, agent: str) -> PolicySpec:

@@ -28,6 +28,8 @@ CUDA_RESERVE = 1 * GIB
 TOKENIZER = 900
 """Bytes of the process per token of a vocabulary, for a byte-pair tokenizer and the heap that loading it leaves: 43 MiB were
 measured for the 49152 tokens of SmolLM2."""
+PRODUCTS = 128 * (283 << 10)
+"""Bytes of the bfloat16 products that a run keeps compiled on a CPU: two caches of 64 (`training/heap.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ class Plan:
     def replayed_turns(self) -> int:
         """Environment turns replayed for difference baselines in one iteration, at most: `rollout.replay.replay_without`."""
         agents, turns = len(self.work.agents), self.work.turns
-        if not self.blueprint.difference_baseline or agents == 1:
+        if self.config.algorithm.teammates != "replay" or agents == 1:
             return 0
         return self.work.episodes * agents * turns * (turns + 1) // 2
 
@@ -143,6 +145,7 @@ def plan(config: Config, work: Work | None = None) -> Plan:
         add("CUDA context (assumed)", CUDA_RESERVE)
     else:
         add("tokenizer", TOKENIZER * max(model.shape.vocabulary for model in models))
+        add("compiled products", PRODUCTS if config.team.compute == "bfloat16" else 0)
     cast = sum(_cast_bytes(config, model) for _, model in policies)
     phases = [_generation(config, work, model, policy.agents, cast) for policy, model in policies]
     limit, tasks = config.learner.micro_batch_tokens, work.episodes // work.leaves

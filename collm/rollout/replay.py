@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from collm import seeds
 from collm.engines.base import Engine
@@ -87,8 +88,9 @@ def replay_without(plan: Plan, episodes: Sequence[Episode], *, stop: Stop = lamb
     """Replay each turn with the answer of one of `plan.agents` empty and the others' as recorded, into `Turn.no_op`.
 
     New environments replay the recorded answers; nothing is generated. Turns in which an agent acts alone are left out. If the
-    environment fails in a replay, that counterfactual is left out. An episode of T turns and N agents costs N T (T + 1) / 2
-    environment turns.
+    environment fails in a replay, that counterfactual is left out. If what it shows before a turn is not what was recorded
+    (observations, metrics), `Counterfactual.matches` is false: the environment has randomness that its seed does not determine.
+    An episode of T turns and N agents costs N T (T + 1) / 2 environment turns.
     """
     plan.check_decentralized()
     wanted = [
@@ -106,16 +108,25 @@ def replay_without(plan: Plan, episodes: Sequence[Episode], *, stop: Stop = lamb
         stop()
         env = plan.env.make(plan.split)
         turn = episode.turns[t]
-        said = [{a: c.text for a, c in past.completions.items()} for past in episode.turns[: t + 1]]
-        said[t][agent] = ""
+        ignored = frozenset(getattr(env, "diagnostics", ()))
+        matches, metrics = True, episode.turns[0].metrics
         try:
-            gate.reset(env, episode.seed, episode.task)
-            for texts in said:
-                _, rewards, _, _, infos = gate.step(env, texts)
+            observations, _ = gate.reset(env, episode.seed, episode.task)
+            for past in episode.turns[: t + 1]:
+                matches = matches and _repeats(past, observations, metrics, ignored)
+                said = {a: "" if past is turn and a == agent else c.text for a, c in past.completions.items()}
+                observations, rewards, _, _, infos = gate.step(env, said)
+                reward, raw_reward, info = outcome(said, rewards, infos)
+                metrics = dict(info.get("metrics", metrics))
         except EnvError:
             return
-        reward, raw_reward, info = outcome(said[t], rewards, infos)
-        turn.no_op[agent] = Counterfactual(reward, raw_reward, dict(info.get("metrics", turn.metrics)))
+        turn.no_op[agent] = Counterfactual(reward, raw_reward, metrics, observations, matches)
 
     if wanted:
         each(replay, *zip(*wanted, strict=True), waiting=waits(plan.env.make(plan.split)))
+
+
+def _repeats(turn: Turn, observations: Mapping[str, str], metrics: Mapping[str, Any], ignored: frozenset[str]) -> bool:
+    """Whether a replay has come to what was recorded before a turn; observations and metrics are those of the replay."""
+    recorded, found = (sorted((k, repr(v)) for k, v in m.items() if k not in ignored) for m in (turn.metrics, metrics))
+    return recorded == found and all(observations.get(agent) == text for agent, text in turn.observations.items())

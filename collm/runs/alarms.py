@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pettingzoo import ParallelEnv
+
 from collm.types import Episode
 
 LARGE_GAP = 0.05
@@ -21,8 +23,6 @@ LARGE_VOCABULARY = 10_000
 """Vocabularies above it have a tail of unlikely tokens whose probabilities add up."""
 FEWEST_TASKS = 4
 """Distinct first observations that are needed to compare an agent's answers to them."""
-BY_LINE = frozenset(("str_build", "house_build", "bridge_build", "resource_gathering", "class_eval"))
-"""Environments whose metric `rejected` counts lines; in others it counts answers."""
 PREFIX = "alarm/"
 
 
@@ -114,6 +114,13 @@ RULES = (
         "the engine's log-probs of {who} differ from the learner's by {value:.3f} nats per token (limit {limit:g}): it answers "
         "with other weights, or in another number format, than are trained. Set team.compute='float32', or see whether "
         "Engine.load takes new weights.",
+    ),
+    Rule(
+        "replay_mismatch",
+        0.0,
+        "replays of {percent} of the answers came to other observations or metrics than were recorded: the environment has "
+        "randomness that reset(seed=...) does not determine. These answers have no difference baseline. Seed the environment "
+        "(`collm check` tests this). Set algorithm.teammates='effects' or 'none' if it cannot be seeded.",
     ),
     Rule(
         "unfiltered_vocabulary",
@@ -220,12 +227,13 @@ def _ruled(record: Mapping[str, Any]) -> Iterator[tuple[str, Rule]]:
                     yield name, rule
 
 
-def answer_metrics(episodes: Sequence[Episode], env: str) -> dict[str, float]:
+def answer_metrics(episodes: Sequence[Episode], env: ParallelEnv) -> dict[str, float]:
     """What alarms about answers follow from, over the first turns of an iteration's episodes.
 
     answer_tokens: mean number of sampled tokens. answers_repeated: of an agent's distinct observations, the largest fraction to
     which it gave one and the same answer; the largest over agents; absent with fewer than `FEWEST_TASKS` observations.
-    answers_rejected: the environment's metric `rejected` per answer, or per line of the answers (`BY_LINE`); absent without it.
+    answers_rejected: the environment's metric `rejected` per part of the answers (`TextEnv.num_parts`, at least 1 of each
+    answer); absent without this metric or if the number of parts is unknown.
     """
     turns = [(episode, episode.turns[0]) for episode in episodes if episode.turns and not episode.failure]
     answers = [answer for _, turn in turns for answer in turn.completions.values()]
@@ -245,6 +253,8 @@ def answer_metrics(episodes: Sequence[Episode], env: str) -> dict[str, float]:
         metrics["answers_repeated"] = max(shares)
     after = [(e.turns[1].metrics if len(e.turns) > 1 else e.metrics).get("rejected") for e, _ in turns]
     if numbers := [number for number in after if number is not None]:
-        parts = sum(max(1, len(a.text.strip().splitlines())) for a in answers) if env in BY_LINE else len(answers)
-        metrics["answers_rejected"] = sum(numbers) / parts
+        num_parts = getattr(env, "num_parts", lambda answer: None)
+        parts = [count for answer in answers if (count := num_parts(answer.text)) is not None]
+        if len(parts) == len(answers):
+            metrics["answers_rejected"] = sum(numbers) / sum(max(1, count) for count in parts)
     return metrics

@@ -3,8 +3,10 @@
     checkpoints/000040/
         state.json                  how far the run is
         policy-AGENT.safetensors    float32 weights of each policy, or of its adapter alone
-        regression.safetensors      of returns on environment metrics, with critic.metrics or critic.body="none"
-        without.safetensors         the difference baseline's regressions, with critic.difference
+        regression.safetensors      of returns, with critic.metrics or critic.body="none"; regression-AGENT if each has its own
+        readings.safetensors        the columns of readings; readings-AGENT if each has its own
+        without.safetensors         the difference baseline's regressions, with algorithm.teammates
+        effects.safetensors         learned effects of lines, with algorithm.teammates="effects"
         `yardstick.safetensors`     the metric ceiling: what environment metrics explain within tasks, for the report
         critic-NAME.safetensors     critic (of its adapter and head alone, if it is one) or value head, with running moments
         optimizer-NAME.safetensors  AdamW's averages and step counts

@@ -12,8 +12,10 @@ from collm.settings.presets import BASELINES, CRITIC_BASELINES, GROUP_BASELINES
 if TYPE_CHECKING:
     from collm.settings.rooms import AlgorithmSettings, Config
 
-CRITIC_ONLY = ("critic.warmup", "critic.state", "critic.metrics", "critic.normalize_targets", "critic.lam", "algorithm.lam")
+CRITIC_ONLY = ("critic.warmup", "critic.state", "critic.normalize_targets", "critic.lam", "algorithm.lam")
 """Settings that have no effect without a critic."""
+METRICS = ("auto", "global", "readings", "none")
+"""Built-in values of critic.metrics."""
 
 
 def near(name: str, names: Iterable[str]) -> str:
@@ -106,6 +108,20 @@ def critic_settings_have_a_critic(c: Config) -> None:
             )
 
 
+def regressions_have_a_source(c: Config) -> None:
+    metrics = c.critic.metrics
+    if metrics not in METRICS and not re.fullmatch(r"[\w.]+:[\w.]+", metrics):
+        raise ValueError(
+            f"critic.metrics={metrics!r} is not something that a regression reads.{near(metrics, METRICS)} Set one of "
+            f"{', '.join(METRICS)}, or 'module:function' of your own."
+        )
+    if metrics != "none" and not c.algorithm.has_critic and c.algorithm.teammates == "none":
+        raise ValueError(
+            f"critic.metrics={metrics!r}, but {c.algorithm.name} has no critic. Set critic.metrics='none', or "
+            "algorithm.name='collm-cc'; with algorithm.teammates='replay' the difference baseline reads it."
+        )
+
+
 def warm_up_ends(c: Config) -> None:
     if c.critic.warmup >= c.run.iterations:
         raise ValueError(
@@ -163,6 +179,7 @@ CONFIG = (
     sampling_varies,
     vllm_can_sample,
     critic_settings_have_a_critic,
+    regressions_have_a_source,
     warm_up_ends,
     value_head_reads_what_its_agent_reads,
     no_text_critic_has_no_text_settings,

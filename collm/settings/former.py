@@ -13,6 +13,7 @@ NAMES = {
     "algorithm.critic_kind": "it follows from algorithm.baseline: 'value' reads V, 'counterfactual' reads Q.",
     "algorithm.critic_body": "set critic.body='policy' for a value head on the agent's model, or leave it out.",
     "algorithm.critic_lam": "set critic.lam.",
+    "algorithm.clip": "importance ratios are clipped to [0.8, 1.2]. Leave it out; algorithm.max_drop limits an update.",
     "critic.difference": "set algorithm.teammates='replay' for true, 'none' for false; it goes with every baseline.",
     "critic.coef": _ALWAYS,
     "critic.value_clip": "values are not clipped. Leave it out.",
@@ -42,6 +43,7 @@ ADDED: dict[tuple[str, str], Any] = {
 
 _BASELINES = {"td_lambda": "value", "return": "none"}
 _LEARNING: dict[str, Any] = {
+    "algorithm.clip": 0.2,
     "critic.coef": 0.6,
     "critic.value_clip": None,
     "learner.betas": [0.9, 0.999],
@@ -59,6 +61,8 @@ def translate(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(complete.get(room), dict) and not (room == "env" and ":" in complete[room].get("name", "")):
             complete[room].setdefault(key, before)  # an environment of the user's own has its own options
     algorithm, critic = complete.get("algorithm"), complete.get("critic")
+    if isinstance(algorithm, dict):
+        algorithm.pop("clip", None)
     if not isinstance(algorithm, dict) or "advantage" not in algorithm:
         return complete
     critic = critic if isinstance(critic, dict) else {}
@@ -80,6 +84,13 @@ def translate(values: Mapping[str, Any]) -> dict[str, Any]:
         *path, key = name.split(".")
         _table(complete, path).pop(key, None)
     return complete
+
+
+def metrics(value: Any) -> Any:
+    """The present value of `critic.metrics` for a truth value, which it was before, also as text; others are unchanged."""
+    known = {"true": "global", "1": "global", "yes": "global", "on": "global"}
+    known |= {"false": "none", "0": "none", "no": "none", "off": "none"}
+    return known.get(str(value).lower(), value)
 
 
 def lost(values: Mapping[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ ALGORITHMS = {
     "collm-cc": Preset(
         "one centralized critic of the joint history (arXiv:2601.21972); TD error minus a difference baseline",
         {"baseline": "value", "teammates": "replay"},
-        {"reads": "joint", "lam": 0.9, "metrics": True},
+        {"reads": "joint", "lam": 0.9, "metrics": "auto"},
     ),
     "collm-cc-paper": Preset(
         "the setting of arXiv:2601.21972: a critic that reads text alone, TD error z-scored per agent",
@@ -39,9 +39,9 @@ ALGORITHMS = {
         {"reads": "joint"},
     ),
     "collm-dc": Preset(
-        "a decentralized critic per agent, which reads that agent's history; TD(lambda)",
+        "a decentralized critic per agent, which reads that agent's history and nothing else; TD(lambda)",
         {"baseline": "value", "lam": 0.9},
-        {"reads": "own", "lam": 0.9, "metrics": True},
+        {"reads": "own", "lam": 0.9, "metrics": "auto"},
     ),
     "magrpo": _monte_carlo("return minus the mean of a task's siblings (arXiv:2508.04652)", "group_mean"),
     "marloo": _monte_carlo("return minus the mean of the other siblings (arXiv:2402.14740)", "leave_one_out"),
@@ -50,7 +50,7 @@ ALGORITHMS = {
     "ac": Preset(
         "one agent and its critic; TD(lambda)",
         {"baseline": "value", "lam": 0.9},
-        {"reads": "joint", "lam": 0.9, "metrics": True},
+        {"reads": "joint", "lam": 0.9, "metrics": "readings"},
     ),
     "grpo": _monte_carlo("magrpo with one agent (arXiv:2402.03300)", "group_mean"),
 }

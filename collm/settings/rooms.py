@@ -9,15 +9,13 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    TypeAdapter,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from collm.errors import ConfigError
-from collm.settings import checks
+from collm.settings import checks, former
 from collm.settings.presets import ALGORITHMS, CRITIC_BASELINES
 
 Examples = Annotated[int, Field(ge=0)] | str
@@ -177,9 +175,9 @@ class AlgorithmSettings(Room):
     baseline: str = "value"
     """Baseline subtracted from the return: "value" (V of a critic), "counterfactual" (mean Q of resampled answers),
     "group_mean", "leave_one_out", "group_max", "none", or a user-defined "module:function"."""
-    teammates: Literal["none", "replay"] = "none"
-    """With "replay", also subtract a difference baseline: the effect of the team-mates' answers, from a replay of each turn
-    with the agent's answer empty."""
+    teammates: Literal["none", "replay", "effects"] = "none"
+    """Also subtract a difference baseline, the effect of the team-mates' answers: from a replay of each turn with the agent's
+    answer empty ("replay"), or from what lines of answers changed in observations of earlier iterations ("effects")."""
     gamma: float = Field(0.9, ge=0, le=1)
     """Discount per turn."""
     lam: float = Field(0.0, ge=0, le=1)
@@ -191,9 +189,8 @@ class AlgorithmSettings(Room):
     resamples: int = Field(4, ge=1)
     """With baseline="counterfactual": answers resampled per agent and turn."""
     loss: Literal["reinforce", "ppo_clip", "sequence_clip"] = "reinforce"
-    """Policy loss: "reinforce", or a clipped importance ratio per token ("ppo_clip") or per answer ("sequence_clip", GSPO)."""
-    clip: float = Field(0.2, gt=0)
-    """Clip range: the importance ratio is clipped to [1 - clip, 1 + clip]."""
+    """Policy loss: "reinforce", or an importance ratio clipped to [0.8, 1.2], per token ("ppo_clip") or per
+    answer ("sequence_clip", GSPO)."""
     epochs: int = Field(1, ge=1)
     """Policy updates per iteration, each over all answers of the iteration."""
     max_drop: float | None = Field(0.03, gt=0)
@@ -258,13 +255,19 @@ class CriticSettings(Room):
     """Number of first iterations that train the critics only."""
     state: bool = False
     """Critics also read the environment's privileged state."""
-    metrics: bool = False
-    """Add the metric regression (of returns on environment metrics and rewards so far) to what critics predict from text. With
-    body="none": V, and the difference baseline, read environment metrics; if false, rewards alone."""
+    metrics: str = "none"
+    """Add a regression of returns to what critics predict from text. It reads the rewards so far and "global" (environment
+    metrics), "readings" (numbers in the texts that the critic reads) or those of your "module:function"; "auto" is "global" for
+    a joint critic if the environment reports metrics, else "readings". With body="none" it is V, also with "none"."""
     normalize_targets: bool = False
     """Normalize critic targets by their running mean and standard deviation (PopArt)."""
     max_tokens: int = Field(8192, ge=16)
     """Maximum length of a history that a critic reads, in tokens; the oldest turns are cut first and counted."""
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _former(cls, value: Any) -> Any:
+        return former.metrics(value)
 
 
 class LearnerSettings(Room):
@@ -329,7 +332,7 @@ class Config(Room):
         baseline = algorithm.get("baseline", preset.algorithm["baseline"])
         room = {**(preset.critic if baseline in CRITIC_BASELINES else {}), **critic}
         if "teammates" in preset.algorithm and (
-            baseline != preset.algorithm["baseline"] or not _truth(room.get("metrics", False))
+            baseline != preset.algorithm["baseline"] or former.metrics(room.get("metrics", "none")) == "none"
         ):
             algorithm = {"teammates": "none", **algorithm}
         return {**values, "algorithm": algorithm, "critic": room}
@@ -346,9 +349,26 @@ class Config(Room):
         return self.run.name or f"{task}-{self.algorithm.name}-seed{self.run.seed}"
 
     @property
-    def regressions_read_metrics(self) -> bool:
-        """Whether regressions read environment metrics; if false, rewards alone."""
-        return self.critic.metrics or self.critic.body != "none" or not self.algorithm.has_critic
+    def views_are_own(self) -> bool:
+        """Whether each agent has regressions of its own, which read its texts alone."""
+        return self.algorithm.has_critic and self.critic.reads == "own" and self.critic.metrics not in ("global", "none")
+
+    def returns_read(self, *, reported: bool) -> str:
+        """What regressions of returns read: a value of `critic.metrics` other than "auto".
+
+        reported: whether the environment reports metrics.
+        """
+        if self.critic.metrics != "auto":
+            return self.critic.metrics
+        return "global" if reported and self.critic.reads == "joint" else "readings"
+
+    def changes_read(self, *, reported: bool) -> str:
+        """What the difference baseline reads: as above. Effects change texts, so that text is read there; otherwise environment
+        metrics, unless `critic.metrics` is set or V is a regression on the rewards alone."""
+        read = self.returns_read(reported=reported)
+        if self.algorithm.teammates == "effects":
+            return "readings" if read in ("global", "none") else read
+        return "global" if read == "none" and (self.critic.body != "none" or not self.algorithm.has_critic) else read
 
     def check_trains(self) -> None:
         """Raises ConfigError if the settings are for evaluation only."""
@@ -361,14 +381,6 @@ class Config(Room):
 
     def resolved(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
-
-
-def _truth(value: Any) -> bool:
-    """`value` as pydantic parses a bool; False if pydantic refuses it."""
-    try:
-        return TypeAdapter(bool).validate_python(value)
-    except ValidationError:
-        return False
 
 
 def _where(room: type[BaseModel], info: ValidationInfo) -> str:

@@ -70,10 +70,16 @@ def digest(settings: Mapping[str, Any], trained: bool) -> str:
     """A hash of all settings that affect results.
 
     Left out are the run's folder, the settings of learning in runs that do not train, and settings that were added later, if
-    they have the value that keeps the earlier behaviour.
+    they have the value that keeps the earlier behaviour. `critic.metrics` counts with its former value where it means the same.
     """
     counted = {room: dict(values) for room, values in former.translate(settings).items()}
     counted["run"]["folder"] = None
+    critic, built_in = counted["critic"], ":" not in str(counted["env"]["name"])
+    read = former.metrics(critic.get("metrics"))
+    if read == "auto" and critic["reads"] == "joint" and built_in:  # every built-in environment reports metrics
+        read = "global"
+    critic["metrics"] = {"global": True, "none": False}.get(read, read)
+    counted["algorithm"]["clip"] = settings["algorithm"].get("clip", 0.2)  # a setting of before
     for (room, key), before in former.ADDED.items():
         if counted[room].get(key) == before:
             del counted[room][key]

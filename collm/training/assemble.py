@@ -27,7 +27,7 @@ from collm.rollout.collector import Collector, LocalCollector
 from collm.rollout.plan import Plan
 from collm.runs.directory import usable_cores, with_absolute_data
 from collm.settings.rooms import Config, EnvSettings
-from collm.training.heap import return_freed_blocks
+from collm.training.heap import limit_heap
 from collm.training.task import check_fit, metric_names, num_tasks, plan_of, trained_agents, training_tasks
 from collm.types import Example, Sampling
 
@@ -50,14 +50,14 @@ class Assembly:
 
 def prepare(config: Config) -> Config:
     """The config of the run directory, with this machine's threads and device and with absolute data paths; this process uses
-    those threads and returns freed memory to the system.
+    those threads and a limited heap.
 
     Raises ConfigError for settings that cannot train, or a device that is not available.
     """
     config.check_trains()
     threads, device = config.run.threads or usable_cores(), resolve_device(config.run.device)
     torch.set_num_threads(threads)
-    return_freed_blocks()
+    limit_heap()
     options = with_absolute_data(config.env.options, Path.cwd())
     env = EnvSettings.model_validate({"name": config.env.name, **options})
     return config.model_copy(update={"run": config.run.model_copy(update={"threads": threads, "device": device}), "env": env})
@@ -195,13 +195,14 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
         for spec in blueprint.policies
     ]
     labels = blueprint.labels
+    reported = bool(metric_names)
     regressions = Regressions(
+        dict(blueprint.views),
         metric_names,
-        len(team.agents),
         critic=config.algorithm.has_critic,
-        metrics=blueprint.metric_regression,
-        teammates=blueprint.difference_baseline,
-        read_metrics=config.regressions_read_metrics,
+        returns=config.returns_read(reported=reported) if blueprint.metric_regression else None,
+        changes=config.changes_read(reported=reported) if blueprint.difference_baseline else None,
+        effects=config.algorithm.teammates == "effects",
     )
     return PartsLearner(LocalHands([*critics, *policies]), team.agents, labels, regressions, config)
 

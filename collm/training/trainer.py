@@ -127,7 +127,7 @@ class Trainer:
         self.joint_actions += sum(len(episode.turns) - episode.own_from for episode in episodes)
         self.iteration, self.whole = number, True
         record = {"iteration": number, "joint_actions": self.joint_actions, **describe(episodes), **update.metrics}
-        record |= answer_metrics(episodes, self.config.env.name)
+        record |= answer_metrics(episodes, self.plan.env.make("train"))
         record |= {"seconds/collect": collected - started, "seconds/learn": time.monotonic() - collected}
         log.episodes(number, episodes[:EPISODES_SAVED], update.annotations)
         self._complete(record, log, display)

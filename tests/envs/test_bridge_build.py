@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from places import public_data
 
 from collm import check_env, make
-from collm.envs.building.bridge_build import BridgeBuild, generated, read_map, untouched
+from collm.envs.building.bridge_build import BridgeBuild, bridge_of, generated, read_map, untouched
 from collm.envs.gathering import grid
 from collm.errors import ConfigError, EnvError
 from collm.tiny.workshop import gathering
@@ -840,6 +840,38 @@ def test_no_text_breaks_the_world(first, second):
         assert metrics["score"] <= 1
         assert all(len(text.split("\n")) <= 7 and len(text) < 400 for text in observations.values())
         assert isinstance(env.state(), str)
+
+
+@pytest.mark.parametrize("agents", [1, 2, 3])
+@pytest.mark.parametrize("size", [(5, 5), (9, 8)])
+def test_the_plain_text_lists_commands_for_the_water_that_is_seen(agents, size):
+    """One for each column; each is accepted, and together they cover all the water that the builder sees, and no other."""
+    for agent, text in BridgeBuild(agents=agents, size=size, view=2).reset(seed=0, options={"task": 1})[0].items():
+        env = BridgeBuild(agents=agents, size=size, view=2)
+        env.reset(seed=0, options={"task": 1})
+        lines = [line for line in text.split("\n") if line.startswith("/fill")]
+        assert len(lines) == len({x for x, _ in env.seen[agent]})
+        *_, infos = env.step({**dict.fromkeys(env.agents, ""), agent: json.dumps({"cmds": lines})})
+        assert infos[agent]["metrics"]["rejected"] == 0
+        assert env.planks == {cell for cell in env.seen[agent] if env.map.takes_planks(cell)}
+        later = env.wording.later(env, agent, [])
+        assert "/fill" not in later.replace("/fill x1", "").removesuffix('["/fill')  # all of it is planked
+
+
+@pytest.mark.parametrize("agents", [1, 2, 3])
+def test_scripted_builders_divide_the_planks(agents):
+    """On the smallest maps too, each of them lays some, and none lays what another does."""
+    env = BridgeBuild(agents=agents, size=(5, 5))
+    for task in range(30):
+        env.reset(seed=0, options={"task": task})
+        laid = []
+        for agent, answer in env.scripted_answers().items():
+            env.planks = set()
+            env._fill(json.loads(answer)["cmds"])
+            laid.append(env.planks)
+            assert env.planks, agent
+        assert sum(map(len, laid)) == len(set().union(*laid))
+        assert set().union(*laid) == bridge_of(env.map)
 
 
 def test_a_megabyte_is_read_in_no_time():

@@ -426,6 +426,40 @@ def test_shift_and_early_stop(paid, reward, over):
     assert observations == {"a": "", "b": ""}
 
 
+@pytest.mark.parametrize(
+    ("name", "answer", "parts"),
+    [
+        ("agree", "red\nblue", 1),
+        ("quote", "", 1),
+        ("tldr", "One.\n\nTwo.", 1),
+        ("coop_code", "def aux(x):\n    return x", 1),
+        ("str_build", "```\n/setblock 0 0 0 stone\n\nno\n```", 2),
+        ("house_build", " \n", 0),
+        ("bridge_build", 'Here: {"cmds": ["a", "b"], "path": [[1, 2]], "comm": "x", "probe": null, "other": 1}', 4),
+        ("bridge_build", '{"cmds": []}', 0),
+        ("resource_gathering", "no object", 0),
+        ("class_eval", "class A:\n    def f(self):\n        pass\n    def g(self):\n        pass\nprint(1)", 3),
+        ("class_eval", "def (", 1),
+    ],
+)
+def test_what_a_part_of_an_answer_is(name, answer, parts):
+    assert make(name).num_parts(answer) == parts
+
+
+def test_the_number_of_parts_is_unknown_by_default():
+    assert Paying(["a"], 1).num_parts("1") is None
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "2"])
+def test_a_number_of_parts_is_a_count_or_none(wrong):
+    class Counting(Honest):
+        def num_parts(self, answer):
+            return wrong
+
+    with pytest.raises(EnvError, match="num_parts returned"):
+        check_env(Counting())
+
+
 def test_samples_of_the_text_space_lie_in_it_and_are_hostile():
     space = TextSpace()
     space.seed(0)

@@ -12,7 +12,8 @@ import pytest
 from test_fuzz import varied, written_by_players
 
 from collm import seeds
-from collm.envs.catalogue import ENVIRONMENTS, find
+from collm.envs.catalogue import ENVIRONMENTS, find, make
+from collm.learning.readings import read
 
 SECRET = "zyzzogeton"
 
@@ -85,3 +86,55 @@ def crossing(name: str, episodes: int) -> None:
                     searched += planted
                     assert SECRET not in text.lower(), f"{name}: {agent} reads what {spy} wrote:\n{answers[spy]}\n---\n{text}"
     assert searched > episodes / 4  # one-agent worlds, and those of one turn, have little to search
+
+
+def of_the_others(name: str, texts: list[list[str]], **options: object) -> list[str]:
+    """Observations and readings of all agents but the first one, which writes `texts`; the others always write the same."""
+    rng = seeds.stream(3, "own view", name)
+    env = make(name, **options)
+    firsts, _ = env.reset(seed=1, options={"task": 0})
+    spy, *others = env.agents
+    found = [repr(firsts[agent]) for agent in others]
+    for answers in texts:
+        observations, *_ = env.step({spy: "\n".join(answers), **{agent: PLAYS[name](env, agent, rng) for agent in others}})
+        found += [f"{observations[agent]!r} {read(firsts[agent], observations[agent])}" for agent in others]
+    return found
+
+
+def blocks(env: object, agent: str, rng: random.Random) -> str:
+    """Cells and blocks of a builder, drawn at random."""
+    return "\n".join(
+        f"/setblock {rng.randrange(12)} {rng.randrange(5)} 0 {rng.choice([*env.palettes[agent], 'air'])}" for _ in range(4)
+    )
+
+
+def some_words(env: object, agent: str, rng: random.Random) -> str:
+    return " ".join(rng.sample(env.text.split(), 4))
+
+
+PLAYS = {"str_build": blocks, "quote": some_words}
+BUILDS = [
+    {"strings": ["LI"], "world": world, "reward": reward, "feedback": feedback}
+    for world in ("fresh", "persistent")
+    for reward in ("dense", "sparse")
+    for feedback in ("position", "perfect", "score")
+]
+
+
+@pytest.mark.parametrize("wording", ["plain", "terse"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*(("str_build", build) for build in BUILDS), ("quote", {"reward": "sparse"}), ("quote", {"reward": "dense"})],
+)
+def test_under_its_own_view_an_agent_reads_nothing_that_depends_on_the_others_answers(name, options, wording) -> None:
+    """Whatever one agent writes, the observations and the readings of the others are equal to the byte; with view="all" not."""
+    common = {"wording": wording, "turns": 3, "agents": 3, **options}
+    rng = seeds.stream(4, "own view")
+    env = make(name, **common)
+    env.reset(seed=1, options={"task": 0})
+    spy = env.agents[0]
+    written = [[[PLAYS[name](env, spy, rng), SECRET] for _ in range(3)] for _ in range(4)] + [[[""]] * 3, [[SECRET]] * 3]
+    own = [of_the_others(name, texts, view="own", **common) for texts in written]
+    assert all(found == own[0] for found in own)
+    told = name == "quote" or options["world"] == "persistent" or options["feedback"] != "position"
+    assert told == (len({tuple(of_the_others(name, texts, view="all", **common)) for texts in written}) > 1)

@@ -502,6 +502,48 @@ def test_feedback_repeats_nobodys_answer(feedback, world):
             assert word not in text
 
 
+# --- view = "own" --------------------------------------------------------------------------------------------------------
+
+
+def test_a_builder_with_its_own_view_sees_its_own_blocks_also_where_they_were_overwritten():
+    env = start("I", world="persistent", turns=3, feedback="score", view="own")
+    _, info, seen = turn(env, commands({(0, 0): OAK, (2, 2): STONE}), commands({(0, 0): OBSIDIAN, (4, 4): OBSIDIAN}))
+    assert env.build == {(0, 0): OBSIDIAN, (2, 2): STONE, (4, 4): OBSIDIAN}
+    assert info["metrics"]["coverage"] == pytest.approx(3 / 13)  # metrics are the team's
+    assert "3...." in env.state()
+    for text, expected in zip(seen.values(), ("..... ..... ..1.. ..... 0....", "....3 ..... ..... ..... 3...."), strict=True):
+        assert [line for line in text.split("\n") if re.fullmatch(r"[.\d]+", line)] == expected.split()
+    _, _, seen = turn(env, "", "/setblock 2 2 0 air\n/setblock 4 4 0 air")
+    assert env.build == {(0, 0): OBSIDIAN}
+    assert "..1.." in seen["builder_0"]
+    assert "....3" not in seen["builder_1"]
+
+
+def test_feedback_has_the_scope_of_the_view():
+    """builder_0 fills 7 of the 13 cells, those with even x + y, but for (0, 0), and one extra cell."""
+    even = {cell: OAK for cell in LETTER_I if sum(cell) % 2 == 0 and cell != (0, 0)}
+    for other in ("", commands({(0, 0): OBSIDIAN, (1, 1): OBSIDIAN})):
+        _, _, seen = turn(start("I", feedback="perfect", view="own"), commands({**even, (4, 3): OAK}), other)
+        assert set(re.findall(r"(\d+),(\d+):(\w+)", seen["builder_0"])) == {("0", "0", "builder_0"), ("4", "3", "builder_0")}
+        _, _, seen = turn(start("I", feedback="score", view="own"), commands({(0, 0): OAK}), other)
+        assert "own blocks: -0.10" in seen["builder_0"]  # 2/13 - 0.25 = -0.096: only its own missing block counts
+    sparse = start("I", feedback="score", view="own", reward="sparse", turns=2)
+    assert "own blocks: 0.00" in turn(sparse, commands({(0, 0): OAK}), "")[2]["builder_0"]
+    assert "own blocks: -0.10" in turn(sparse, commands({(0, 0): OAK}), "")[2]["builder_0"]
+
+
+@pytest.mark.parametrize("wording", ["plain", "terse"])
+def test_the_own_view_names_no_block_of_another(wording):
+    env = StrBuild(wording=wording, strings=["LI"], world="persistent", view="own")
+    texts, _ = env.reset(seed=0, options={"task": 0})
+    assert "own blocks alone, 0 oak_planks, 1 stone" in texts["builder_0"]
+    assert CONCRETE not in texts["builder_0"]
+    assert OBSIDIAN not in texts["builder_0"]
+
+
+# --- what is hidden ------------------------------------------------------------------------------------------------------
+
+
 def test_a_blind_first_turn_does_not_tell_the_target():
     """As in the reference, box and palette but not the target: two words of one width read the same."""
     texts = [

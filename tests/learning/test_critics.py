@@ -18,7 +18,8 @@ from collm.errors import ConfigError, TrainingError
 from collm.learning import learner as learner_module
 from collm.learning import residual
 from collm.learning.batch import Batch
-from collm.learning.residual import Regressions
+from collm.learning.features import MetricSource, features
+from collm.learning.residual import Regressions, View
 from collm.runs.log import read_metrics
 from collm.training.trainer import Trainer
 
@@ -57,10 +58,10 @@ def test_with_the_worlds_numbers_a_critic_explains_what_no_text_tells(
 ) -> None:
     trainer, blind = luck(tmp_path / "blind", name, metrics=False)
     assert blind[f"{label}/explained_within_tasks_turn_1"] < 0.2
-    assert trainer.learner.regressions.metrics is None
+    assert not trainer.learner.regressions.returns
     trainer = again(lucky) if name == "collm-cc" else luck(tmp_path / "seeing", name, metrics=True)[0]
     seeing = read_metrics(trainer.folder / "metrics.jsonl")[-1]
-    assert trainer.learner.regressions.metric_names == ("luck",)
+    assert trainer.learner.regressions.returns["team"].source.names == ("luck",)
     assert seeing[f"{label}/explained_within_tasks_turn_1"] > 0.9
     assert abs(seeing[f"{label}/explained_within_tasks_turn_0"]) < 0.2  # nobody knows yet
     assert seeing["ceiling_turn_1"] > 0.999
@@ -73,11 +74,11 @@ def test_values_are_the_regression_plus_what_the_text_says(lucky: Path) -> None:
     trainer = again(lucky)
     batch = Batch.of(trainer.collect(), trainer.team.agents)
     text = next(values for values in trainer.learner.hands.all("values", batch) if values is not None)
-    features_ETM = residual.features(batch, ("luck",))
-    regression = trainer.learner.regressions.metrics
-    assert regression is not None
-    predicted_ENT = residual.predict_returns(regression, features_ETM, text.read_ENT)
-    assert torch.allclose(predicted_ENT[..., :2], regression(features_ETM)[:, None, :2].expand(-1, 2, -1), atol=1e-5)
+    regressions = trainer.learner.regressions
+    rows = regressions.read(batch)
+    predicted_ENT = residual.predict_returns(regressions.returns, rows, batch, text.read_ENT)
+    view = regressions.returns["team"]
+    assert torch.allclose(predicted_ENT[..., :2], view.regression(rows[view.source])[:, None, :2].expand(-1, 2, -1), atol=1e-5)
     assert not (text.values_ENT + predicted_ENT)[..., 2].any()  # after the end nothing is expected
     said = trainer.learner.update(batch.groups, trainer.iteration).annotations
     values = [said[number][1, "agent_0"].value for number in batch.numbers]
@@ -97,23 +98,22 @@ def test_the_text_learns_what_the_regression_leaves_after_its_own_step(lucky: Pa
 
     monkeypatch.setattr(learner_module, "assign_values", watched)
     batch, _ = one_more(trainer)
-    regression = trainer.learner.regressions.metrics
-    assert regression is not None
-    left_ET = discounted_returns(batch.rewards_ET, gamma=1.0) - regression(residual.features(batch, ("luck",))[:, :2])
+    regression = trainer.learner.regressions.returns["team"].regression
+    left_ET = discounted_returns(batch.rewards_ET, gamma=1.0) - regression(features(batch, MetricSource(("luck",)))[:, :2])
     assert torch.allclose(taught[0], left_ET[:, None].expand_as(taught[0]), atol=1e-5)
 
 
 def test_what_the_world_counted_before_a_turn_is_recorded_with_it(lucky: Path) -> None:
     trainer = again(lucky)
     batch = Batch.of(trainer.collect(), trainer.team.agents)
-    for episode, row in zip(batch.episodes, residual.features(batch, ("luck",)), strict=True):
+    for episode, row in zip(batch.episodes, features(batch, MetricSource(("luck",))), strict=True):
         assert [turn.metrics for turn in episode.turns] == [{}, {"luck": episode.metrics["luck"]}]
         assert row[:, 2].tolist() == pytest.approx([0.0, episode.metrics["luck"], episode.metrics["luck"]])
         assert row[:, 0].tolist() == pytest.approx([0.0, 0.0, episode.turns[1].reward])
 
 
 def test_a_method_without_critic_refuses_the_switch(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"critic\.metrics=True, but magrpo has no critic"):
+    with pytest.raises(ConfigError, match=r"critic\.metrics='global', but magrpo has no critic"):
         make_trainer(tmp_path, "magrpo", 2, 0, critic={"metrics": True})
 
 
@@ -146,9 +146,11 @@ def test_an_episode_that_was_cut_off_is_expected_to_go_on(lucky: Path) -> None:
         episode.terminated, episode.truncated = bool(paid), not paid
     batch = Batch.of(groups, trainer.team.agents)
     read_ENT = next(values for values in trainer.learner.hands.all("values", batch) if values is not None).read_ENT
-    features_ETM, expected_ENT = residual.features(batch, ("luck",)), torch.full((*batch.live_ENT.shape[:2], 3), 4.0)
-    residual.learn_returns(regression, features_ETM, batch, expected_ENT, read_ENT, gamma=1.0, kind="V")  # 4 follows a cut
-    known_ET1 = residual.predict_returns(regression, features_ETM, read_ENT)[:, 0]
+    source = MetricSource(("luck",))
+    views, rows = {"team": View(batch.agents, source, regression)}, {source: features(batch, source)}
+    expected_ENT = torch.full((*batch.live_ENT.shape[:2], 3), 4.0)
+    residual.learn_returns(views, rows, batch, expected_ENT, read_ENT, gamma=1.0, kind="V")  # 4 follows a cut
+    known_ET1 = residual.predict_returns(views, rows, batch, read_ENT)[:, 0]
     cut = batch.truncated_E
     assert torch.allclose(known_ET1[cut, :2], torch.full((int(cut.sum()), 2), 7.0), atol=1e-3)  # (10 + 4) / 2
     assert torch.allclose(known_ET1[cut, 2], torch.tensor(7.0), atol=1e-3)  # as before the turn: no later one was seen
@@ -200,10 +202,7 @@ def test_a_baseline_that_knew_the_own_answer_would_leave_no_signal(tmp_path: Pat
     monkeypatch.setattr(
         residual,
         "counterfactual_features",
-        lambda batch, agent, names: (
-            residual.features(batch, names)[:, 1:],
-            batch.live_ENT[:, batch.agents.index(agent)].bool(),
-        ),
+        lambda batch, source, outcomes: (features(batch, source)[:, 1:], batch.played_ET),
     )
     trainer = echo(tmp_path, difference=True)
     assert advantages_of(*one_more(trainer), 0, "agent_0").std() < 0.05
@@ -220,21 +219,21 @@ def test_agents_may_have_any_name_under_the_difference(tmp_path: Path) -> None:
 def test_the_baseline_is_level_with_v_however_returns_rise(echoing: Path) -> None:
     """V follows rising returns by itself. Were the baseline to follow too, right answers would be punished for it."""
     trainer = again(echoing)
-    regressions = Regressions(("e",), 2, critic=True, metrics=True, teammates=True)
+    regressions = Regressions({"team": trainer.team.agents}, ("e",), critic=True, returns="global", changes="global")
     for iteration in range(4):
         groups = trainer.collect()
         for group in groups:
             turn = group.episodes[0].turns[0]
             turn.reward = turn.raw_reward = -4.0 + iteration + turn.reward
         batch = Batch.of(groups, trainer.team.agents)
-        features_ETM = residual.features(batch, ("e",))
+        rows = regressions.read(batch)
         text = next(values for values in trainer.learner.hands.all("values", batch) if values is not None)
-        values_ENT = text.values_ENT + residual.predict_returns(regressions.metrics, features_ETM, text.read_ENT)
+        values_ENT = text.values_ENT + residual.predict_returns(regressions.returns, rows, batch, text.read_ENT)
         G_ENT = batch.rewards_ET[:, None].expand_as(batch.live_ENT)
-        changes, known = residual.teammates_changes(batch, features_ETM, ("e",))
+        changes, known = residual.teammates_changes(batch, rows, regressions)
         baselines_ENT = residual.predict_teammates(regressions.teammates, changes, known, values_ENT[..., :-1])
         residual.learn_teammates(regressions.teammates, changes, known, values_ENT[..., :-1], G_ENT)
-        residual.learn_returns(regressions.metrics, features_ETM, batch, values_ENT, text.read_ENT, gamma=0.9, kind="V")
+        residual.learn_returns(regressions.returns, rows, batch, values_ENT, text.read_ENT, gamma=0.9, kind="V")
         moved_EN = (baselines_ENT - values_ENT[..., :1])[..., 0]
         assert moved_EN.mean(0).tolist() == pytest.approx([0.0, 0.0], abs=1e-5)
         if iteration:
@@ -259,7 +258,7 @@ def test_where_silence_has_no_finite_number_the_baseline_is_v(echoing: Path) -> 
     turn.no_op["agent_0"] = replace(turn.no_op["agent_0"], metrics={"e": math.nan})
     batch = Batch.of(groups, trainer.team.agents)
     values_ENT = next(values for values in trainer.learner.hands.all("values", batch) if values is not None).values_ENT
-    changes, known = residual.teammates_changes(batch, residual.features(batch, ("e",)), ("e",))
+    changes, known = residual.teammates_changes(batch, regressions.read(batch), regressions)
     baselines_ENT = residual.predict_teammates(regressions.teammates, changes, known, values_ENT[..., :-1])
     assert baselines_ENT[3, 0, 0] == values_ENT[3, 0, 0]
     assert baselines_ENT[2, 0, 0] != values_ENT[2, 0, 0]

@@ -47,7 +47,8 @@ def assign(regressions: Regressions, *episodes: Episode, **settings: Any) -> Ass
 
 
 def regressions(*, read_metrics: bool, teammates: bool = False) -> Regressions:
-    return Regressions(("m",), 2, critic=True, metrics=True, teammates=teammates, read_metrics=read_metrics)
+    reads = "global" if read_metrics else "none"
+    return Regressions({"team": TEAM}, ("m",), critic=True, returns=reads, changes=reads if teammates else None)
 
 
 def values(assigned: Assignment, turn: int) -> list[float | None]:
@@ -140,7 +141,33 @@ def test_a_run_has_no_critic_and_resumes_exactly(tmp_path: Path, metrics: bool) 
     assert {"critic/value", "critic/explained_variance_turn_1", "ceiling_turn_1", "critic/replayed"} <= last.keys()
     assert not {"critic/loss", "critic/cut", "tokens/critic"} & last.keys()
     assert last["ceiling_turn_1"] > 0.9, "the ceiling reads the metric in both cases"
-    assert whole.learner.regressions.metric_names == (("luck",) if metrics else ())
+    assert whole.learner.regressions.returns["team"].source.names == (("luck",) if metrics else ())
     files = {path.stem for path in (tmp_path / "whole" / "checkpoints" / "000004").glob("*.safetensors")}
     agents = {f"{kind}-agent_{n}" for kind in ("policy", "optimizer") for n in (0, 1)}
     assert files == agents | {"regression", "without", "yardstick"}
+
+
+@pytest.mark.parametrize("name", ["collm-dc", "magrpo"])
+def test_readings_and_effects_resume_exactly(tmp_path: Path, name: str) -> None:
+    """Columns, regressions and counts of effects are in the checkpoint."""
+    has_critic = name == "collm-dc"
+
+    def start(run: str, iterations: int) -> Trainer:
+        build = {"name": "str_build", "wording": "terse", "world": "persistent", "turns": 3, "strings": ["IT", "C"]}
+        critic = {"body": "none"} if has_critic else {}
+        algorithm = {"teammates": "effects", "group_size": 1 if has_critic else 2}
+        rooms = {"algorithm": algorithm, "critic": critic, "rollout": {"tasks": 4, "max_tokens": 12}}
+        return make_trainer(tmp_path, name, 2, 0, env=build, run={"name": run, "iterations": iterations}, **rooms)
+
+    whole = start("whole", 4)
+    whole.run()
+    start("part", 2).run()
+    part = Trainer.resume(tmp_path / "part", overrides={"run.iterations": 4}, quiet=True)
+    part.run()
+    assert repr(lines(part)) == repr(lines(whole))
+    assert lines(whole)[-1]["critic/effects"] == 1.0
+    files = {path.stem for path in (tmp_path / "whole" / "checkpoints" / "000004").glob("*.safetensors")}
+    views = [f"{kind}-builder_{n}" for kind in ("regression", "readings") for n in (0, 1)]
+    assert {"effects", "without", *(views if has_critic else ["readings"])} <= files
+    table = whole.learner.regressions.effects.observers[0]
+    assert sum(len(cells) > 0 for cells in table.known().values()) > 5

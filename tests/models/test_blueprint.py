@@ -149,6 +149,16 @@ def test_which_regressions_there_are() -> None:
     assert which() == (True, True)
     assert which(**OWN) == (True, False)
     assert which(**{"algorithm.name": "collm-cc-paper"}) == (False, False)
+    assert which(**{"algorithm.name": "magrpo", "algorithm.teammates": "effects"}) == (False, True)
+
+
+def test_own_critics_have_views_of_their_own_where_regressions_read_texts() -> None:
+    own = tuple((agent, (agent,)) for agent in AGENTS)
+    assert blueprint_of().views == (("team", AGENTS),)
+    assert blueprint_of(**OWN).views == own
+    assert blueprint_of(**OWN, **{"critic.metrics": "global"}).views == (("team", AGENTS),)
+    alone = blueprint_of(**OWN, **{"critic.body": "none"})
+    assert alone.labels == {f"{agent}/critic": agent for agent in AGENTS}
 
 
 def test_own_critics_are_as_many_as_agents_also_where_those_share_weights() -> None:

@@ -21,6 +21,8 @@ from collm.envs.building.str_build import PALETTES
 from collm.envs.catalogue import EnvSpec
 from collm.errors import EngineError, EnvError
 from collm.learning.batch import Batch
+from collm.learning.diagnostics import replayed as fractions
+from collm.learning.residual import replayed
 from collm.models.team import Team
 from collm.rollout.collect import collect
 from collm.rollout.plan import Plan
@@ -327,17 +329,19 @@ def test_what_silence_would_have_led_to_is_the_worlds_own_word():
     for episode in episodes:
         for t, turn in enumerate(episode.turns):
             assert set(turn.no_op) == {"builder_0", "builder_1"}
-            for agent, replayed in turn.no_op.items():
+            for agent, found in turn.no_op.items():
                 env = plan.env.make("train")
                 env.reset(seed=episode.seed, options={"task": episode.task})
                 for past in episode.turns[:t]:
                     env.step({a: c.text for a, c in past.completions.items()})
                 said = {a: c.text for a, c in turn.completions.items()} | {agent: ""}
-                _, rewards, _, _, infos = env.step(said)
-                assert replayed.reward == rewards[agent]
-                assert replayed.raw_reward == infos[agent]["raw_reward"]
-                assert replayed.metrics == infos[agent]["metrics"]
-                seen.add((replayed.metrics["coverage"], t))
+                observations, rewards, _, _, infos = env.step(said)
+                assert found.reward == rewards[agent]
+                assert found.raw_reward == infos[agent]["raw_reward"]
+                assert found.metrics == infos[agent]["metrics"]
+                assert found.observations == observations
+                assert found.matches
+                seen.add((found.metrics["coverage"], t))
     assert len(seen) > 6
 
 
@@ -374,6 +378,42 @@ def test_what_a_world_that_breaks_on_silence_would_have_done_stays_unknown():
     replay_without(Plan(Maker()), group.episodes)
     assert not group.episodes[0].failure  # what was played stays sound
     assert group.episodes[0].turns[0].no_op == {}
+
+
+class Unseeded(TextEnv):
+    """Its seed does not determine its metrics or its observations, from the second turn on."""
+
+    diagnostics = frozenset({"clock"})
+
+    def __init__(self, hidden: str):
+        super().__init__(["a", "b"], 3)
+        self.hidden = hidden
+
+    def begin(self, task, rng):
+        return dict.fromkeys(self.agents, "Begin.")
+
+    def play(self, answers):
+        drawn = random.SystemRandom().random()
+        seen = {"metric": 0.0, "clock": drawn} | ({"metric": drawn} if self.hidden == "metrics" else {})
+        text = f"Again {drawn}." if self.hidden == "observations" else "Again."
+        return Outcome(1.0, {}, dict.fromkeys(answers, text), metrics=seen)
+
+
+@pytest.mark.parametrize("hidden", ["metrics", "observations", "nothing"])
+def test_a_replay_that_came_to_something_else_is_unknown_and_counted(hidden):
+    """The first turn of three is the seed's; of the others no replay repeats the record. Diagnostics may differ."""
+
+    class Maker:
+        def make(self, split):
+            return Unseeded(hidden)
+
+    groups = collect(Plan(Maker()), Counting(), [0, 0], [1, 2])
+    replay_without(Plan(Maker()), [group.episodes[0] for group in groups])
+    batch = Batch.of(groups, ("a", "b"))
+    turns = (0,) if hidden != "nothing" else (0, 1, 2)
+    assert set(replayed(batch, "a")) == {(e, t) for e in (0, 1) for t in turns}
+    share = len(turns) / 3
+    assert fractions(batch) == pytest.approx({"critic/replayed": share, "critic/replay_mismatch": 1 - share})
 
 
 # --- turn trees ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pettingzoo import ParallelEnv
+from worlds import Echo
 
+from collm.envs.catalogue import make
 from collm.runs.alarms import PREFIX, RULES, Alarms, answer_metrics, recorded, sentence
 from collm.types import Completion, Episode, Turn
 
@@ -125,15 +128,23 @@ def test_what_is_said_about_answers_by_hand() -> None:
         )
         for n in range(4)
     ]
-    found = answer_metrics(episodes, "agree")
+    found = answer_metrics(episodes, make("agree"))
     assert found == {"answer_tokens": 9 / 8, "answers_repeated": 0.75, "answers_rejected": 3 / 8}
     alike = [episode({"a": "task"}, {"a": "red"}) for _ in range(9)]
-    assert answer_metrics(alike, "agree") == {"answer_tokens": 1.0}  # one task, asked nine times
+    assert answer_metrics(alike, make("agree")) == {"answer_tokens": 1.0}  # one task, asked nine times
 
 
-def test_rejected_lines_are_counted_per_line_and_rejected_answers_per_answer() -> None:
+def test_rejected_parts_are_counted_per_part_as_the_environment_defines_it() -> None:
     built = [episode({"a": "x"}, {"a": "1 0 0\n1 1 0\n1 2 0\n1 3 0"}, rejected=2.0)]
-    assert answer_metrics(built, "str_build")["answers_rejected"] == 0.5
-    assert (
-        answer_metrics([episode({"a": "x"}, {"a": "def f():\n  return"}, rejected=1.0)], "coop_code")["answers_rejected"] == 1
-    )
+    assert answer_metrics(built, make("str_build"))["answers_rejected"] == 0.5
+    code = [episode({"a": "x"}, {"a": "def f():\n  return"}, rejected=1.0)]
+    assert answer_metrics(code, make("coop_code"))["answers_rejected"] == 1
+    nothing = [episode({"a": "x"}, {"a": "no object"}, rejected=1.0)]
+    assert answer_metrics(nothing, make("bridge_build"))["answers_rejected"] == 1  # no part, which counts as one
+
+
+def test_no_fraction_is_computed_where_the_number_of_parts_is_unknown() -> None:
+    played = [episode({"a": "x"}, {"a": "1\n2"}, rejected=1.0)]
+    unknown: tuple[Any, ...] = (Echo(), ParallelEnv())  # without the method, and not a TextEnv
+    for env in unknown:
+        assert answer_metrics(played, env) == {"answer_tokens": 2.0}

@@ -308,7 +308,7 @@ def test_presets_stand_for_what_the_method_says():
 def test_a_preset_without_its_critic_has_no_critic_settings():
     config = parse_config(rooms(algorithm__baseline="group_mean", algorithm__group_size=4))
     assert not config.algorithm.has_critic
-    assert not config.critic.metrics
+    assert config.critic.metrics == "none"
 
 
 def test_the_presets_difference_baseline_goes_with_its_baseline_and_its_metrics():
@@ -432,9 +432,46 @@ def test_a_setting_that_came_later_keeps_the_meaning_of_older_runs(monkeypatch):
     """Whatever its preset says today: otherwise a resumed run would go on as another algorithm."""
     monkeypatch.setitem(former.ADDED, ("critic", "metrics"), False)
     kept = parse_config(rooms(run__seed=3)).resolved()
-    assert parse_resolved(kept).critic.metrics
+    assert parse_resolved(kept).critic.metrics == "auto"
     del kept["critic"]["metrics"]
-    assert not parse_resolved(kept).critic.metrics
+    assert parse_resolved(kept).critic.metrics == "none"
+
+
+@pytest.mark.parametrize(("before", "now"), [(True, "global"), ("true", "global"), (False, "none"), ("readings", "readings")])
+def test_truth_values_of_critic_metrics_keep_their_meaning(before, now):
+    assert parse_config(rooms(critic__metrics=before)).critic.metrics == now
+    kept = parse_config(rooms()).resolved()
+    kept["critic"]["metrics"] = before
+    assert parse_resolved(kept).critic.metrics == now
+
+
+def test_what_regressions_read():
+    """(with environment metrics, without) of the returns; then of the difference baseline."""
+
+    def read(**settings):
+        config = parse_config(rooms(**settings))
+        reads = [(config.returns_read(reported=r), config.changes_read(reported=r)) for r in (True, False)]
+        return tuple(zip(*reads, strict=True))
+
+    assert read() == (("global", "readings"), ("global", "readings"))
+    assert read(algorithm__name="collm-dc") == (("readings", "readings"),) * 2
+    assert read(critic__reads="own")[0] == ("readings", "readings")
+    assert read(algorithm__name="ac")[0] == ("readings", "readings")
+    for metrics in ("global", "readings", "none", "mine:read"):
+        assert read(critic__metrics=metrics)[0] == (metrics, metrics)
+    assert read(critic__metrics="none", algorithm__teammates="replay")[1] == ("global", "global")
+    assert read(critic__metrics="none", critic__body="none", algorithm__teammates="replay")[1] == ("none", "none")
+    assert read(algorithm__teammates="effects")[1] == ("readings", "readings")
+    assert read(algorithm__teammates="effects", critic__metrics="mine:read")[1] == ("mine:read", "mine:read")
+    magrpo = {"algorithm__name": "magrpo", "algorithm__teammates": "replay"}
+    assert read(**magrpo)[1] == ("global", "global")
+    assert read(**magrpo, critic__metrics="readings")[1] == ("readings", "readings")
+
+
+def test_what_regressions_cannot_read_is_refused():
+    assert "Did you mean 'readings'?" in refused(rooms(critic__metrics="reading"))
+    message = refused(rooms(algorithm__name="magrpo", critic__metrics="readings"))
+    assert message.startswith("critic.metrics='readings', but magrpo has no critic. Set critic.metrics='none'")
 
 
 def test_an_old_run_keeps_its_prompts_and_a_run_of_today_records_its_own():

@@ -1,4 +1,4 @@
-"""Freed tensors leave the process: blocks of many sizes between small ones that stay, as in an update."""
+"""Freed tensors leave the process, and only a few compiled products stay."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-SCRIPT = """
+from collm.training.heap import CACHES
+
+BLOCKS = """
 import sys
 from pathlib import Path
 import torch
-from collm.training.heap import return_freed_blocks
+from collm.training.heap import limit_heap
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 if sys.argv[1] == "returned":
-    return_freed_blocks()
+    limit_heap()
 torch.ones(7 << 20)  # freeing this block of 28 MiB raises glibc's own threshold to that
 before = resident()
 stay = []
@@ -35,7 +38,38 @@ print(held, resident() - before)
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc alone keeps freed blocks")
 @pytest.mark.parametrize("kind", ["returned", "kept"])
 def test_freed_tensors_leave_the_process(kind: str) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, kind], capture_output=True, text=True, check=True, timeout=120)
+    """Blocks of many sizes between small ones that stay, as in an update."""
+    done = subprocess.run([sys.executable, "-c", BLOCKS, kind], capture_output=True, text=True, check=True, timeout=120)
     held, left = map(float, done.stdout.split())
     assert held > 350
     assert (left < 50) == (kind == "returned"), (held, left)
+
+
+PRODUCTS = """
+import sys
+from pathlib import Path
+import torch
+from collm.training.heap import limit_heap
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+if sys.argv[1] == "limited":
+    limit_heap()
+torch.set_num_threads(1)
+weight = torch.randn(64, 64).bfloat16()
+before = resident()
+for tokens in range(2, 402):
+    torch.nn.functional.linear(torch.ones(tokens, 64).bfloat16(), weight)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU compiles no bfloat16 products")
+@pytest.mark.parametrize("kind", ["limited", "unlimited"])
+def test_products_of_many_lengths_are_not_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CACHES:
+        monkeypatch.delenv(name, raising=False)  # a run in this process may have set it
+    done = subprocess.run([sys.executable, "-c", PRODUCTS, kind], capture_output=True, text=True, check=True, timeout=120)
+    assert (float(done.stdout) < 80) == (kind == "limited"), done.stdout

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from collm.envs.base import Outcome, TextEnv
-from collm.envs.building.bridge_build_wording import PLAIN, PROBES, TERSE
+from collm.envs.building.bridge_build_wording import PLAIN, PROBES, TERSE, fill_line
 from collm.envs.data import Row
 from collm.envs.gathering import grid
 from collm.envs.gathering.grid import NUM_GENERATED, Cell, Part
@@ -185,14 +185,13 @@ class BridgeBuild(TextEnv):
         return Outcome(total, parts, observations, metrics=metrics)
 
     def scripted_answers(self) -> dict[str, str]:
-        """The builders divide the planks of `bridge_of` that are not laid yet; they know the whole map."""
-        number = len(self.possible_agents)
-        fills = runs(bridge_of(self.map) - self.planks)[: number * self.limit]
-        size = -(-len(fills) // number)
+        """The builders divide the cells of `bridge_of` without planks evenly, from the top down; they know the whole map."""
+        number = len(self.agents)
+        left = sorted(bridge_of(self.map) - self.planks, key=lambda cell: (cell[1], cell[0]))
         answers = {}
         for index, agent in enumerate(self.agents):
-            own = [f"/fill {x1} {z1} {x2} {z2} oak_planks" for x1, z1, x2, z2 in fills[index * size : (index + 1) * size]]
-            answers[agent] = json.dumps({"cmds": own})
+            own = runs(set(left[index * len(left) // number : (index + 1) * len(left) // number]))[: self.limit]
+            answers[agent] = json.dumps({"cmds": [fill_line(*run) for run in own]})
         return answers
 
     def state(self) -> str:
@@ -203,6 +202,9 @@ class BridgeBuild(TextEnv):
             f"missing {self._untouched()} of {len(self.map.true)} fakes {fakes}\n{stand}\n"
             + grid.rows_of(self.map.width, self.map.height, lambda cell: self._symbol(cell, True))
         )
+
+    def num_parts(self, answer: str) -> int:
+        return grid.num_entries(answer, KEYS)
 
     def task_name(self, task: int) -> str:
         return self.map_of(task).name

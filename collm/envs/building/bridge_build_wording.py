@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from collm.envs.gathering.grid import MAX_MESSAGE, Cell
+from collm.envs.gathering.grid import MAX_MESSAGE
 from collm.envs.wording import Texts
 
 if TYPE_CHECKING:
@@ -14,51 +14,57 @@ if TYPE_CHECKING:
 PROBES = 3
 
 
+def fill_line(x1: int, z1: int, x2: int, z2: int) -> str:
+    """The command that lays planks on the rectangle between two cells."""
+    return f"/fill {x1} {z1} {x2} {z2} oak_planks"
+
+
 def _plain_first(env: BridgeBuild, agent: str) -> str:
     number = len(env.agents)
     alone = number == 1
     lines = [
         *_plain_scene(env, agent, 1),
-        f"You are {agent}" + ("." if alone else f", one of {number} builders on two banks. The others see other cells."),
         "# bank, . water, = plank, ? not seen, P pillar, Y true pillar, N fake pillar; p, y, n with a plank on it.",
+        f"You are {agent}" + ("." if alone else f", one of {number} builders on two banks. The others see other cells."),
         "Join S and T (else 5 a turn). Touch true pillars (2 each), no fake ones (1 each). A probe costs 0.3"
         + ("." if alone else ", a word of comm 0.001."),
-        f"cmds has at most {env.limit} lines /fill x1 z1 x2 z2 oak_planks. Other keys: probe, at most {PROBES} "
-        f"pillars [x, z] that you see; path, at most {env.steps} steps [x, z], which show {env.view} cells around"
-        + ("." if alone else "; comm, a text."),
+        f"cmds has at most {env.limit} commands. Other keys: probe, at most {PROBES} pillars [x, z] that you see; "
+        f"path, at most {env.steps} steps [x, z], which show {env.view} cells around" + ("." if alone else "; comm, a text."),
         "",
-        _imperative(env, agent),
+        *_imperative(env, agent),
     ]
     return "\n".join(lines)
 
 
 def _plain_later(env: BridgeBuild, agent: str, heard: Sequence[str]) -> str:
-    return "\n".join([*heard, *_plain_scene(env, agent, env.turn + 2), "", _imperative(env, agent)])
+    return "\n".join([*heard, *_plain_scene(env, agent, env.turn + 2), "", *_imperative(env, agent)])
 
 
 def _plain_scene(env: BridgeBuild, agent: str, turn: int) -> list[str]:
     x, z = env.place[agent]
     when = f"Turn {turn} of {env.turns}." if turn <= env.turns else "The end."
-    pillars = ", ".join(f"{column} {row}" for column, row in _pillars(env, agent)) or "none"
     return [
-        f"The map, x 0 to {env.map.width - 1} to the right, z 0 to {env.map.height - 1} down:",
+        f"The map, x 0 to {env.map.width - 1} to the right, z 0 to {env.map.height - 1} down. You are at {x} {z}. {when}",
         env.drawing(agent),
-        "",
-        f"{when} You are at {x} {z}. Pillars seen, as x z: {pillars}.",
     ]
 
 
-def _pillars(env: BridgeBuild, agent: str) -> list[Cell]:
-    """The pillars that an agent has seen."""
-    return sorted(cell for cell in env.seen[agent] if env.map.at(cell) in "YN")
+def _imperative(env: BridgeBuild, agent: str) -> list[str]:
+    return [
+        "Commands for the water that you see, /fill x1 z1 x2 z2 oak_planks:",
+        *_columns(env, agent),
+        "",
+        'Write one JSON object with your commands, these or parts of them. It must begin with {"cmds": ["/fill',
+    ]
 
 
-def _imperative(env: BridgeBuild, agent: str) -> str:
-    (x, z), (to_x, to_z) = env.place[agent], (*_pillars(env, agent), env.place[agent])[0]
-    return (
-        'Write one JSON object with your planks. It must begin with {"cmds": and is, '
-        f'for example: {{"cmds": ["/fill {x} {z} {to_x} {to_z} oak_planks"]}}'
-    )
+def _columns(env: BridgeBuild, agent: str) -> list[str]:
+    """The command that covers the water seen in each column."""
+    columns: dict[int, list[int]] = {}
+    for x, z in sorted(env.seen[agent] - env.planks):
+        if env.map.takes_planks((x, z)):
+            columns.setdefault(x, []).append(z)
+    return [fill_line(x, rows[0], x, rows[-1]) for x, rows in columns.items()]
 
 
 def _terse_first(env: BridgeBuild, agent: str) -> str:

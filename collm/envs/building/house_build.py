@@ -21,6 +21,7 @@ from collm.envs.building.houses import (
     rectangles,
     split_houses,
 )
+from collm.envs.building.lines import command_lines
 from collm.envs.gathering.grid import NUM_GENERATED, Part
 from collm.envs.wording import Wording, texts_of
 from collm.errors import EnvError
@@ -31,7 +32,6 @@ SPIDERS = 3
 _MARK = r"(?:[-*+]\s+|\d{1,3}[.)]\s+)?"
 _KILL = r"/kill(?:\s+@e(?:\[\s*type\s*=\s*(?:minecraft:)?spider\s*(?:,[^\]]{0,60})?\])?)?"
 _COMMAND = re.compile(rf"{_MARK}(?:{_KILL}|/fill" + r"\s+(\d{1,6})" * 6 + r"\s+(?:minecraft:)?([a-z_]{1,40}))", re.ASCII)
-_FENCE = re.compile(r"```[a-z]{0,20}", re.ASCII)
 
 
 class HouseBuild(TextEnv):
@@ -153,6 +153,9 @@ class HouseBuild(TextEnv):
             f"blueprint:\n{listing(self.house.blocks)}\nbuild:\n{listing(self.build)}"
         ).rstrip()
 
+    def num_parts(self, answer: str) -> int:
+        return len(command_lines(answer))
+
     def task_name(self, task: int) -> str:
         return self.house_of(task).name
 
@@ -167,10 +170,7 @@ class HouseBuild(TextEnv):
         """Execute one builder's commands and count those rejected or dropped."""
         left = dict(self.limits)
         commands = 0
-        for line in answer.split("\n"):
-            line = line.strip()
-            if not line or _FENCE.fullmatch(line):
-                continue
+        for line in command_lines(answer):
             found = _COMMAND.fullmatch(line) if len(line) < 200 else None
             if found is None or commands == self.limit or not self._is_possible(found):
                 self.rejected += 1

@@ -11,6 +11,7 @@ from typing import Literal
 
 from collm.envs.base import Outcome, TextEnv, agent_names
 from collm.envs.building.font import SIZE, cells, split_words, width
+from collm.envs.building.lines import command_lines
 from collm.envs.building.str_build_wording import PLAIN, TERSE
 from collm.envs.wording import Wording, texts_of
 from collm.errors import EnvError
@@ -35,8 +36,6 @@ _SYMBOLS = dict(zip((block for palette in PALETTES for block in palette), "01234
 _COMMAND = re.compile(
     r"(?:[-*+]\s+|\d{1,3}[.)]\s+)?/setblock\s+(\d{1,6})\s+(\d{1,6})\s+(\d{1,6})\s+(?:minecraft:)?([a-z_]{1,40})", re.ASCII
 )
-
-_FENCE = re.compile(r"```[a-z]{0,20}", re.ASCII)
 
 
 class StrBuild(TextEnv):
@@ -74,6 +73,8 @@ class StrBuild(TextEnv):
         feedback: what builders read between turns: "position" the target cells, "perfect" the wrong cells, each with the
             builder that should mend it, "score" the last reward.
         blind_first_turn: hide the target in the first turn, as the reference does.
+        view: what a builder reads between turns. "all": the build and feedback on it; "own": the blocks that it has placed
+            itself, also where others have overwritten them since, and feedback on those alone.
         wording: "plain" or "terse", the wording that `tiny` knows.
         split: "train" or "eval".
     """
@@ -95,6 +96,7 @@ class StrBuild(TextEnv):
         commands_per_turn: int | None = None,
         feedback: Literal["position", "perfect", "score"] = "position",
         blind_first_turn: bool = False,
+        view: Literal["all", "own"] = "all",
         wording: Wording = "plain",
         split: str = "train",
     ):
@@ -105,6 +107,7 @@ class StrBuild(TextEnv):
             ("world", world, ("fresh", "persistent")),
             ("reward", reward, ("dense", "sparse")),
             ("feedback", feedback, ("position", "perfect", "score")),
+            ("view", view, ("all", "own")),
             ("split", split, ("train", "eval")),
         ):
             if value not in allowed:
@@ -115,7 +118,7 @@ class StrBuild(TextEnv):
         self.num_tasks = len(self.words)
         self.palettes = dict(zip(self.possible_agents, PALETTES, strict=False))
         self.world, self.reward_mode, self.feedback = world, reward, feedback
-        self.blind_first_turn = blind_first_turn
+        self.blind_first_turn, self.view = blind_first_turn, view
         self.commands_per_turn = commands_per_turn
         self.wording = texts_of(wording, PLAIN, TERSE)
 
@@ -124,6 +127,7 @@ class StrBuild(TextEnv):
         self.target = cells(self.word)
         self.width = width(self.word)
         self.build: dict[Cell, str] = {}
+        self.own: dict[str, dict[Cell, str]] = {agent: {} for agent in self.agents}
         self.writers: dict[Cell, set[str]] = {}
         self.rejected = 0
         self.limit = COMMANDS // len(self.agents)
@@ -136,9 +140,10 @@ class StrBuild(TextEnv):
         agents = list(answers)
         if self.world == "fresh":
             self.build, self.writers, self.rejected = {}, {}, 0
+            self.own = {agent: {} for agent in agents}
         for agent, answer in answers.items():
             self._place(agent, answer)
-        parts, metrics = self._judge(agents)
+        parts, metrics = self._judge(self.build, agents)
         total = sum(parts.values())
         if self.reward_mode == "sparse":
             metrics["score"] = total
@@ -146,7 +151,7 @@ class StrBuild(TextEnv):
             parts = parts if self.last_turn else {}
         else:
             shift = self.shift
-        observations = {agent: self.wording.later(self, agent, total) for agent in agents}
+        observations = {agent: self.wording.later(self, agent, self._told(agent, total)) for agent in agents}
         return Outcome(total, parts, observations, shift=shift, metrics=metrics)
 
     def scripted_answers(self) -> dict[str, str]:
@@ -162,19 +167,23 @@ class StrBuild(TextEnv):
         blocks = {cell: self.palettes[agent][(sum(cell) if number == 1 else place) % 2] for place, cell in enumerate(own)}
         wanted = blocks
         if self.world == "persistent":
-            extra = sorted(cell for cell in self.build.keys() - self.target if sum(cell) % number == index)
-            missing = {cell: block for cell, block in blocks.items() if cell not in self.build}
+            build = self.shown(agent)
+            extra = sorted(cell for cell in build.keys() - self.target if sum(cell) % number == index)
+            missing = {cell: block for cell, block in blocks.items() if cell not in build}
             wanted = missing | dict.fromkeys(extra, "air") or blocks
         return "\n".join(f"/setblock {x} {y} 0 {block}" for (x, y), block in list(wanted.items())[: self.limit])
 
     def state(self) -> str:
-        parts, _ = self._judge(self.possible_agents)
+        parts, _ = self._judge(self.build, self.possible_agents)
         return (
             f"word {self.word} turn {self.turn} of {self.turns} score {sum(parts.values()):.2f}\ntarget:\n"
             + self.rows(lambda cell: "#" if cell in self.target else ".")
             + "\nbuild:\n"
-            + self.rows(self.symbol)
+            + self.drawn(self.build)
         )
+
+    def num_parts(self, answer: str) -> int:
+        return len(command_lines(answer))
 
     def task_name(self, task: int) -> str:
         return self.words[task]
@@ -183,10 +192,7 @@ class StrBuild(TextEnv):
         """Execute one builder's commands and count the rejected lines."""
         allowed = {*self.palettes[agent], "air"}
         placed = 0
-        for line in answer.split("\n"):
-            line = line.strip()
-            if not line or _FENCE.fullmatch(line):
-                continue
+        for line in command_lines(answer):
             found = _COMMAND.fullmatch(line) if len(line) < 200 else None
             cell = (int(found[1]), int(found[2])) if found else (-1, -1)
             inside = 0 <= cell[0] < self.width and 0 <= cell[1] < SIZE
@@ -195,22 +201,23 @@ class StrBuild(TextEnv):
                 continue
             placed += 1
             self.writers.setdefault(cell, set()).add(agent)
-            if found[4] == "air":
-                self.build.pop(cell, None)
-            else:
-                self.build[cell] = found[4]
+            for build in (self.build, self.own[agent]):
+                if found[4] == "air":
+                    build.pop(cell, None)
+                else:
+                    build[cell] = found[4]
 
-    def _judge(self, agents: list[str]) -> tuple[dict[str, float], dict[str, float]]:
-        """Reward parts and metrics of the present build."""
-        built = set(self.build)
+    def _judge(self, build: dict[Cell, str], agents: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
+        """Reward parts and metrics of a build by these builders."""
+        built = set(build)
         covered, extra = len(built & self.target), len(built - self.target)
         background = self.width * SIZE - len(self.target)
         pairs = [
             (cell, other) for cell in built for other in ((cell[0] + 1, cell[1]), (cell[0], cell[1] + 1)) if other in built
         ]
-        same = sum(self.build[cell] == self.build[other] for cell, other in pairs)
+        same = sum(build[cell] == build[other] for cell, other in pairs)
         adjacency = same / len(pairs) if pairs else 0.0
-        used = set(self.build.values())
+        used = set(build.values())
         missing = sum(not used.issuperset(self.palettes[agent]) for agent in agents)
         both = sum(len(self.writers.get(cell, ())) > 1 for cell in self.target)
         parts = {
@@ -230,15 +237,33 @@ class StrBuild(TextEnv):
         }
         return parts, metrics
 
-    def symbol(self, cell: Cell) -> str:
-        """One character per cell: `.` for an empty cell, else the character of its block."""
-        if cell not in self.build:
-            return "."
-        return _SYMBOLS[self.build[cell]]
+    def _told(self, agent: str, total: float) -> float:
+        """The reward that a builder reads: the team's, or that of its own blocks alone."""
+        if self.view == "all" or (self.reward_mode == "sparse" and not self.last_turn):
+            return total
+        return sum(self._judge(self.own[agent], [agent])[0].values())
 
-    def legend(self) -> str:
-        """The character of each builder's blocks."""
-        return ", ".join(f"{_SYMBOLS[block]} {block}" for palette in self.palettes.values() for block in palette)
+    def shown(self, agent: str) -> dict[Cell, str]:
+        """The blocks that a builder sees."""
+        return self.own[agent] if self.view == "own" else self.build
+
+    def wrong(self, agent: str) -> list[tuple[Cell, str]]:
+        """Missing and extra cells with the builder that should mend each; under view="own" those of this builder."""
+        names = self.possible_agents
+        if self.view == "all":
+            return [(cell, names[sum(cell) % len(names)]) for cell in sorted(set(self.build) ^ self.target)]
+        own = set(self.own[agent])
+        part = {cell for cell in self.target if names[sum(cell) % len(names)] == agent}
+        return [(cell, agent) for cell in sorted((own - self.target) | (part - own))]
+
+    def drawn(self, build: dict[Cell, str]) -> str:
+        """A build as text: `.` for an empty cell, else the character of its block."""
+        return self.rows(lambda cell: _SYMBOLS[build[cell]] if cell in build else ".")
+
+    def legend(self, agent: str) -> str:
+        """The character of each block that this builder may see."""
+        palettes = [self.palettes[agent]] if self.view == "own" else self.palettes.values()
+        return ", ".join(f"{_SYMBOLS[block]} {block}" for palette in palettes for block in palette)
 
     def rows(self, symbol: Callable[[Cell], str]) -> str:
         """The box as text, one character per cell, the top row first."""

@@ -18,7 +18,7 @@ def _plain_first(env: StrBuild, agent: str) -> str:
         lines += [f"The cells of {env.word}, as x y z:", _listed(env), ""]
     lines.append(f"The box has x from 0 to {env.width - 1}, y from 0 to {SIZE - 1} and z 0.")
     if env.world == "persistent":
-        lines.append(f"Blocks stay. The build is empty; it shows {env.legend()}. The block air empties a cell.")
+        lines.append(f"Blocks stay. {_build_shows(env, agent)}. The block air empties a cell.")
     if number > 1:
         lines.append(f"You are {agent}, one of {number} builders, who fill these cells together. Each has blocks of its own.")
     one, two = env.palettes[agent]
@@ -27,16 +27,27 @@ def _plain_first(env: StrBuild, agent: str) -> str:
 
 
 def _plain_later(env: StrBuild, agent: str, total: float) -> str:
-    lines = [f"Reward: {total:.2f}"] if env.feedback == "score" else []
+    lines = [_reward(env, total)] if env.feedback == "score" else []
     if env.feedback == "position":
         lines += ["The cells to fill, as x y z:", _listed(env)]
     if env.feedback == "perfect":
-        wrong = sorted(set(env.build) ^ env.target)
-        agents = env.possible_agents
-        listed = ", ".join(f"{x} {y} 0 by {agents[(x + y) % len(agents)]}" for x, y in wrong)
-        lines += [f"Wrong cells and who mends them: {listed}" if wrong else "All cells are right."]
-    lines += ["Build:", env.rows(env.symbol)] if env.world == "persistent" else ["The box is empty again."]
+        listed = ", ".join(f"{x} {y} 0 by {owner}" for (x, y), owner in env.wrong(agent))
+        lines += [f"Wrong cells and who mends them: {listed}" if listed else "All cells are right."]
+    lines += [_build(env), env.drawn(env.shown(agent))] if env.world == "persistent" else ["The box is empty again."]
     return "\n".join([*lines, "", _imperative(env, agent)])
+
+
+def _reward(env: StrBuild, total: float) -> str:
+    return f"Reward of your own blocks: {total:.2f}" if env.view == "own" else f"Reward: {total:.2f}"
+
+
+def _build(env: StrBuild) -> str:
+    return "Your own blocks:" if env.view == "own" else "Build:"
+
+
+def _build_shows(env: StrBuild, agent: str) -> str:
+    which = "you see your own blocks alone," if env.view == "own" else "it shows"
+    return f"The build is empty; {which} {env.legend(agent)}"
 
 
 def _listed(env: StrBuild) -> str:
@@ -64,7 +75,7 @@ def _terse_first(env: StrBuild, agent: str) -> str:
     if not env.blind_first_turn:
         lines += ["Target:", env.rows(lambda cell: "#" if cell in env.target else ".")]
     if env.world == "persistent":
-        lines.append(f"Blocks stay. The build is empty; it shows {env.legend()}.")
+        lines.append(f"Blocks stay. {_build_shows(env, agent)}.")
     lines += [
         f"Your blocks: {one} {two} air. Use both; like blocks must not touch.",
         f"At most {env.limit} lines: /setblock x y z block",
@@ -74,17 +85,16 @@ def _terse_first(env: StrBuild, agent: str) -> str:
 
 def _terse_later(env: StrBuild, agent: str, total: float) -> str:
     agents = env.possible_agents
-    lines = [f"Reward: {total:.2f}"] if env.feedback == "score" else []
+    lines = [_reward(env, total)] if env.feedback == "score" else []
     if env.feedback == "position":
         listed = " ".join(f"{x},{y}" for x, y in sorted(env.target))
         share = "about half" if len(agents) == 2 else f"about 1/{len(agents)}" if len(agents) > 2 else "all"
         lines += [f"Target cells: {listed}", f"Take {share} of them."]
     if env.feedback == "perfect":
-        wrong = sorted(set(env.build) ^ env.target)
-        listed = " ".join(f"{x},{y}:{agents[(x + y) % len(agents)]}" for x, y in wrong)
-        lines += ["All cells are right." if not wrong else f"Wrong cells and who mends them: {listed}"]
+        listed = " ".join(f"{x},{y}:{owner}" for (x, y), owner in env.wrong(agent))
+        lines += [f"Wrong cells and who mends them: {listed}" if listed else "All cells are right."]
     if env.world == "persistent":
-        lines += ["Build:", env.rows(env.symbol), f"At most {env.limit} lines."]
+        lines += [_build(env), env.drawn(env.shown(agent)), f"At most {env.limit} lines."]
     else:
         lines.append("The box is empty again.")
     return "\n".join(lines)

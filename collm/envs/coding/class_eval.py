@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from collm.envs.base import Outcome, TextEnv, agent_names
 from collm.envs.coding.class_eval_wording import PLAIN, TERSE
 from collm.envs.coding.class_samples import sample_tasks
 from collm.envs.coding.classes import ClassTask, PublicTest, is_written, merged, methods_in, read_answer, read_task, shares
+from collm.envs.coding.programs import read
 from collm.envs.data import split_rows
 from collm.envs.wording import Wording, texts_of
 from collm.errors import EnvError
@@ -100,6 +102,11 @@ class ClassEval(TextEnv):
 
     def class_of(self, task: int) -> ClassTask:
         return read_task(self.rows[task], self.source)
+
+    def num_parts(self, answer: str) -> int:
+        """Its statements, those of a class one by one; 1 if it is not Python."""
+        tree = read(answer)
+        return 1 if tree is None else sum(len(node.body) if isinstance(node, ast.ClassDef) else 1 for node in tree.body)
 
     def task_name(self, task: int) -> str:
         return str(self.rows[task].get("task_id", task))

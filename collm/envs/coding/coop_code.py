@@ -100,6 +100,9 @@ class CoopCode(TextEnv):
     def problem_of(self, task: int) -> Problem:
         return generated(self.split, task) if self.problems is None else self.problems[task]
 
+    def num_parts(self, answer: str) -> int:
+        return 1
+
     def task_name(self, task: int) -> str:
         return self.problem_of(task).name
 

@@ -71,6 +71,12 @@ def _constant(name: str) -> Any:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, strict=False)
 
 
+def num_entries(answer: str, keys: Iterable[str]) -> int:
+    """The number of entries of the answer's JSON object: the items of its lists, and its other values that are not null."""
+    found, _ = read_action(answer, keys)
+    return sum(len(value) if isinstance(value, list) else value is not None for value in found.values())
+
+
 def as_list(value: Any) -> tuple[list[Any], int]:
     """(items, rejections): a list is returned unchanged, null gives no items, anything else no items and one rejection."""
     if isinstance(value, list):

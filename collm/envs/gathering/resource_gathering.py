@@ -211,6 +211,9 @@ class ResourceGathering(TextEnv):
         rows = grid.rows_of(self.map.width, self.map.height, self._symbol)
         return f"turn {self.turn} of {self.turns} need {self.needed()}\n{stand}\n{self.listed(set(self.left))}\n{rows}"
 
+    def num_parts(self, answer: str) -> int:
+        return grid.num_entries(answer, KEYS)
+
     def task_name(self, task: int) -> str:
         return self.map_of(task).name
 

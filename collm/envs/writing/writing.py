@@ -265,6 +265,9 @@ class Writing(TextEnv):
         texts = chain(self.text, len(self.roles), (max(16, low + 2), high - 6), rules.length.full, rules.distinct.full)
         return {self.agents[0]: f"\n{MARKER}\n".join(texts)} if self.alone else dict(zip(self.agents, texts, strict=True))
 
+    def num_parts(self, answer: str) -> int:
+        return 1
+
     def state(self) -> str:
         """The length of the source text; after the answers also their measures."""
         lines = [f"{self.rules.kind} of {num_tokens(self.text)} words, {len(set(words(self.text)))} different"]
