@@ -189,8 +189,8 @@ class PolicyPart:
         """Halve the last step until good answers lose at most `algorithm.max_drop` of log-prob on average; returns the fraction
         of the step that is left.
 
-        Momentum moves a policy for some ten steps after a gradient. Where all answers earn the same there is no gradient that
-        would correct it, so that a team can lose within a step what it has learned.
+        Momentum moves a policy for some ten steps after a gradient. Where all answers earn the same, the gradient is 0 and does
+        not correct the move, so that a team can lose within one step what it has learned.
 
         Args: before_X: (E * N * T,) log-prob of each answer before the step. good_X: (E * N * T,) bool, those that count.
         """

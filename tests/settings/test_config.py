@@ -615,3 +615,12 @@ def test_any_allowed_name_of_a_run_can_be_given_on_the_command_line(name):
     """`--run.name 2024-01-01` is a natural name, and one that the pattern allows."""
     _, overrides = split_overrides(["--env.name", "agree", "--run.name", name])
     assert load_config(None, overrides).run_name == name
+
+
+def test_the_papers_setting_and_runs_of_before_take_every_step_whole() -> None:
+    assert parse_config({"env": {"name": "agree"}}).algorithm.max_drop == 0.03
+    assert parse_config({"env": {"name": "agree"}, "algorithm": {"name": "collm-cc-paper"}}).algorithm.max_drop is None
+    before = {"env": {"name": "agree"}, "algorithm": {"name": "collm-cc", "clip": 0.2}}
+    assert parse_config(former.translate(before)).algorithm.max_drop is None
+    assert former.lost(before) == []
+    assert former.lost({"algorithm": {"clip": 0.1}}) == ["algorithm.clip=0.1"]
