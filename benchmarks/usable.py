@@ -24,7 +24,7 @@ import torch
 
 from collm import seeds
 from collm.engines.kv_cache import Memory
-from collm.engines.local import decode, uniforms_of
+from collm.engines.local import Segment, decode, uniforms_of
 from collm.envs.catalogue import EnvSpec
 from collm.models.policy import Policy
 from collm.models.team import Team
@@ -172,12 +172,12 @@ def answers_of(policy: Policy, requests: Sequence[Request]) -> list[str]:
         shared = min(prompts, key=len)[:-1]
         while any((prompt[: len(shared)] != shared).any() for prompt in prompts):
             shared = shared[:-1]
-        ((ids, _),) = decode(policy, [shared], torch.zeros(1, 1), Sampling(max_tokens=1), after=(read := Memory()))
+        ((ids, _),) = decode([Segment(policy, [shared], torch.zeros(1, 1), Sampling(max_tokens=1), after=(read := Memory()))])
         layers, known = read.find(np.concatenate([shared, ids, ids])), Memory()
         assert layers is not None  # the row that was just read
         known.add(shared, layers)
         uniforms = np.stack([uniforms_of(requests[i].seed, sampling.max_tokens) for i in rows])
-        found = decode(policy, prompts, torch.from_numpy(uniforms), sampling, known)
+        found = decode([Segment(policy, prompts, torch.from_numpy(uniforms), sampling, known)])
         answers.update((i, policy.chat.read(ids.tolist())[0]) for i, (ids, _) in zip(rows, found, strict=True))
     return [answers[i] for i in range(len(requests))]
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collm.settings.load import load_config
     from collm.settings.rooms import Config
     from collm.studies.compare import compare
+    from collm.studies.fidelity import fidelity
     from collm.training.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -32,10 +33,23 @@ _HOMES = {
     "collect": "collm.rollout.collect",
     "open_run": "collm.runs.open",
     "compare": "collm.studies.compare",
+    "fidelity": "collm.studies.fidelity",
     "Trainer": "collm.training.trainer",
 }
 
-__all__ = ["Config", "Plan", "Team", "Trainer", "check_env", "collect", "compare", "load_config", "make", "open_run"]
+__all__ = [
+    "Config",
+    "Plan",
+    "Team",
+    "Trainer",
+    "check_env",
+    "collect",
+    "compare",
+    "fidelity",
+    "load_config",
+    "make",
+    "open_run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -40,7 +40,12 @@ MAY = {
     "": set(),  # collm/__init__.py
 }
 # File -> what it may import besides, inside functions alone: it stands low and is light, and reaches up when it is called.
-INSIDE = {"runs/open.py": {"engines", "training"}, "runs/weights.py": {"training"}}
+INSIDE = {
+    "runs/open.py": {"engines", "training"},
+    "runs/weights.py": {"training"},
+    "studies/fidelity.py": {"training"},
+    "studies/blame.py": {"engines", "rollout", "training"},
+}
 NO_TORCH = ("types", "errors", "seeds", "settings", "sandbox", "envs", "studies", "reports", "planning", "")
 NO_TORCH_FILES = ("models/blueprint.py", "models/sources.py", "models/sharing.py")
 WORKSHOP = "tiny/workshop/"  # made the shipped model; only its own files import it

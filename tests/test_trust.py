@@ -206,6 +206,7 @@ def trained(tmp_path_factory) -> Path:
 
 PLAYS: dict[str, Callable[[Path], list[str]]] = {
     "evaluate": lambda run: ["evaluate", str(run)],
+    "blame": lambda run: ["blame", str(run)],
     "play": lambda run: ["play", str(run), "--agent", "agent_0=http://127.0.0.1:9/v1"],
     "resume": lambda run: ["train", "--resume", str(run)],
 }

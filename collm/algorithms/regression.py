@@ -76,15 +76,19 @@ class Moments(nn.Module):
         missed = total - (2 * self.second[:M, M] - self.second[:M, :M] @ slopes) @ slopes
         return 1 - missed.item() / total * free / (free - used)
 
+    def varies(self) -> Tensor:
+        """(M,) bool: the features that vary."""
+        M = self.num_features
+        return self.second[:M, :M].diagonal() > 1e-10 * (1 + self.mean[:M] ** 2)
+
     def _slopes(self, strength: float) -> Tensor:
         """Slopes (M,); 0 for features that never vary."""
         M = self.num_features
         covariance = self.second[:M, :M]
-        variance = covariance.diagonal()
-        varies = variance > 1e-10 * (1 + self.mean[:M] ** 2)
+        varies = self.varies()
         slopes = torch.zeros(M, dtype=torch.float64)
         if varies.any():
-            deviation = variance[varies].sqrt()
+            deviation = covariance.diagonal()[varies].sqrt()
             correlation = covariance[varies][:, varies] / torch.outer(deviation, deviation)
             penalty = strength * torch.eye(len(deviation), dtype=torch.float64) + 1e-9 * torch.eye(len(deviation))
             slopes[varies] = torch.linalg.solve(correlation + penalty, self.second[:M, M][varies] / deviation) / deviation
@@ -129,13 +133,15 @@ class MetricCeiling(nn.Module):
 class TurnRegression(nn.Module):
     """Metric regression: one ridge regression per turn, from environment metrics before the turn to the return that follows.
 
-    The weight of earlier iterations is multiplied by `keep` per iteration, since their policies are outdated. `strength` is
-    a number of samples: with that many samples, a slope is half of its least-squares value.
+    The weight of earlier iterations is multiplied by `keep` per iteration, since their policies are outdated. The penalty is
+    `strength` samples, and `per_feature` more for each feature that varies: with that many samples, a slope is half of its
+    least-squares value. M features that explain a fraction R^2 are best penalized with M (1 - R^2) / R^2 samples.
+    Source: Hoerl, Kennard and Baldwin 1975, M sigma^2 / |beta|^2, for features of unit variance.
     """
 
-    def __init__(self, num_features: int, turns: int, *, keep: float = 0.9, strength: float = 20.0):
+    def __init__(self, num_features: int, turns: int, *, keep: float = 0.9, strength: float = 20.0, per_feature: float = 0.0):
         super().__init__()
-        self.keep, self.strength = keep, strength
+        self.keep, self.strength, self.per_feature = keep, strength, per_feature
         self.turns = nn.ModuleList(Moments(num_features) for _ in range(turns))
 
     def of(self, turn: int) -> Moments:
@@ -150,8 +156,8 @@ class TurnRegression(nn.Module):
         moments = self.of(0)
         for t in range(features_ETM.shape[1]):
             moments = self.of(t) if self.of(t).weight else moments
-            strength = self.strength / max(float(moments.weight), 1.0)
-            columns.append(moments.predict(features_ETM[:, t], strength))
+            samples = self.strength + self.per_feature * int(moments.varies().sum())
+            columns.append(moments.predict(features_ETM[:, t], samples / max(float(moments.weight), 1.0)))
         return torch.stack(columns, 1)
 
     def learn(self, features_ETM: Tensor, returns_ET: Tensor, chosen_ET: Tensor) -> None:

@@ -7,8 +7,9 @@ import json
 import sys
 
 from collm.errors import RunError
-from collm.reports.grid import WIDTH, draw_study, grid_tables
+from collm.reports.grid import draw_study, grid_tables
 from collm.reports.screen import Screen
+from collm.reports.tables import WIDTH
 from collm.studies.compare import compare, default_folder, schedule
 from collm.studies.result import RESULTS
 

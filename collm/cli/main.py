@@ -155,6 +155,24 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     report.add_argument("--json", action="store_true", help="print one JSON object")
 
+    blame = command(
+        "blame",
+        "Name the agent and the turn whose answer cost each failed episode of a run most: by its credit and by replay.",
+        "collm blame runs/demo\n  collm blame runs/demo --below 0.5 --resample 16",
+        "collm.cli.blame:run",
+        settings=True,
+    )
+    blame.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    blame.add_argument("--below", type=float, metavar="X", help="failed is a return below X; default: below the median")
+    blame.add_argument(
+        "--last", type=int, default=10, metavar="N", help="consider the last N recorded iterations (default: 10)"
+    )
+    blame.add_argument("--credit-only", action="store_true", help="read recorded advantages; make no environment")
+    blame.add_argument(
+        "--resample", type=int, default=0, metavar="K", help="also play on after each answer and K other ones, K times each"
+    )
+    blame.add_argument("--json", action="store_true", help="print one JSON object")
+
     export = command(
         "export",
         "Export one agent of a run as a Hugging Face folder, which transformers loads without collm.",

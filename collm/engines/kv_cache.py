@@ -127,3 +127,26 @@ class GrowingCache(DynamicCache):
             (keys[row, :, start:end].clone(), values[row, :, start:end].clone())
             for keys, values in (layer.buffers for layer in self.layers)
         ]
+
+
+def joined(caches: Sequence[DynamicCache], rows: Sequence[Tensor], length: int) -> DynamicCache:
+    """One cache of chosen rows of each cache, one cache's behind the other's, right-aligned; takes the caches' layers.
+
+    Several caches must be growing ones.
+    """
+    if len(caches) == 1:
+        if len(rows[0]) > len(caches[0].layers[0].keys):
+            caches[0].batch_select_indices(rows[0])
+        return caches[0]
+    whole, sizes = GrowingCache(length), list(map(len, rows))
+    for _ in range(len(caches[0].layers)):
+        parts: Any = [cache.layers.pop(0) for cache in caches]
+        layer = _GrowingLayer(length)
+        layer.begin(sum(sizes), parts[0].keys, parts[0].values)
+        end = max(part.used for part in parts)
+        for n, buffer in enumerate(layer.buffers):
+            for part, chosen, own in zip(parts, rows, buffer.split(sizes), strict=True):
+                own[:, :, end - part.used : end] = part.buffers[n][chosen, :, : part.used]
+        layer.use(end)
+        whole.layers.append(layer)
+    return whole

@@ -71,12 +71,15 @@ class LineEffects(nn.Module):
 
     def known(self) -> dict[bytes, Cells]:
         """Line -> its cells, (C, 4) as in `cells_K4`."""
-        with_LK = self.hits_LK / (self.open_LK + 1)
-        without_LK = (self.hits_K - self.hits_LK) / (self.open_K - self.open_LK).clamp_min(1)
-        effect_LK = with_LK - without_LK
-        chosen_LK = (effect_LK >= LEAST) & (effect_LK >= NEAR * effect_LK.amax(0))
-        cells_K4 = self.cells_K4.numpy()
-        return {line: cells_K4[chosen_LK[place].numpy()] for line, place in self._places().items()}
+        places, cells_K4 = self._places(), self.cells_K4[self.cells_K4[:, 0] >= 0].numpy()
+        if not places or not len(cells_K4):
+            return {}
+        L, K = max(places.values()) + 1, len(cells_K4)  # places are filled in order
+        hits_LK, open_LK = self.hits_LK[:L, :K], self.open_LK[:L, :K]
+        without_LK = (self.hits_K[:K] - hits_LK) / (self.open_K[:K] - open_LK).clamp_min(1)
+        effect_LK = hits_LK / (open_LK + 1) - without_LK
+        chosen_LK = ((effect_LK >= LEAST) & (effect_LK >= NEAR * effect_LK.amax(0))).numpy()
+        return {line: cells_K4[chosen_LK[place]] for line, place in places.items()}
 
     def before(self, point: Point, agent: str) -> tuple[Layout, Cells] | None:
         """Layout and code points (C,) of an agent's blocks before a turn; None without blocks.
@@ -114,19 +117,19 @@ class LineEffects(nn.Module):
                 now = torch.from_numpy(now_K.astype(np.float32))
                 total += now
                 counts[known] += now
-            self.said_L[known] += 1
+            self.said_L.index_add_(0, torch.tensor(known, dtype=torch.int64), torch.ones(len(known)))
 
     def _learn_start(self, firsts: Sequence[tuple[Point, Cells]], agent: str) -> None:
         if not firsts:
             return
         counts = Counter(np.concatenate([cells for _, cells in firsts]).tolist())
         if not self.start_3[2]:
-            self.start_3[2] = max(sorted(counts), key=lambda code: counts[code])
+            self.start_3[2].fill_(max(sorted(counts), key=lambda code: counts[code]))
         for point, cells in firsts:
             first = laid_out(point.first[agent])
             assert first is not None
-            self.start_3[0] += int((cells == first[1]).sum())
-            self.start_3[1] += int((cells == self.start_3[2].item()).sum())
+            self.start_3[0].add_(int((cells == first[1]).sum()))
+            self.start_3[1].add_(int((cells == self.start_3[2].item()).sum()))
 
     def _places(self) -> dict[bytes, int]:
         rows = [bytes(row).rstrip(b"\0") for row in self.lines_LB.numpy()]
@@ -141,10 +144,9 @@ class LineEffects(nn.Module):
             if not free and (not rarest or self.said_L[rarest[0]] >= counts[line]):
                 return
             place = free.pop(0) if free else rarest.pop(0)
-            self.lines_LB[place] = 0
-            self.lines_LB[place, : len(line)] = torch.tensor(list(line), dtype=torch.uint8)
-            for counted in (self.said_L, self.hits_LK, self.open_LK):
-                counted[place] = 0
+            for counted in (self.lines_LB, self.said_L, self.hits_LK, self.open_LK):
+                counted[place].zero_()
+            self.lines_LB[place, : len(line)].copy_(torch.tensor(list(line), dtype=torch.uint8))
 
     def _add_cells(self, changes: Iterable[tuple[Layout, Cells, Cells]]) -> None:
         """Give cells that changed a place, in order of their places in the blocks, until none is left."""
@@ -154,7 +156,7 @@ class LineEffects(nn.Module):
             changed = (before_C != after_C).nonzero()[0]
             found |= {(*place, code) for place, code in zip(_places_of(layout)[changed].tolist(), after_C[changed].tolist())}
         for cell in sorted(found - known)[: CELLS - len(known)]:
-            self.cells_K4[len(known)] = torch.tensor(cell, dtype=torch.int32)
+            self.cells_K4[len(known)].copy_(torch.tensor(cell, dtype=torch.int32))
             known.add(cell)
 
 

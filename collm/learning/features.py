@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -90,16 +91,16 @@ class TextSource:
     """
 
     def __init__(self, read: Reader, agents: Sequence[str] | None = None):
-        self.read, self.agents = read, None if agents is None else tuple(agents)
+        self.read = functools.lru_cache(maxsize=None)(read)
+        self.agents = None if agents is None else tuple(agents)
         self.columns = Columns()
-        self._known: dict[tuple[str, str], dict[str, float]] = {}
 
     @property
     def width(self) -> int:
         return self.columns.width
 
     def collect(self, points: Sequence[Point]) -> None:
-        self._known.clear()
+        self.read.cache_clear()  # it holds the texts of one iteration
         self.columns.add([self._of(point) for point in points])
 
     def numbers(self, points: Sequence[Point]) -> NDArray[np.float64]:
@@ -107,10 +108,7 @@ class TextSource:
 
     def _of(self, point: Point) -> dict[str, float]:
         agents = sorted(point.newest) if self.agents is None else self.agents
-        texts = joined(point.first.get(a, "") for a in agents), joined(point.newest.get(a, "") for a in agents)
-        if texts not in self._known:
-            self._known[texts] = self.read(*texts)
-        return self._known[texts]
+        return self.read(*(joined(seen.get(agent, "") for agent in agents) for seen in (point.first, point.newest)))
 
 
 def points_of(episode: Episode) -> list[Point]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,6 +36,10 @@ class Learner(Protocol):
 
     def update(self, groups: Sequence[Group], iteration: int) -> Update:
         """Learn from one iteration's groups; the episodes are not changed."""
+        ...
+
+    def credit(self, groups: Sequence[Group]) -> Annotations:
+        """The annotations that `update` would return for these groups. Nothing is learned or changed."""
         ...
 
     def tensors(self) -> dict[str, Tensors]:
@@ -76,22 +81,30 @@ class PartsLearner:
         if not batch.episodes:
             raise TrainingError(f"iteration {iteration}: every episode failed: {groups[0].episodes[0].failure}")
         require_finite(batch.rewards_ET, "reward", iteration, batch)
-        assigned, reading = self._assign(batch)
+        assigned, reading = self._assign(batch, self.regressions)
         require_finite(assigned.credit.advantages_ENT.flatten(1), "advantage", iteration, batch)
         learned = self.hands.all("learn", batch, iteration, assigned.credit)
         annotations = dict(zip(batch.numbers, assigned.annotations, strict=True))
         return Update(total([reading, assigned.metrics, *learned]), annotations)
 
-    def _assign(self, batch: Batch) -> tuple[Assignment, Metrics]:
-        """Credit for every answer, and metrics about the critics' reading."""
+    def credit(self, groups: Sequence[Group]) -> Annotations:
+        """The annotations that `update` would return for these groups. Nothing is learned or changed."""
+        batch = Batch.of(groups, self.agents)
+        if not batch.episodes:
+            return {}
+        assigned, _ = self._assign(batch, copy.deepcopy(self.regressions))
+        return dict(zip(batch.numbers, assigned.annotations, strict=True))
+
+    def _assign(self, batch: Batch, regressions: Regressions) -> tuple[Assignment, Metrics]:
+        """Credit for every answer, and metrics about the critics' reading. The regressions learn from the batch."""
         settings = self.config.algorithm
         if not settings.has_critic:
-            return assign_returns(batch, settings, self.regressions), {}
+            return assign_returns(batch, settings, regressions), {}
         reads = self.config.critic.body != "none"
         text = self._read(batch) if reads else critics.without_text(batch)
         wanted_ENT = critics.targeted(batch, kind=settings.critic_kind, own_turns=self.config.critic.body == "policy")
         assigned = assign_values(
-            batch, text, wanted_ENT, self.regressions, self.critic_labels, settings, critic_lam=self.config.critic.lam
+            batch, text, wanted_ENT, regressions, self.critic_labels, settings, critic_lam=self.config.critic.lam
         )
         return assigned, {"critic/cut": float(text.num_cut), "tokens/critic": float(text.num_tokens)} if reads else {}
 

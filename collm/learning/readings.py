@@ -30,6 +30,10 @@ MAX_VIEWS = 16
 MAX_NUMBERS = 16
 """Of all labels, only the first in order of appearance are read."""
 
+PENALTY = 2.5
+"""Samples of ridge penalty per column that varies: `TurnRegression(..., strength=0.0, per_feature=PENALTY)`.
+docs/results/views.md has the measurement."""
+
 BREAK = "\f"
 _TOKEN = re.compile(
     r"(?P<number>(?<![\w.])-?[0-9]{1,12}(?:\.[0-9]{1,12})?(?!\w|\.[0-9]))"
@@ -42,7 +46,7 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 _LISTED = re.compile(r"(?: ?, ?|\.\.| |-| ?x ?)-?[0-9]")
-_WORD = re.compile(r"[^\W\d_]{2,}")
+_WORD = re.compile(r"[^\W\d_]{4,}")
 
 
 def joined(texts: Iterable[str]) -> str:
@@ -63,8 +67,9 @@ def read(first: str, newest: str) -> dict[str, float]:
         covered: cells with figure in both; outside: cells with figure in the newest alone; share covered, share outside: the
         same as fractions of the first block's figure and ground; like neighbours: fraction of 4-adjacent pairs of figure
         that are the same character; kinds: different characters of figure. Blocks of several agents are laid over each other.
-    words/repeated: fraction of the first text's different words (two letters or more) that occur in the newest text;
-        words/new: number of the newest text's different words that do not occur in the first one.
+    words/repeated: fraction of the first text's different words that occur in the newest text;
+        words/new: number of the newest text's different words that do not occur in the first one. Only words of four letters
+        or more are counted, which leaves out most function words.
 
     The newest text of an episode that has just begun equals the first one; it has labelled numbers alone. Time is linear in
     the characters read. Every number is finite.
@@ -114,7 +119,7 @@ class Columns(nn.Module):
         counts = Counter(self._stored(name) for reading in readings for name in reading)
         new = sorted(counts.keys() - set(known), key=lambda name: (-counts[name], name))
         for k, name in enumerate(new[: self.width - len(known)], start=len(known)):
-            self.names_KB[k, : len(name)] = torch.tensor(list(name), dtype=torch.uint8)
+            self.names_KB[k, : len(name)].copy_(torch.tensor(list(name), dtype=torch.uint8))
 
     def forward(self, readings: Sequence[Mapping[str, float]]) -> Tensor:
         """Features (S, K) of S readings. Names without a column are left out.

@@ -17,7 +17,7 @@ from collm.algorithms.regression import MetricCeiling, TurnRegression
 from collm.learning.batch import Batch
 from collm.learning.effects import Effects
 from collm.learning.features import MetricSource, Source, TextSource, counterfactual_features, features, points_of
-from collm.learning.readings import resolve
+from collm.learning.readings import PENALTY, resolve
 from collm.types import Counterfactual
 
 TURNS = 32
@@ -84,12 +84,12 @@ class Regressions:
         self.returns = {}
         for name, agents in views.items() if returns is not None else ():
             found = source(str(returns), name)
-            self.returns[name] = View(tuple(agents), found, TurnRegression(2 + found.width, TURNS))
+            self.returns[name] = View(tuple(agents), found, _regression(found))
         self.changes = ()
         if changes is not None:
             self.changes = tuple(source(changes, name) for name, agents in views.items() for _ in agents)
         self.effects = Effects([a for agents in views.values() for a in agents]) if effects else None
-        self.teammates = nn.ModuleList(TurnRegression(2 + source.width, TURNS) for source in self.changes)
+        self.teammates = nn.ModuleList(_regression(found) for found in self.changes)
         self.ceiling = MetricCeiling(2 + len(metric_names), TURNS) if critic else None
 
     def modules(self) -> dict[str, nn.Module]:
@@ -122,6 +122,12 @@ class Regressions:
     def without(self, batch: Batch, agent: str) -> Mapping[tuple[int, int], Counterfactual]:
         """(episode, turn) -> the outcome of the turn without the agent's answer, where it is known."""
         return replayed(batch, agent) if self.effects is None else self.effects.outcomes(batch, agent)
+
+
+def _regression(source: Source) -> TurnRegression:
+    """A regression on the source's numbers and the rewards so far; of readings, which are many, with their own penalty."""
+    penalty = {"strength": 0.0, "per_feature": PENALTY} if isinstance(source, TextSource) else {}
+    return TurnRegression(2 + source.width, TURNS, **penalty)
 
 
 def predict_returns(views: Mapping[str, View], rows: Rows, batch: Batch, read_ENT: Tensor) -> Tensor:

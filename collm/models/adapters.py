@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class Base:
         self.adapters: list[Adapter] = []
         self.active: str | None = None
         self._peft: Any = None
-        self._layers: list[Any] = []
+        self.layers: dict[str, Any] = {}
+        """Path -> layer with adapters."""
 
     @classmethod
     def from_pretrained(cls, source: str, *, dtype: str = "float32", device: str | torch.device = "cpu") -> Base:
@@ -118,7 +120,7 @@ class Base:
         """Make one adapter active, or none."""
         if name == self.active:
             return
-        for layer in self._layers:
+        for layer in self.layers.values():
             layer.set_adapter([] if name is None else [name])
         for adapter in self.adapters:
             adapter.requires_grad_(True)  # PEFT freezes all but the active one, which would drop pending gradients
@@ -136,6 +138,22 @@ class Base:
     def again(self) -> Any:
         """A context that activates the adapter that is active now, for passes that are computed twice."""
         return self.using(self.active)
+
+    @cached_property
+    def keeps_rows(self) -> bool:
+        """Whether every adapted layer reads (rows, tokens, features), found by a small pass; a mixture of experts does not."""
+        shapes: list[torch.Size] = []
+        ids_BL = torch.zeros(2, 3, dtype=torch.int64, device=next(self.model.parameters()).device)
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape[:-1]))
+            for layer in self.layers.values()
+        ]
+        try:
+            self.body(input_ids=ids_BL, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return set(shapes) == {ids_BL.shape}
 
     def _inject(self, config: Any) -> Adapter:
         from peft import get_peft_model
@@ -157,8 +175,9 @@ class Base:
         config.base_model_name_or_path = self.source
         if not isinstance(config.target_modules, str):  # an adapter from elsewhere may name its layers by a pattern
             config.target_modules = sorted(config.target_modules)
-        self._layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-        if any(name in layer.lora_embedding_A for layer in self._layers) or isinstance(
+        self.layers = {path: module for path, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+        self.__dict__.pop("keeps_rows", None)
+        if any(name in layer.lora_embedding_A for layer in self.layers.values()) or isinstance(
             self.model.get_output_embeddings(), LoraLayer
         ):
             raise ConfigError(
@@ -223,6 +242,54 @@ class Adapter(nn.Module):
             raise ValueError(f"it holds other tensors than a plain LoRA of its {ADAPTER_CONFIG}: {sorted(differing)[:3]}")
         for name, tensor in own.items():
             tensor.copy_(found[name])
+
+
+class Stack:
+    """Adapters of one base in one pass, for generation: the rows of a batch are sorted by adapter.
+
+        W x  becomes  W x + B (m * A x)      A: (R, in), B: (out, R) of all adapters, with alpha / rank in B;
+                                             m: (R,) is 1 for the matrices of the row's adapter, else 0
+
+    A and B are copies in the base's number format.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter]):
+        self.base = adapters[0].base
+        self._added: list[tuple[Any, Tensor, Tensor, tuple[int, ...]]] = []  # layer, A, transpose of B, rank per adapter
+        for path, layer in self.base.layers.items():
+            pairs = [(adapter.pairs[path], adapter) for adapter in adapters if path in adapter.pairs]
+            if pairs:
+                A = torch.cat([pair["A"].weight for pair, _ in pairs])
+                B = torch.cat([pair["B"].weight * layer.scaling[adapter.name] for pair, adapter in pairs], dim=1)
+                ranks = tuple(len(a.pairs[path]["A"].weight) if path in a.pairs else 0 for a in adapters)
+                dtype = layer.get_base_layer().weight.dtype
+                self._added.append((layer, A.to(dtype), B.to(dtype).t(), ranks))
+
+    def on(self, counts: Sequence[int]) -> Callable[..., Any]:
+        """The base's body for a batch whose first counts[0] rows are the first adapter's, the next counts[1] the second's."""
+        masks: dict[tuple[int, ...], Tensor] = {}
+        for _, A, _, ranks in self._added:
+            if ranks not in masks and len(counts) > 1:
+                blocks = [torch.ones(count, rank) for count, rank in zip(counts, ranks, strict=True)]
+                masks[ranks] = torch.block_diag(*blocks)[:, None].to(A)
+
+        def body(**inputs: Any) -> Any:
+            self.base.activate(None)
+            hooks = [layer.register_forward_hook(partial(_add, A, B, masks.get(ranks))) for layer, A, B, ranks in self._added]
+            try:
+                return self.base.body(**inputs)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+        return body
+
+
+def _add(A: Tensor, B: Tensor, mask_B1R: Tensor | None, layer: Any, inputs: tuple[Tensor], result: Tensor) -> Tensor:
+    """The forward hook of an adapted layer: its result plus B (m * A x)."""
+    low = nn.functional.linear(inputs[0], A)
+    low = low if mask_B1R is None else low * mask_B1R
+    return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), B).view_as(result)
 
 
 def _listed(targets: Any) -> str:

@@ -147,7 +147,9 @@ def plan(config: Config, work: Work | None = None) -> Plan:
         add("tokenizer", TOKENIZER * max(model.shape.vocabulary for model in models))
         add("compiled products", PRODUCTS if config.team.compute == "bfloat16" else 0)
     cast = sum(_cast_bytes(config, model) for _, model in policies)
-    phases = [_generation(config, work, model, policy.agents, cast) for policy, model in policies]
+    owners = {policy.name: (policy, model) for policy, model in policies}
+    batches = [[owners[policy.name] for policy in unit.policies] for unit in blueprint.units if unit.policies]
+    phases = [_generation(config, work, batch, cast) for batch in batches]
     limit, tasks = config.learner.micro_batch_tokens, work.episodes // work.leaves
     rows = {agent: work.rows(agent, max_tokens=limit) for agent in blueprint.agents}
     read = {critic.name: _read_by(config, work, critic) for critic, _ in critics}
@@ -184,28 +186,38 @@ def _read_by(config: Config, work: Work, critic: CriticSpec) -> list[Row]:
     return work.rows(*agents, **size, answered=critic.kind != "V")
 
 
-def _generation(config: Config, work: Work, model: Model, agents: Sequence[str], cast: int) -> Phase:
-    """Generation of the last and longest turn: prefill, key-value cache, logits, as in engines/local.py."""
+def _generation(config: Config, work: Work, batch: Sequence[tuple[PolicySpec, Model]], cast: int) -> Phase:
+    """Generation of the last and longest turn: prefill, key-value cache, logits, as in engines/local.py.
+
+    batch: a whole model, or the adapters of one base, whose prompts are read one after another and tokens decoded together.
+    """
+    name = f"generation ({', '.join(model.name for _, model in batch)})"
     if config.rollout.engine == "vllm":
-        return Phase(f"generation ({model.name})", {})
-    shape, c = model.shape, _compute_bytes(config)
-    length = max(work.sequence(agent) for agent in agents)
+        return Phase(name, {})
+    shape, c = batch[0][1].shape, _compute_bytes(config)
+    lengths = {policy.name: max(work.sequence(agent) for agent in policy.agents) for policy, _ in batch}
+    asked = {policy.name: work.episodes * len(policy.agents) for policy, _ in batch}
+    length = max(lengths.values())
     prompt = length - work.answer
-    rows = max(1, min(work.episodes * len(agents), config.rollout.batch_tokens // length))
+    largest = max(1, config.rollout.batch_tokens // length)
+    rows, read = min(sum(asked.values()), largest), min(max(asked.values()), largest)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    everything = work.episodes * len(agents) * length
-    held = everything if everything <= config.rollout.batch_tokens // 2 else 0  # for the next turn
+    held = 0  # for the next turn
+    for policy, _ in batch:
+        own = asked[policy.name] * lengths[policy.name]
+        held += own if held + own <= config.rollout.batch_tokens // 2 else 0
     cache = (rows * length * (shape.layers + 1) + held * shape.layers) * 2 * keys * c  # a layer more while rows leave the batch
     mlp = 3 * c * shape.intermediate + 8 * shape.hidden
     attention = c * (3 * queries + 2 * keys) + 8 * shape.hidden + 5 * prompt * (prompt > 1)
     sorts = config.rollout.top_p < 1 or config.rollout.top_k
     logits = rows * shape.vocabulary * (16 + 25 * bool(sorts))
     return Phase(
-        f"generation ({model.name})",
+        name,
         {
             "key-value cache": cache,
-            "prompts and logits": max(rows * prompt * max(mlp, attention), logits),
+            "prompts and logits": max(read * prompt * max(mlp, attention), logits),
             "linear layers in bfloat16": cast,
+            "copies of adapters": sum(c * model.trained for _, model in batch if model.lora is not None),
         },
     )
 

@@ -17,15 +17,13 @@ from rich.text import Text
 
 from collm.reports.curves import COLOURS, dress, save_figure
 from collm.reports.screen import Screen
-from collm.reports.tables import framed, spread, table_of
+from collm.reports.tables import WIDTH, framed, spread, table_of
 from collm.runs.files import write_text
 from collm.studies.grid import Grid, Line
 from collm.studies.intervals import explain
 from collm.studies.series import REWARD
 
 _DASHES = ((0, (6, 3)), (0, (6, 2, 1, 2)), (0, (1, 2)), (0, (3, 2, 1, 2, 1, 2)))
-WIDTH = 200
-"""Width in columns of a table that is not printed on a terminal."""
 
 
 def draw_study(grid: Grid, folder: Path) -> list[Path]:
@@ -56,6 +54,9 @@ def _results(grid: Grid, task: str, lines: Sequence[Line], digits: int, measures
     threshold = grid.study.thresholds.get(task)
     names = [name for name in lines[0].final if name != REWARD][:measures]
     table = table_of("method", "rate", "seeds", "reward", "area", *map(escape, names))
+    judged = any(line.fidelity for line in lines)
+    for heading in ("credit\nfidelity", "its\nceiling") if judged else ():
+        table.add_column(heading)
     headings = ["tokens per\nepisode", "joint\nactions", "\nseconds"]
     if threshold is not None:
         headings.insert(0, f"joint actions\nto {threshold:g}")
@@ -65,6 +66,8 @@ def _results(grid: Grid, task: str, lines: Sequence[Line], digits: int, measures
         final, results = line.final, line.results
         cells = [spread(final[REWARD], digits), spread(line.area, digits)]
         cells += [spread(final[name], digits) if name in final else "" for name in names]
+        if judged:
+            cells += [spread(line.fidelity[name], digits) if line.fidelity else "" for name in ("pearson", "ceiling")]
         if threshold is not None:
             reached = line.reached(threshold)
             count = [value for value in reached if value is not None]
@@ -79,6 +82,11 @@ def _results(grid: Grid, task: str, lines: Sequence[Line], digits: int, measures
         notes.append(
             "the learning rate with the greatest area is shown; it was chosen on the same data, "
             "which favours trained methods over those without a rate"
+        )
+    if judged:
+        notes.append(
+            "credit fidelity: Pearson's correlation of advantages with counterfactual truth at half of the training; its "
+            "ceiling: what an advantage without noise could reach"
         )
     notes += explain({line.method: line.area for line in lines})
     failed = {line.method: sum(result.failed for result in line.results) for line in lines}

@@ -18,6 +18,7 @@ from collm.runs.files import write_text
 from collm.runs.open import Run
 from collm.runs.read import Record, read_episodes
 from collm.studies.before_after import before_after
+from collm.studies.blame import by_credit, failed
 from collm.studies.intervals import Interval
 from collm.studies.series import ceiling_by_turn, explained_by_turn, held_out_curve
 
@@ -112,7 +113,14 @@ def _episode_sets(run: Run) -> list[Record]:
     ):
         ends = sorted({*list(found)[:1], *list(found)[-1:]}, reverse=True)
         wanted += [(name.format(number), found[number]) for number in ends]
-    return [{"name": name, "episodes": pick(read_episodes(path))} for name, path in wanted]
+    return [{"name": name, "episodes": pick(with_blame(read_episodes(path)))} for name, path in wanted]
+
+
+def with_blame(episodes: Sequence[Record]) -> list[Record]:
+    """The episodes; failed ones have `blamed`, the answer that cost most by the run's own credit, where it was recorded."""
+    poor = {id(episode): by_credit(episode) for episode in failed(episodes)}
+    faults = [(episode, poor.get(id(episode))) for episode in episodes]
+    return [episode if fault is None else {**episode, "blamed": fault.plain()} for episode, fault in faults]
 
 
 def pick(episodes: Sequence[Record]) -> list[Record]:

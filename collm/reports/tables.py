@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from rich import box
@@ -11,8 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from collm.studies.before_after import BeforeAfter
+from collm.studies.blame import Blame
 from collm.studies.intervals import Interval
 from collm.studies.series import REWARD
+from collm.types import printable
+
+WIDTH = 200
+"""Width in columns of a table that is not printed on a terminal."""
+SHOWN = 60
+"""Characters of an answer's first line in a table."""
 
 
 def comparison_table(comparison: BeforeAfter, digits: int = 3) -> Group:
@@ -50,6 +58,33 @@ def evaluation_table(title: str, intervals: Mapping[str, Interval], notes: Seque
     for name, found in intervals.items():
         share = [spread(found, 1, scale=100 / max_reward)] if max_reward and name == REWARD else []
         table.add_row(Text(name), spread(found), *share)
+    return framed(title, table, notes)
+
+
+def blame_table(name: str, found: Blame) -> Group:
+    """One line per failed episode and method: the answer that cost most."""
+    table = table_of("iteration", "task", "return", "by", "agent", "turn", "cost", "the answer's first line")
+    for blamed in found.episodes:
+        cells: list[str | Text] = [str(blamed.iteration), Text(printable(blamed.task)), f"{blamed.total:.3f}"]
+        for method, fault in blamed.faults.items():
+            line = printable(fault.text.strip().split("\n")[0])
+            shown = line if len(line) <= SHOWN else line[: SHOWN - 3] + "..."
+            table.add_row(*cells, method, Text(fault.agent), str(fault.turn + 1), f"{fault.cost:+.3f}", Text(shown))
+            cells = ["", "", ""]
+    notes = []
+    for method in dict.fromkeys(method for blamed in found.episodes for method in blamed.faults):
+        faults = [blamed.faults[method] for blamed in found.episodes if method in blamed.faults]
+        agents, turns = (Counter(part).most_common() for part in ([f.agent for f in faults], [f.turn + 1 for f in faults]))
+        shares = ", ".join(f"{agent} {count}" for agent, count in agents)
+        steps = ", ".join(f"turn {turn} {count}" for turn, count in turns[:4])
+        notes.append(f"{method} blames of {len(faults)} episodes: {shares}; most often {steps}")
+    notes.append(
+        "cost: credit, minus the recorded advantage; no-op, by how much the return rises if the answer is empty and all others "
+        "stay; resampling, by how much playing on after other answers of the agent returns more"
+    )
+    if found.mismatches:
+        notes.append(f"not replayed: {found.mismatches} episodes, whose replay differs from the record (hidden randomness)")
+    title = f"{name}: {len(found.episodes)} failed of {found.num_read} recorded episodes"
     return framed(title, table, notes)
 
 

@@ -1,9 +1,9 @@
-"""Replays of recorded answers: turn trees, resampled answers and no-op counterfactuals."""
+"""Replays of recorded answers: turn trees, resampled answers, no-op counterfactuals and branches of recorded episodes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from collm import seeds
@@ -12,7 +12,7 @@ from collm.envs import gate
 from collm.errors import EnvError
 from collm.rollout.live import LiveEpisode, Stop, advance, begin, each, live_episode, resume, waits
 from collm.rollout.plan import Plan
-from collm.types import Counterfactual, Episode, Request, Turn, outcome
+from collm.types import Completion, Counterfactual, Episode, Request, Turn, outcome
 
 
 def grow(plan: Plan, engine: Engine, roots: Sequence[LiveEpisode], stop: Stop) -> list[list[Episode]]:
@@ -59,7 +59,6 @@ def resample(
 ) -> None:
     """Resample `plan.resamples` answers of each of `plan.agents` at every turn, into `Turn.alternatives`."""
     plan.check_decentralized()
-    times = plan.resamples
     wanted = [
         (episode, t, agent)
         for episode in episodes
@@ -67,21 +66,31 @@ def resample(
         for t in range(len(episode.turns))
         for agent in episode.turns[t].completions
         if plan.agents is None or agent in plan.agents
-        for _ in range(times)
     ]
+    stop()
+    for (episode, t, agent), answers in zip(wanted, other_answers(plan, engine, wanted, plan.resamples), strict=True):
+        episode.turns[t].alternatives[agent] = answers
+        for completion in answers:
+            if completion.finish_reason == "error":
+                episode.failure = f"{agent}, turn {t}, another answer: {completion.error}"
+
+
+def other_answers(
+    plan: Plan, engine: Engine, wanted: Sequence[tuple[Episode, int, str]], times: int, purpose: str = "alternative"
+) -> list[list[Completion]]:
+    """For each (episode, turn, agent): `times` answers drawn from the same history, with one engine call.
+
+    purpose: a key of the random numbers; other purposes draw other answers.
+    """
     requests = []
-    for number, (episode, t, agent) in enumerate(wanted):
+    for episode, t, agent in wanted:
         before = replace(episode, turns=episode.turns[:t], observations=episode.turns[t].observations)
         messages = before.history(agent, plan.history)
-        seed = seeds.derive(episode.seed, episode.sibling, "alternative", number % times, t, agent)
-        requests.append(Request(agent, messages, plan.sampling_of(agent), seed))
-    stop()
-    for episode, t, agent in wanted:
-        episode.turns[t].alternatives[agent] = []
-    for (episode, t, agent), completion in zip(wanted, engine.generate(requests), strict=True):
-        episode.turns[t].alternatives[agent].append(completion)
-        if completion.finish_reason == "error":
-            episode.failure = f"{agent}, turn {t}, another answer: {completion.error}"
+        for number in range(times):
+            seed = seeds.derive(episode.seed, episode.sibling, purpose, number, t, agent)
+            requests.append(Request(agent, messages, plan.sampling_of(agent), seed))
+    answers = engine.generate(requests)
+    return [answers[i * times : (i + 1) * times] for i in range(len(wanted))]
 
 
 def replay_without(plan: Plan, episodes: Sequence[Episode], *, stop: Stop = lambda: None) -> None:
@@ -130,3 +139,92 @@ def _repeats(turn: Turn, observations: Mapping[str, str], metrics: Mapping[str, 
     """Whether a replay has come to what was recorded before a turn; observations and metrics are those of the replay."""
     recorded, found = (sorted((k, repr(v)) for k, v in m.items() if k not in ignored) for m in (turn.metrics, metrics))
     return recorded == found and all(observations.get(agent) == text for agent, text in turn.observations.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A recorded episode up to a turn, which is taken with other answers of some agents.
+
+    Example: Branch(episode, 2, {"agent_0": completion}, plays=range(16))
+    """
+
+    episode: Episode
+    turn: int
+    answers: Mapping[str, Completion]
+    """Agent -> the answer taken at this turn instead of the recorded one."""
+    plays: Sequence[int] = (0,)
+    """Numbers of the plays to the end; each number has its own random numbers, the same in all branches of a turn."""
+
+
+MISMATCH = "the replay differs from the recorded episode"
+
+
+def play_on(plan: Plan, engine: Engine, branches: Sequence[Branch], *, stop: Stop = lambda: None) -> list[list[Episode]]:
+    """Play each branch to its end, once for each of its `plays`. Returns their episodes, whose `own_from` is the branch's turn.
+
+    New environments replay the recorded answers before the turn; the turn is taken with the branch's answers and the recorded
+    ones of the other agents; `engine` answers from then on. All branches are played together, with one engine call per round.
+    A branch whose episode ends in its turn has one episode, since nothing is left to sample. A branch has no episode if what
+    agents read, or a reward, before the turn differs from the record: the environment has randomness besides its seed.
+    """
+    plan.check_decentralized()
+    lives = [[_branched(plan, branch, branch.plays[0])] for branch in branches]
+    each(_retrace, [own[0] for own in lives], branches)
+    more = [
+        (_branched(plan, branch, play), branch, own)
+        for branch, own in zip(branches, lives, strict=True)
+        if own[0].requests
+        for play in branch.plays[1:]
+    ]
+    each(_retrace, [live for live, _, _ in more], [branch for _, branch, _ in more])
+    for live, _, own in more:
+        own.append(live)
+    kept = [own if all(live.episode.failure != MISMATCH for live in own) else [] for own in lives]
+    while waiting := [live for own in kept for live in own if live.requests]:
+        advance(plan, engine, waiting, stop)
+    return [[live.episode for live in own] for own in kept]
+
+
+def replay_with(plan: Plan, branches: Sequence[Branch]) -> list[Episode | None]:
+    """Replay each branch to its end with the recorded answers, later ones as well; nothing is generated.
+
+    An agent without a recorded answer gives an empty one; after the recorded number of turns the episode is truncated.
+    Returns None where `play_on` has no episode.
+    """
+    plan.check_decentralized()
+    lives = [_branched(plan, branch, 0) for branch in branches]
+
+    def replay(live: LiveEpisode, branch: Branch) -> None:
+        _retrace(live, branch)
+        for turn in branch.episode.turns[branch.turn + 1 :]:
+            if live.requests:
+                given = turn.completions
+                resume(live, [given.get(r.agent, Completion(r.agent, "")) for r in live.requests])
+        live.episode.truncated |= bool(live.requests)
+
+    each(replay, lives, branches)
+    return [None if live.episode.failure == MISMATCH else live.episode for live in lives]
+
+
+def _branched(plan: Plan, branch: Branch, play: int) -> LiveEpisode:
+    """A new episode for one play of a branch; its sibling's number stands for its random numbers."""
+    recorded = branch.episode
+    path = ".".join(map(str, recorded.path))
+    live = live_episode(plan, recorded.task, recorded.seed, seeds.derive(recorded.sibling, path, "branch", branch.turn, play))
+    live.episode.own_from = branch.turn
+    return live
+
+
+def _retrace(live: LiveEpisode, branch: Branch) -> None:
+    """Replay the recorded answers before the branch's turn and take that turn. Where the replay differs from the record, the
+    episode fails as a `MISMATCH`."""
+    begin(live)
+    for t, recorded in enumerate(branch.episode.turns[: branch.turn + 1]):
+        given = recorded.completions | dict(branch.answers) if t == branch.turn else recorded.completions
+        acting = [request.agent for request in live.requests]
+        read = {agent: live.episode.observations[agent] for agent in acting}
+        rewards = [turn.reward for turn in live.episode.turns]
+        if read != recorded.observations or rewards != [turn.reward for turn in branch.episode.turns[:t]]:
+            live.episode.failure, live.requests = MISMATCH, []
+            return
+        resume(live, [given[agent] for agent in acting])

@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from collm.errors import RunError
 from collm.runs.directory import damage, read_file
+from collm.types import Completion, Episode, Example, Turn, examples_of
 
 Record = dict[str, Any]
 
@@ -55,6 +56,42 @@ def present_name(metric: str) -> str:
 def read_episodes(path: Path) -> list[Record]:
     """The recorded episodes, failed ones included. Raises RunError where the file is damaged."""
     return _read_lines(path, EPISODE)
+
+
+def recorded_episode(record: Record, examples: Iterable[Example] = ()) -> Episode:
+    """The episode of a record, to be replayed: texts, rewards and the environment's seed, without token ids and metrics.
+
+    examples: worked examples that its agents read before their histories. Raises RunError where the record lacks a value.
+    """
+    try:
+        turns = [
+            Turn(
+                {agent: said["read"] for agent, said in turn["agents"].items()},
+                {
+                    agent: Completion(agent, said["wrote"], finish_reason=said["finish"])
+                    for agent, said in turn["agents"].items()
+                },
+                turn["reward"],
+                turn["raw_reward"],
+            )
+            for turn in record["turns"]
+        ]
+        agents = tuple(dict.fromkeys(agent for turn in turns for agent in turn.completions))
+        return Episode(
+            record["task"],
+            record["seed"],
+            agents,
+            turns=turns,
+            terminated=record["terminated"],
+            truncated=record["truncated"],
+            failure=record["failure"],
+            sibling=record["sibling"],
+            path=tuple(record["path"]),
+            label=record["label"],
+            examples={agent: examples_of(examples, agent) for agent in agents},
+        )
+    except (KeyError, TypeError) as error:
+        raise RunError(f"a recorded episode of task {record['label']!r} lacks {error}: train the run anew.") from error
 
 
 def read_evaluation(path: Path) -> list[Record]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from collm.errors import EnvError
+from collm.sandbox.syntax import tree_of
 
 _ERROR_CHARACTERS = 200
 
@@ -69,7 +70,7 @@ def free_names(setup: str, check: str) -> tuple[str, ...]:
     bound: set[str] = set()
     for source in (setup, check):
         try:
-            tree = ast.parse(source)
+            tree = tree_of(source)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return ()
         for node in ast.walk(tree):

@@ -84,6 +84,16 @@ class Line:
         """Turn -> metric ceiling: the share that a regression on environment metrics explains before it."""
         return self._by_turn([result.ceiling for result in self.results])
 
+    @property
+    def fidelity(self) -> dict[str, Interval]:
+        """ "pearson", "spearman" and "ceiling" of the credit at half of the training; empty if a seed was not judged."""
+        found = [result.fidelity for result in self.results if result.fidelity is not None]
+        if len(found) < len(self.results):
+            return {}
+        values = {name: [one[name] for one in found] for name in ("pearson", "spearman", "ceiling")}
+        numbers = {name: [one["mean"] if isinstance(one, Mapping) else one for one in own] for name, own in values.items()}
+        return {name: self.over_seeds([math.nan if x is None else x for x in own]) for name, own in numbers.items()}
+
     def _by_turn(self, found_S: Sequence[Mapping[int, float]]) -> dict[int, Interval]:
         turns = sorted(set.intersection(*({*found} for found in found_S)))
         return {turn: self.over_seeds([found[turn] for found in found_S]) for turn in turns}
@@ -198,6 +208,8 @@ class Grid:
                     methods[line.method] |= (
                         {name: {str(turn): found.plain() for turn, found in shares.items()}} if shares else {}
                     )
+                if line.fidelity:
+                    methods[line.method]["credit_fidelity"] = {name: found.plain() for name, found in line.fidelity.items()}
                 if task in self.study.thresholds:
                     methods[line.method]["joint_actions_to_threshold"] = line.reached(self.study.thresholds[task])
             differences: dict[str, dict[str, Any]] = {

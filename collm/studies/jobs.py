@@ -38,6 +38,8 @@ class StudyJob:
     """All settings of the run."""
     trained: bool
     """True for a run that trains; False if the untrained team is evaluated once."""
+    judged: int = 0
+    """Number of answers whose credit is judged at half of the training."""
 
     @property
     def settings(self) -> Path:
@@ -123,7 +125,7 @@ def _start(job: StudyJob) -> subprocess.Popen[bytes]:
     folder = job.cell.folder
     write_text(job.settings, json.dumps(job.config.resolved(), indent=1))
     kind = "train" if job.trained else "evaluate"
-    command = [sys.executable, "-m", "collm.training.cell", kind, str(job.settings), str(folder)]
+    command = [sys.executable, "-m", "collm.training.cell", kind, str(job.settings), str(folder), str(job.judged)]
     with job.log.open("ab") as output:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, preexec_fn=_die_with_parent

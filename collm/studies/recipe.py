@@ -54,6 +54,9 @@ class StudySettings(BaseModel):
     """The method that the others are compared with, seed by seed; default: the last of `methods`."""
     thresholds: dict[str, float] = {}
     """Task -> held-out reward; the table shows after how many joint actions a method reaches it."""
+    fidelity: int = Field(0, ge=0)
+    """Number of answers whose credit is compared with counterfactual truth, once per trained run at half of its training; each
+    costs 32 plays to the end. 0: none."""
 
 
 def read_plan(recipe: Path, folder: Path, overrides: Mapping[str, Any] | None = None) -> tuple[StudySettings, list[StudyJob]]:
@@ -102,7 +105,7 @@ def read_plan(recipe: Path, folder: Path, overrides: Mapping[str, Any] | None = 
         for rate, seed in itertools.product(rates, plan.seeds):
             cell = Cell(task, method, rate, seed, folder / task / _name(method, rate, seed))
             config = _settings(recipe, values.get("settings") or {}, tasks[task], methods, cell, changes)
-            jobs.append(StudyJob(replace(cell, settings=digest(config.resolved(), trained)), config, trained))
+            jobs.append(StudyJob(replace(cell, settings=digest(config.resolved(), trained)), config, trained, plan.fidelity))
     return plan, jobs
 
 

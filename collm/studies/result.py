@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 from annotated_types import Len
@@ -15,8 +15,10 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from collm.errors import RunError
+from collm.runs.fidelity import read_evidence
 from collm.runs.open import Run, open_run
 from collm.runs.read import read_episodes, read_evaluation
+from collm.studies.fidelity import agreement
 from collm.studies.series import (
     Curves,
     ceiling_by_turn,
@@ -44,6 +46,7 @@ class _Written(TypedDict):
     judged: str
     explained_variance: dict[str, float]
     ceiling: dict[str, float]
+    fidelity: NotRequired[dict[str, Any]]
 
 
 _WRITTEN: TypeAdapter[Any] = TypeAdapter(_Written)
@@ -101,6 +104,8 @@ class Result:
     without a critic."""
     ceiling: Mapping[int, float]
     """Turn -> the metric ceiling: the share that a regression on environment metrics explains."""
+    fidelity: Mapping[str, Any] | None = None
+    """`Fidelity.plain()` of the run at half of its training, if the recipe has `compare.fidelity`."""
 
     @property
     def area(self) -> float:
@@ -125,6 +130,7 @@ class Result:
             "judged": self.judged,
             "explained_variance": {str(turn): share for turn, share in self.explained.items()},
             "ceiling": {str(turn): share for turn, share in self.ceiling.items()},
+            **({} if self.fidelity is None else {"fidelity": dict(self.fidelity)}),
         }
 
     @classmethod
@@ -146,6 +152,7 @@ class Result:
             plain["judged"],
             {int(turn): share for turn, share in plain["explained_variance"].items()},
             {int(turn): share for turn, share in plain["ceiling"].items()},
+            plain.get("fidelity"),
         )
 
 
@@ -160,7 +167,7 @@ def read_result(cell: Cell) -> Result:
     failed = sum(len(read_episodes(path)) - len(read_evaluation(path)) for path in evaluations.values())
     final = {name: float(np.mean(list(tasks.values()))) for name, tasks in scores(episodes).items()}
     tokens = float(np.mean([episode.get("tokens", 0) for episode in episodes]))
-    cost, spread = run.cost(), spread_by_turn(run)
+    cost, spread, evidence = run.cost(), spread_by_turn(run), read_evidence(cell.folder)
     return Result(
         cell,
         tuple(at),
@@ -173,6 +180,7 @@ def read_result(cell: Cell) -> Result:
         _judged(run),
         _second_half(explained_by_turn(run), spread, cost["joint_actions"]),
         _second_half(ceiling_by_turn(run), spread, cost["joint_actions"]),
+        None if evidence is None else agreement(evidence).plain(),
     )
 
 

@@ -1,4 +1,6 @@
-"""One run of a study, in a separate process: `python -m collm.training.cell train|evaluate SETTINGS.json FOLDER`.
+"""One run of a study, in a separate process: `python -m collm.training.cell train|evaluate SETTINGS.json FOLDER JUDGED`.
+
+JUDGED is the number of answers whose credit is judged at half of the training: `training.fidelity`.
 
 Both kinds write a run directory; its folder `final` exists once the run is finished.
 """
@@ -23,9 +25,9 @@ from collm.settings.load import parse_resolved
 from collm.settings.rooms import Config
 from collm.training.assemble import make_team, resolve_device, with_remote
 from collm.training.evaluate import evaluate
+from collm.training.fidelity import JudgedTrainer
 from collm.training.signals import Interrupted
 from collm.training.task import check_fit
-from collm.training.trainer import Trainer
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = parse_resolved(json.loads(settings.read_text(encoding="utf-8")))
         if kind == "train":
-            train(config, folder)
+            train(config, folder, int(arguments[3]))
         else:
             play(config, folder)
     except CollmError as error:
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def train(config: Config, folder: Path) -> None:
+def train(config: Config, folder: Path, judged: int) -> None:
     """Begin a run, or resume it."""
     if (folder / "config.json").is_file():
         found = read_config(folder)
@@ -53,9 +55,11 @@ def train(config: Config, folder: Path) -> None:
                 f"run {str(folder)!r} is of the environment {found.env.name!r} (or of other servers), not of the recipe's "
                 f"{config.env.name!r}. Give the comparison another --folder."
             )
-        Trainer.resume(folder, quiet=True).run()
-        return
-    Trainer(config, quiet=True).run()
+        trainer = JudgedTrainer.resume(folder, quiet=True)
+    else:
+        trainer = JudgedTrainer(config, quiet=True)
+    trainer.judged = judged
+    trainer.run()
 
 
 def play(config: Config, folder: Path) -> None:

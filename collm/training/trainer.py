@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from collm import seeds
 from collm.engines.base import Engine
@@ -55,9 +55,7 @@ class Trainer:
         begin(self.folder, self.config)
 
     @classmethod
-    def resume(
-        cls, folder: Path, *, overrides: Mapping[str, Any] | None = None, quiet: bool = False, **replaced: Any
-    ) -> Trainer:
+    def resume(cls, folder: Path, *, overrides: Mapping[str, Any] | None = None, quiet: bool = False, **replaced: Any) -> Self:
         """Continue a run from its last checkpoint, or from its start if it has none. Raises ConfigError as `resumed_config`.
 
         Args:

@@ -124,6 +124,16 @@ def test_samples_that_are_not_chosen_do_not_count():
     assert regression(torch.zeros(1, 1, 1)).item() == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(("strength", "samples"), [(0.0, 4.0), (4.0, 8.0)])
+def test_the_penalty_grows_with_the_number_of_features_that_vary(strength, samples):
+    """Two orthogonal features of variance 1, a constant one, y = the first: slope 1 / (1 + samples / 4), 4 the weight."""
+    regression = TurnRegression(3, 1, strength=strength, per_feature=2.0)
+    features = torch.tensor([[1.0, 1.0, 7.0], [1.0, -1.0, 7.0], [-1.0, 1.0, 7.0], [-1.0, -1.0, 7.0]])[:, None]
+    regression.learn(features, features[..., 0], torch.ones(4, 1, dtype=torch.bool))
+    expected = 1 / (1 + samples / 4)
+    assert regression(features)[:, 0].tolist() == pytest.approx([expected, expected, -expected, -expected])
+
+
 def test_task_means_are_taken_out_before_variance_is_explained():
     returns = torch.tensor([0.0, 2.0, 10.0, 12.0, 99.0])
     tasks = torch.tensor([7, 7, 3, 3, 5])

@@ -42,13 +42,15 @@ def light(*commands):
 
 def test_help_and_lists_import_nothing_heavy():
     commands = [["--help"], [], ["train", "--settings"], ["algorithms"], ["tasks"], ["tasks", "--json"], ["check", "agree"]]
-    commands += [[name, "--help"] for name in ("train", "evaluate", "compare", "report", "check", "tasks", "algorithms")]
+    commands += [
+        [name, "--help"] for name in ("train", "evaluate", "compare", "report", "blame", "check", "tasks", "algorithms")
+    ]
     results = light(*commands)
     for command, (code, heavy, text) in results.items():
         assert code == 0, (command, text)
         assert heavy == [], command
         assert len(text) > 30, command
-    for name in ("train", "evaluate", "compare", "report", "check", "tasks", "algorithms"):
+    for name in ("train", "evaluate", "compare", "report", "blame", "check", "tasks", "algorithms"):
         assert name in results["--help"][2]
         assert f"example:\n  collm {name}" in results[f"{name} --help"][2]
         assert "--json" in results[f"{name} --help"][2]

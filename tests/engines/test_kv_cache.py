@@ -10,16 +10,19 @@ import pytest
 import torch
 from test_learning import make_trainer
 from test_logprobs import absolute_positions
+from test_lora import stirred
 from transformers import MistralConfig, MistralForCausalLM
 
 from collm.engines.catalogue import make_engine
 from collm.engines.local import LocalEngine
 from collm.envs.catalogue import EnvSpec
+from collm.models.adapters import Base
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.rollout.collect import collect
 from collm.rollout.plan import Plan
 from collm.settings.load import parse_config
+from collm.settings.rooms import LoraSettings
 from collm.types import Completion, Group, Message, Request, Sampling
 
 
@@ -38,8 +41,8 @@ class Counting(LocalEngine):
     def generate(self, requests):
         read = []
         hooks = [
-            policy.body.register_forward_hook(lambda _, __, given, ___: read.append(given["input_ids"].shape), with_kwargs=True)
-            for policy in {id(policy): policy for policy in self.team.policies.values()}.values()
+            body.register_forward_hook(lambda _, __, given, ___: read.append(given["input_ids"].shape), with_kwargs=True)
+            for body in {policy.model.base_model for policy in self.team.policies.values()}
         ]
         completions = super().generate(requests)
         for hook in hooks:
@@ -55,6 +58,12 @@ def team(*policies: Policy) -> Team:
     return Team({"builder_0": one, "builder_1": two})
 
 
+def two_adapters() -> tuple[Policy, Policy]:
+    base = Base.from_pretrained("tiny")
+    one, two = (Policy(base.model, base.tokenizer, adapter=base.add(LoraSettings(rank=2), seed)) for seed in (1, 2))
+    return stirred(one, 1), stirred(two, 2)
+
+
 def completions(groups: list[Group]) -> list[Completion]:
     return [c for g in groups for e in g.episodes for turn in e.turns for c in turn.completions.values()]
 
@@ -67,16 +76,17 @@ def check_same(groups: list[Group], others: list[Group]) -> None:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(max_tokens=40), Sampling(temperature=0.6, top_p=0.6, max_tokens=24)])
-@pytest.mark.parametrize("kind", ["tiny", "absolute positions", "two policies"])
+@pytest.mark.parametrize("kind", ["tiny", "absolute positions", "two policies", "two adapters"])
 def test_answers_are_those_without_memory(tiny, kind, sampling):
     policies = {
         "tiny": (tiny,),
         "absolute positions": (absolute_positions(tiny),),
         "two policies": (tiny, absolute_positions(tiny)),
+        "two adapters": two_adapters(),
     }
-    if kind != "tiny":  # room for 256 positions
+    if kind in ("absolute positions", "two policies"):  # room for 256 positions
         sampling = replace(sampling, max_tokens=8)
-    plan = Plan(build(4 if kind == "tiny" else 2), sampling=sampling)
+    plan = Plan(build(2 if sampling.max_tokens == 8 else 4), sampling=sampling)
     told, anew = Counting(team(*policies[kind]), remember=True), LocalEngine(team(*policies[kind]))
     groups = collect(replace(plan, group_size=2), told, [0, 1, 2], [1, 2, 3])
     check_same(groups, collect(replace(plan, group_size=2), anew, [0, 1, 2], [1, 2, 3]))

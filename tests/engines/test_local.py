@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from collm.engines.local import LocalEngine, decode
+from collm.engines.local import LocalEngine, Segment, decode
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.types import Message, Request, Sampling
@@ -28,7 +28,7 @@ def test_cast_linear_layers_give_the_answers_of_autocast():
     assert {weight.dtype for weight in policy.model.parameters()} == {torch.float32}
     prompts, uniforms = [policy.chat.encode(chat) for chat in CHATS], torch.rand(len(CHATS), SAMPLING.max_tokens)
     with torch.inference_mode():
-        both = [decode(each, prompts, uniforms, SAMPLING) for each in (policy, ready)]
+        both = [decode([Segment(each, prompts, uniforms, SAMPLING)]) for each in (policy, ready)]
     for (ids, logprobs), (others, also) in zip(*both, strict=True):
         assert ids.tolist() == others.tolist()
         assert np.array_equal(logprobs, also)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config, Qwen3F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from collm import tiny
-from collm.engines.local import decode
+from collm.engines.local import Segment, decode
 from collm.models import attention
 from collm.models.policy import Policy
 from collm.types import Sampling
@@ -52,9 +52,9 @@ def test_generation_is_unchanged_and_saved_models_say_nothing_of_it(tmp_path: Pa
     prompts = [rng.integers(4, 700, length).astype(np.int32) for length in (40, 25, 33, 40, 7)]
     uniforms = torch.from_numpy(rng.random((5, 12), dtype=np.float32))
     with torch.inference_mode():
-        ours = decode(policy, prompts, uniforms, Sampling(max_tokens=12))
+        ours = decode([Segment(policy, prompts, uniforms, Sampling(max_tokens=12))])
         policy.model.set_attn_implementation("sdpa")
-        theirs = decode(policy, prompts, uniforms, Sampling(max_tokens=12))
+        theirs = decode([Segment(policy, prompts, uniforms, Sampling(max_tokens=12))])
     for (ids, logprobs), (expected_ids, expected_logprobs) in zip(ours, theirs, strict=True):
         assert ids.tolist() == expected_ids.tolist()
         np.testing.assert_allclose(logprobs, expected_logprobs, atol=1e-5)
@@ -111,11 +111,11 @@ def test_siblings_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(policy.body, "forward", count)
     with torch.inference_mode():
-        together = decode(policy, prompts, uniforms, Sampling(max_tokens=8))
+        together = decode([Segment(policy, prompts, uniforms, Sampling(max_tokens=8))])
         assert shapes[0] == (2, 30)
         assert all(shape[1] == 1 and shape[0] <= 5 for shape in shapes[1:])
         assert len(shapes) <= 8  # nothing is read after the last token
         for row, prompt in enumerate(prompts):
-            [(ids, logprobs)] = decode(policy, [prompt], uniforms[row : row + 1], Sampling(max_tokens=8))
+            [(ids, logprobs)] = decode([Segment(policy, [prompt], uniforms[row : row + 1], Sampling(max_tokens=8))])
             assert ids.tolist() == together[row][0].tolist()
             np.testing.assert_allclose(logprobs, together[row][1], atol=1e-5)

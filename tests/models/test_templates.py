@@ -212,9 +212,10 @@ def test_thoughts_reach_neither_the_environment_nor_a_team_mate(monkeypatch: pyt
     thought = policy.chat.text_ids(said)
     prompts: list[str] = []
 
-    def decode(policy: Any, read: Any, *rest: Any) -> list[Any]:
-        prompts.extend(policy.chat.tokenizer.decode(ids) for ids in read)
-        return [(np.asarray(thought, dtype=np.int32), np.zeros(len(thought), dtype=np.float32)) for _ in read]
+    def decode(segments: Any) -> list[Any]:
+        (segment,) = segments
+        prompts.extend(segment.policy.chat.tokenizer.decode(ids) for ids in segment.prompts)
+        return [(np.asarray(thought, dtype=np.int32), np.zeros(len(thought), dtype=np.float32)) for _ in segment.prompts]
 
     monkeypatch.setattr("collm.engines.local.decode", decode)
     Recorder.given = []

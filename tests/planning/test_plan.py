@@ -245,6 +245,21 @@ def test_other_settings_change_what_they_should() -> None:
     assert less.largest.parts["activations"] == pytest.approx(plain.largest.parts["activations"] / 8)
 
 
+@pytest.mark.parametrize(("batch_tokens", "held"), [(1 << 17, 2), (2 * 848, 1), (1000, 0)])
+def test_adapters_of_one_base_generate_in_one_batch(batch_tokens: int, held: int) -> None:
+    """Tokens of both agents are decoded together. `held`: of how many agents the 848 tokens are kept for the next turn."""
+    settings = {"rollout__max_tokens": 10, "rollout__batch_tokens": batch_tokens, "run__device": "cpu"}
+    found = planned(work(), team__lora__rank=4, team__compute="bfloat16", **settings)
+    phase, shape = found.phases[0], read_shape("tiny")
+    length, keys = TEMPLATE + 50 + 10 + TEMPLATE + 20 + 10, shape.kv_heads * shape.head_dim
+    rows = min(16, batch_tokens // length)
+    assert phase.name == "generation (a, b)"
+    assert phase.parts["key-value cache"] == (rows * (shape.layers + 1) + held * 8 * shape.layers) * length * 2 * keys * 2
+    assert phase.parts["copies of adapters"] == 2 * 2 * shape.adapter(LoraSettings(rank=4))
+    (alone,) = (p for p in planned(work(), **settings).phases if p.name == "generation (a)")
+    assert alone.parts["copies of adapters"] == 0
+
+
 def test_without_a_text_critic_none_is_planned() -> None:
     found, other = planned(work(), critic__body="none"), planned(work(), algorithm__name="magrpo", algorithm__group_size=2)
     assert found.held == other.held

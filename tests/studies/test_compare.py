@@ -23,10 +23,13 @@ from collm.cli.main import main
 from collm.errors import ConfigError, RunError
 from collm.reports.grid import grid_tables
 from collm.settings import former
+from collm.settings.load import parse_config
 from collm.settings.presets import ALGORITHMS
 from collm.studies.grid import Grid, Study, read_grid
+from collm.studies.jobs import digest
 from collm.studies.recipe import read_plan
 from collm.studies.result import Cell, area_under, first_reaching
+from collm.training.task import metric_names
 
 RECIPE = """
 [compare]
@@ -110,14 +113,15 @@ def test_trained_methods_of_a_shipped_comparison_get_the_same(name: str, tmp_pat
             )
             trained.setdefault((job.cell.task, config.team.lora is None), {}).setdefault(job.cell.method, set()).add(about)
     assert all(found == next(iter(methods.values())) for methods in trained.values() for found in methods.values())
-    critics = {
-        job.config.critic for job in jobs if job.cell.method in ("collm-cc", "collm-dc") and job.cell.seed == plan.seeds[0]
-    }
-    assert len({repr(critic.model_copy(update={"lr": 0.1, "reads": "joint"})) for critic in critics}) <= 1
+    compared = [j.config for j in jobs if j.cell.method in ("collm-cc", "collm-dc") and j.cell.seed == plan.seeds[0]]
+    same = {"lr": 0.1, "reads": "joint", "metrics": "auto"}
+    assert len({repr(config.critic.model_copy(update=same)) for config in compared}) <= 1
+    read = {config.returns_read(reported=True) for config in compared}
+    assert len(read) <= 1 or all(config.critic.metrics == "auto" for config in compared)
     if name in ("str_build_sparse", "str_build_sparse_rates"):
         configs = {job.cell.method: job.config for job in jobs if (job.cell.seed, job.cell.rate) == (plan.seeds[0], 2e-4)}
         joint, own = configs["collm-cc"], configs["dc-difference"]
-        assert own.critic == joint.critic.model_copy(update={"reads": "own"})
+        assert own.critic == joint.critic.model_copy(update={"reads": "own", "metrics": "global"})
         assert own.algorithm == joint.algorithm.model_copy(update={"name": "collm-dc"})
 
 
@@ -141,6 +145,28 @@ def test_what_tells_one_run_from_another(tmp_path: Path, monkeypatch: pytest.Mon
     changed = marks()
     assert later["magrpo"] == changed["magrpo"]
     assert later["collm-cc"] != changed["collm-cc"]
+
+
+def test_cells_of_before_are_those_of_the_same_meaning_today() -> None:
+    """critic.metrics was true by default: that is what a joint critic reads today, and what own critics read if asked to."""
+
+    def mark(name: str, env: str = "str_build", **critic: Any) -> str:
+        settings = parse_config({"env": {"name": env}, "algorithm": {"name": name}}).resolved()
+        return digest({**settings, "critic": {**settings["critic"], **critic}}, trained=True)
+
+    for name in ("collm-cc", "collm-dc", "ac"):
+        assert mark(name, metrics=True) == mark(name, metrics="global")
+        assert mark(name, metrics=False) == mark(name, metrics="none")
+    assert mark("collm-cc") == mark("collm-cc", metrics=True)
+    assert mark("collm-dc") != mark("collm-dc", metrics=True)
+    assert mark("ac") != mark("ac", metrics=True)
+    assert mark("collm-cc", "mine:Env") != mark("collm-cc", "mine:Env", metrics=True), "it may report no metrics"
+
+
+def test_every_built_in_environment_reports_metrics() -> None:
+    """What `digest` counts on; the data of some are not here."""
+    for name in ("agree", "quote", "str_build", "house_build", "bridge_build", "resource_gathering"):
+        assert metric_names(parse_config({"env": {"name": name}}))
 
 
 def test_every_method_plays_as_many_episodes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from collm.envs.coding.programs import Function, parse, source_of
+from collm.sandbox.syntax import tree_of
 
 _METHODS = {"assertEqual", "assertEquals", "assertListEqual", "assertDictEqual", "assertTupleEqual", "assertSetEqual"}
 
@@ -87,7 +88,9 @@ def _change(statement: ast.stmt) -> bool:
     other = changed(value)
     if other == value:
         return False
-    node = ast.parse(repr(other), mode="eval").body
+    [made] = tree_of(repr(other)).body
+    assert isinstance(made, ast.Expr)
+    node = made.value
     match statement:
         case ast.Expr(value=ast.Call() as call):
             call.args[place] = node

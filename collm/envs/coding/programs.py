@@ -11,6 +11,8 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from collm.sandbox.syntax import tree_of
+
 LONGEST = 20_000
 """Largest number of characters of an answer; a longer one is not read as a program."""
 
@@ -30,7 +32,7 @@ _TAKEN = (
 def parse(source: str) -> ast.Module | None:
     """The syntax tree, or None if the source is not a program."""
     try:
-        return ast.parse(source)
+        return tree_of(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
@@ -90,7 +92,7 @@ def _prefix(lines: Sequence[str], left: list[int]) -> list[ast.stmt]:
         source = "\n".join(kept) + "\n"
         left[0] -= len(source)
         try:
-            return ast.parse(source).body
+            return tree_of(source).body
         except SyntaxError as error:
             end = (error.lineno or len(kept)) - 1
         except (ValueError, RecursionError, MemoryError):
