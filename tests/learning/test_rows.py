@@ -174,7 +174,8 @@ def backwards(monkeypatch) -> list[None]:
 def test_without_an_advantage_there_is_no_backward_pass_and_the_step_is_that_of_a_zero_gradient(
     tmp_path: Path, monkeypatch
 ) -> None:
-    trainer, other = trainer_of(tmp_path / "one"), trainer_of(tmp_path / "other")
+    whole = {**GROUPS, "max_drop": "none"}  # every step
+    trainer, other = (trainer_of(tmp_path / name, algorithm=whole) for name in ("one", "other"))
     first = trainer.collect()
     for each in (trainer, other):
         metrics = each.learner.update(first, 0).metrics
