@@ -6,6 +6,7 @@ holds a critic that is a separate model. `LocalHands` calls parts one after the 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,8 +20,17 @@ from collm.algorithms.catalogue import CLIPPED_LOSSES
 from collm.learning.batch import Batch
 from collm.learning.credit import Credit
 from collm.learning.critics import Values, merge, read, value_loss, values_at
-from collm.learning.pack import MicroBatch, micro_batches, pack_alternatives, pack_answers, pack_readings
-from collm.learning.steps import check_loss, make_optimizer, rescale, set_rates, step, zero_gradients
+from collm.learning.pack import MicroBatch, Packed, micro_batches, pack_alternatives, pack_answers, pack_readings
+from collm.learning.steps import (
+    check_loss,
+    good_answers,
+    make_optimizer,
+    rescale,
+    retreat,
+    set_rates,
+    step,
+    zero_gradients,
+)
 from collm.learning.tensors import Read, Tensors, restore, restore_optimizer, state_of, weights_of
 from collm.models.critic import Critic, ValueHead
 from collm.models.policy import Policy
@@ -30,6 +40,8 @@ from collm.types import Metrics, Sampling
 
 VALUE_WEIGHT = 0.6
 """Weight of a value loss beside the policy's loss (arXiv:2601.21972); a separate critic model uses the same weight."""
+SHORTEST = 1 / 64
+"""A policy step is not shortened below this fraction."""
 
 
 class Part(Protocol):
@@ -131,6 +143,7 @@ class PolicyPart:
         limit = self.config.learner.micro_batch_tokens
         packed = {a: pack_answers(batch, a, self.policy, values=a in self.heads, history=history) for a in self.agents}
         num = sum(len(sequence.answers) for rows in packed.values() for sequence in rows)
+        before_X, good_X = torch.zeros(math.prod(batch.shape)), good_answers(batch, credit, gamma=settings.gamma).flatten()
         metrics: Metrics = defaultdict(float)
         for epoch in range(self.config.critic.epochs if warming_up else settings.epochs):
             totals: Metrics = defaultdict(float)
@@ -143,7 +156,7 @@ class PolicyPart:
                     with torch.set_grad_enabled(moves or (agent in self.heads and not warming_up)):
                         hidden_BLD = self.policy.hidden(micro.ids_BL, micro.tree)
                         if not warming_up and len(micro.token_K):
-                            shares.append(self._policy_loss(agent, micro, hidden_BLD, advantages_S, num, totals))
+                            shares.append(self._policy_loss(agent, micro, hidden_BLD, advantages_S, num, totals, before_X))
                     if agent in self.heads:
                         error = self._value_loss(agent, micro, hidden_BLD, batch, credit)
                         if error is not None:
@@ -163,9 +176,42 @@ class PolicyPart:
             for agent in self.heads:
                 metrics[f"{agent}/critic/loss"] = totals[f"{agent}/critic"]
             if not warming_up:
+                if settings.max_drop is not None:
+                    sequences = [sequence for rows in packed.values() for sequence in rows]
+                    metrics[f"{self.name}/step_fraction"] = self._shorten(sequences, before_X, good_X, settings.max_drop)
                 metrics |= self._summary(totals, num)
                 metrics |= {} if epoch else self._gaps(totals)
         return dict(metrics)
+
+    def _shorten(self, packed: Sequence[Packed], before_X: Tensor, good_X: Tensor, limit: float) -> float:
+        """Halve the last step until good answers lose at most `limit` of log-prob on average; returns the fraction of the step
+        that is left.
+
+        Momentum moves a policy for some ten steps after a gradient. Where all answers earn the same, the gradient is 0 and does
+        not correct the move, so that a team can lose within one step what it has learned.
+
+        Args: before_X: (E * N * T,) log-prob of each answer before the step. good_X: (E * N * T,) bool, those that count.
+        """
+        fraction = 1.0
+        while fraction > SHORTEST and self._drop(packed, before_X, good_X) > limit:
+            fraction /= 2
+            retreat(self.optimizer, fraction)
+        return fraction
+
+    @torch.no_grad()
+    def _drop(self, packed: Sequence[Packed], before_X: Tensor, good_X: Tensor) -> float:
+        """Mean drop of the log-prob of good answers, in nats per answer; 0 if there is none."""
+        total, num, limit = 0.0, 0, self.config.learner.micro_batch_tokens
+        chosen = [sequence for sequence in packed if any(good_X[slot] for slot, _, _ in sequence.answers)]
+        for micro in micro_batches(chosen, limit, self.policy.device, trees=self.policy.reads_trees):
+            hidden_KD = self.policy.hidden(micro.ids_BL, micro.tree)[micro.row_K, micro.column_K]
+            logp_S = losses.answer_sums(
+                self.policy.score(hidden_KD, micro.token_K, self.sampling), micro.answer_K, len(micro.slot_S)
+            ).cpu()
+            slot_S = micro.slot_S.cpu()
+            total += ((before_X[slot_S] - logp_S) * good_X[slot_S]).sum().item()
+            num += int(good_X[slot_S].sum())
+        return total / max(num, 1)
 
     def _summary(self, totals: Metrics, num: int) -> Metrics:
         """Metrics of one pass over `num` answers."""
@@ -188,12 +234,20 @@ class PolicyPart:
         return metrics
 
     def _policy_loss(
-        self, agent: str, micro: MicroBatch, hidden_BLD: Tensor, advantages_S: Tensor, num: int, totals: Metrics
+        self,
+        agent: str,
+        micro: MicroBatch,
+        hidden_BLD: Tensor,
+        advantages_S: Tensor,
+        num: int,
+        totals: Metrics,
+        before_X: Tensor,
     ) -> Tensor:
-        """A micro-batch's part of the policy loss; its statistics are added to `totals`."""
+        """A micro-batch's part of the policy loss. Adds its statistics to `totals`, its answers' log-probs to `before_X`."""
         settings, policy = self.config.algorithm, self.policy
         logp_K = policy.score(hidden_BLD[micro.row_K, micro.column_K], micro.token_K, self.sampling)
         advantages_S = advantages_S.to(logp_K)
+        before_X[micro.slot_S.cpu()] = losses.answer_sums(logp_K.detach(), micro.answer_K, len(advantages_S)).cpu()
         if settings.loss == "reinforce":
             loss, stats = losses.reinforce(logp_K, micro.answer_K, advantages_S, num_answers=num)
         else:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from collm.algorithms.advantages import discounted_returns
 from collm.errors import TrainingError
 from collm.learning.batch import Batch
 from collm.learning.credit import Credit
@@ -41,6 +42,38 @@ def step(optimizer: torch.optim.Optimizer, label: str, iteration: int, settings:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+@torch.no_grad()
+def retreat(optimizer: torch.optim.AdamW, fraction: float) -> None:
+    """Take back a fraction of the last step, which is computed again from the optimizer's state; the state is unchanged.
+
+        theta <- theta + fraction lr m / (sqrt(v) + eps),   m, v: AdamW's moments with bias correction, no weight decay
+
+    Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1.
+    """
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        for parameter in group["params"]:
+            if state := optimizer.state.get(parameter):
+                num = float(state["step"])
+                mean, square = state["exp_avg"] / (1 - beta1**num), state["exp_avg_sq"] / (1 - beta2**num)
+                parameter.addcdiv_(mean, square.sqrt() + group["eps"], value=fraction * group["lr"])
+
+
+def good_answers(batch: Batch, credit: Credit, *, gamma: float) -> Tensor:
+    """(E, N, T) bool: answers whose return-to-go is at least the mean of its turn, and whose advantage is at least the mean of
+    its agent, over the iteration.
+
+    All answers are good where all earned the same. With a rounding error of 1e-6 of the largest number.
+    """
+    played_ET, live_ENT = batch.played_ET.double(), batch.live_ENT.double()
+    returns_ET, advantages_ENT = discounted_returns(batch.rewards_ET, gamma=gamma).double(), credit.advantages_ENT.double()
+    expected_T = (returns_ET * played_ET).sum(0) / played_ET.sum(0).clamp_min(1)
+    expected_N1 = (advantages_ENT * live_ENT).sum((0, 2))[:, None] / live_ENT.sum((0, 2))[:, None].clamp_min(1)
+    slack, slack_ENT = 1e-6 * returns_ET.abs().max(), 1e-6 * advantages_ENT.abs().max()
+    earned_ET, better_ENT = returns_ET >= expected_T - slack, advantages_ENT >= expected_N1 - slack_ENT
+    return earned_ET[:, None] & better_ENT & batch.live_ENT.bool()
 
 
 def zero_gradients(optimizer: torch.optim.Optimizer) -> None:

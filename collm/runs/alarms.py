@@ -137,7 +137,7 @@ RULES = (
     ),
     Rule(
         "value_outside",
-        0.05,
+        0.2,
         "the mean value of {who} is outside the range of all returns seen so far, by {percent} of its width: advantages then "
         "have one sign, whatever the answers are. Lower critic.lr, or set critic.metrics=true.",
         when="later",

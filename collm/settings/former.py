@@ -34,6 +34,7 @@ NAMES = {
 ADDED: dict[tuple[str, str], Any] = {
     ("env", "wording"): "terse",
     ("rollout", "examples"): 0,
+    ("algorithm", "max_drop"): None,
     ("team", "system"): None,
     ("team", "thinking"): "shown",
 }

@@ -194,11 +194,20 @@ class AlgorithmSettings(Room):
     """Clip range: the importance ratio is clipped to [1 - clip, 1 + clip]."""
     epochs: int = Field(1, ge=1)
     """Policy updates per iteration, each over all answers of the iteration."""
+    max_drop: float | None = Field(None, gt=0)
+    """Maximum mean drop of the log-prob of good answers (neither return nor advantage below the iteration's mean) by one policy
+    update, in nats per answer; a larger step is halved until it is within this. "none" takes every step whole. With 0.03 a
+    team that has solved its task stays solved (docs/results/stability)."""
     normalize: Literal["none", "agent", "group"] = "none"
     """"agent": divide advantages by each agent's standard deviation over the iteration (with a critic: z-score); "group": by
     each group's standard deviation of returns."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the KL divergence to the initial policy; above 0 a frozen copy of it is kept (for an adapter, its base)."""
+
+    @field_validator("max_drop", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == "none" else value
 
     @model_validator(mode="before")
     @classmethod

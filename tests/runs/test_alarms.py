@@ -103,13 +103,13 @@ def test_a_fall_of_the_training_reward_below_three_quarters_of_its_best_mean_of_
 
 def test_the_mean_value_outside_the_range_of_all_returns_so_far() -> None:
     alarms = Alarms([{"iteration": 0}])
-    assert alarms.raised({"iteration": 1, "critic/value": 0.0, "return_lowest": 0.2, "return_highest": 0.4}) == {}, "is new"
-    assert alarms.raised({"iteration": 2, "critic/value": 1.03, "return_lowest": 0.5, "return_highest": 1.0}) == {}
+    assert alarms.raised({"iteration": 1, "critic/value": -1.0, "return_lowest": 0.2, "return_highest": 0.4}) == {}, "is new"
+    assert alarms.raised({"iteration": 2, "critic/value": 1.15, "return_lowest": 0.5, "return_highest": 1.0}) == {}
     solved = {"iteration": 3, "return_lowest": 1.0, "return_highest": 1.0}  # the range is that of the run: 0.2 to 1
-    assert alarms.raised({**solved, "critic/value": 1.03}) == {}
-    found = alarms.raised({**solved, "critic/value": 1.2, "a/critic/value": 0.12})
-    assert found == {"critic/value_outside": pytest.approx(0.25), "a/critic/value_outside": pytest.approx(0.1)}
-    assert "the mean value of a/critic is outside" in sentence("a/critic/value_outside", 0.1)
+    assert alarms.raised({**solved, "critic/value": 1.15}) == {}
+    found = alarms.raised({**solved, "critic/value": 1.4, "a/critic/value": 0.0})
+    assert found == {"critic/value_outside": pytest.approx(0.5), "a/critic/value_outside": pytest.approx(0.25)}
+    assert "the mean value of a/critic is outside" in sentence("a/critic/value_outside", 0.25)
     assert "by 25% of its width" in sentence("critic/value_outside", 0.25)
 
 

@@ -333,8 +333,8 @@ def test_the_difference_baseline_goes_with_every_baseline(baseline, reads):
     assert config.algorithm.critic_kind == ("Q" if baseline == "counterfactual" else "V")
 
 
-def test_there_are_at_most_65_settings():
-    assert len(list(describe())) <= 65
+def test_there_are_at_most_66_settings():
+    assert len(list(describe())) <= 66
 
 
 # --- former names --------------------------------------------------------------------------------------------------------
