@@ -115,7 +115,8 @@ def test_a_team_and_its_critic_hold_one_copy_of_the_base(agents: int) -> None:
     assert sum(distinct.values()) == base + (agents + 1) * adapter + head
     assert len([p for p in {p.data_ptr(): p for p in held}.values() if tuple(p.shape) == EMBEDDING]) == 2
 
-    buffers = 4096 * 32 * 4  # tables of positions and the like
+    states = [tensor for module in learner.regressions.modules().values() for tensor in module.state_dict().values()]
+    buffers = 4096 * 32 * 4 + sum(tensor.nbytes for tensor in states)  # tables of positions and the like; the regressions
     assert 4 * sum(distinct.values()) <= sum(new.values()) <= 4 * sum(distinct.values()) + buffers
     assert sum(size == 4 * EMBEDDING[0] * EMBEDDING[1] for size in new.values()) == 2
 
