@@ -286,7 +286,7 @@ def test_thoughts_are_served_only_if_shown(monkeypatch, thinking):
     said = "<think>\nblue?\n</think>\n\nred"
     ids = np.array([*policy.chat.text_ids(said), policy.stop_ids[0]], dtype=np.int32)
     logprobs = np.zeros(len(ids), dtype=np.float32)
-    monkeypatch.setattr("collm.engines.local.decode", lambda policy, prompts, *rest: [(ids, logprobs) for _ in prompts])
+    monkeypatch.setattr("collm.engines.local.decode", lambda segments: [(ids, logprobs) for s in segments for _ in s.prompts])
     with TestClient(make_app(policy, "a")) as client:
         answer = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Name a colour"}]}).json()
     assert answer["choices"][0]["message"]["content"] == ("red" if thinking == "private" else said)
