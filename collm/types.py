@@ -168,7 +168,7 @@ class Counterfactual:
     observations: dict[str, str] = field(default_factory=dict)
     """Agent -> its observation after the replayed turn."""
     matches: bool = True
-    """Whether the replay repeated what was recorded before the turn: observations and metrics."""
+    """Whether the replay repeated what was recorded before the turn: observations, metrics and rewards."""
 
 
 @dataclass(slots=True)

@@ -20,6 +20,11 @@ def median(returns_G: Tensor) -> Tensor:
     return returns_G.quantile(0.5, dim=0, keepdim=True).expand_as(returns_G)
 
 
+def length(first: str, newest: str) -> dict[str, float]:
+    """Numbers read from texts."""
+    return {"length": float(len(newest))}
+
+
 def shapeless(returns_G: Tensor) -> Tensor:
     return returns_G.mean()
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+from collm.errors import ConfigError
 from collm.reports.screen import Screen
 from collm.reports.tables import WIDTH, blame_table
 from collm.runs.open import open_run
@@ -13,6 +14,8 @@ from collm.studies.blame import blame
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.credit_only and arguments.resample:
+        raise ConfigError("--credit-only makes no environment, and --resample plays on in one. Leave out one of them.")
     opened = open_run(arguments.run, overrides=arguments.overrides)
     with Screen(stderr=True).status("replaying the failed episodes"):
         found = blame(

@@ -15,7 +15,7 @@ from collm.runs.directory import RESUMABLE, check_named, checkpoints, command, r
 from collm.runs.output import complain
 from collm.settings.load import load_config
 
-NAMED_AGAIN = (("env", "name"), ("team", "api_key_env"), ("algorithm", "baseline"))
+NAMED_AGAIN = (("env", "name"), ("team", "api_key_env"), ("algorithm", "baseline"), ("critic", "metrics"))
 """(room, setting) that a resumed run may have to name again, since it came with the run's folder."""
 
 

@@ -93,6 +93,7 @@ class LocalEngine:
             for key, size in sizes.items():
                 if self.remember and _continues(self._ready[key[0]]) and size <= room:
                     after[key], room = Memory(), room - size
+            before = {key: memory for key, memory in before.items() if key in after}
             rows.sort(key=lambda i: -len(prompts[i]))
             while rows:
                 longest = len(prompts[rows[0]]) + max(requests[i].sampling.max_tokens for i in rows)
@@ -278,7 +279,7 @@ def decode(segments: Sequence[Segment]) -> list[tuple[Ids, np.ndarray]]:
             live_B, segment_B = live_B[staying], segment_B[staying]
             counts = segment_B.bincount(minlength=len(segments)).tolist()
             body = bodies(counts)
-        position_B = position_B + 1
+        position_B = (position_B + 1).clamp_max(policy.max_positions - 1)  # a finished row may be read beyond its own limit
         mask_BS = mask_BL[:, : longest + step + 1] if padded else None
         hidden_BD = _read(policy, body, cache, next_B[:, None], mask_BS, position_B[:, None])
     keep(torch.arange(len(rows_B), device=device))

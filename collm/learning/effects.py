@@ -215,7 +215,8 @@ class Effects:
 
 def lines_of(texts: Iterable[str]) -> list[bytes]:
     """The lines of answers, in order, as they are compared."""
-    return [line for text in texts for raw in text.split("\n") if (line := raw.strip().encode()[:BYTES].rstrip(b"\0"))]
+    lines = [raw.strip().encode(errors="surrogatepass") for text in texts for raw in text.split("\n")]
+    return [kept for line in lines if (kept := line[:BYTES].rstrip(b"\0"))]
 
 
 def laid_out(text: str) -> tuple[Layout, Cells] | None:

@@ -172,30 +172,36 @@ class PolicyPart:
                         metrics["tokens/policy"] += micro.num_tokens
             if totals["skipped"] and not totals["learned"]:
                 zero_gradients(self.optimizer)
+            moved = [parameter for parameter in self.policy.trained.parameters() if parameter.grad is not None]
             metrics[f"{self.name}/gradient_norm"] = step(self.optimizer, self.name, iteration, self.config.learner)
             for agent in self.heads:
                 metrics[f"{agent}/critic/loss"] = totals[f"{agent}/critic"]
             if not warming_up:
                 if settings.max_drop is not None:
                     sequences = [sequence for rows in packed.values() for sequence in rows]
-                    metrics[f"{self.name}/step_fraction"] = self._shorten(sequences, before_X, good_X, settings.max_drop)
+                    metrics[f"{self.name}/step_fraction"] = self._shorten(sequences, moved, before_X, good_X, settings.max_drop)
                 metrics |= self._summary(totals, num)
                 metrics |= {} if epoch else self._gaps(totals)
         return dict(metrics)
 
-    def _shorten(self, packed: Sequence[Packed], before_X: Tensor, good_X: Tensor, limit: float) -> float:
+    def _shorten(
+        self, packed: Sequence[Packed], moved: Sequence[nn.Parameter], before_X: Tensor, good_X: Tensor, limit: float
+    ) -> float:
         """Halve the last step until good answers lose at most `limit` of log-prob on average; returns the fraction of the step
         that is left.
 
         Momentum moves a policy for some ten steps after a gradient. Where all answers earn the same, the gradient is 0 and does
         not correct the move, so that a team can lose within one step what it has learned.
 
-        Args: before_X: (E * N * T,) log-prob of each answer before the step. good_X: (E * N * T,) bool, those that count.
+        Args:
+            moved: parameters of the policy that the step moved.
+            before_X: (E * N * T,) log-prob of each answer before the step.
+            good_X: (E * N * T,) bool, those that count.
         """
         fraction = 1.0
         while fraction > SHORTEST and self._drop(packed, before_X, good_X) > limit:
             fraction /= 2
-            retreat(self.optimizer, fraction)
+            retreat(self.optimizer, moved, fraction)
         return fraction
 
     @torch.no_grad()

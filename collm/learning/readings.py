@@ -82,7 +82,7 @@ def read(first: str, newest: str) -> dict[str, float]:
     return found
 
 
-def resolve(name: str, setting: str = "critic.readings") -> Reader:
+def resolve(name: str, setting: str = "critic.metrics") -> Reader:
     """The reader of a setting's value: "text" is `read`; "module:function" is a function of the user with its arguments.
 
     Raises ConfigError if it cannot be imported or its return annotation is not dict[str, float].

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -45,17 +45,20 @@ def step(optimizer: torch.optim.Optimizer, label: str, iteration: int, settings:
 
 
 @torch.no_grad()
-def retreat(optimizer: torch.optim.AdamW, fraction: float) -> None:
-    """Take back a fraction of the last step, which is computed again from the optimizer's state; the state is unchanged.
+def retreat(optimizer: torch.optim.AdamW, moved: Collection[nn.Parameter], fraction: float) -> None:
+    """Take back a fraction of the last step of the parameters in `moved`, which is computed again from the optimizer's state;
+    the state is unchanged.
 
         theta <- theta + fraction lr m / (sqrt(v) + eps),   m, v: AdamW's moments with bias correction, no weight decay
 
     Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1.
     """
+    chosen = set(map(id, moved))
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
         for parameter in group["params"]:
-            if state := optimizer.state.get(parameter):
+            if id(parameter) in chosen:
+                state = optimizer.state[parameter]
                 num = float(state["step"])
                 mean, square = state["exp_avg"] / (1 - beta1**num), state["exp_avg_sq"] / (1 - beta2**num)
                 parameter.addcdiv_(mean, square.sqrt() + group["eps"], value=fraction * group["lr"])

@@ -98,7 +98,7 @@ def replay_without(plan: Plan, episodes: Sequence[Episode], *, stop: Stop = lamb
 
     New environments replay the recorded answers; nothing is generated. Turns in which an agent acts alone are left out. If the
     environment fails in a replay, that counterfactual is left out. If what it shows before a turn is not what was recorded
-    (observations, metrics), `Counterfactual.matches` is false: the environment has randomness that its seed does not determine.
+    (observations, metrics, rewards), `Counterfactual.matches` is false: its randomness is not determined by the seed.
     An episode of T turns and N agents costs N T (T + 1) / 2 environment turns.
     """
     plan.check_decentralized()
@@ -126,6 +126,7 @@ def replay_without(plan: Plan, episodes: Sequence[Episode], *, stop: Stop = lamb
                 said = {a: "" if past is turn and a == agent else c.text for a, c in past.completions.items()}
                 observations, rewards, _, _, infos = gate.step(env, said)
                 reward, raw_reward, info = outcome(said, rewards, infos)
+                matches = matches and (past is turn or reward == past.reward)
                 metrics = dict(info.get("metrics", metrics))
         except EnvError:
             return

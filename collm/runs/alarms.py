@@ -139,7 +139,7 @@ RULES = (
         "value_outside",
         0.2,
         "the mean value of {who} is outside the range of all returns seen so far, by {percent} of its width: advantages then "
-        "have one sign, whatever the answers are. Lower critic.lr, or set critic.metrics=true.",
+        "have one sign, whatever the answers are. Lower critic.lr, or set critic.metrics='auto'.",
         when="later",
     ),
     _looks("repetition", 0.5, "answers repeat themselves"),
@@ -160,6 +160,7 @@ class Alarms:
         self.before: set[str] = set()
         self.rewards: dict[int, float] = {}
         self.lowest, self.highest = math.inf, -math.inf
+        self.ranged = True
         for record in records:
             self._note(record)
             self.before |= {name.removeprefix(PREFIX) for name in record if name.startswith(PREFIX)}
@@ -179,6 +180,7 @@ class Alarms:
                 self.first.setdefault(name, value)
         if "reward/raw" in record:
             self.rewards[record["iteration"]] = record["reward/raw"]
+            self.ranged = self.ranged and "return_lowest" in record  # a record of before does not tell its returns
         self.lowest = min(self.lowest, record.get("return_lowest", math.inf))
         self.highest = max(self.highest, record.get("return_highest", -math.inf))
 
@@ -196,7 +198,7 @@ class Alarms:
             numbers["reward_kept"] = means[-1] / max(means)
         width = self.highest - self.lowest
         for name, value in record.items():
-            if width > 0 and name.endswith("critic/value") and isinstance(value, float):
+            if self.ranged and width > 0 and name.endswith("critic/value") and isinstance(value, float):
                 numbers[f"{name}_outside"] = max(self.lowest - value, value - self.highest, 0.0) / width
         return numbers
 

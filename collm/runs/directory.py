@@ -154,16 +154,23 @@ def damage(error: Exception) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
+CODE = ("algorithm.baseline", "critic.metrics")
+"""Settings of training that may name a "module:function"."""
+
+
 def check_named(folder: Path, values: Mapping[str, Any], named: Mapping[str, Any], *, training: bool = False) -> None:
     """Raise RunError where a run's settings name code or a secret of this machine that the command line (`named`, "room.key" ->
-    value) does not repeat, since a run directory can come from an untrusted source. training: the baseline is used, too."""
-    algorithm = values.get("algorithm")
-    baseline = str(algorithm.get("baseline", "")) if isinstance(algorithm, dict) else ""
-    if training and ":" in baseline and named.get("algorithm.baseline") != baseline:
-        raise RunError(
-            f"run {str(folder)!r} subtracts the baseline {baseline!r}, which is not built in: it is Python code, and a run "
-            f"folder may come from elsewhere. If you trust it, name it again: --algorithm.baseline {baseline}"
-        )
+    value) does not repeat, since a run directory can come from an untrusted source. training: the settings in `CODE` are used,
+    too."""
+    for setting in CODE if training else ():
+        room, _, name = setting.partition(".")
+        table = values.get(room)
+        code = str(table.get(name, "")) if isinstance(table, dict) else ""
+        if ":" in code and named.get(setting) != code:
+            raise RunError(
+                f"run {str(folder)!r} trains with {setting}={code!r}, which is not built in: it is Python code, and a run folder "
+                f"may come from elsewhere. If you trust it, name it again: --{setting} {code}"
+            )
     name = str(values["env"]["name"])
     if ":" in name and "env.name" not in named:
         raise RunError(

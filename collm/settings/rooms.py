@@ -196,8 +196,8 @@ class AlgorithmSettings(Room):
     """Policy updates per iteration, each over all answers of the iteration."""
     max_drop: float | None = Field(None, gt=0)
     """Maximum mean drop of the log-prob of good answers (neither return nor advantage below the iteration's mean) by one policy
-    update, in nats per answer; a larger step is halved until it is within this. "none" takes every step whole. With 0.03 a
-    team that has solved its task stays solved (docs/results/stability)."""
+    update, in nats per answer; a larger step is halved until it is within this, at most to 1/64. "none" takes every step whole.
+    With 0.03 a team that has solved its task stays solved (docs/results/stability)."""
     normalize: Literal["none", "agent", "group"] = "none"
     """"agent": divide advantages by each agent's standard deviation over the iteration (with a critic: z-score); "group": by
     each group's standard deviation of returns."""

@@ -14,7 +14,7 @@ from collm.rollout.live import Stop
 from collm.rollout.replay import MISMATCH
 from collm.rollout.truth import truths
 from collm.runs import checkpoint
-from collm.runs.directory import check_named, read_settings, run_config
+from collm.runs.directory import CODE, check_named, read_settings, run_config
 from collm.runs.fidelity import FIDELITY, Evidence, Judged, write_evidence
 from collm.runs.log import RunLog
 from collm.runs.weights import find_weights
@@ -40,7 +40,7 @@ def restored(folder: Path, which: str, overrides: Mapping[str, Any]) -> tuple[Co
         raise ConfigError("checkpoint='final' holds no critic. Name a number of iterations, 'best' or 'start'.")
     weights, _ = find_weights(folder, which)
     check_named(folder, read_settings(folder), overrides, training=True)
-    kept = {name: value for name, value in overrides.items() if name != "algorithm.baseline"}
+    kept = {name: value for name, value in overrides.items() if name not in CODE}
     config = prepare(run_config(folder, kept))
     made = assemble(config)
     if weights is not None:

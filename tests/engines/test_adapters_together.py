@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_lora import stirred
-from transformers import MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
 
 from collm.engines import local
 from collm.engines.local import LocalEngine, Segment, decode
@@ -131,6 +133,24 @@ def test_one_policy_with_two_sampling_settings_is_one_batch(tiny: Policy) -> Non
     for (ids, logprobs), (others, also) in zip(together, apart, strict=True):
         assert ids.tolist() == others.tolist()
         np.testing.assert_allclose(logprobs, also, atol=1e-4)
+
+
+def test_a_row_that_has_finished_is_not_read_beyond_the_model_s_positions() -> None:
+    """A long prompt with a short answer beside short prompts with long answers; the positions are learned ones."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2)).eval()
+    policy: Any = SimpleNamespace(
+        model=model, body=model.base_model, logits=model.lm_head, adapter=None, compute="float32", stop_ids=[63],
+        device=torch.device("cpu"), max_positions=32,
+    )  # fmt: skip
+
+    def segment(rows: int, length: int, max_tokens: int) -> Segment:
+        prompts = [np.arange(length, dtype=np.int32) + row for row in range(rows)]
+        return Segment(policy, prompts, torch.full((rows, max_tokens), 0.3), Sampling(max_tokens=max_tokens))
+
+    segments = [segment(1, 30, 2), segment(6, 4, 20)]
+    with torch.inference_mode():
+        together, apart = decode(segments), [answer for each in segments for answer in decode([each])]
+    assert [ids.tolist() for ids, _ in together] == [ids.tolist() for ids, _ in apart]
 
 
 def test_bfloat16_bases_give_close_log_probs() -> None:

@@ -21,17 +21,19 @@ from collm.types import Completion, Episode, Group, Turn
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
 def test_a_retreat_is_a_fraction_of_the_last_step(fraction: float) -> None:
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
-    other = torch.nn.Parameter(torch.tensor([4.0]))  # never has a gradient
+    other = torch.nn.Parameter(torch.tensor([4.0]))  # has a gradient in the first step alone
     optimizer = make_optimizer([([weight], 0.1), ([other], 0.2)])
     for gradient in ([1.0, 2.0, -3.0], [0.5, -4.0, 0.0], [0.0, 0.0, 0.0]):
         before = weight.detach().clone()
         weight.grad = torch.tensor(gradient)
+        other.grad = torch.tensor([1.0]) if gradient[0] == 1.0 else None
         optimizer.step()
+        rest = other.item()
         after = weight.detach().clone()
         assert (after - before).abs().min() > 0.01  # momentum alone moves it, too
-        retreat(optimizer, fraction)
+        retreat(optimizer, [weight], fraction)
+        assert other.item() == rest  # was not moved in this step, though the optimizer has its momentum
         assert torch.allclose(weight, after + fraction * (before - after), atol=1e-6)
-    assert other.item() == 4.0
 
 
 def episodes_of(rewards: list[list[float]]) -> Batch:

@@ -381,7 +381,7 @@ def test_what_a_world_that_breaks_on_silence_would_have_done_stays_unknown():
 
 
 class Unseeded(TextEnv):
-    """Its seed does not determine its metrics or its observations, from the second turn on."""
+    """Its seed does not determine its metrics, observations or rewards."""
 
     diagnostics = frozenset({"clock"})
 
@@ -396,10 +396,11 @@ class Unseeded(TextEnv):
         drawn = random.SystemRandom().random()
         seen = {"metric": 0.0, "clock": drawn} | ({"metric": drawn} if self.hidden == "metrics" else {})
         text = f"Again {drawn}." if self.hidden == "observations" else "Again."
-        return Outcome(1.0, {}, dict.fromkeys(answers, text), metrics=seen)
+        reward = drawn if self.hidden == "rewards" else 1.0
+        return Outcome(reward, {}, dict.fromkeys(answers, text), metrics=seen)
 
 
-@pytest.mark.parametrize("hidden", ["metrics", "observations", "nothing"])
+@pytest.mark.parametrize("hidden", ["metrics", "observations", "rewards", "nothing"])
 def test_a_replay_that_came_to_something_else_is_unknown_and_counted(hidden):
     """The first turn of three is the seed's; of the others no replay repeats the record. Diagnostics may differ."""
 

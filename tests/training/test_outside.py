@@ -12,9 +12,10 @@ from learners import one_more, weights
 from outside import LoggingEngine, ThreadHands
 from test_learning import make_trainer
 
+import collm
 from collm.cli.main import main
 from collm.engines.base import Engine
-from collm.errors import ConfigError
+from collm.errors import ConfigError, RunError
 from collm.learning.learner import Learner, PartsLearner
 from collm.models.team import Team
 from collm.runs.alarms import LARGE_GAP
@@ -135,3 +136,14 @@ def test_a_run_s_own_baseline_must_be_named_again(tmp_path: Path, capsys: pytest
     assert "--algorithm.baseline outside:median" in capsys.readouterr().err
     assert main(["train", "--resume", run, "--algorithm.baseline", "outside:median"]) == 0
     assert main(["evaluate", run, "--json"]) == 0, "evaluation does not use the baseline"
+
+
+def test_a_run_s_own_reader_of_texts_must_be_named_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    critic = {"body": "none", "metrics": "outside:length"}
+    Trainer(config_of(tmp_path, algorithm={"name": "collm-dc"}, critic=critic), quiet=True).run()
+    run = str(tmp_path / "run")
+    assert main(["train", "--resume", run]) != 0
+    assert "--critic.metrics outside:length" in capsys.readouterr().err
+    with pytest.raises(RunError, match=r"--critic\.metrics outside:length"):
+        collm.fidelity(run, "start", answers=1)
+    assert main(["train", "--resume", run, "--critic.metrics", "outside:length"]) == 0
