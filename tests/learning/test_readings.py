@@ -162,7 +162,7 @@ def test_a_reader_of_the_user() -> None:
     assert resolve("text") is read
     assert resolve(f"{__name__}:mine")("ab", "abc") == {"length": 1.0}
     for name in ("nonsense", "os:system", f"{__name__}:unmarked", "nowhere:f", ""):
-        with pytest.raises(ConfigError, match=r"critic\.readings=.*Write"):
+        with pytest.raises(ConfigError, match=r"critic\.metrics=.*Write"):
             resolve(name)
 
 
