@@ -168,8 +168,8 @@ def check_named(folder: Path, values: Mapping[str, Any], named: Mapping[str, Any
         code = str(table.get(name, "")) if isinstance(table, dict) else ""
         if ":" in code and named.get(setting) != code:
             raise RunError(
-                f"run {str(folder)!r} trains with {setting}={code!r}, which is not built in: it is Python code, and a run folder "
-                f"may come from elsewhere. If you trust it, name it again: --{setting} {code}"
+                f"run {str(folder)!r} trains with {setting}={code!r}, which is not built in: it is Python code, and a run "
+                f"folder may come from elsewhere. If you trust it, name it again: --{setting} {code}"
             )
     name = str(values["env"]["name"])
     if ":" in name and "env.name" not in named:
