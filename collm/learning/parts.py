@@ -143,7 +143,7 @@ class PolicyPart:
         limit = self.config.learner.micro_batch_tokens
         packed = {a: pack_answers(batch, a, self.policy, values=a in self.heads, history=history) for a in self.agents}
         num = sum(len(sequence.answers) for rows in packed.values() for sequence in rows)
-        before_X, good_X = torch.zeros(math.prod(batch.shape)), good_answers(batch, credit, gamma=settings.gamma).flatten()
+        before_X = None if settings.max_drop is None else torch.zeros(math.prod(batch.shape))
         metrics: Metrics = defaultdict(float)
         for epoch in range(self.config.critic.epochs if warming_up else settings.epochs):
             totals: Metrics = defaultdict(float)
@@ -172,12 +172,13 @@ class PolicyPart:
                         metrics["tokens/policy"] += micro.num_tokens
             if totals["skipped"] and not totals["learned"]:
                 zero_gradients(self.optimizer)
-            moved = [parameter for parameter in self.policy.trained.parameters() if parameter.grad is not None]
+            moved = [] if before_X is None else [p for p in self.policy.trained.parameters() if p.grad is not None]
             metrics[f"{self.name}/gradient_norm"] = step(self.optimizer, self.name, iteration, self.config.learner)
             for agent in self.heads:
                 metrics[f"{agent}/critic/loss"] = totals[f"{agent}/critic"]
             if not warming_up:
-                if settings.max_drop is not None:
+                if before_X is not None and settings.max_drop is not None:
+                    good_X = good_answers(batch, credit, gamma=settings.gamma).flatten()
                     sequences = [sequence for rows in packed.values() for sequence in rows]
                     metrics[f"{self.name}/step_fraction"] = self._shorten(sequences, moved, before_X, good_X, settings.max_drop)
                 metrics |= self._summary(totals, num)
@@ -247,13 +248,14 @@ class PolicyPart:
         advantages_S: Tensor,
         num: int,
         totals: Metrics,
-        before_X: Tensor,
+        before_X: Tensor | None,
     ) -> Tensor:
         """A micro-batch's part of the policy loss. Adds its statistics to `totals`, its answers' log-probs to `before_X`."""
         settings, policy = self.config.algorithm, self.policy
         logp_K = policy.score(hidden_BLD[micro.row_K, micro.column_K], micro.token_K, self.sampling)
         advantages_S = advantages_S.to(logp_K)
-        before_X[micro.slot_S.cpu()] = losses.answer_sums(logp_K.detach(), micro.answer_K, len(advantages_S)).cpu()
+        if before_X is not None:
+            before_X[micro.slot_S.cpu()] = losses.answer_sums(logp_K.detach(), micro.answer_K, len(advantages_S)).cpu()
         if settings.loss == "reinforce":
             loss, stats = losses.reinforce(logp_K, micro.answer_K, advantages_S, num_answers=num)
         else:

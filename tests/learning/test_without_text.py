@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,17 @@ def lines(trainer: Trainer) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in found]
 
 
+def resumed_equally(folder: Path, start: Callable[[str, int], Trainer]) -> Trainer:
+    """A run of four iterations; one that begins with two and resumes has the same metrics."""
+    whole = start("whole", 4)
+    whole.run()
+    start("part", 2).run()
+    part = Trainer.resume(folder / "part", overrides={"run.iterations": 4}, quiet=True)
+    part.run()
+    assert repr(lines(part)) == repr(lines(whole))
+    return whole
+
+
 @pytest.mark.parametrize("metrics", [True, False])
 def test_a_run_has_no_critic_and_resumes_exactly(tmp_path: Path, metrics: bool) -> None:
     def start(name: str, iterations: int) -> Trainer:
@@ -130,12 +142,7 @@ def test_a_run_has_no_critic_and_resumes_exactly(tmp_path: Path, metrics: bool) 
         run = {"name": name, "iterations": iterations}
         return make_trainer(tmp_path, "collm-cc", 2, 0, run=run, critic={"body": "none", "metrics": metrics}, **changes)
 
-    whole = start("whole", 4)
-    whole.run()
-    start("part", 2).run()
-    part = Trainer.resume(tmp_path / "part", overrides={"run.iterations": 4}, quiet=True)
-    part.run()
-    assert repr(lines(part)) == repr(lines(whole))
+    whole = resumed_equally(tmp_path, start)
     assert not critic_parts(whole.learner)
     last = lines(whole)[-1]
     assert {"critic/value", "critic/explained_variance_turn_1", "ceiling_turn_1", "critic/replayed"} <= last.keys()
@@ -159,12 +166,7 @@ def test_readings_and_effects_resume_exactly(tmp_path: Path, name: str) -> None:
         rooms = {"algorithm": algorithm, "critic": critic, "rollout": {"tasks": 4, "max_tokens": 12}}
         return make_trainer(tmp_path, name, 2, 0, env=build, run={"name": run, "iterations": iterations}, **rooms)
 
-    whole = start("whole", 4)
-    whole.run()
-    start("part", 2).run()
-    part = Trainer.resume(tmp_path / "part", overrides={"run.iterations": 4}, quiet=True)
-    part.run()
-    assert repr(lines(part)) == repr(lines(whole))
+    whole = resumed_equally(tmp_path, start)
     assert lines(whole)[-1]["critic/effects"] == 1.0
     files = {path.stem for path in (tmp_path / "whole" / "checkpoints" / "000004").glob("*.safetensors")}
     views = [f"{kind}-builder_{n}" for kind in ("regression", "readings") for n in (0, 1)]
