@@ -14,6 +14,7 @@ from collm import seeds
 from collm.envs.coding.programs import function, parse, source_of, split_checks, split_lines, taken
 from collm.envs.data import Row, field, read_each, read_rows, split_rows
 from collm.errors import EnvError
+from collm.sandbox.syntax import tree_of
 
 SHARED = {
     "x_or_y": 150, "will_it_fly": 72, "valid_date": 124, "unique_digits": 104, "unique": 34, "truncate_number": 2,
@@ -168,7 +169,7 @@ def _passed(arguments: ast.arguments) -> list[str]:
 
 def _renamed(problem: Problem, name: str) -> str:
     """The reference solution with its function under another name, without comments."""
-    tree = ast.parse(problem.solution)
+    tree = tree_of(problem.solution)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == problem.entry_point:
             node.name = name
