@@ -165,8 +165,8 @@ class RolloutSettings(Room):
     max_tokens: int = Field(256, ge=1)
     """Maximum length of an answer, in tokens."""
     batch_tokens: int = Field(1 << 17, ge=1)
-    """Maximum tokens in one batch of the local engine, which bounds its key-value cache. The cache kept for the next turn is
-    limited to half of this."""
+    """Maximum tokens in one batch of the local engine, which bounds its key-value cache. The cache that each model keeps for
+    the next turn is limited to half of this."""
 
 
 class AlgorithmSettings(Room):
