@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         overrides = dict(arguments.overrides)
         again = {f"{room}.{key}" for room, key in NAMED_AGAIN}
-        if set(overrides) <= {*RESUMABLE, *again}:  # other overrides are refused below
+        if all(name in again or name.startswith(RESUMABLE) for name in overrides):  # other overrides are refused below
             values = read_settings(arguments.resume)
             check_named(arguments.resume, values, overrides, training=True)
             for room, key in NAMED_AGAIN:  # the run's own value is not a change

@@ -120,10 +120,13 @@ class Plan:
         }
 
 
-def plan(config: Config, work: Work | None = None) -> Plan:
-    """The plan of a recipe. Raises ConfigError where a model's shape is unknown."""
+def plan(config: Config, work: Work | None = None, blueprint: Blueprint | None = None) -> Plan:
+    """The plan of a recipe. Raises ConfigError where a model's shape is unknown.
+
+    blueprint: what one process holds; default: everything.
+    """
     work = work or work_of(config)
-    blueprint = Blueprint.of(config, work.agents)
+    blueprint = blueprint or Blueprint.of(config, work.agents)
     policies = [(policy, _policy(policy)) for policy in blueprint.policies]
     critics = [(critic, _critic(critic, blueprint)) for critic in blueprint.critics if critic.body != "policy"]
     models = [model for _, model in [*policies, *critics]]
@@ -152,7 +155,7 @@ def plan(config: Config, work: Work | None = None) -> Plan:
     kept = sum(_kept(config, work, batch) for batch in batches)
     phases = [_generation(config, work, batch, cast, kept) for batch in batches]
     limit, tasks = config.learner.micro_batch_tokens, work.episodes // work.leaves
-    rows = {agent: work.rows(agent, max_tokens=limit) for agent in blueprint.agents}
+    rows = {agent: work.rows(agent, max_tokens=limit) for policy in blueprint.policies for agent in policy.agents}
     read = {critic.name: _read_by(config, work, critic) for critic, _ in critics}
     phases += [_update(config, model, read[critic.name], tasks, 0) for critic, model in critics]
     for policy, model in policies:
@@ -317,15 +320,20 @@ def _has_cuda(device: str) -> bool:
     return device.startswith("cuda") or (device == "auto" and shutil.which("nvidia-smi") is not None)
 
 
+def gpu_memories() -> list[int]:
+    """Memory in bytes of each GPU of this machine, by NVIDIA's own tool; [] if it finds none."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return [int(line) << 20 for line in answer.split()]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+
+
 def device_memory(device: str) -> int | None:
     """Memory in bytes of the device that a run would use; None if it is unknown."""
     if _has_cuda(device):
-        command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-        try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-            return int(answer.split()[0]) << 20
-        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-            return None
+        return next(iter(gpu_memories()), None)
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
