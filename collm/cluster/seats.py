@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import tempfile
 import traceback
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load, save
 
 from collm.engines.base import Engine
+from collm.errors import CollmError
 from collm.learning.parts import Part
 from collm.models.team import Team
 from collm.planning.memory import device_memory, gpu_memories
@@ -74,11 +76,13 @@ class Seat:
         try:
             return getattr(self, method)(*arguments)
         except Exception as error:
-            error.add_note(f"in the process of a seat:\n{traceback.format_exc()}")
+            if not isinstance(error, CollmError):
+                error.add_note(f"in the process of a seat:\n{traceback.format_exc()}")
             return Failed(error.with_traceback(None))
 
-    def started(self) -> None:
-        """Answer that the process runs."""
+    def started(self) -> int:
+        """The number of the process, once it runs."""
+        return os.getpid()
 
     def fill(self, make: Callable[[], Contents]) -> int:
         """Load the unit. Returns the size of the largest vocabulary of its policies, 0 without any."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import re
@@ -21,7 +22,7 @@ from collm.errors import ConfigError, EngineError, PartLost
 
 PROBE = 2.0
 """Seconds that an address has to accept a connection; without a probe Ray itself waits for 204 s."""
-START = 60.0
+START = 120.0
 """Seconds that a process of the cluster has to start."""
 STORE = 2 << 30
 """Most bytes of shared memory for what travels between processes of a cluster that is started here; more goes to the disk."""
@@ -42,6 +43,7 @@ class Cluster:
         self.started, self.folder = started, folder
         """Whether this object started or joined Ray, and its temporary folder."""
         self.actors: list[Any] = []
+        atexit.register(self.close)
 
     @classmethod
     def connect(cls, address: str) -> Self:
@@ -92,12 +94,14 @@ class Cluster:
         """End all seats, and Ray if it was started or joined here."""
         import ray
 
+        atexit.unregister(self.close)
         for actor in self.actors:
             with suppress(Exception):
                 ray.kill(actor)
         self.actors.clear()
         if self.started:
             ray.shutdown()
+            self.started = False
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -200,8 +204,8 @@ class RaySeat:
             answer = ray.get(reference)
         except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
             raise PartLost(
-                f"the process of {self.name} was lost during {method!r}: {_sentence(error)} The run continues from its last "
-                "checkpoint with `collm train --resume`."
+                f"the process of {self.name} was lost during {method!r}: {_sentence(error)} `collm train --resume` continues "
+                "from the last checkpoint."
             ) from error
         except ray.exceptions.RayError as error:
             raise EngineError(f"the process of {self.name} could not answer {method!r}: {_sentence(error)}") from error
