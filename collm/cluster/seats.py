@@ -54,14 +54,14 @@ class Machine:
     gpus: list[int]
     """Bytes of each GPU."""
 
-    @classmethod
-    def here(cls) -> Machine:
-        """This machine."""
-        source = hashlib.sha256()
-        for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-            source.update(path.read_bytes())
-        versions = {"Python": platform.python_version(), "torch": torch.__version__, "collm's source": source.hexdigest()[:12]}
-        return cls(versions, device_memory("cpu") or 0, gpu_memories())
+
+def machine() -> Machine:
+    """What this machine has."""
+    source = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        source.update(path.read_bytes())
+    versions = {"Python": platform.python_version(), "torch": torch.__version__, "collm's source": source.hexdigest()[:12]}
+    return Machine(versions, device_memory("cpu") or 0, gpu_memories())
 
 
 class Seat:

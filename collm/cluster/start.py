@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import importlib.util
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from collm.cluster.places import Device, Place
-from collm.cluster.seats import Failed, Machine, Seat
+from collm.cluster.seats import Failed, Machine, Seat, machine
 from collm.errors import ConfigError, EngineError, PartLost
 
 PROBE = 2.0
@@ -61,6 +62,7 @@ class Cluster:
             return cls._start(quiet)
         where = _running() if address == "auto" else address
         _probe(where)
+        _read_environment()
         try:
             ray.init(address=where, **quiet)
         except (RuntimeError, ConnectionError, ValueError, ray.exceptions.RayError) as error:
@@ -74,6 +76,7 @@ class Cluster:
         folder = Path(tempfile.mkdtemp(prefix="collm-ray-", dir="/tmp"))  # sockets are there: their paths must be short
         try:
             with _environment({**SETTINGS, "RAY_AUTH_TOKEN": _TOKEN}):
+                _read_environment()
                 ray.init(
                     address="local",
                     include_dashboard=False,
@@ -110,32 +113,26 @@ class Cluster:
         node has other versions than this process."""
         import ray
 
-        here = Machine.here()
+        here, mine = machine(), ray.get_runtime_context().get_node_id()
         nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
-        asked = {}
-        for node in nodes:
-            place = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[node["NodeID"]] = (
-                ray.remote(num_cpus=0, max_retries=0)(Machine.here).options(scheduling_strategy=place).remote()
-            )
+        look = ray.remote(num_cpus=0, max_retries=0)(machine)
+        asked = {
+            node["NodeID"]: look.options(scheduling_strategy=_only(node["NodeID"])).remote()
+            for node in nodes
+            if node["NodeID"] != mine
+        }
         gpus, machines = [], []
         for node in nodes:
             host = node["NodeManagerHostname"]
             try:
-                found: Machine = ray.get(asked[node["NodeID"]], timeout=START)
+                found: Machine = here if node["NodeID"] == mine else ray.get(asked[node["NodeID"]], timeout=START)
             except (ray.exceptions.RayError, ImportError) as error:
                 raise ConfigError(
                     f"the cluster's node {host} does not run collm: {_sentence(error)} Install the same collm on every node."
                 ) from error
-            for what, version in here.versions.items():
-                if found.versions[what] != version:
-                    raise ConfigError(
-                        f"the cluster's node {host} has {what} {found.versions[what]}, and this process has {version}. Install "
-                        "the same version on every node."
-                    )
+            check_versions(here, found, host)
             num = int(node["Resources"].get("GPU", 0))
-            memories = [*found.gpus, *[0] * num][:num]
-            gpus += [Device(node["NodeID"], "cuda", memory) for memory in memories]
+            gpus += [Device(node["NodeID"], "cuda", memory) for memory in [*found.gpus, *[0] * num][:num]]
             machines.append(Device(node["NodeID"], "cpu", found.memory))
         if wanted.startswith("cuda") and not gpus:
             raise ConfigError(f"run.device={wanted!r}, but no node of the cluster has a GPU. Set run.device='auto'.")
@@ -214,6 +211,23 @@ class RaySeat:
         return answer
 
 
+def check_versions(here: Machine, found: Machine, host: str) -> None:
+    """Raises ConfigError where a node has other versions than this process."""
+    for what, version in here.versions.items():
+        if found.versions.get(what) != version:
+            raise ConfigError(
+                f"the cluster's node {host} has {what} {found.versions.get(what)}, and this process has {version}. Install the "
+                "same version on every node."
+            )
+
+
+def _only(node: str) -> Any:
+    """Ray's strategy that places work on one node."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
 def require_ray() -> None:
     """Raises ConfigError if the package is missing."""
     found = importlib.util.find_spec("ray")
@@ -260,6 +274,13 @@ def _shared_memory() -> int:
             "free. Make it larger (docker run --shm-size 2g), or set cluster.address='none'."
         )
     return max(LEAST_STORE, min(STORE, free // 2))
+
+
+def _read_environment() -> None:
+    """Make Ray read its settings and token from the environment again; it reads them once, when it is imported."""
+    raylet: Any = importlib.import_module("ray._raylet")
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import pytest
 from test_seats import check_same, config_of, trained
 
 from collm.cluster import start
+from collm.cluster.seats import Machine, machine
 from collm.cluster.start import Cluster
 from collm.errors import ConfigError, PartLost
 from collm.training.trainer import Trainer
@@ -152,12 +153,15 @@ def test_too_little_shared_memory_is_one_sentence(monkeypatch):
         start._shared_memory()
 
 
-def test_another_version_on_a_node_is_refused(cluster, monkeypatch):
-    here = start.Machine.here()
-    other = start.Machine({**here.versions, "torch": "1.0"}, here.memory, here.gpus)
-    monkeypatch.setattr(start.Machine, "here", classmethod(lambda cls: other))
-    with pytest.raises(ConfigError, match=r"has torch .*, and this process has 1\.0\. Install the same version"):
-        cluster.devices("cpu")
+@pytest.mark.parametrize("what", ["Python", "torch", "collm's source"])
+def test_another_version_on_a_node_is_refused(what):
+    here = machine()
+    start.check_versions(here, machine(), "here")
+    there = Machine({**here.versions, what: "1.0"}, here.memory, here.gpus)
+    with pytest.raises(
+        ConfigError, match=rf"^the cluster's node n7 has {what} 1\.0, and this process has .*\. Install the same"
+    ):
+        start.check_versions(here, there, "n7")
 
 
 # --- commands ------------------------------------------------------------------------------------------------------------
