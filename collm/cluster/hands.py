@@ -6,13 +6,13 @@ on which seat is done first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors.torch import load, save
 
-from collm.learning.tensors import Read
+from collm.learning.tensors import Read, Tensors
 from collm.models.blueprint import Blueprint
 from collm.types import Completion, Request
 
@@ -43,25 +43,28 @@ class SeatHands:
         }
         self.order = [homes[part.weights_name] for part in blueprint.parts]
         """(unit's name, number in its seat) of each part."""
+        self.names = list(dict.fromkeys(name for name, _ in self.order))
+        self.readers = [unit.name for unit in blueprint.units if unit.critics]
+        """The units whose parts have values; the others need not read the episodes for them."""
 
     def all(self, method: str, *arguments: Any) -> list[Any]:
         """Call `method` of every part with these arguments; returns the results in the order of the parts."""
         if method == "tensors":
-            return [{name: load(seat.ask("tensors", name)()) for name in names} for seat, names in self._files()]
+            return [SeatFiles(seat, names) for seat, names in self._files()]
         if method == "restore":
             return self._restore(*arguments)
-        shared = self.share(arguments)
-        found = self._each("parts", method, shared)
-        return [found[name][place] for name, place in self.order]
+        asked = self.readers if method == "values" else self.names
+        found = self._each(asked, "parts", method, self.share(arguments))
+        return [found[name][place] if name in found else None for name, place in self.order]
 
-    def _each(self, method: str, *arguments: Any) -> dict[str, Any]:
-        """Call a method of all seats at once: unit's name -> result."""
-        calls = {name: self.seats[name].ask(method, *arguments) for name in dict.fromkeys(name for name, _ in self.order)}
+    def _each(self, names: Sequence[str], method: str, *arguments: Any) -> dict[str, Any]:
+        """Call a method of these seats at once: unit's name -> result."""
+        calls = {name: self.seats[name].ask(method, *arguments) for name in names}
         return {name: call() for name, call in calls.items()}
 
     def _files(self) -> list[tuple[RemoteSeat, list[str]]]:
         """The seat of each part, and the names of the part's checkpoint files."""
-        files = self._each("files")
+        files = self._each(self.names, "files")
         return [(self.seats[name], files[name][place]) for name, place in self.order]
 
     def _restore(self, read: Read) -> list[None]:
@@ -69,8 +72,26 @@ class SeatHands:
         for seat, names in self._files():
             for name in names:
                 seat.ask("receive", name, save(read(name)))()
-        self._each("restore")
+        self._each(self.names, "restore")
         return [None] * len(self.order)
+
+
+class SeatFiles(Mapping[str, Tensors]):
+    """Checkpoint file of a part -> tensors, which are fetched when they are read."""
+
+    def __init__(self, seat: RemoteSeat, names: Sequence[str]):
+        self.seat, self.names = seat, names
+
+    def __getitem__(self, name: str) -> Tensors:
+        if name not in self.names:
+            raise KeyError(name)
+        return load(self.seat.ask("tensors", name)())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 class SeatEngine:

@@ -50,7 +50,7 @@ class Cluster:
     def connect(cls, address: str) -> Self:
         """Connect to "local" (a cluster that is started here), "auto" or HOST:PORT.
 
-        A process that is connected already stays so. Raises ConfigError where there is no cluster, or it differs in versions.
+        A process that is connected already stays so. Raises ConfigError where none answers.
         """
         require_ray()
         import ray
@@ -79,6 +79,7 @@ class Cluster:
                 _read_environment()
                 ray.init(
                     address="local",
+                    num_cpus=1,  # processes that Ray starts in advance; seats take none
                     include_dashboard=False,
                     object_store_memory=_shared_memory(),
                     _node_ip_address="127.0.0.1",
@@ -265,7 +266,7 @@ def _probe(address: str) -> None:
 
 
 def _shared_memory() -> int:
-    """Bytes of the store for what travels. Raises ConfigError where there is no room."""
+    """Bytes of the store for what travels. Raises ConfigError where there is too little."""
     shared = Path("/dev/shm")
     free = shutil.disk_usage(shared).free if sys.platform == "linux" and shared.is_dir() else STORE
     if free < 2 * LEAST_STORE:

@@ -143,6 +143,20 @@ def _broken(self, requests):
     raise EngineError("no answer.")
 
 
+def test_weights_travel_when_a_checkpoint_is_written_one_file_at_a_time(tmp_path, pickled: PickledCluster):  # noqa: F811
+    trainer = Trainer(config_of("collm-cc", tmp_path, address="local"), quiet=True)
+    trainer.learner.update(trainer.collect(), 0)
+    asked = [call for seat in pickled.seats.values() for call in seat.asked]
+    assert {"generate", "parts"} < set(asked)
+    assert not {"tensors", "saved"} & set(asked)
+    files = trainer.learner.tensors()
+    assert {"policy-agent_0", "optimizer-agent_1", "critic-team"} < set(files)
+    assert [seat.asked.count("tensors") for seat in pickled.seats.values()] == [0, 0, 0]
+    assert files["critic-team"]
+    assert [seat.asked.count("tensors") for seat in pickled.seats.values()] == [0, 0, 1]
+    assert [seat.asked.count("parts") for seat in pickled.seats.values()] == [1, 1, 2]  # values are the critic's alone
+
+
 def test_only_the_asked_seats_answer(tmp_path, pickled: PickledCluster):  # noqa: F811
     trainer = Trainer(config_of("magrpo", tmp_path, address="local"), quiet=True)
     before = {name: len(seat.asked) for name, seat in pickled.seats.items()}
