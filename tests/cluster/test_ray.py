@@ -78,6 +78,27 @@ def test_a_local_cluster_serves_nobody_without_its_token(cluster):
     assert "RAY_AUTH_TOKEN" not in os.environ
 
 
+def test_a_local_cluster_listens_on_this_machine_alone(cluster):
+    pids = [pid for pid, words in below(os.getpid()).items() if str(cluster.folder) in words or words.startswith("ray::")]
+    assert len(pids) >= 2  # gcs_server and raylet at least
+    inodes = {link[8:-1] for pid in pids for link in links(pid) if link.startswith("socket:[")}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    listening = {row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
+    assert "0100007F" in listening  # 127.0.0.1
+    assert listening <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+def links(pid: int) -> list[str]:
+    """What the open files of a process are."""
+    found = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found.append(os.readlink(path))
+        except OSError:
+            continue
+    return found
+
+
 def test_errors_of_seats_are_our_own_and_a_lost_seat_is_named(tmp_path, cluster):
     trainer = Trainer(config_of("magrpo", tmp_path, address="local"), quiet=True)
     with pytest.raises(ValueError, match=r"^it holds other tensors than this team"):
