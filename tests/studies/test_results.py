@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from places import ROOT
@@ -118,3 +121,19 @@ def test_every_grid_is_whole_and_told_of() -> None:
     for grid in GRIDS:
         assert f"({grid}/" in page
         assert (RESULTS / grid / "recipe.toml").read_text() == (RESULTS.parents[1] / f"recipes/compare/{grid}.toml").read_text()
+
+
+REAL = sorted(path.parent for path in RESULTS.glob("real/*/results.json"))
+
+
+@pytest.mark.parametrize("folder", REAL, ids=lambda folder: folder.name)
+def test_the_page_of_real_models_says_what_its_grids_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every grid is whole, made by the recipe in recipes/compare, and shown as docs/results/table.py writes it."""
+    monkeypatch.syspath_prepend(str(RESULTS))
+    table = import_module("table")
+    page, recipe = (RESULTS / "real" / "README.md").read_text(), (folder / "recipe.toml").read_text()
+    assert recipe == (ROOT / "recipes" / "compare" / f"real_{folder.name}.toml").read_text()
+    assert json.loads((folder / "results.json").read_text())["missing"] == 0
+    found = table.read(folder / "results.json")
+    for task in found.tasks:
+        assert "\n".join(table.rows(found, task, tomllib.loads(recipe)["compare"].get("against", "collm-cc"))) in page
