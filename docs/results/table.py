@@ -1,4 +1,4 @@
-"""The rows of a grid's table in Markdown, from the files beside it: `python docs/results/table.py docs/results/real/quote collm-cc`.
+"""The rows of a grid's table in Markdown: `python docs/results/table.py docs/results/real/quote collm-cc`.
 
 Where texts.json has every run, the table also compares final rewards text by text.
 """
