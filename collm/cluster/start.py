@@ -129,6 +129,8 @@ class Cluster:
             try:
                 found: Machine = here if node["NodeID"] == mine else ray.get(asked[node["NodeID"]], timeout=START)
             except (ray.exceptions.RayError, ImportError) as error:
+                if not any(other["NodeID"] == node["NodeID"] and other["Alive"] for other in ray.nodes()):
+                    continue  # it has just been lost
                 raise ConfigError(
                     f"the cluster's node {host} does not run collm: {_sentence(error)} Install the same collm on every node."
                 ) from error

@@ -66,7 +66,21 @@ def prepare(config: Config) -> Config:
     limit_heap()
     options = with_absolute_data(config.env.options, Path.cwd())
     env = EnvSettings.model_validate({"name": config.env.name, **options})
+    if apart:
+        config = with_absolute_models(config)
     return config.model_copy(update={"run": config.run.model_copy(update={"threads": threads, "device": device}), "env": env})
+
+
+def with_absolute_models(config: Config) -> Config:
+    """The config with the paths of model folders made absolute: other processes may run in other folders."""
+
+    def absolute(model: str) -> str:
+        return str(Path(model).absolute()) if model != "tiny" and Path(model).is_dir() else model
+
+    models = {agent: absolute(model) for agent, model in config.team.models.items()}
+    team = config.team.model_copy(update={"model": absolute(config.team.model), "models": models})
+    critic = config.critic.model_copy(update={"model": config.critic.model and absolute(config.critic.model)})
+    return config.model_copy(update={"team": team, "critic": critic})
 
 
 def assemble(

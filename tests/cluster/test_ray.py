@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -226,6 +228,59 @@ def test_nothing_runs_on_after_the_command(tmp_path, number):
         assert run.returncode == 128 + number, said
         assert "--resume" in said
     until(lambda: not [pid for pid in begun if pid in below(0) and below(0)[pid] == begun[pid]], 120)
+
+
+@contextmanager
+def node(*options: str, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """A node of a cluster of one's own, on this machine, once it runs."""
+    words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--object-store-memory=200000000"]
+    words += ["--disable-usage-stats", *options]
+    begun = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    try:
+        said = []
+        for line in begun.stdout:
+            said.append(line)
+            if "Ray runtime started" in line:
+                break
+        else:
+            raise AssertionError("".join(said))
+        yield begun
+    finally:
+        kill_all(begun)
+
+
+def kill_all(begun: subprocess.Popen) -> None:
+    """SIGKILL a process and all that it began."""
+    for pid in [begun.pid, *below(begun.pid)]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    begun.wait()
+
+
+@pytest.mark.slow
+def test_two_nodes_train_and_one_of_them_is_lost(tmp_path):
+    """By address and token: seats are on both nodes, and after the loss of one on the other; the run ends equal."""
+    subprocess.run(command(tmp_path, "--run.name", "whole"), check=True, capture_output=True)
+    port = unused_port()
+    place = f"127.0.0.1:{port}"
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    environment = {**os.environ, **token}
+    with tempfile.TemporaryDirectory(prefix="collm-test-", dir="/tmp") as folder:
+        head = node("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}", environment=environment)
+        with head as first, node(f"--address={place}", environment=environment) as second:
+            words = command(tmp_path, "--run.name", "apart", "--cluster.address", place)
+            run = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
+            until((tmp_path / "apart" / "checkpoints" / "000001").exists)
+            seats = [[w for w in below(one.pid).values() if w.startswith("ray::Seat")] for one in (first, second)]
+            kill_all(second)
+            _, said = run.communicate(timeout=300)
+            assert run.returncode == 0, said
+            assert sorted(map(len, seats)) == [1, 2]
+            assert "was lost" in said
+            assert first.poll() is None  # a cluster of one's own goes on
+    check_same(tmp_path / "whole", tmp_path / "apart")
 
 
 def test_a_run_that_began_on_a_strangers_cluster_asks_for_its_address_again(tmp_path):

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from fingerprints import settings_of
+from fingerprints import AGREE, CONFIGURATIONS, settings_of
 from safetensors.torch import load_file
 from seats import PickledCluster, pickled  # noqa: F401
+from servers import completion, http, serve
 
 from collm.engines.local import LocalEngine
 from collm.errors import ConfigError, EngineError, TrainingError
@@ -21,17 +22,13 @@ from collm.settings.rooms import Config
 from collm.training.trainer import Trainer
 from collm.types import Message, Request
 
-SMALL: dict[str, Any] = {
-    "env": {"name": "agree", "agents": 2, "turns": 2, "wording": "terse"},
-    "rollout": {"tasks": 2, "max_tokens": 3},
-}
 
-
-def config_of(name: str, folder: Path, *, address: str = "none", iterations: int = 2, **rooms: Any) -> Config:
+def config_of(name: str, folder: Path, *, address: str = "none", iterations: int = 2, server: str = "", **rooms: Any) -> Config:
     """A configuration of the fingerprints, smaller, in a run directory of its own."""
-    values = settings_of(name, folder, "")
-    for room, settings in {**SMALL, "cluster": {"address": address}, **rooms}.items():
-        values[room] = {**values.get(room, {}), **settings} if room != "env" else settings
+    values = settings_of(name, folder, server)
+    values["env"] = {**AGREE, "agents": values["env"].get("agents", 2)}
+    for room, settings in {"rollout": {"tasks": 2, "max_tokens": 3}, "cluster": {"address": address}, **rooms}.items():
+        values[room] = {**values.get(room, {}), **settings}
     values["run"] |= {"name": f"{address}-{name.replace(' ', '-').replace(',', '')}", "iterations": iterations}
     return parse_config(values)
 
@@ -72,28 +69,34 @@ def check_same(one: Path, other: Path) -> None:
                 assert (folders[0] / path).read_bytes() == (folders[1] / path).read_bytes(), path
 
 
-SEATS = {
+QUICK = {
     "collm-cc": ["agent_0", "agent_1", "critic"],
-    "collm-dc": ["agent_0", "agent_1", "agent_0/critic", "agent_1/critic"],
-    "magrpo": ["agent_0", "agent_1"],
     "value heads": ["agent_0", "agent_1"],
-    "LoRA": ["agent_0"],
     "adapter beside a whole model": ["agent_0", "agent_1"],
-    "LoRA, critics that are whole models": ["agent_0", "critic"],
-    "shared policy": ["agent_0", "critic"],
-    "KL to the start": ["agent_0", "agent_1"],
-    "joint Q": ["agent_0", "agent_1", "critic"],
 }
 """Configuration -> names of its seats."""
-QUICK = ("collm-cc", "value heads", "adapter beside a whole model")
+SEATS = {
+    **QUICK,
+    "collm-dc": ["agent_0", "agent_1", "agent_0/critic", "agent_1/critic"],
+    "magrpo": ["agent_0", "agent_1"],
+    "LoRA": ["agent_0"],
+    "LoRA, critics that are whole models": ["agent_0", "critic"],
+    "shared policy": ["agent_0", "critic"],
+    "frozen team-mate on a server": ["agent_0", "critic"],
+}
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SEATS])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGURATIONS]
+)
 def test_agents_apart_are_one_process(tmp_path, pickled: PickledCluster, name):  # noqa: F811
-    apart = trained(config_of(name, tmp_path, address="local"))
-    assert list(pickled.seats) == SEATS[name]
+    """Every configuration of the fingerprints."""
+    with serve(lambda request, number, connection: http(completion("red"))) as served:
+        apart = trained(config_of(name, tmp_path, address="local", server=served.url))
+        whole = trained(config_of(name, tmp_path, server=served.url))
+    assert list(pickled.seats) == SEATS.get(name, list(pickled.seats))
     assert pickled.closed
-    check_same(trained(config_of(name, tmp_path)), apart)
+    check_same(whole, apart)
 
 
 def test_each_seat_loads_its_own_model_only(tmp_path, pickled: PickledCluster, monkeypatch):  # noqa: F811
@@ -120,6 +123,15 @@ def test_a_run_resumes_under_another_placement(tmp_path, pickled: PickledCluster
         trainer = Trainer.resume(run, overrides={"run.iterations": number, "cluster.address": address}, quiet=True)
         trainer.run()
     check_same(whole, run)
+
+
+def test_model_folders_are_found_from_other_folders(tmp_path, pickled: PickledCluster, monkeypatch):  # noqa: F811
+    Policy.from_pretrained("tiny").save(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    models = {"model": "mine", "models": {"agent_1": "tiny"}}
+    trainer = Trainer(config_of("magrpo", tmp_path, address="local", team=models), quiet=True)
+    assert (trainer.config.team.model, trainer.config.team.models) == (str(tmp_path / "mine"), {"agent_1": "tiny"})
+    assert pickled.seats["agent_0"].seat.held.team.policies["agent_0"].source == str(tmp_path / "mine")
 
 
 def test_errors_of_seats_arrive_as_they_were_raised(tmp_path, pickled: PickledCluster, monkeypatch):  # noqa: F811
