@@ -380,6 +380,9 @@ class Config(Room):
                 f"`collm evaluate RUN --rollout.protocol {self.rollout.protocol}` plays this one."
             )
 
+    def in_one_process(self) -> Config:
+        return self.model_copy(update={"cluster": ClusterSettings()})
+
     def resolved(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 

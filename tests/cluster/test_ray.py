@@ -214,7 +214,7 @@ def test_a_killed_seat_is_made_again_and_the_run_ends_equal(tmp_path):
 def test_nothing_runs_on_after_the_command(tmp_path, number):
     run = subprocess.Popen(
         command(tmp_path, "--run.name", "apart", "--cluster.address", "local", "--run.iterations", "1000"),
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stderr=subprocess.PIPE, text=True, process_group=0,
     )  # fmt: skip
     until((tmp_path / "apart" / "checkpoints" / "000001").exists)
     begun = below(run.pid)
