@@ -252,7 +252,7 @@ class Blueprint:
     def checkpoint_names(self) -> tuple[str, ...]:
         """File names, without extension, of weights, optimizers and kept iterations in a checkpoint; those of regressions of
         the learner are not included."""
-        names = [(policy.weights_name, policy.optimizer_name) for policy in self.policies]
+        names: list[tuple[str, ...]] = [(policy.weights_name, policy.optimizer_name) for policy in self.policies]
         names += [critic.checkpoint_names for critic in self.critics]
         return tuple(dict.fromkeys(name for each in names for name in each))
 

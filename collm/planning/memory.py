@@ -271,7 +271,10 @@ def _reading(config: Config, model: Model, rows: Sequence[Row], tasks: int) -> P
     longest, num, _, _ = _micro_batch(rows, tasks, config.learner.micro_batch_tokens)
     shape, c = model.shape, _compute_bytes(config)
     tokens = longest * num
-    parts = {"hidden states": tokens * shape.hidden * c * (shape.layers + 1), "products": tokens * 3 * c * shape.intermediate}
+    parts: dict[str, float] = {
+        "hidden states": tokens * shape.hidden * c * (shape.layers + 1),
+        "products": tokens * 3 * c * shape.intermediate,
+    }
     return Phase(f"reading ({model.name})", parts)
 
 

@@ -165,7 +165,7 @@ def no_trained_critic_has_no_such_settings(c: Config) -> None:
             f"algorithm.baseline='counterfactual' needs a critic that reads answers, but critic.body={c.critic.body!r} has no "
             "such critic. Set algorithm.baseline='value', or critic.body='auto'."
         )
-    given = {
+    given: dict[str, object] = {
         "normalize_targets": c.critic.normalize_targets,
         "epochs": c.critic.epochs if c.critic.epochs > 1 else None,
         "loss": c.critic.loss if c.critic.loss != "mse" else None,

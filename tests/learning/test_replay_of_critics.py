@@ -130,6 +130,18 @@ def test_a_histogram_learns_a_linear_value() -> None:
     assert (head(hidden) - targets).square().mean() < 0.1 * targets.var()
 
 
+def test_value_heads_may_predict_histograms(tmp_path: Path) -> None:
+    critic = {"body": "policy", "reads": "own", "loss": "hl_gauss"}
+    trainer = build(tmp_path, **critic)
+    update = trainer.learner.update(trainer.collect(), 0)
+    heads = value_heads(trainer.learner)
+    assert {type(head) for head in heads.values()} == {HistogramHead}
+    for agent, head in heads.items():
+        assert head.lowest < head.highest
+        assert head.weight.abs().max() > 1e-4
+        assert update.metrics[f"{agent}/critic/loss"] > 0
+
+
 def test_targets_are_found_by_slot() -> None:
     targets_ENT = torch.arange(12.0).view(2, 2, 3)
     targets_X, wanted_X = by_slot(targets_ENT, targets_ENT > 3, kind="V")
