@@ -131,8 +131,8 @@ class HistogramHead(nn.Module):
         if not len(targets):
             return
         first = bool(self.lowest > self.highest)
-        self.lowest.copy_(torch.minimum(self.lowest, targets.min()))
-        self.highest.copy_(torch.maximum(self.highest, targets.max()))
+        self.lowest.fill_(min(self.lowest.item(), targets.min().item()))
+        self.highest.fill_(max(self.highest.item(), targets.max().item()))
         if first:
             self.bias.copy_((self.smoothed(targets).mean(0) + 1e-4).log())
 
