@@ -121,15 +121,15 @@ def _differences(grid: Grid, task: str, digits: int) -> list[Group]:
     if not differences:
         return []
     measures = list(next(iter(differences.values())))
-    table = table_of(f"{against} minus", *map(escape, measures), "its final reward after")
-    overtaken = grid.overtaken(task)
+    table = table_of(f"{against} minus", *map(escape, measures), "p", "p by Holm")
+    p_values = grid.p_values(task)
     for method, parts in differences.items():
-        share = overtaken.get(method)
-        after = "" if method not in overtaken else "never" if share is None else f"{share:.0%} of its joint actions"
-        table.add_row(Text(method), *(spread(parts[name], digits, sign="+") for name in measures), after)
+        ps = ["" if math.isnan(p) else f"{p:.3f}" for p in p_values[method]]
+        table.add_row(Text(method), *(spread(parts[name], digits, sign="+") for name in measures), *ps)
     note = (
         "mean [95 % interval] of differences paired by seed; with three or five seeds the bootstrap's interval is too narrow "
-        "(it covers the true mean in 75 or 84 % of cases), Student's is not if differences are normal"
+        "(it covers the true mean in 75 or 84 % of cases), Student's is not if differences are normal; p: Student's, of the "
+        "area; by Holm: for all methods of this table together"
     )
     return [framed(f"{task}: {against} against the others", table, [note])]
 

@@ -14,7 +14,7 @@ import numpy as np
 from collm.errors import ConfigError, RunError
 from collm.runs.directory import damage, hold
 from collm.runs.files import explained, write_text
-from collm.studies.intervals import Interval, interval, student
+from collm.studies.intervals import Interval, holm, interval, student, student_p
 from collm.studies.result import RESULTS, Cell, Result, first_reaching, read_result
 from collm.studies.series import REWARD
 
@@ -66,13 +66,6 @@ class Line:
     @property
     def area(self) -> Interval:
         return self.over_seeds([result.area for result in self.results])
-
-    @property
-    def curve(self) -> tuple[list[float], list[float]]:
-        """Joint actions and held-out reward at every evaluation, the mean over seeds."""
-        points = zip(*([*zip(r.joint_actions_K, r.rewards_K, strict=True)] for r in self.results), strict=True)
-        means = [np.mean(of_seeds, 0) for of_seeds in points]
-        return [float(x) for x, _ in means], [float(y) for _, y in means]
 
     @property
     def explained(self) -> dict[int, Interval]:
@@ -157,35 +150,33 @@ class Grid:
 
     def differences(self, task: str) -> dict[str, dict[str, Interval]]:
         """Method -> "area" (with both kinds of interval) and "reward": the mean over seeds of (against minus method)."""
-        lines = {line.method: line for line in self.lines(task)}
-        reference = lines.pop(self.study.against, None)
-        if reference is None:
-            return {}
-        own = {result.cell.seed: result for result in reference.results}
         found = {}
-        for method, line in lines.items():
-            pairs = [(own[r.cell.seed], r) for r in line.results if r.cell.seed in own]
-            if pairs:
-                areas = [a.area - b.area for a, b in pairs]
-                found[method] = {
-                    "area": line.over_seeds(areas),
-                    "area, Student's t": student(areas, fewest=SEEDS, unit="seed"),
-                    REWARD: line.over_seeds([a.final[REWARD] - b.final[REWARD] for a, b in pairs]),
-                }
+        for method, pairs in self._pairs(task).items():
+            areas = [a.area - b.area for a, b in pairs]
+            rewards = [a.final[REWARD] - b.final[REWARD] for a, b in pairs]
+            found[method] = {
+                "area": interval(areas, fewest=SEEDS, unit="seed"),
+                "area, Student's t": student(areas, fewest=SEEDS, unit="seed"),
+                REWARD: interval(rewards, fewest=SEEDS, unit="seed"),
+            }
         return found
 
-    def overtaken(self, task: str) -> dict[str, float | None]:
-        """Trained method whose reward rose -> fraction of its joint actions after which the curve of `against` reaches its
-        final reward, both means over seeds; None if it does not."""
+    def p_values(self, task: str) -> dict[str, tuple[float, float]]:
+        """Method -> Student's p-value of the difference in area, and the same by Holm for all methods of the table.
+
+        NaN below three seeds.
+        """
+        areas = {method: [a.area - b.area for a, b in pairs] for method, pairs in self._pairs(task).items()}
+        single = [student_p(own) if len(own) >= SEEDS else math.nan for own in areas.values()]
+        return dict(zip(areas, zip(single, holm(single), strict=True), strict=True))
+
+    def _pairs(self, task: str) -> dict[str, list[tuple[Result, Result]]]:
+        """Method -> (run of `against`, its own run) of every seed that both have; no method without `against`."""
         lines = {line.method: line for line in self.lines(task)}
         reference = lines.pop(self.study.against, None)
-        found: dict[str, float | None] = {}
-        for method, line in lines.items():
-            x, y = line.curve
-            if reference is not None and x[-1] > 0 and y[-1] > y[0]:
-                at = first_reaching(*reference.curve, y[-1])
-                found[method] = None if at is None else at / x[-1]
-        return found
+        own = {} if reference is None else {result.cell.seed: result for result in reference.results}
+        pairs = {method: [(own[r.cell.seed], r) for r in line.results if r.cell.seed in own] for method, line in lines.items()}
+        return {method: found for method, found in pairs.items() if found}
 
     def plain(self) -> dict[str, Any]:
         """Plain values for JSON: every run, and for each task every method's line."""
@@ -216,8 +207,9 @@ class Grid:
                 method: {name: found.plain() for name, found in parts.items()}
                 for method, parts in self.differences(task).items()
             }
-            for method, share in self.overtaken(task).items():
-                differences.setdefault(method, {})["share_of_its_joint_actions_to_its_final_reward"] = share
+            for method, (single, corrected) in self.p_values(task).items():
+                if not math.isnan(single):
+                    differences[method] |= {"area, p": single, "area, p by Holm": corrected}
             tasks[task] = {"methods": methods, f"{self.study.against} minus": differences}
             if task in self.study.thresholds:
                 tasks[task]["threshold"] = self.study.thresholds[task]

@@ -5,17 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 RESAMPLES = 10_000
-# fmt: off
-_STUDENT = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)
-# fmt: on
-"""The 97.5 % quantile of Student's t with 1 to 30 degrees of freedom."""
 FEWEST = 8
 """Smallest number of distinct tasks for an interval. Resampling fewer tasks does not represent unseen tasks."""
 
@@ -83,10 +77,58 @@ def student(values_K: Sequence[float], *, fewest: int = FEWEST, unit: str = "tas
     found = interval(values_K, fewest=max(fewest, 2), unit=unit)
     if found.low is None:
         return found
-    free = found.num_tasks - 1
-    quantile = _STUDENT[free - 1] if free <= len(_STUDENT) else 1.96 + 2.4 / free
-    half = quantile * float(np.std(values_K, ddof=1)) / math.sqrt(found.num_tasks)
+    half = _quantile(found.num_tasks - 1) * float(np.std(values_K, ddof=1)) / math.sqrt(found.num_tasks)
     return Interval(found.mean, found.mean - half, found.mean + half, found.num_tasks)
+
+
+def student_p(values_K: Sequence[float]) -> float:
+    """The two-sided p-value of Student's test that the mean of K values is 0; NaN below two values or if one is not finite.
+
+    Values that are all equal give 0, or 1 if they are all 0.
+    """
+    values = np.asarray(values_K, dtype=np.float64)
+    if len(values) < 2 or not np.isfinite(values).all():
+        return math.nan
+    mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+    if error == 0:
+        return float(mean == 0)
+    return 1 - _within(abs(mean) / error, len(values) - 1)
+
+
+def holm(p_M: Sequence[float]) -> list[float]:
+    """p-values of M tests corrected for their number: below 0.05 for any test that is right by chance with probability 0.05.
+
+    The k-th smallest is multiplied by M - k + 1, is at least the one before it, and at most 1. A value that is NaN stays so and
+    counts as no test. Source: Holm 1979.
+    """
+    tests = sorted((p, index) for index, p in enumerate(p_M) if not math.isnan(p))
+    corrected, largest = [math.nan] * len(p_M), 0.0
+    for rank, (p, index) in enumerate(tests):
+        largest = max(largest, min(1.0, p * (len(tests) - rank)))
+        corrected[index] = largest
+    return corrected
+
+
+def _within(t: float, free: int) -> float:
+    """P(|T| < t) of Student's t with `free` degrees of freedom. Source: Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle = math.atan2(t, math.sqrt(free))
+    odd, square = free % 2, math.cos(angle) ** 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for k in range(2 + odd, free + 1, 2):
+        total += term
+        term *= square * (k - 1) / k
+    sine = math.sin(angle) * total
+    return 2 / math.pi * (angle + sine) if odd else sine
+
+
+@cache
+def _quantile(free: int) -> float:
+    """The 97.5 % quantile of Student's t, by bisection."""
+    low, high = 1.9, 13.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _within(middle, free) > 0.95 else (middle, high)
+    return (low + high) / 2
 
 
 def by_task(tasks: Sequence[str], values: Iterable[float]) -> dict[str, float]:

@@ -29,5 +29,5 @@ def draw(written: Path, folder: Path) -> list[Path]:
 
 if __name__ == "__main__":
     here = Path(__file__).parent
-    for folder in [Path(word) for word in sys.argv[1:]] or sorted(path.parent for path in here.glob("*/results.json")):
+    for folder in [Path(word) for word in sys.argv[1:]] or sorted(path.parent for path in here.glob("**/results.json")):
         print(*draw(folder / "results.json", folder), sep="\n")

@@ -14,7 +14,7 @@ import pytest
 from places import ROOT
 
 RESULTS = ROOT / "docs" / "results"
-GRIDS = sorted(path.parent.name for path in RESULTS.glob("*/results.json"))
+GRIDS = sorted(path.parent.relative_to(RESULTS).as_posix() for path in RESULTS.glob("**/results.json"))
 MATPLOTLIBS_OWN = re.compile(r"(\w+tick|text|patch|line2d|axes|figure|legend|matplotlib\.axis)_\d+")
 SVG = "{http://www.w3.org/2000/svg}"
 PINNED = re.search(r"^matplotlib==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)

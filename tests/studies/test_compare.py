@@ -25,7 +25,7 @@ from collm.reports.grid import grid_tables
 from collm.settings import former
 from collm.settings.load import parse_config
 from collm.settings.presets import ALGORITHMS
-from collm.studies.grid import Grid, Study, read_grid
+from collm.studies.grid import Study, read_grid
 from collm.studies.jobs import digest
 from collm.studies.recipe import read_plan
 from collm.studies.result import Cell, area_under, first_reaching
@@ -309,12 +309,12 @@ def test_lines_differences_and_thresholds_by_hand(tmp_path: Path) -> None:
     assert differences.mean == pytest.approx((0.15 + 0.05 + 0.1) / 3)
     assert differences.low == pytest.approx(0.05)
     student = found.differences("task")["a"]["area, Student's t"]  # deviations of 0.15, 0.05, 0.1: s = 0.05
-    assert (student.mean, student.high) == (pytest.approx(0.1), pytest.approx(0.1 + 4.303 * 0.05 / 3**0.5))
-    assert found.overtaken("task") == {"a": pytest.approx(0.4 / 0.6)}  # straight from 0 to 0.6, where a ends at 0.4
-    never = Grid(Study(found.study.cells, "a"), found.results)
-    assert never.overtaken("task") == {"b": None}
-    fell = Grid(found.study, [replace(r, rewards_K=(0.5, 0.2)) if r.cell.method == "a" else r for r in found.results])
-    assert fell.overtaken("task") == {}  # nothing to reach
+    assert (student.mean, student.high) == (pytest.approx(0.1), pytest.approx(0.1 + 4.30265 * 0.05 / 3**0.5))
+    t = 0.1 / (0.05 / 3**0.5)
+    single, corrected = found.p_values("task")["a"]
+    assert single == pytest.approx(1 - t / (2 + t**2) ** 0.5) == corrected  # two degrees of freedom; one test
+    plain_difference = found.plain()["tasks"]["task"]["b minus"]["a"]
+    assert plain_difference["area, p by Holm"] == corrected
     plain: dict[str, Any] = found.plain()
     assert plain["missing"] == 0
     assert plain["tasks"]["task"]["methods"]["a"]["joint_actions_to_threshold"] == [None, None, pytest.approx(30.0)]

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from collm.studies.intervals import by_task, interval
+from collm.studies.intervals import by_task, holm, interval, student, student_p
 
 
 def test_the_interval_of_eight_coin_flips_is_the_binomial_one():
@@ -60,6 +60,30 @@ def test_a_task_counts_once_however_often_it_was_played():
     assert interval(list(by_task(tasks, values).values())) == interval([0, 0, 0, 0, 1, 1, 1, 1])
     assert interval(values).high < 0.1  # what counting episodes would have said
     assert by_task(["a", "b", "a"], [1.0, 5.0, 2.0]) == {"a": 1.5, "b": 5.0}
+
+
+def test_students_interval_and_p_value_by_hand():
+    """1, 2, 3: mean 2, standard error 1 / sqrt(3), two degrees of freedom; p has the closed form 1 - t / sqrt(2 + t^2)."""
+    found = student([1.0, 2.0, 3.0], fewest=3)
+    assert found.high - 2 == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
+    t = 2 * 3**0.5
+    assert student_p([1.0, 2.0, 3.0]) == pytest.approx(1 - t / (2 + t**2) ** 0.5)
+    # quantiles of published tables: 2.776 (4), 2.262 (9), 2.045 (29 degrees of freedom)
+    for num, quantile in ((5, 2.776), (10, 2.262), (30, 2.045)):
+        values = [float(k) for k in range(num)]
+        shift = quantile * float(np.std(values, ddof=1)) / num**0.5 - (num - 1) / 2
+        assert student_p([value + shift for value in values]) == pytest.approx(0.05, abs=2e-4)
+    assert math.isnan(student_p([1.0]))
+    assert math.isnan(student_p([1.0, math.nan]))
+    assert (student_p([0.0, 0.0]), student_p([2.0, 2.0])) == (1.0, 0.0)
+
+
+def test_holms_correction_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 x 0.01, 2 x 0.03, then no less than that
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    corrected = holm([0.02, math.nan])
+    assert corrected[0] == 0.02  # what was not tested does not count
+    assert math.isnan(corrected[1])
 
 
 def test_intervals_that_touch_are_not_apart():

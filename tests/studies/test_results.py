@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from places import ROOT
 
-from collm.studies.intervals import Interval, interval, student
+from collm.studies.intervals import Interval, holm, interval, student, student_p
 from collm.studies.result import area_under
 
 RESULTS = ROOT / "docs" / "results"
@@ -20,18 +23,16 @@ def shown(found: dict[str, float]) -> str:
 
 
 def row(grid: str) -> str:
-    """A grid's line of the page: areas of five methods, what collm-cc has more, and when it reaches magrpo's final reward."""
+    """A grid's line of the page: areas of five methods, and what collm-cc has more."""
     ((_, found),) = json.loads((RESULTS / grid / "results.json").read_text())["tasks"].items()
     methods, more = found["methods"], found.get("collm-cc minus", {})
     areas = [f"{methods[name]['area']['mean']:.3f}" if name in methods else "" for name in METHODS]
     seeds = max(len(methods[name]["seeds"]) for name in METHODS if name in methods)
     cells = [f"[{grid}]({grid}/table.txt)", str(seeds), *areas]
     if more:
-        share = more["magrpo"]["share_of_its_joint_actions_to_its_final_reward"]
         cells += [shown(more[name][kind]) for name in ("magrpo", "collm-dc") for kind in ("area", "area, Student's t")]
-        cells += ["never" if share is None else f"{share:.0%}"]
     else:
-        cells += [""] * 5  # not made yet
+        cells += [""] * 4  # not made yet
     return f"| {' | '.join(cells)} |"
 
 
@@ -88,8 +89,49 @@ def test_ten_seeds_of_the_critic_say_what_the_page_says() -> None:
     assert f"Over ten seeds it is {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]" in (RESULTS / "README.md").read_text()
 
 
+def by_holm(grid: str) -> dict[str, str]:
+    """Method -> p-value of "collm-cc minus it", by Holm for all methods of a grid, as the page writes it."""
+    found = json.loads((RESULTS / grid / "results.json").read_text())
+    ((_, task),) = found["tasks"].items()
+    runs = {(run["method"], run["learning_rate"], run["seed"]): run["area"] for run in found["runs"]}
+    rate = {method: numbers["learning_rate"] for method, numbers in task["methods"].items()}
+    seeds = task["methods"]["collm-cc"]["seeds"]
+    others = [method for method in task["methods"] if method != "collm-cc"]
+    own = [runs["collm-cc", rate["collm-cc"], seed] for seed in seeds]
+    areas = {m: [area - runs[m, rate[m], seed] for area, seed in zip(own, seeds, strict=True)] for m in others}
+    return {m: f"{p:.2f}" for m, p in zip(others, holm([student_p(areas[m]) for m in others]), strict=True)}
+
+
+def test_the_verdicts_rest_on_p_values_by_holm() -> None:
+    page = (RESULTS / "README.md").read_text()
+    fresh, house, build, critic = map(by_holm, ("str_build_sparse_again", "house_build", "str_build", "critic"))
+    assert f"Student's [+0.045, +0.108], p by Holm {fresh['magrpo']} |" in page
+    assert f"bootstrap [+0.014, +0.107], p by Holm {fresh['collm-dc']};" in page
+    assert f"Student's [+0.070, +0.154] (p by Holm for its six methods {house['td-lambda']})" in page
+    assert f"p by Holm for their six methods {build['collm-dc']} and {house['collm-dc']} |" in page
+    assert f"Student's [+0.012, +0.378], p by Holm for eleven switches {critic['text-alone']} |" in page
+    assert f"Student's [+0.223, +1.126], p by Holm {critic['counterfactual']} |" in page
+    assert {critic[name] for name in ("warm-up", "four-epochs", "critic-lambda-0", "normalized-targets")} == {"1.00"}
+    learned = ("tldr", "arxiv", "coop_code", "str_build", "str_build_sparse")
+    assert f"(p by Holm at most {max(by_holm(grid)['grpo'] for grid in learned)})" in page
+
+
 def test_every_grid_is_whole_and_told_of() -> None:
     page = (RESULTS / "README.md").read_text()
     for grid in GRIDS:
         assert f"({grid}/" in page
         assert (RESULTS / grid / "recipe.toml").read_text() == (RESULTS.parents[1] / f"recipes/compare/{grid}.toml").read_text()
+
+
+REAL = sorted(path.parent for path in RESULTS.glob("real/*/results.json"))
+
+
+@pytest.mark.parametrize("folder", REAL, ids=lambda folder: folder.name)
+def test_the_page_of_real_models_says_what_its_grids_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every grid is whole, made by the recipe in recipes/compare, and shown as docs/results/table.py writes it."""
+    monkeypatch.syspath_prepend(str(RESULTS))
+    table = import_module("table")
+    page, recipe = (RESULTS / "real" / "README.md").read_text(), (folder / "recipe.toml").read_text()
+    assert recipe == (ROOT / "recipes" / "compare" / f"real_{folder.name}.toml").read_text()
+    assert json.loads((folder / "results.json").read_text())["missing"] == 0
+    assert "\n".join(table.rows(folder, tomllib.loads(recipe)["compare"].get("against", "collm-cc"))) in page
