@@ -104,15 +104,21 @@ def read(
         kind: "V" (T + 1 slots per agent) or "Q" (T slots).
     """
     E, N, T = batch.shape
-    width = T + (kind == "V")
-    read_X, num_tokens = values_at(body, head, packed, E * N * width, limit)
-    marked_X = torch.zeros(E * N * width)
+    values_X, num_tokens = values_at(body, head, packed, E * N * (T + (kind == "V")), limit)
+    return shared(values_X, packed, batch, agents, num_tokens)
+
+
+def shared(values_X: Tensor, packed: Sequence[Packed], batch: Batch, agents: Sequence[str], num_tokens: int) -> Values:
+    """Values at the markers' slots, which are of the first of these agents, as those of all of them; 0 elsewhere. Arguments as
+    in `read`."""
+    E, N, _ = batch.shape
+    marked_X = torch.zeros_like(values_X)
     marked_X[[slot for sequence in packed for slot, _ in sequence.markers]] = 1.0
     first, chosen = batch.agents.index(agents[0]), [batch.agents.index(agent) for agent in agents]
-    values_ENT, read_ENT = torch.zeros(E, N, width), torch.zeros(E, N, width)
-    values_ENT[:, chosen] = read_X.view(E, N, width)[:, first, None]
-    read_ENT[:, chosen] = marked_X.view(E, N, width)[:, first, None]
-    return Values(values_ENT, read_ENT, num_tokens=num_tokens)
+    read_ENT, marked_ENT = (values_X * marked_X).view(E, N, -1), marked_X.view(E, N, -1)
+    found = Values(torch.zeros_like(read_ENT), torch.zeros_like(read_ENT), num_tokens=num_tokens)
+    found.values_ENT[:, chosen], found.read_ENT[:, chosen] = read_ENT[:, first, None], marked_ENT[:, first, None]
+    return found
 
 
 @torch.no_grad()

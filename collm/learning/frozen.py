@@ -2,7 +2,8 @@
 
 The features of a history before a turn are the mean over the tokens that were read since the value before it: the answers of
 the last turn and the newest observations; before the first turn, everything. Of each token they are the mean over the middle
-half of the layers. Each turn has a regression, which is fitted in closed form to the targets of the last iterations.
+half of the layers. Where a history is cut or rewritten, everything in it is read anew. Each turn has a regression, which is
+fitted in closed form to the targets of the last iterations.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from collm.algorithms.regression import TaskRidge
 from collm.learning.batch import Batch
 from collm.learning.credit import Credit
-from collm.learning.critics import TextCritic, Values
+from collm.learning.critics import TextCritic, Values, shared
 from collm.learning.pack import Packed, micro_batches
 from collm.learning.recent import Recent
 from collm.learning.tensors import Read, Tensors
@@ -47,15 +48,13 @@ class FrozenPart(TextCritic):
         packed, num_cut = self.pack(batch)
         limit = self.config.learner.micro_batch_tokens
         features_XD, num_tokens = features_at(self.critic, packed, E * N * (T + 1), limit)
-        marked_X = torch.zeros(E * N * (T + 1))
-        marked_X[[slot for sequence in packed for slot, _ in sequence.markers]] = 1.0
-        chosen = [batch.agents.index(agent) for agent in self.agents]
-        features_EtD = features_XD.view(E, N, T + 1, -1)[:, chosen[0]]
-        read_Et = marked_X.view(E, N, T + 1)[:, chosen[0]]
-        values_ENT, read_ENT = torch.zeros(E, N, T + 1), torch.zeros(E, N, T + 1)
-        values_ENT[:, chosen] = (self.predicted(features_EtD) * read_Et)[:, None]
-        read_ENT[:, chosen] = read_Et[:, None]
-        return Values(values_ENT, read_ENT, num_cut=num_cut, num_tokens=num_tokens, features={self.name: features_EtD})
+        n = batch.agents.index(self.agents[0])
+        features_EtD = features_XD.view(E, N, T + 1, -1)[:, n]
+        values_ENt = torch.zeros(E, N, T + 1)
+        values_ENt[:, n] = self.predicted(features_EtD)
+        found = shared(values_ENt.flatten(), packed, batch, self.agents, num_tokens)
+        found.num_cut, found.features = num_cut, {self.name: features_EtD}
+        return found
 
     def predicted(self, features_EtD: Tensor) -> Tensor:
         """(E, T + 1) V of features (E, T + 1, D). A turn without samples uses the last one before it."""

@@ -100,6 +100,7 @@ def test_a_ridge_on_hidden_states_learns_what_a_text_says(
         batch = batch_of(first)
         found = part.values(batch)
         values_EN = found.values_ENT[..., 0]
+        assert not found.values_ENT[..., 1].any(), "after the end nothing is expected"
         if first == 0:
             assert not values_EN.any()
         zeros_ENT = torch.zeros(batch.shape)
