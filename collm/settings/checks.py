@@ -196,6 +196,24 @@ def histogram_has_its_own_scale(c: Config) -> None:
         )
 
 
+def cluster_has_an_address(c: Config) -> None:
+    address = c.cluster.address
+    if address not in (None, "local", "auto") and not re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\]):\d{1,5}", str(address)):
+        raise ValueError(
+            f"cluster.address={address!r} is not the address of a Ray cluster. Set 'local', 'auto', or HOST:PORT as "
+            "`ray start --head` prints it."
+        )
+
+
+def models_fit_on_one_device(c: Config) -> None:
+    for name, share in c.cluster.devices.items():
+        if share > 1:
+            raise ValueError(
+                f"cluster.devices: {name}={share:g}, but a model is trained on one device. Set at most 1; to make it smaller, "
+                "see `collm plan`."
+            )
+
+
 CONFIG = (
     sampling_varies,
     vllm_can_sample,
@@ -206,4 +224,6 @@ CONFIG = (
     no_trained_critic_has_no_such_settings,
     replay_has_steps,
     histogram_has_its_own_scale,
+    cluster_has_an_address,
+    models_fit_on_one_device,
 )

@@ -65,7 +65,7 @@ def imitate(
 
     Args: data: a file of chats (JSON lines) instead of the scripted player. out: default: runs/NAME-imitated.
     """
-    config = prepare(config)
+    config = prepare(config.in_one_process())
     folder = out or Path(config.run.folder) / f"{config.run_name}-imitated"
     refuse_existing(folder)
     agents = check_fit(config)

@@ -88,7 +88,7 @@ class Measured:
 
 def measure(config: Config) -> Measured:
     """Load the team and time two steps after an untimed smaller one. Raises ConfigError as a run would."""
-    config = prepare(config)
+    config = prepare(config.in_one_process())
     made = assemble(config)
     tasks = config.rollout.tasks
     small = max(1, tasks // SMALL)
