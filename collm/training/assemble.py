@@ -253,8 +253,8 @@ def _make_critic(
 ) -> Critic:
     """Create and try a critic model of the blueprint.
 
-    policy: the one that `spec.policy` names, if it is in this process. bases: those in memory, to which that of a frozen body is
-    added. taken_over: the policy is not trained here, and its model becomes the critic's.
+    policy: the one that `spec.policy` names, if it is in this process. bases: those in memory; that of a frozen body is added.
+    taken_over: the policy is not trained here, and its model becomes the critic's.
     """
     common: dict[str, Any] = {
         "max_tokens": config.critic.max_tokens,
