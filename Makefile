@@ -40,7 +40,12 @@ test: $(BIN)/collm bubblewrap
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(BIN)/collm
+# Clients that others use, which run against a served agent; without them their tests are skipped.
+$(VENV)/clients: pyproject.toml constraints.txt $(BIN)/collm
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[clients]" && touch $@ || \
+	  echo "the clients' tests will be skipped: the extra 'clients' could not be installed, for the reason above"
+
+test-slow: $(BIN)/collm $(VENV)/clients
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal -v -rs
 
 fuzz: $(BIN)/collm
