@@ -1,6 +1,6 @@
 """Clients that others use run against `collm serve` as their docs say: openai, litellm, langchain and lm-eval.
 
-They are the extra `clients`, which `make test-slow` installs; a test whose client is missing is skipped, naming it.
+They are the extra `clients`, which `make test-clients` installs; a test whose client is missing is skipped, naming it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def client(name: str) -> Any:
-    return pytest.importorskip(name, reason=f"{name} is not installed: pip install -c constraints.txt '.[clients]'")
+    return pytest.importorskip(name, reason=f"{name} is not installed here; `make test-clients` has it")
 
 
 def said(url: str, **fields: Any) -> str:
