@@ -108,10 +108,10 @@ class LocalEngine:
                 for key, neighbours in groupby(batch, key=keys.__getitem__):
                     own = list(neighbours)
                     uniforms = torch.from_numpy(np.stack([uniforms_of(requests[i].seed, key[1].max_tokens) for i in own]))
-                    memories = (before[key], after[key]) if key in after else (None, None)
+                    known, kept = (before[key], after[key]) if key in after else (None, None)
                     watched = [observers[i] for i in own] if observers else []
                     asked = [prompts[i] for i in own]
-                    segments.append(Segment(self._ready[key[0]], asked, uniforms, key[1], *memories, watched))
+                    segments.append(Segment(self._ready[key[0]], asked, uniforms, key[1], known, kept, watched))
                 for i, (ids, logprobs) in zip(batch, decode(segments), strict=True):
                     stopped = bool(len(ids)) and int(ids[-1]) in policies[i].stop_ids
                     text, written = policies[i].chat.read(ids.tolist())

@@ -6,7 +6,7 @@ import json
 import math
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -46,7 +46,12 @@ MOST_STOPS, LONGEST_STOP = 16, 1024
 """Greatest number of stop strings, and of characters in one."""
 MOST_TOP = 20
 """Greatest `top_logprobs`."""
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
 """Role in a request -> role in the chat."""
 UNUSED = frozenset({"refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content"})
 """Fields of a message that clients send back from an answer; accepted while they hold nothing."""
