@@ -15,11 +15,13 @@ from collm.algorithms.catalogue import group_estimator
 from collm.engines.base import Engine
 from collm.engines.catalogue import make_engine
 from collm.errors import ConfigError
+from collm.learning.frozen import FrozenPart
 from collm.learning.learner import Learner, PartsLearner
-from collm.learning.parts import CriticPart, LocalHands, PolicyPart
+from collm.learning.parts import CriticPart, LocalHands, Part, PolicyPart
 from collm.learning.residual import Regressions
-from collm.models.blueprint import Blueprint, CriticSpec
-from collm.models.critic import Critic, ValueHead
+from collm.models.adapters import Base
+from collm.models.blueprint import BaseSpec, Blueprint, CriticSpec
+from collm.models.critic import HEADS, Critic, Head
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.models.trial import try_critic, try_team
@@ -164,23 +166,21 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
     blueprint = Blueprint.around(config, team.agents, team.specs)
     if not config.algorithm.has_critic:
         group_estimator(config.algorithm.baseline)  # refuse a faulty user-defined one before training
-    heads: dict[str, dict[str, ValueHead]] = {spec.name: {} for spec in blueprint.policies}
-    critics: list[CriticPart] = []
+    heads: dict[str, dict[str, Head]] = {spec.name: {} for spec in blueprint.policies}
+    critics: list[Part] = []
+    bases = {policy.adapter.base.spec: policy.adapter.base for policy in team.policies.values() if policy.adapter is not None}
     for critic in blueprint.critics:
         policy = team.policies[critic.policy]
         if critic.body == "policy":
             width = policy.model.config.get_text_config().hidden_size
-            heads[critic.policy][critic.name] = ValueHead(width).to(policy.device)
+            heads[critic.policy][critic.name] = HEADS[config.critic.loss](width).to(policy.device)
+            continue
+        model = _make_critic(critic, policy, config, bases)
+        if critic.body == "frozen":
+            critics.append(FrozenPart(critic.name, model, critic.agents, config, replay=critic.replay))
         else:
-            critics.append(
-                CriticPart(
-                    critic.name,
-                    _make_critic(critic, policy, config),
-                    critic.agents,
-                    config,
-                    lr=critic.rate(config),
-                )
-            )
+            lr = critic.rate(config)
+            critics.append(CriticPart(critic.name, model, critic.agents, config, lr=lr, replay=critic.replay))
     policies = [
         PolicyPart(
             spec.name,
@@ -207,14 +207,22 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
     return PartsLearner(LocalHands([*critics, *policies]), team.agents, labels, regressions, config)
 
 
-def _make_critic(spec: CriticSpec, policy: Policy, config: Config) -> Critic:
-    """Create and try a critic model of the blueprint. policy: the one that `spec.policy` names."""
+def _make_critic(spec: CriticSpec, policy: Policy, config: Config, bases: dict[BaseSpec, Base]) -> Critic:
+    """Create and try a critic model of the blueprint.
+
+    Args: policy: the one that `spec.policy` names. bases: bases in memory, to which that of a frozen body is added.
+    """
     common: dict[str, Any] = {
         "max_tokens": config.critic.max_tokens,
         "compute": policy.compute,
         "system": config.team.system,
+        "loss": config.critic.loss,
     }
-    if spec.body == "adapter" and policy.adapter is not None:
+    if spec.base is not None and spec.body == "frozen":
+        if spec.base not in bases:
+            bases[spec.base] = Base.from_pretrained(spec.model, dtype=spec.base.dtype, device=policy.device)
+        critic = Critic(bases[spec.base].bare(), bases[spec.base].tokenizer, **common).to(policy.device)
+    elif spec.body == "adapter" and policy.adapter is not None:
         seed = seeds.derive(config.run.seed, "critic's adapter", spec.name)
         base = policy.adapter.base
         critic = Critic(base.add_like(policy.adapter, seed), base.tokenizer, **common).to(policy.device)

@@ -1,32 +1,60 @@
-"""The rows of a grid's table in Markdown, from its results.json: `python docs/results/table.py docs/results/real/quote`."""
+"""The rows of a grid's table in Markdown: `python docs/results/table.py docs/results/real/quote collm-cc`.
 
+Where texts.json has every run, the table also compares final rewards text by text.
+"""
+
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 from draw import read
 
-from collm.studies.grid import Grid, Line
+from collm.studies.grid import Line
 from collm.studies.intervals import Interval, interval, student
 from collm.studies.series import REWARD
 
 
-def rows(grid: Grid, task: str, against: str) -> list[str]:
-    """Per method: seeds, each seed's final reward, the mean final reward and area, and the area of `against` minus its own."""
-    lines = grid.lines(task)
-    reference = {result.cell.seed: result.area for result in grid.line(task, against).results}
+def rows(folder: Path, against: str) -> list[str]:
+    """Per method: each seed's final reward, their mean, the area, and what `against` has more.
+
+    Differences of areas are paired by seed, with the bootstrap's interval (from three seeds on) and Student's. Differences of
+    final rewards are means over seeds, paired by held-out task, with both intervals over tasks.
+    """
+    grid, written = read(folder / "results.json"), folder / "texts.json"
+    (task,) = grid.tasks
+    lines, reference = grid.lines(task), grid.line(task, against)
+    texts = json.loads(written.read_text()) if written.exists() else {}
+    by_text = all(_name(line, seed) in texts for line in lines for seed in line.seeds)
     head = ["method", "final reward by seed", "mean", "area", f"area of {against} minus it", "Student's"]
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *(_row(line, reference) for line in lines))]
+    head += [f"final reward of {against} minus it, over texts", "Student's"] if by_text else []
+    table = [head, ["---"] * len(head)]
+    for line in lines:
+        final, areas = [result.final[REWARD] for result in line.results], [result.area for result in line.results]
+        cells = [f"`{line.method}`", " ".join(f"{value:.3f}" for value in final)]
+        cells += [f"{np.mean(values):.3f}" for values in (final, areas)]
+        if line.method == against:
+            cells += [""] * (len(head) - len(cells))
+        else:
+            own = {result.cell.seed: result.area for result in reference.results}
+            cells += _both([own[seed] - area for seed, area in zip(line.seeds, areas, strict=True)], "seed")
+            cells += _both(list(_rewards(texts, reference) - _rewards(texts, line)), "task") if by_text else []
+        table.append(cells)
+    return [f"| {' | '.join(cells)} |" for cells in table]
 
 
-def _row(line: Line, reference: dict[int, float]) -> list[str]:
-    final = [result.final[REWARD] for result in line.results]
-    areas = [result.area for result in line.results]
-    more = [reference[result.cell.seed] - result.area for result in line.results if result.cell.seed in reference]
-    both = ["", ""]
-    if any(more) and len(more) > 1:
-        both = [_shown(interval(more, fewest=3, unit="seed")), _shown(student(more, fewest=2, unit="seed"))]
-    numbers = [f"{sum(values) / len(values):.3f}" for values in (final, areas)]
-    return [f"`{line.method}`", " ".join(f"{value:.3f}" for value in final), *numbers, *both]
+def _name(line: Line, seed: int) -> str:
+    return f"{line.method}-seed{seed}" if line.rate is None else f"{line.method}-lr{line.rate:g}-seed{seed}"
+
+
+def _rewards(texts: dict, line: Line) -> np.ndarray:
+    """(number of held-out tasks,) final rewards, means over seeds."""
+    runs = [texts[_name(line, seed)]["rewards"] for seed in line.seeds]
+    return np.mean([[run[task] for task in runs[0]] for run in runs], 0)
+
+
+def _both(values: list[float], unit: str) -> list[str]:
+    return [_shown(interval(values, fewest=3, unit=unit)), _shown(student(values, fewest=2, unit=unit))]
 
 
 def _shown(found: Interval) -> str:
@@ -36,7 +64,4 @@ def _shown(found: Interval) -> str:
 
 
 if __name__ == "__main__":
-    folder, against = Path(sys.argv[1]), sys.argv[2]
-    found = read(folder / "results.json")
-    for task in found.tasks:
-        print(*rows(found, task, against), sep="\n")
+    print(*rows(Path(sys.argv[1]), sys.argv[2]), sep="\n")
