@@ -25,6 +25,10 @@ from collm.models.policy import Policy, compute_in
 from collm.models.team import Team
 from collm.types import Completion, Ids, Request, Sampling
 
+Observer = Callable[[int, float, Tensor], bool]
+"""Called with each sampled token of one answer, its log-prob, and the logits (V,) that it was drawn from; the answer ends with
+this token if the call returns true."""
+
 
 class LocalEngine:
     """Generates with the team's own weights, in this process.
@@ -60,7 +64,8 @@ class LocalEngine:
         self.rest()
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], observers: Sequence[Observer | None] = ()) -> list[Completion]:
+        """As `Engine.generate`. observers: one per request, or None for a request that has none."""
         completions: dict[int, Completion] = {}
         policies = [self.team.policies[request.agent] for request in requests]
         distinct = list({id(policy): policy for policy in self.team.policies.values()}.values())
@@ -104,8 +109,10 @@ class LocalEngine:
                 for key, neighbours in groupby(batch, key=keys.__getitem__):
                     own = list(neighbours)
                     uniforms = torch.from_numpy(np.stack([uniforms_of(requests[i].seed, key[1].max_tokens) for i in own]))
-                    memories = (before[key], after[key]) if key in after else ()
-                    segments.append(Segment(self._ready[key[0]], [prompts[i] for i in own], uniforms, key[1], *memories))
+                    known, kept = (before[key], after[key]) if key in after else (None, None)
+                    watched = [observers[i] for i in own] if observers else []
+                    asked = [prompts[i] for i in own]
+                    segments.append(Segment(self._ready[key[0]], asked, uniforms, key[1], known, kept, watched))
                 for i, (ids, logprobs) in zip(batch, decode(segments), strict=True):
                     stopped = bool(len(ids)) and int(ids[-1]) in policies[i].stop_ids
                     text, written = policies[i].chat.read(ids.tolist())
@@ -167,6 +174,8 @@ class Segment:
     """Keys and values of an earlier call, for prompts that continue its answers; cleared when the prompts are read."""
     after: Memory | None = None
     """Receives keys and values of this call; None to keep none."""
+    observers: Sequence[Observer | None] = ()
+    """One per prompt, or none at all."""
 
 
 def _bodies(segments: Sequence[Segment]) -> Callable[[Sequence[int]], Any]:
@@ -250,6 +259,7 @@ def decode(segments: Sequence[Segment]) -> list[tuple[Ids, np.ndarray]]:
     live_B = torch.ones(num, dtype=torch.bool, device=device)
     counts = [len(segment.prompts) for segment in segments]
     segment_B = torch.arange(len(segments)).repeat_interleave(torch.tensor(counts)).to(device)
+    observers = [observer for segment in segments for observer in segment.observers or [None] * len(segment.prompts)]
     bodies, kept = _bodies(segments), dict[int, Layers]()
     body = bodies(counts)
 
@@ -263,10 +273,15 @@ def decode(segments: Sequence[Segment]) -> list[tuple[Ids, np.ndarray]]:
                     kept[i] = cache.row(row, longest - len(prompts[i]), longest + length - 1)
 
     for step in range(steps):
-        next_B, logp_B = _draw(segments, counts, policy.logits(hidden_BD).float(), uniforms_BT[rows_B, step])
+        logits_BV = policy.logits(hidden_BD).float()
+        next_B, logp_B = _draw(segments, counts, logits_BV, uniforms_BT[rows_B, step])
         tokens_BT[rows_B, step] = next_B
         logps_BT[rows_B, step] = logp_B
         stopped_B = (torch.isin(next_B, stops) | (limits_B[rows_B] == step + 1)) & live_B
+        if any(observers):
+            watched = [observers[i] if live else None for i, live in zip(rows_B.tolist(), live_B.tolist(), strict=True)]
+            stopped_B |= torch.tensor(_observe(watched, next_B, logp_B, logits_BV), device=device)
+        del logits_BV
         lengths_B[rows_B[stopped_B]] = step + 1
         live_B = live_B & ~stopped_B
         num_live = int(live_B.sum())
@@ -291,6 +306,12 @@ def decode(segments: Sequence[Segment]) -> list[tuple[Ids, np.ndarray]]:
         assert memory is not None
         memory.add(np.concatenate([prompts[i], answers[i][0]]), layers)
     return answers
+
+
+def _observe(watched: Sequence[Observer | None], next_B: Tensor, logp_B: Tensor, logits_BV: Tensor) -> list[bool]:
+    """Whether each row's observer, if it has one, ends its answer."""
+    drawn = zip(watched, next_B.tolist(), logp_B.tolist(), logits_BV, strict=True)
+    return [observer is not None and observer(token, logprob, logits_V) for observer, token, logprob, logits_V in drawn]
 
 
 def _draw(segments: Sequence[Segment], counts: Sequence[int], logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
