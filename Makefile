@@ -22,6 +22,11 @@ $(BIN)/collm: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".[dev]"
 	@touch $(BIN)/collm
 
+# Ray (250 MB) is for the tests of cluster/ alone.
+$(BIN)/ray: $(BIN)/collm
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".[cluster]"
+	@touch $(BIN)/ray
+
 demo: $(BIN)/collm
 	@if [ -e $(RUN) ]; then $(BIN)/collm train --resume $(RUN); else $(BIN)/collm train --run.name $(notdir $(RUN)); fi
 	@$(BIN)/collm report $(RUN)
@@ -34,13 +39,13 @@ bubblewrap:
 	  ($$become apt-get update -qq && $$become apt-get install -y -qq --no-install-recommends bubblewrap) > /dev/null 2>&1; then exit 0; fi; \
 	echo "bubblewrap is not installed, so tasks that run code refuse to start: install it, e.g. sudo apt-get install bubblewrap"
 
-test: $(BIN)/collm bubblewrap
+test: $(BIN)/ray bubblewrap
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(BIN)/collm
+test-slow: $(BIN)/ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal -v -rs
 
 fuzz: $(BIN)/collm

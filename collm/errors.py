@@ -2,7 +2,8 @@
 
 `ConfigError`: the settings. `EnvError`: an environment. `EngineError`: an engine. `SandboxError`: the box that model-written
 code runs in. `RunError`: the run directory, for example a missing checkpoint, a taken name or a full disk. `TrainingError`:
-a number in training that is not finite. The command line prints the message without a traceback.
+a number in training that is not finite. `PartLost`: a process of a cluster that held a part of the team. The command line
+prints the message without a traceback.
 """
 
 from __future__ import annotations
@@ -42,5 +43,11 @@ class SaveError(RunError):
 
 class TrainingError(CollmError):
     """A loss, a gradient or a value is not finite."""
+
+    exit_code = 1
+
+
+class PartLost(CollmError):
+    """A process of a cluster that held a part of the team has died. The run continues from its last checkpoint."""
 
     exit_code = 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.cli.main import settings_text
-from collm.errors import ConfigError
+from collm.errors import ConfigError, PartLost
 from collm.runs.directory import RESUMABLE, check_named, checkpoints, command, read_settings
 from collm.runs.output import complain
 from collm.settings.load import load_config
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         overrides = dict(arguments.overrides)
         again = {f"{room}.{key}" for room, key in NAMED_AGAIN}
-        if set(overrides) <= {*RESUMABLE, *again}:  # other overrides are refused below
+        if all(name in again or name.startswith(RESUMABLE) for name in overrides):  # other overrides are refused below
             values = read_settings(arguments.resume)
             check_named(arguments.resume, values, overrides, training=True)
             for room, key in NAMED_AGAIN:  # the run's own value is not a change
@@ -68,8 +68,19 @@ def run(arguments: argparse.Namespace) -> int:
         trainer = Trainer(config)
     from collm.training.signals import Interrupted
 
+    restarts = trainer.config.cluster.restarts
     try:
-        folder = trainer.run()
+        while True:
+            try:
+                folder = trainer.run()
+                break
+            except PartLost as lost:
+                trainer.engine.close()
+                if not restarts:
+                    raise
+                complain(f"collm: {lost} Restarting ({restarts} left).")
+                restarts -= 1
+                trainer = Trainer.resume(trainer.folder)
     except Interrupted as interrupted:
         kept = checkpoints(trainer.folder)
         saved, begun = int(kept[-1].name) if kept else 0, trainer.iteration + (not trainer.whole)

@@ -32,7 +32,8 @@ class LocalEngine:
     Args:
         batch_tokens: maximum prompt and answer tokens in one batch, which bounds the memory of the key-value cache.
         remember: keep keys and values of the last answers, until `load` or `rest`, for prompts that continue them. The kept
-            cache is limited to half of `batch_tokens`; larger calls are not cached.
+            cache of each whole model, and of all adapters of one base, is limited to half of `batch_tokens`; larger calls are
+            not cached. What one of them keeps does not depend on the others, which may be in other processes.
     """
 
     trains = True
@@ -74,7 +75,7 @@ class LocalEngine:
             return homes[id(policies[i])], "" if _mixes(policies[i]) else repr(requests[i].sampling)
 
         order = sorted(range(len(requests)), key=lambda i: (batch_of(i), segment(i)))
-        for _, members in groupby(order, key=batch_of):
+        for (home, _), members in groupby(order, key=batch_of):
             rows = list(members)
             prompts = {i: policies[i].chat.encode(requests[i].messages) for i in rows}
             for i in rows:
@@ -87,7 +88,7 @@ class LocalEngine:
                 if id(policies[i]) not in self._ready:
                     self._ready[id(policies[i])] = policies[i].for_generation()
             before = {key: self._memories.pop(key, None) for key in sizes}
-            held = sum(memory.tokens for memory in self._memories.values())
+            held = sum(memory.tokens for (owner, _), memory in self._memories.items() if homes[owner] == home)
             after: dict[tuple[int, Sampling], Memory] = {}
             room = self.batch_tokens // 2 - held
             for key, size in sizes.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -42,7 +43,7 @@ class Learner(Protocol):
         """The annotations that `update` would return for these groups. Nothing is learned or changed."""
         ...
 
-    def tensors(self) -> dict[str, Tensors]:
+    def tensors(self) -> Mapping[str, Tensors]:
         """File name -> tensors of a checkpoint."""
         ...
 
@@ -112,12 +113,10 @@ class PartsLearner:
         """The values of all critics."""
         return critics.merge(values for values in self.hands.all("values", batch) if values is not None)
 
-    def tensors(self) -> dict[str, Tensors]:
-        """File name -> tensors of a checkpoint."""
-        files = {name: weights_of(module) for name, module in self.regressions.modules().items()}
-        for part in self.hands.all("tensors"):
-            files |= part
-        return files
+    def tensors(self) -> Mapping[str, Tensors]:
+        """File name -> tensors of a checkpoint; those of parts elsewhere are fetched when they are read, one file at a time."""
+        regressions = {name: weights_of(module) for name, module in self.regressions.modules().items()}
+        return ChainMap(regressions, *self.hands.all("tensors"))
 
     def restore(self, read: Read) -> None:
         """Load the output of `tensors`. Raises ValueError if it does not fit."""

@@ -13,7 +13,7 @@ decides about sharing:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from collm.errors import ConfigError
@@ -138,6 +138,11 @@ class Unit:
     critics: tuple[CriticSpec, ...]
     references: tuple[ReferenceSpec, ...]
 
+    @property
+    def name(self) -> str:
+        """The name of its first policy; of a critic that shares with no policy, the critic's label in metrics."""
+        return self.policies[0].name if self.policies else self.critics[0].label
+
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
@@ -231,6 +236,15 @@ class Blueprint:
             )
             for key in dict.fromkeys([*keys.values(), *owners.values()])
         )
+
+    @property
+    def parts(self) -> tuple[CriticSpec | PolicySpec, ...]:
+        """What learns by itself, in the learner's order: critics that are no value heads, then policies."""
+        return (*(critic for critic in self.critics if critic.body != "policy"), *self.policies)
+
+    def alone(self, unit: Unit) -> Blueprint:
+        """The blueprint with the policies, critics and references of one unit."""
+        return replace(self, policies=unit.policies, critics=unit.critics, references=unit.references)
 
     @property
     def checkpoint_names(self) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -12,6 +13,22 @@ from collm.models.adapters import Base
 from collm.models.blueprint import BaseSpec, PolicySpec, policies_of
 from collm.models.policy import Policy
 from collm.settings.rooms import LoraSettings
+
+
+class AnyTeam(Protocol):
+    """What a trainer uses of a team, whose policies may be in this process (`Team`) or in others (`cluster.hands.SeatTeam`)."""
+
+    @property
+    def agents(self) -> tuple[str, ...]: ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens of the largest vocabulary."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write one Hugging Face folder per agent, named after it."""
+        ...
 
 
 class Team:
@@ -37,6 +54,7 @@ class Team:
         device: str | torch.device = "cpu",
         system: str | None = None,
         thinking: str | None = None,
+        only: Collection[str] | None = None,
     ) -> Team:
         """Load one model per agent; `blueprint.policies_of` decides which agents share parameters.
 
@@ -46,11 +64,14 @@ class Team:
             shared: agents with the same initial model share one policy.
             seed: determines the initial weights of new adapters.
             system, thinking: as `team.system` and `team.thinking`; None leaves them to the template.
+            only: the policies that are loaded, by the names of their first agents; they are the same as in the whole team.
         """
         bases: dict[BaseSpec, Base] = {}
         loaded: dict[str, Policy] = {}
         order = list(models)
         for spec in policies_of(models, lora=lora, shared=shared, compute=compute):
+            if only is not None and spec.name not in only:
+                continue
             own = seed + order.index(spec.name)
             policy = Policy.from_pretrained(
                 spec.model,
@@ -63,11 +84,16 @@ class Team:
                 thinking=thinking,
             )
             loaded |= dict.fromkeys(spec.agents, policy)
-        return cls({agent: loaded[agent] for agent in models})
+        return cls({agent: loaded[agent] for agent in models if agent in loaded})
 
     @property
     def agents(self) -> tuple[str, ...]:
         return tuple(self.policies)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens of the largest vocabulary."""
+        return max(policy.model.config.get_text_config().vocab_size for policy in self.policies.values())
 
     def members(self) -> dict[str, Policy]:
         """Each distinct policy once, under the name of its first agent."""

@@ -120,10 +120,13 @@ class Plan:
         }
 
 
-def plan(config: Config, work: Work | None = None) -> Plan:
-    """The plan of a recipe. Raises ConfigError where a model's shape is unknown."""
+def plan(config: Config, work: Work | None = None, blueprint: Blueprint | None = None) -> Plan:
+    """The plan of a recipe. Raises ConfigError where a model's shape is unknown.
+
+    blueprint: what one process holds; default: everything.
+    """
     work = work or work_of(config)
-    blueprint = Blueprint.of(config, work.agents)
+    blueprint = blueprint or Blueprint.of(config, work.agents)
     policies = [(policy, _policy(policy)) for policy in blueprint.policies]
     critics = [(critic, _critic(critic, blueprint)) for critic in blueprint.critics if critic.body != "policy"]
     models = [model for _, model in [*policies, *critics]]
@@ -149,9 +152,10 @@ def plan(config: Config, work: Work | None = None) -> Plan:
     cast = sum(_cast_bytes(config, model) for _, model in policies)
     owners = {policy.name: (policy, model) for policy, model in policies}
     batches = [[owners[policy.name] for policy in unit.policies] for unit in blueprint.units if unit.policies]
-    phases = [_generation(config, work, batch, cast) for batch in batches]
+    kept = sum(_kept(config, work, batch) for batch in batches)
+    phases = [_generation(config, work, batch, cast, kept) for batch in batches]
     limit, tasks = config.learner.micro_batch_tokens, work.episodes // work.leaves
-    rows = {agent: work.rows(agent, max_tokens=limit) for agent in blueprint.agents}
+    rows = {agent: work.rows(agent, max_tokens=limit) for policy in blueprint.policies for agent in policy.agents}
     read = {critic.name: _read_by(config, work, critic) for critic, _ in critics}
     phases += [_update(config, model, read[critic.name], tasks, 0) for critic, model in critics]
     for policy, model in policies:
@@ -186,10 +190,20 @@ def _read_by(config: Config, work: Work, critic: CriticSpec) -> list[Row]:
     return work.rows(*agents, **size, answered=critic.kind != "V")
 
 
-def _generation(config: Config, work: Work, batch: Sequence[tuple[PolicySpec, Model]], cast: int) -> Phase:
+def _kept(config: Config, work: Work, batch: Sequence[tuple[PolicySpec, Model]]) -> int:
+    """Bytes of the key-value cache that the local engine keeps of one batch for the next turn."""
+    shape, held = batch[0][1].shape, 0
+    for policy, _ in batch:
+        own = work.episodes * len(policy.agents) * max(work.sequence(agent) for agent in policy.agents)
+        held += own if held + own <= config.rollout.batch_tokens // 2 else 0
+    return held * shape.layers * 2 * shape.kv_heads * shape.head_dim * _compute_bytes(config)
+
+
+def _generation(config: Config, work: Work, batch: Sequence[tuple[PolicySpec, Model]], cast: int, kept: int) -> Phase:
     """Generation of the last and longest turn: prefill, key-value cache, logits, as in engines/local.py.
 
     batch: a whole model, or the adapters of one base, whose prompts are read one after another and tokens decoded together.
+    kept: bytes of the caches that all batches keep for the next turn.
     """
     name = f"generation ({', '.join(model.name for _, model in batch)})"
     if config.rollout.engine == "vllm":
@@ -202,11 +216,7 @@ def _generation(config: Config, work: Work, batch: Sequence[tuple[PolicySpec, Mo
     largest = max(1, config.rollout.batch_tokens // length)
     rows, read = min(sum(asked.values()), largest), min(max(asked.values()), largest)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    held = 0  # for the next turn
-    for policy, _ in batch:
-        own = asked[policy.name] * lengths[policy.name]
-        held += own if held + own <= config.rollout.batch_tokens // 2 else 0
-    cache = (rows * length * (shape.layers + 1) + held * shape.layers) * 2 * keys * c  # a layer more while rows leave the batch
+    cache = rows * length * (shape.layers + 1) * 2 * keys * c + kept  # a layer more while rows leave the batch
     mlp = 3 * c * shape.intermediate + 8 * shape.hidden
     attention = c * (3 * queries + 2 * keys) + 8 * shape.hidden + 5 * prompt * (prompt > 1)
     sorts = config.rollout.top_p < 1 or config.rollout.top_k
@@ -310,15 +320,20 @@ def _has_cuda(device: str) -> bool:
     return device.startswith("cuda") or (device == "auto" and shutil.which("nvidia-smi") is not None)
 
 
+def gpu_memories() -> list[int]:
+    """Memory in bytes of each GPU of this machine, by NVIDIA's own tool; [] if it finds none."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return [int(line) << 20 for line in answer.split()]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+
+
 def device_memory(device: str) -> int | None:
     """Memory in bytes of the device that a run would use; None if it is unknown."""
     if _has_cuda(device):
-        command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-        try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-            return int(answer.split()[0]) << 20
-        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-            return None
+        return next(iter(gpu_memories()), None)
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

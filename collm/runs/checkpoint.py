@@ -32,7 +32,7 @@ from collm.errors import RunError
 from collm.learning.learner import Learner
 from collm.learning.tensors import restore
 from collm.models.blueprint import POLICY
-from collm.models.team import Team
+from collm.models.team import AnyTeam
 from collm.runs.directory import checkpoints
 from collm.runs.examples import of_agent, write_examples
 from collm.runs.files import REMOVING, explained, remove, replacing, write_text
@@ -83,7 +83,7 @@ def save(folder: Path, learner: Learner, state: Mapping[str, Any]) -> None:
         (aside / STATE).write_text(account, encoding="utf-8")
 
 
-def save_team(folder: Path, team: Team, examples: Sequence[Example] = ()) -> None:
+def save_team(folder: Path, team: AnyTeam, examples: Sequence[Example] = ()) -> None:
     """Write the team as Hugging Face folders with each agent's examples, atomically; earlier files are replaced."""
     with replacing(folder) as aside, failing_as_os_errors():
         aside.mkdir()

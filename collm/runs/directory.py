@@ -32,8 +32,8 @@ EXAMPLES = "examples.jsonl"
 EMPTY = frozenset({"lock", CHECKPOINTS})
 """Names that a folder may hold before a run begins in it; a start that was killed leaves them."""
 _EPISODES = re.compile("([0-9]{6,})(-evaluation)?[.]jsonl")
-RESUMABLE = ("run.iterations", "run.device", "run.threads")
-"""Settings that may change when a run is resumed."""
+RESUMABLE = ("run.iterations", "run.device", "run.threads", "cluster.")
+"""Settings, or prefixes of settings, that may change when a run is resumed."""
 CHANGEABLE = ("env.", "evaluation.", "rollout.", "run.threads", "run.device", "run.seed", "team.compute", "team.api_key_env")
 """Settings, or prefixes of settings, that may change when a trained run is evaluated."""
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -177,6 +177,13 @@ def check_named(folder: Path, values: Mapping[str, Any], named: Mapping[str, Any
             f"run {str(folder)!r} plays the environment {name!r}, which is not built in: it is Python code, and a run folder "
             f"may come from elsewhere. If you trust it, name it again: --env.name {name}"
         )
+    cluster = values.get("cluster")
+    address = str(cluster.get("address", "")) if training and isinstance(cluster, dict) else ""
+    if ":" in address and "cluster.address" not in named:
+        raise RunError(
+            f"run {str(folder)!r} was trained on the Ray cluster at {address}, which can run code in this process. If you "
+            f"trust it, name it again: --cluster.address {address}; otherwise another one, or 'none' for this process alone."
+        )
     team = values.get("team")
     key = team.get("api_key_env") if isinstance(team, dict) else None
     if key and named.get("team.api_key_env") != key:
@@ -192,9 +199,9 @@ def resumed_config(folder: Path, overrides: Mapping[str, Any]) -> Config:
     Raises ConfigError where an override is not in `RESUMABLE`, or where the run began with settings that no longer exist.
     """
     for name in overrides:
-        if name not in RESUMABLE:
+        if not name.startswith(RESUMABLE):
             raise ConfigError(
-                f"{name!r} cannot change when a run is resumed: these can: {', '.join(RESUMABLE)}. Start a new run for other "
+                f"{name!r} cannot change when a run is resumed: these can: {', '.join(RESUMABLE)}*. Start a new run for other "
                 "settings: collm train RECIPE --run.name NAME."
             )
     kept = _settings_file(folder)
@@ -223,6 +230,7 @@ def run_config(folder: Path, overrides: Mapping[str, Any], *, playing: bool = Tr
                 f"{key!r} is not a setting that the evaluation of a trained run can change: these are env.*, evaluation.*, "
                 "rollout.*, run.threads, run.device, run.seed, team.compute and team.api_key_env."
             )
+    values.pop("cluster", None)  # a trained team is evaluated in one process
     if (folder / EXAMPLES).is_file():
         apply_overrides(values, {"rollout.examples": str(folder / EXAMPLES)})
     apply_overrides(values, overrides)

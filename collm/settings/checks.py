@@ -175,6 +175,24 @@ def no_text_critic_has_no_text_settings(c: Config) -> None:
             )
 
 
+def cluster_has_an_address(c: Config) -> None:
+    address = c.cluster.address
+    if address not in (None, "local", "auto") and not re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\]):\d{1,5}", str(address)):
+        raise ValueError(
+            f"cluster.address={address!r} is not the address of a Ray cluster. Set 'local', 'auto', or HOST:PORT as "
+            "`ray start --head` prints it."
+        )
+
+
+def models_fit_on_one_device(c: Config) -> None:
+    for name, share in c.cluster.devices.items():
+        if share > 1:
+            raise ValueError(
+                f"cluster.devices: {name}={share:g}, but a model is trained on one device. Set at most 1; to make it smaller, "
+                "see `collm plan`."
+            )
+
+
 CONFIG = (
     sampling_varies,
     vllm_can_sample,
@@ -183,4 +201,6 @@ CONFIG = (
     warm_up_ends,
     value_head_reads_what_its_agent_reads,
     no_text_critic_has_no_text_settings,
+    cluster_has_an_address,
+    models_fit_on_one_device,
 )

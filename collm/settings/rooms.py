@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
@@ -20,6 +21,8 @@ from collm.settings.presets import ALGORITHMS, CRITIC_BASELINES
 
 Examples = Annotated[int, Field(ge=0)] | str
 NUMBERS = (int, float, int | None, float | None, Examples)
+OFF = BeforeValidator(lambda value: None if value == "none" else value)
+"""Makes "none" a way to write None, which TOML does not have."""
 
 
 class Room(BaseModel):
@@ -115,13 +118,8 @@ class TeamSettings(Room):
     thinking: Literal["off", "private", "shown"] = "off"
     """"off": models do not think if their chat template has a switch for it. "private": they think, but neither the environment
     nor another agent reads thoughts, which are trained in every case. "shown": thoughts are part of the answer."""
-    lora: LoraSettings | None = None
+    lora: Annotated[LoraSettings | None, OFF] = None
     """Train low-rank adapters instead of whole models: a table of settings, or "none"."""
-
-    @field_validator("lora", mode="before")
-    @classmethod
-    def _none(cls, value: Any) -> Any:
-        return None if value == "none" else value
 
     @property
     def remote(self) -> dict[str, str]:
@@ -165,8 +163,8 @@ class RolloutSettings(Room):
     max_tokens: int = Field(256, ge=1)
     """Maximum length of an answer, in tokens."""
     batch_tokens: int = Field(1 << 17, ge=1)
-    """Maximum tokens in one batch of the local engine, which bounds its key-value cache. The cache kept for the next turn is
-    limited to half of this."""
+    """Maximum tokens in one batch of the local engine, which bounds its key-value cache. The cache that each model keeps for
+    the next turn is limited to half of this."""
 
 
 class AlgorithmSettings(Room):
@@ -194,7 +192,7 @@ class AlgorithmSettings(Room):
     """Clip range: the importance ratio is clipped to [1 - clip, 1 + clip]."""
     epochs: int = Field(1, ge=1)
     """Policy updates per iteration, each over all answers of the iteration."""
-    max_drop: float | None = Field(None, gt=0)
+    max_drop: Annotated[float | None, OFF] = Field(None, gt=0)
     """Maximum mean drop of the log-prob of good answers (neither return nor advantage below the iteration's mean) by one policy
     update, in nats per answer; a larger step is halved until it is within this, at most to 1/64. "none" takes every step whole.
     With 0.03 a team that has solved its task stays solved (docs/results/stability)."""
@@ -203,11 +201,6 @@ class AlgorithmSettings(Room):
     each group's standard deviation of returns."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the KL divergence to the initial policy; above 0 a frozen copy of it is kept (for an adapter, its base)."""
-
-    @field_validator("max_drop", mode="before")
-    @classmethod
-    def _none(cls, value: Any) -> Any:
-        return None if value == "none" else value
 
     @model_validator(mode="before")
     @classmethod
@@ -277,17 +270,12 @@ class LearnerSettings(Room):
     """Learning rate of the agents (AdamW); default: 5e-4 for adapters and for "tiny", 5e-6 for other whole models."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule of the learning rates over the iterations."""
-    clip_norm: float | None = Field(1.0, gt=0)
+    clip_norm: Annotated[float | None, OFF] = Field(1.0, gt=0)
     """Maximum norm of a gradient; "none" does not clip."""
     micro_batch_tokens: int = Field(8192, ge=1)
     """Maximum tokens (padding included) in one forward and backward pass; affects memory, not results."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more computation."""
-
-    @field_validator("clip_norm", mode="before")
-    @classmethod
-    def _none(cls, value: Any) -> Any:
-        return None if value == "none" else value
 
 
 class EvaluationSettings(Room):
@@ -301,6 +289,16 @@ class EvaluationSettings(Room):
     def due(self, iteration: int, last: int) -> bool:
         """Whether the team is evaluated after `iteration` of `last` iterations; 0 is before training."""
         return self.every > 0 and (iteration % self.every == 0 or iteration == last)
+
+
+class ClusterSettings(Room):
+    address: Annotated[str | None, OFF] = None
+    """Ray cluster that trains every model in a process of its own: "local" starts one here, "auto" is the one that runs here,
+    or HOST:PORT; "none" trains in this process. It needs the extra `cluster`."""
+    devices: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Agent, or "critic" -> fraction of a device (a GPU, or a machine without one) for its model; default: by memory."""
+    restarts: int = Field(3, ge=0)
+    """Number of times that a run continues from its last checkpoint by itself after a process was lost."""
 
 
 TABLES: dict[str, type[Room]] = {"team.lora": LoraSettings, "rollout.vllm": VllmSettings}
@@ -318,6 +316,7 @@ class Config(Room):
     critic: CriticSettings = CriticSettings()
     learner: LearnerSettings = LearnerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    cluster: ClusterSettings = ClusterSettings()
 
     @model_validator(mode="before")
     @classmethod

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,19 @@ import torch
 
 from collm import seeds
 from collm.algorithms.catalogue import group_estimator
+from collm.cluster.hands import SeatEngine, SeatHands, SeatTeam
+from collm.cluster.places import needs_of, place
+from collm.cluster.seats import Contents
 from collm.engines.base import Engine
 from collm.engines.catalogue import make_engine
 from collm.errors import ConfigError
 from collm.learning.learner import Learner, PartsLearner
-from collm.learning.parts import CriticPart, LocalHands, PolicyPart
+from collm.learning.parts import CriticPart, Hands, LocalHands, Part, PolicyPart
 from collm.learning.residual import Regressions
-from collm.models.blueprint import Blueprint, CriticSpec
+from collm.models.blueprint import Blueprint, CriticSpec, Unit
 from collm.models.critic import Critic, ValueHead
 from collm.models.policy import Policy
-from collm.models.team import Team
+from collm.models.team import AnyTeam, Team
 from collm.models.trial import try_critic, try_team
 from collm.rollout.collector import Collector, LocalCollector
 from collm.rollout.plan import Plan
@@ -36,7 +40,8 @@ from collm.types import Example, Sampling
 class Assembly:
     """The objects of a run."""
 
-    team: Team
+    team: Any
+    """`AnyTeam`, of the kind that its engine loads."""
     engine: Engine
     collector: Collector
     learner: Learner
@@ -50,12 +55,13 @@ class Assembly:
 
 def prepare(config: Config) -> Config:
     """The config of the run directory, with this machine's threads and device and with absolute data paths; this process uses
-    those threads and a limited heap.
+    those threads and a limited heap. On a cluster every process has as many threads, and the device is chosen there.
 
     Raises ConfigError for settings that cannot train, or a device that is not available.
     """
     config.check_trains()
-    threads, device = config.run.threads or usable_cores(), resolve_device(config.run.device)
+    apart = config.cluster.address is not None
+    threads, device = config.run.threads or usable_cores(), config.run.device if apart else resolve_device(config.run.device)
     torch.set_num_threads(threads)
     limit_heap()
     options = with_absolute_data(config.env.options, Path.cwd())
@@ -85,6 +91,21 @@ def assemble(
     tasks = training_tasks(plan)
     if config.evaluation.every:
         num_tasks(replace(plan, split="eval"))  # fail before training begins
+    reads = config.algorithm.has_critic or config.algorithm.teammates != "none"
+    names = metric_names(config) if reads else ()
+    if config.cluster.address is not None:
+        if team or engine or learner:
+            raise ConfigError(
+                f"cluster.address={config.cluster.address!r} trains models in processes of their own, but a team, an engine or "
+                "a learner of this process is given. Leave them out, or set cluster.address='none'."
+            )
+        blueprint = Blueprint.of(config, agents)
+        seated, away, hands = make_seats(config, agents, blueprint, plan.sampling)
+        engine = with_remote(away, config)
+        learner = learner_of(hands, config, blueprint, names)
+        return Assembly(
+            seated, engine, collector or LocalCollector(engine, stop=stop), learner, plan, tasks, blueprint.rates(config)
+        )
     team = team or make_team(config, agents)
     if team.agents != trained:
         raise ConfigError(f"the team plays {team.agents}, but the task's agents are {agents}.")
@@ -94,18 +115,16 @@ def assemble(
             f"{type(engine).__name__} gives no token ids and log-probs: it can evaluate and play frozen team-mates, but not "
             "train. Use the local engine."
         )
-    if learner is None:
-        reads = config.algorithm.has_critic or config.algorithm.teammates != "none"
-        learner = make_learner(team, config, plan.sampling, metric_names(config) if reads else ())
+    learner = learner or make_learner(team, config, plan.sampling, names)
     rates = Blueprint.around(config, team.agents, team.specs).rates(config)
     return Assembly(team, engine, collector or LocalCollector(engine, stop=stop), learner, plan, tasks, rates)
 
 
-def unfiltered(team: Team, sampling: Sampling) -> dict[str, int]:
+def unfiltered(team: AnyTeam, sampling: Sampling) -> dict[str, int]:
     """{"unfiltered_vocabulary": size of the largest} if answers are drawn from all of it at temperature 1 or more, else {}."""
     if sampling.temperature < 1 or sampling.top_p < 1 or sampling.top_k:
         return {}
-    return {"unfiltered_vocabulary": max(p.model.config.get_text_config().vocab_size for p in team.policies.values())}
+    return {"unfiltered_vocabulary": team.vocabulary}
 
 
 def resolve_device(device: str) -> str:
@@ -123,9 +142,10 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def make_team(config: Config, agents: tuple[str, ...]) -> Team:
+def make_team(config: Config, agents: tuple[str, ...], *, only: Collection[str] | None = None) -> Team:
     """Load the models of `config.team` for all agents except frozen team-mates on servers, and try them.
 
+    only: the policies that are loaded, by the names of their first agents.
     Raises ConfigError if no agent is left, or a model cannot be trained.
     """
     settings = config.team
@@ -138,6 +158,7 @@ def make_team(config: Config, agents: tuple[str, ...]) -> Team:
         device=config.run.device,
         system=settings.system,
         thinking=settings.thinking,
+        only=only,
     )
     try_team(team, cached=config.rollout.engine == "local")
     return team
@@ -157,44 +178,18 @@ def with_remote(engine: Engine, config: Config) -> Engine:
 
 
 def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: Sequence[str] = ()) -> PartsLearner:
-    """A learner with all parts in this process: critics first, then one part for each distinct policy of the team.
+    """A learner with all parts in this process.
 
     Args: sampling: the distribution of training answers. metric_names: the environment metrics that regressions read.
     """
     blueprint = Blueprint.around(config, team.agents, team.specs)
+    return learner_of(LocalHands(make_parts(team, config, blueprint, sampling)), config, blueprint, metric_names)
+
+
+def learner_of(hands: Hands, config: Config, blueprint: Blueprint, metric_names: Sequence[str] = ()) -> PartsLearner:
+    """A learner whose parts, those of the blueprint, are called by `hands`."""
     if not config.algorithm.has_critic:
         group_estimator(config.algorithm.baseline)  # refuse a faulty user-defined one before training
-    heads: dict[str, dict[str, ValueHead]] = {spec.name: {} for spec in blueprint.policies}
-    critics: list[CriticPart] = []
-    for critic in blueprint.critics:
-        policy = team.policies[critic.policy]
-        if critic.body == "policy":
-            width = policy.model.config.get_text_config().hidden_size
-            heads[critic.policy][critic.name] = ValueHead(width).to(policy.device)
-        else:
-            critics.append(
-                CriticPart(
-                    critic.name,
-                    _make_critic(critic, policy, config),
-                    critic.agents,
-                    config,
-                    lr=critic.rate(config),
-                )
-            )
-    policies = [
-        PolicyPart(
-            spec.name,
-            team.policies[spec.name],
-            spec.agents,
-            heads[spec.name],
-            config,
-            sampling,
-            lr=spec.rate(config),
-            head_lr=spec.head_rate(config),
-        )
-        for spec in blueprint.policies
-    ]
-    labels = blueprint.labels
     reported = bool(metric_names)
     regressions = Regressions(
         dict(blueprint.views),
@@ -204,23 +199,96 @@ def make_learner(team: Team, config: Config, sampling: Sampling, metric_names: S
         changes=config.changes_read(reported=reported) if blueprint.difference_baseline else None,
         effects=config.algorithm.teammates == "effects",
     )
-    return PartsLearner(LocalHands([*critics, *policies]), team.agents, labels, regressions, config)
+    return PartsLearner(hands, blueprint.agents, blueprint.labels, regressions, config)
 
 
-def _make_critic(spec: CriticSpec, policy: Policy, config: Config) -> Critic:
-    """Create and try a critic model of the blueprint. policy: the one that `spec.policy` names."""
+def make_parts(team: Team | None, config: Config, blueprint: Blueprint, sampling: Sampling) -> list[Part]:
+    """The parts of a blueprint, in the order of `Blueprint.parts`.
+
+    team: it has the blueprint's policies. A critic that shares with none of them may take over the model of a policy that is
+    only in the team; None if it needs none.
+    """
+    heads: dict[str, dict[str, ValueHead]] = {spec.name: {} for spec in blueprint.policies}
+    parts: list[Part] = []
+    for critic in blueprint.critics:
+        policy = None if team is None else team.policies[critic.policy]
+        if critic.body == "policy" and policy is not None:
+            width = policy.model.config.get_text_config().hidden_size
+            heads[critic.policy][critic.name] = ValueHead(width).to(policy.device)
+        else:
+            model = _make_critic(critic, policy, config, taken_over=critic.policy not in heads)
+            parts.append(CriticPart(critic.name, model, critic.agents, config, lr=critic.rate(config)))
+    for spec in blueprint.policies:
+        assert team is not None
+        rates = {"lr": spec.rate(config), "head_lr": spec.head_rate(config)}
+        own = heads[spec.name]
+        parts.append(PolicyPart(spec.name, team.policies[spec.name], spec.agents, own, config, sampling, **rates))
+    return parts
+
+
+def _make_critic(spec: CriticSpec, policy: Policy | None, config: Config, *, taken_over: bool) -> Critic:
+    """Create and try a critic model of the blueprint.
+
+    policy: the one that `spec.policy` names, if it is in this process. taken_over: it is not a policy here, and its model
+    becomes the critic's.
+    """
     common: dict[str, Any] = {
         "max_tokens": config.critic.max_tokens,
-        "compute": policy.compute,
+        "compute": config.team.compute if policy is None else policy.compute,
         "system": config.team.system,
     }
-    if spec.body == "adapter" and policy.adapter is not None:
+    if policy is None:
+        critic = Critic.from_pretrained(spec.model, device=config.run.device, **common)
+    elif spec.body == "adapter" and policy.adapter is not None:
         seed = seeds.derive(config.run.seed, "critic's adapter", spec.name)
         base = policy.adapter.base
         critic = Critic(base.add_like(policy.adapter, seed), base.tokenizer, **common).to(policy.device)
     elif spec.body == "copy":
-        critic = Critic(copy.deepcopy(policy.body), policy.tokenizer, **common).to(policy.device)
+        body = policy.body if taken_over else copy.deepcopy(policy.body)
+        critic = Critic(body, policy.tokenizer, **common).to(policy.device)
     else:
         critic = Critic.from_pretrained(spec.model, device=policy.device, **common)
     try_critic(critic)
     return critic
+
+
+def make_unit(config: Config, agents: tuple[str, ...], blueprint: Blueprint, unit: Unit, sampling: Sampling) -> Contents:
+    """The models, engine and parts of one unit, for the seat whose process this is. They are those of the whole team.
+
+    agents: the environment's. blueprint: of the whole team.
+    """
+    torch.set_num_threads(config.run.threads or usable_cores())
+    limit_heap()
+    resolve_device(config.run.device)
+    copied = {critic.policy for critic in unit.critics if critic.body == "copy"}
+    names = {policy.name for policy in unit.policies} or copied
+    team = make_team(config, agents, only=names) if names else None
+    parts = make_parts(team, config, blueprint.alone(unit), sampling)
+    if team is None or not unit.policies:
+        return Contents(None, None, parts)
+    return Contents(team, make_engine(team, config.rollout), parts)
+
+
+def make_seats(
+    config: Config, agents: tuple[str, ...], blueprint: Blueprint, sampling: Sampling
+) -> tuple[SeatTeam, SeatEngine, SeatHands]:
+    """Team, engine and hands with every unit of the blueprint in a seat of the cluster."""
+    from collm.cluster.start import Cluster
+
+    cluster = Cluster.connect(config.cluster.address or "local")
+    try:
+        devices = cluster.devices(config.run.device)
+        run = config.run.model_copy(update={"device": devices[0].kind})
+        placed = place(needs_of(config.model_copy(update={"run": run}), blueprint), devices)
+        seats = {unit.name: cluster.seat(unit.name, placed[unit.name]) for unit in blueprint.units}
+        filled = [
+            seats[unit.name].ask("fill", partial(make_unit, placed[unit.name].adapt(config), agents, blueprint, unit, sampling))
+            for unit in blueprint.units
+        ]
+        vocabulary = max(wait() for wait in filled)
+    except BaseException:
+        cluster.close()
+        raise
+    homes = {agent: seats[unit.name] for unit in blueprint.units for policy in unit.policies for agent in policy.agents}
+    team = SeatTeam({agent: homes[agent] for agent in blueprint.agents}, vocabulary)
+    return team, SeatEngine(homes, cluster.close), SeatHands(seats, blueprint, cluster.share)

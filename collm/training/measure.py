@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from collm import seeds
-from collm.settings.rooms import Config
+from collm.settings.rooms import ClusterSettings, Config
 from collm.training.assemble import Assembly, assemble, prepare
 from collm.training.task import draw_tasks, num_tasks
 
@@ -88,7 +88,7 @@ class Measured:
 
 def measure(config: Config) -> Measured:
     """Load the team and time two steps after an untimed smaller one. Raises ConfigError as a run would."""
-    config = prepare(config)
+    config = prepare(config.model_copy(update={"cluster": ClusterSettings()}))  # timed in this process
     made = assemble(config)
     tasks = config.rollout.tasks
     small = max(1, tasks // SMALL)

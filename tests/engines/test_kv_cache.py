@@ -15,6 +15,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from collm.engines.catalogue import make_engine
 from collm.engines.local import LocalEngine
+from collm.engines.mixed import MixedEngine
 from collm.envs.catalogue import EnvSpec
 from collm.models.adapters import Base
 from collm.models.policy import Policy
@@ -174,6 +175,19 @@ def test_who_is_remembered_does_not_hang_on_memory_addresses(tiny, batch_tokens)
         return [completion.logprobs.tolist() for completion in completions(groups)]
 
     assert play(tiny, twin) == play(twin, tiny)
+
+
+@pytest.mark.parametrize("batch_tokens", [2500, 4000])
+def test_a_model_keeps_and_batches_the_same_beside_others_as_alone(tiny, batch_tokens):
+    """Also where the kept histories of both are more than one budget: models may be in processes of their own."""
+    twin = copy.copy(tiny)
+    plan = Plan(build(), sampling=Sampling(max_tokens=40), group_size=2)
+    together = Counting(team(tiny, twin), batch_tokens=batch_tokens, remember=True)
+    groups = collect(plan, together, [0, 1, 2], [1, 2, 3])
+    alone = {agent: Counting(team(tiny, twin), batch_tokens=batch_tokens, remember=True) for agent in team(tiny, twin).agents}
+    again = collect(plan, MixedEngine(alone["builder_0"], {"builder_1": alone["builder_1"]}), [0, 1, 2], [1, 2, 3])
+    assert [c.logprobs.tolist() for c in completions(groups)] == [c.logprobs.tolist() for c in completions(again)]
+    assert together.most_held > max(engine.most_held for engine in alone.values()) > 0
 
 
 @pytest.mark.parametrize(("rope", "remembers"), [("default", True), ("linear", True), ("dynamic", False), ("longrope", False)])

@@ -191,6 +191,29 @@ def test_critics_need_not_be_adapters() -> None:
     assert q.critics[0].kind == "Q"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "units"),
+    [
+        ({}, {"agent_0": ["agent_0"], "agent_1": ["agent_1"], "agent_2": ["agent_2"], "critic": ["team"]}),
+        (HEADS, {agent: [agent] for agent in AGENTS}),
+        ({**OWN, "team.shared": True}, {"agent_0": ["agent_0"], **{f"{agent}/critic": [agent] for agent in AGENTS}}),
+        (LORA, {"agent_0": ["team", *AGENTS]}),
+        ({**LORA, "critic.body": "model"}, {"agent_0": [*AGENTS], "critic": ["team"]}),
+        (
+            {**LORA, "team.lora.agents": ["agent_1"]},
+            {"agent_0": ["agent_0"], "agent_1": ["team", "agent_1"], "agent_2": ["agent_2"]},
+        ),
+    ],
+)
+def test_every_part_is_in_one_unit_in_the_learners_order(overrides: dict[str, Any], units: dict[str, list[str]]) -> None:
+    found = blueprint_of(**overrides)
+    assert {unit.name: [part.name for part in found.alone(unit).parts] for unit in found.units} == units
+    together = [part.weights_name for unit in found.units for part in found.alone(unit).parts]
+    assert sorted(together) == sorted(part.weights_name for part in found.parts)
+    kinds = [isinstance(part, CriticSpec) for part in found.parts]
+    assert kinds == sorted(kinds, reverse=True)  # critics first
+
+
 def test_references_stay_with_their_policies() -> None:
     found = blueprint_of(**{"algorithm.kl_coef": 0.1, "team.lora.agents": ["agent_1"]})
     assert found.references == (ReferenceSpec("agent_0"), ReferenceSpec("agent_1", TINY), ReferenceSpec("agent_2"))

@@ -119,8 +119,8 @@ def test_memory_of_whole_models_by_hand() -> None:
     assert phases["update (critic of team)"]["activations"] == pytest.approx(kept * joint / tokens)
     keys = shape.kv_heads * shape.head_dim
     assert phases["generation (a)"]["key-value cache"] == 8 * 106 * 2 * keys * 4 * (
-        2 * shape.layers + 1
-    )  # and what is held for the next turn
+        3 * shape.layers + 1
+    )  # and what both models keep for the next turn
     small = planned(work(), rollout__max_tokens=10, rollout__batch_tokens=1000, run__device="cpu")  # half of it cannot hold 848
     assert small.phases[0].parts["key-value cache"] == 8 * 106 * 2 * keys * 4 * (shape.layers + 1)
     assert found.generated_tokens == 16 * 2 * 10

@@ -333,8 +333,24 @@ def test_the_difference_baseline_goes_with_every_baseline(baseline, reads):
     assert config.algorithm.critic_kind == ("Q" if baseline == "counterfactual" else "V")
 
 
-def test_there_are_at_most_66_settings():
-    assert len(list(describe())) <= 66
+def test_there_are_at_most_69_settings():
+    assert len(list(describe())) <= 69
+
+
+@pytest.mark.parametrize("address", ["local", "auto", "10.0.0.1:6379", "head.cluster-2:6379", "[fe80::1]:6379", "none", None])
+def test_addresses_of_a_cluster(address):
+    assert parse_config(rooms(cluster__address=address)).cluster.address == (None if address == "none" else address)
+
+
+@pytest.mark.parametrize("address", ["", "here", "10.0.0.1", "ray://10.0.0.1:10001", "10.0.0.1:port", "a b:1"])
+def test_other_addresses_are_refused(address):
+    assert "Set 'local', 'auto', or HOST:PORT" in refused(rooms(cluster__address=address))
+
+
+@pytest.mark.parametrize("share", [0, -1, 2, "much"])
+def test_a_model_has_a_fraction_of_a_device(share):
+    assert "cluster.devices" in refused(rooms(cluster__devices={"critic": share}))
+    assert parse_config(rooms(cluster__devices={"critic": 1, "a": 0.5})).cluster.devices == {"critic": 1.0, "a": 0.5}
 
 
 # --- former names --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,11 @@
+"""Trains a team in several processes on a Ray cluster; the only room that imports ray (in start.py).
+
+A seat is one unit of the blueprint in a process of its own: policies with their optimizers and their engine, or a critic.
+Environments, credit assignment, metric regressions and the run directory stay with the driver, the process of `collm train`.
+Requests, episodes and credit travel; weights travel only into checkpoints and final folders.
+
+    seats.py    what a seat's process holds and does
+    hands.py    the driver's side: `SeatHands`, `SeatEngine` and `SeatTeam` in place of hands, engine and team of one process
+    places.py   which seat is on which device
+    start.py    Ray: connects or starts, creates seats, ends
+"""

@@ -1,0 +1,158 @@
+"""Places units on devices: a pure function of their planned memory and the cluster's devices. Without ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from collm.errors import ConfigError
+from collm.models.blueprint import Blueprint
+from collm.planning.memory import GIB, plan
+from collm.planning.work import Work, work_of
+from collm.settings.rooms import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU, or a machine for runs on CPUs."""
+
+    node: str
+    """Ray's name of its machine."""
+    kind: str
+    """"cuda" or "cpu"."""
+    memory: int
+    """Bytes; 0 if unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a unit needs of a device."""
+
+    unit: str
+    memory: int
+    """Bytes at the peak; 0 if unknown."""
+    share: float | None = None
+    """Fraction of the device, where the settings name one."""
+
+    def on(self, device: Device) -> float:
+        """Fraction of a device that it takes; 0 if unknown."""
+        if self.share is not None:
+            return self.share
+        return self.memory / device.memory if device.memory else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A unit's device."""
+
+    device: Device
+    share: float
+    """Fraction of the device that is the unit's; the units of a device have all of it, unless the settings name less."""
+
+    def adapt(self, config: Config) -> Config:
+        """The settings of a process there."""
+        vllm = config.rollout.vllm
+        vllm = vllm.model_copy(update={"gpu_memory_utilization": vllm.gpu_memory_utilization * self.share})
+        rollout = config.rollout.model_copy(update={"vllm": vllm})
+        run = config.run.model_copy(update={"device": self.device.kind})
+        return config.model_copy(update={"run": run, "rollout": rollout})
+
+
+def needs_of(config: Config, blueprint: Blueprint) -> list[Need]:
+    """The needs of a blueprint's units, in order. Memory is unknown for a model whose shape planning does not know.
+
+    Raises ConfigError where `cluster.devices` names no unit.
+    """
+    named = dict(config.cluster.devices)
+    needs, work = [], _work(config)
+    for unit in blueprint.units:
+        names = [agent for policy in unit.policies for agent in policy.agents] or ["critic"]
+        shares = [config.cluster.devices[name] for name in names if name in config.cluster.devices]
+        named = {name: share for name, share in named.items() if name not in names}
+        memory = 0
+        with suppress(ConfigError):
+            memory = 0 if work is None else round(plan(config, work, blueprint.alone(unit)).peak)
+        needs.append(Need(unit.name, memory, max(shares, default=None)))
+    if named:
+        known = sorted({name for need in needs for name in [need.unit.rpartition("/")[2]]})
+        raise ConfigError(
+            f"cluster.devices names {', '.join(sorted(named))}, which has no model of its own here. Name the trained agents, "
+            f"or 'critic' for critics that are separate models: {', '.join(known)}."
+        )
+    return needs
+
+
+def _work(config: Config) -> Work | None:
+    """What the models read and write; None for models that planning does not know."""
+    with suppress(ConfigError):
+        return work_of(config)
+    return None
+
+
+def place(needs: Sequence[Need], devices: Sequence[Device]) -> dict[str, Place]:
+    """Unit -> its place. Units are spread, the largest first, over the emptiest devices; if they do not fit so, each is put on
+    the first device that has room. Raises ConfigError with the smallest change with which they would fit."""
+    found = _spread(needs, devices) or _packed(needs, devices)
+    if found is None:
+        raise ConfigError(_way_out(needs, devices))
+    taken = {number: [need for need in needs if found[need.unit] == number] for number in set(found.values())}
+    places = {}
+    for need in needs:
+        number = found[need.unit]
+        named = [other.share for other in taken[number] if other.share is not None]
+        rest = max(0.0, 1 - sum(named)) / max(1, len(taken[number]) - len(named))
+        places[need.unit] = Place(devices[number], need.share if need.share is not None else int(rest * 10_000) / 10_000)
+    return places
+
+
+def _spread(needs: Sequence[Need], devices: Sequence[Device]) -> dict[str, int] | None:
+    return _fill(needs, devices, lambda used, count, number: (used, count, number))
+
+
+def _packed(needs: Sequence[Need], devices: Sequence[Device]) -> dict[str, int] | None:
+    return _fill(needs, devices, lambda used, count, number: (number,))
+
+
+def _fill(
+    needs: Sequence[Need], devices: Sequence[Device], key: Callable[[float, int, int], tuple[float, ...]]
+) -> dict[str, int] | None:
+    """Unit -> number of its device: of those with room, that with the least `key(used fraction, units on it, number)`; None if
+    a unit has none."""
+    used, counts, found = [0.0] * len(devices), [0] * len(devices), dict[str, int]()
+    for need in sorted(needs, key=lambda need: -max((need.on(device) for device in devices), default=0.0)):
+        room = [number for number, device in enumerate(devices) if used[number] + need.on(device) <= 1 + 1e-9]
+        if not room:
+            return None
+        number = min(room, key=lambda number: key(used[number], counts[number], number))
+        used[number] += need.on(devices[number])
+        counts[number] += 1
+        found[need.unit] = number
+    return found
+
+
+def _way_out(needs: Sequence[Need], devices: Sequence[Device]) -> str:
+    """Why units do not fit on devices, and the smallest change with which they do."""
+    if not devices:
+        return "the cluster has no device for run.device. Set run.device='auto'."
+    largest = max(devices, key=lambda device: device.memory)
+    what = "GPU" if largest.kind == "cuda" else "machine"
+    need = max(needs, key=lambda need: need.on(largest))
+    asked = ", ".join(f"{need.unit} {_size(need)}" for need in needs)
+    if need.on(largest) > 1:
+        return (
+            f"{need.unit} needs {_size(need)}, and the largest {what} of the cluster has {largest.memory / GIB:.1f} GiB. Add "
+            f"one of {need.memory / GIB:.1f} GiB, or make the model or its batches smaller: `collm plan` names settings."
+        )
+    more = 1
+    while _packed(needs, [*devices, *[largest] * more]) is None:
+        more += 1
+    added = f"{more} {what}{'s' * (more > 1)} of {largest.memory / GIB:.1f} GiB"
+    return (
+        f"the team needs {asked}, which {len(devices)} {what}{'s' * (len(devices) > 1)} of the cluster cannot hold. Add "
+        f"{added}, or make models or batches smaller: `collm plan` names settings."
+    )
+
+
+def _size(need: Need) -> str:
+    return f"{need.memory / GIB:.1f} GiB" if need.share is None else f"{need.share:g} of a device (cluster.devices)"

@@ -1,0 +1,306 @@
+"""Ray: connects to a cluster or starts one, finds its devices, creates seats, and ends them. The only file that imports ray."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import importlib.util
+import os
+import re
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
+
+from collm.cluster.places import Device, Place
+from collm.cluster.seats import Failed, Machine, Seat, machine
+from collm.errors import ConfigError, EngineError, PartLost
+
+PROBE = 2.0
+"""Seconds that an address has to accept a connection; without a probe Ray itself waits for 204 s."""
+START = 120.0
+"""Seconds that a process of the cluster has to start."""
+STORE = 2 << 30
+"""Most bytes of shared memory for what travels between processes of a cluster that is started here; more goes to the disk."""
+LEAST_STORE = 80 << 20
+SETTINGS = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Environment of a cluster that is started here."""
+_TOKEN = secrets.token_hex(32)
+
+
+class Cluster:
+    """A connection to a Ray cluster, and the seats that it created there."""
+
+    def __init__(self, *, started: bool, folder: Path | None = None):
+        self.started, self.folder = started, folder
+        """Whether this object started or joined Ray, and its temporary folder."""
+        self.actors: list[Any] = []
+        atexit.register(self.close)
+
+    @classmethod
+    def connect(cls, address: str) -> Self:
+        """Connect to "local" (a cluster that is started here), "auto" or HOST:PORT.
+
+        A process that is connected already stays so. Raises ConfigError where none answers.
+        """
+        require_ray()
+        import ray
+
+        if ray.is_initialized():
+            return cls(started=False)
+        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        if address == "local":
+            return cls._start(quiet)
+        where = _running() if address == "auto" else address
+        _probe(where)
+        _read_environment()
+        try:
+            ray.init(address=where, **quiet)
+        except (RuntimeError, ConnectionError, ValueError, ray.exceptions.RayError) as error:
+            raise ConfigError(f"cluster.address={address!r}: {_sentence(error)}") from error
+        return cls(started=True)
+
+    @classmethod
+    def _start(cls, quiet: Mapping[str, Any]) -> Self:
+        import ray
+
+        folder = Path(tempfile.mkdtemp(prefix="collm-ray-", dir="/tmp"))  # sockets are there: their paths must be short
+        try:
+            with _environment({**SETTINGS, "RAY_AUTH_TOKEN": _TOKEN}):
+                _read_environment()
+                ray.init(
+                    address="local",
+                    num_cpus=1,  # processes that Ray starts in advance; seats take none
+                    include_dashboard=False,
+                    object_store_memory=_shared_memory(),
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(folder),
+                    **quiet,
+                )
+        except BaseException as error:
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, (RuntimeError, OSError, ValueError, ray.exceptions.RayError)):
+                raise ConfigError(f"cluster.address='local': Ray did not start: {_sentence(error)}") from error
+            raise
+        return cls(started=True, folder=folder)
+
+    def close(self) -> None:
+        """End all seats, and Ray if it was started or joined here."""
+        import ray
+
+        atexit.unregister(self.close)
+        for actor in self.actors:
+            with suppress(Exception):
+                ray.kill(actor)
+        self.actors.clear()
+        if self.started:
+            ray.shutdown()
+            self.started = False
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def devices(self, wanted: str) -> list[Device]:
+        """The cluster's devices for `run.device`: GPUs, or whole machines. Raises ConfigError where there is none, or where a
+        node has other versions than this process."""
+        import ray
+
+        here, mine = machine(), ray.get_runtime_context().get_node_id()
+        nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
+        look = ray.remote(num_cpus=0, max_retries=0)(machine)
+        asked = {
+            node["NodeID"]: look.options(scheduling_strategy=_only(node["NodeID"])).remote()
+            for node in nodes
+            if node["NodeID"] != mine
+        }
+        gpus, machines = [], []
+        for node in nodes:
+            host = node["NodeManagerHostname"]
+            try:
+                found: Machine = here if node["NodeID"] == mine else ray.get(asked[node["NodeID"]], timeout=START)
+            except (ray.exceptions.RayError, ImportError) as error:
+                raise ConfigError(
+                    f"the cluster's node {host} does not run collm: {_sentence(error)} Install the same collm on every node."
+                ) from error
+            check_versions(here, found, host)
+            num = int(node["Resources"].get("GPU", 0))
+            gpus += [Device(node["NodeID"], "cuda", memory) for memory in [*found.gpus, *[0] * num][:num]]
+            machines.append(Device(node["NodeID"], "cpu", found.memory))
+        if wanted.startswith("cuda") and not gpus:
+            raise ConfigError(f"run.device={wanted!r}, but no node of the cluster has a GPU. Set run.device='auto'.")
+        return machines if wanted == "cpu" or not gpus else gpus
+
+    def seat(self, name: str, place: Place) -> RaySeat:
+        """A new process for a unit, on its device."""
+        import ray
+
+        actor = (
+            ray.remote(Seat)
+            .options(
+                num_cpus=0,
+                num_gpus=place.share if place.device.kind == "cuda" else 0,
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+                    place.device.node, soft=False
+                ),
+            )
+            .remote()
+        )
+        self.actors.append(actor)
+        return RaySeat(actor, name)
+
+    @staticmethod
+    def share(given: Any) -> Any:
+        """Put an argument where several seats read it."""
+        import ray
+
+        return ray.put(given)
+
+
+class RaySeat:
+    """A seat in a Ray actor."""
+
+    def __init__(self, actor: Any, name: str):
+        self.actor, self.name, self.begun = actor, name, False
+
+    def ask(self, method: str, *arguments: Any) -> Callable[[], Any]:
+        """Begin a call; the returned function waits for its result."""
+        if not self.begun:
+            self._begin()
+        reference = self.actor.ask.remote(method, *arguments)
+        return lambda: self._result(reference, method)
+
+    def _begin(self) -> None:
+        """Wait for the process. Raises ConfigError if it does not start, for example since its GPU is taken."""
+        import ray
+
+        try:
+            ray.get(self.actor.ask.remote("started"), timeout=START)
+        except ray.exceptions.GetTimeoutError as error:
+            raise ConfigError(
+                f"the process of {self.name} did not start within {START:.0f} s: its device is taken by other work of the "
+                "cluster. Wait for it, or choose another cluster.address."
+            ) from error
+        except ray.exceptions.RayActorError as error:
+            raise ConfigError(f"the process of {self.name} did not start: {_sentence(error)}") from error
+        self.begun = True
+
+    def _result(self, reference: Any, method: str) -> Any:
+        import ray
+
+        try:
+            answer = ray.get(reference)
+        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+            raise PartLost(
+                f"the process of {self.name} was lost during {method!r}: {_sentence(error)} `collm train --resume` continues "
+                "from the last checkpoint."
+            ) from error
+        except ray.exceptions.RayError as error:
+            raise EngineError(f"the process of {self.name} could not answer {method!r}: {_sentence(error)}") from error
+        if isinstance(answer, Failed):
+            raise answer.error
+        return answer
+
+
+def check_versions(here: Machine, found: Machine, host: str) -> None:
+    """Raises ConfigError where a node has other versions than this process."""
+    for what, version in here.versions.items():
+        if found.versions.get(what) != version:
+            raise ConfigError(
+                f"the cluster's node {host} has {what} {found.versions.get(what)}, and this process has {version}. Install the "
+                "same version on every node."
+            )
+
+
+def _only(node: str) -> Any:
+    """Ray's strategy that places work on one node."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
+def require_ray() -> None:
+    """Raises ConfigError if the package is missing."""
+    found = importlib.util.find_spec("ray")
+    if found is None or found.origin is None:  # without an origin it is only a folder with this name
+        raise ConfigError(
+            "cluster.address needs the package ray, which is not installed. Install the extra `cluster` "
+            "(pip install 'collm[cluster]'), or set cluster.address='none'."
+        )
+
+
+def _running() -> str:
+    """HOST:PORT of the Ray cluster that this machine belongs to, or that RAY_ADDRESS names. Raises ConfigError."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        found = canonicalize_bootstrap_address("auto")
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(
+            "cluster.address='auto': no Ray cluster runs here, and RAY_ADDRESS names none. Start one with `ray start --head`, "
+            "or set cluster.address='local'."
+        ) from error
+    return str(found)
+
+
+def _probe(address: str) -> None:
+    """Raises ConfigError where an address accepts no connection."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address} ({error}). Start one there with `ray start --head`, or set "
+            "cluster.address='local'."
+        ) from error
+
+
+def _shared_memory() -> int:
+    """Bytes of the store for what travels. Raises ConfigError where there is too little."""
+    shared = Path("/dev/shm")
+    free = shutil.disk_usage(shared).free if sys.platform == "linux" and shared.is_dir() else STORE
+    if free < 2 * LEAST_STORE:
+        raise ConfigError(
+            f"cluster.address='local' needs {2 * LEAST_STORE >> 20} MiB of shared memory, and /dev/shm has {free >> 20} MiB "
+            "free. Make it larger (docker run --shm-size 2g), or set cluster.address='none'."
+        )
+    return max(LEAST_STORE, min(STORE, free // 2))
+
+
+def _read_environment() -> None:
+    """Make Ray read its settings and token from the environment again; it reads them once, when it is imported."""
+    raylet: Any = importlib.import_module("ray._raylet")
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables in this context."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _sentence(error: BaseException) -> str:
+    """The first sentences of Ray's message, without its layout and colours."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()) or type(error).__name__
+    text = text if len(text) <= 300 else f"{text[:300]} ..."
+    return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -1,0 +1,220 @@
+"""Agents apart on Ray itself: one cluster for this file, and commands in processes of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_seats import check_same, config_of, trained
+
+from collm.cluster import start
+from collm.cluster.seats import Machine, machine
+from collm.cluster.start import Cluster
+from collm.errors import ConfigError, PartLost
+from collm.training.trainer import Trainer
+
+pytest.importorskip("ray", reason="ray is not installed, so nothing was tried on it: pip install 'collm[cluster]'")
+
+
+def below(parent: int) -> dict[int, str]:
+    """Number and command line of every process that `parent` began, directly or not."""
+    parents, commands = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            commands[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ").strip()
+        except OSError:
+            continue  # it has ended
+    found: set[int] = {parent}
+    while more := {pid for pid, above in parents.items() if above in found} - found:
+        found |= more
+    return {pid: commands[pid] for pid in found - {parent}}
+
+
+def running(folder: str) -> list[int]:
+    """Processes that name a folder on their command lines."""
+    return [pid for pid, command in below(0).items() if folder in command]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A local cluster that all runs of this process use."""
+    cluster = Cluster.connect("local")
+    folder = str(cluster.folder)
+    yield cluster
+    cluster.close()
+    assert running(folder) == []
+    assert not Path(folder).exists()
+
+
+def test_agents_apart_are_one_process(tmp_path, cluster):
+    """Two agents and a critic: metrics, episodes, checkpoints and final folders, to the bit."""
+    apart = trained(config_of("collm-cc", tmp_path, address="local"))
+    check_same(trained(config_of("collm-cc", tmp_path)), apart)
+
+
+def test_a_local_cluster_serves_nobody_without_its_token(cluster):
+    import grpc
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    assert address.startswith("127.0.0.1:")
+    with grpc.insecure_channel(address) as channel:
+        call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
+        for metadata in ([], [("authorization", f"Bearer {'0' * 64}")]):
+            with pytest.raises(grpc.RpcError) as refused:
+                call(b"", metadata=metadata, timeout=20)
+            assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        call(b"", metadata=[("authorization", f"Bearer {start._TOKEN}")], timeout=20)
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+def test_errors_of_seats_are_our_own_and_a_lost_seat_is_named(tmp_path, cluster):
+    trainer = Trainer(config_of("magrpo", tmp_path, address="local"), quiet=True)
+    with pytest.raises(ValueError, match=r"^it holds other tensors than this team"):
+        trainer.learner.restore(lambda name: {})
+    seat = trainer.engine.homes["agent_1"]
+    os.kill(seat.ask("started")(), signal.SIGKILL)
+    with pytest.raises(PartLost, match=r"^the process of agent_1 was lost"):
+        trainer.run()
+    trainer.engine.close()
+
+
+def unused_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.mark.parametrize("way", ["address", "auto"])
+def test_a_missing_cluster_is_one_sentence_within_five_seconds(monkeypatch, way):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    place = f"127.0.0.1:{unused_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", place)
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match=r"^no Ray cluster answers at [\d.]+:\d+ \(.*refused\)\. Start one there"):
+        Cluster.connect(place if way == "address" else "auto")
+    assert time.monotonic() - begun < 5
+
+
+def test_an_address_that_swallows_connections_is_refused_in_time():
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        begun = time.monotonic()
+        with pytest.raises(ConfigError, match="no Ray cluster answers"):
+            start._probe(f"127.0.0.1:{full.getsockname()[1]}")
+        assert time.monotonic() - begun < 5
+        for one in waiting:
+            one.close()
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"Install the extra `cluster`"):
+        Cluster.connect("local")
+
+
+def test_too_little_shared_memory_is_one_sentence(monkeypatch):
+    usage = type("Usage", (), {"free": 64 << 20})
+    monkeypatch.setattr(start.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ConfigError, match=r"/dev/shm has 64 MiB free\. Make it larger"):
+        start._shared_memory()
+
+
+@pytest.mark.parametrize("what", ["Python", "torch", "collm's source"])
+def test_another_version_on_a_node_is_refused(what):
+    here = machine()
+    start.check_versions(here, machine(), "here")
+    there = Machine({**here.versions, what: "1.0"}, here.memory, here.gpus)
+    with pytest.raises(
+        ConfigError, match=rf"^the cluster's node n7 has {what} 1\.0, and this process has .*\. Install the same"
+    ):
+        start.check_versions(here, there, "n7")
+
+
+# --- commands ------------------------------------------------------------------------------------------------------------
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    settings = {
+        "env.name": "agree", "env.turns": "1", "env.wording": "terse", "rollout.tasks": "2", "rollout.max_tokens": "3",
+        "run.iterations": "4", "run.checkpoint_every": "1", "run.threads": "1", "run.device": "cpu", "evaluation.every": "0",
+        "run.folder": str(folder), "run.tensorboard": "false", "algorithm.name": "collm-cc",
+    }  # fmt: skip
+    recipe = folder / "recipe.toml"
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    recipe.write_text('[env]\nname = "agree"\nwording = "terse"\n')
+    overrides = [word for name, value in settings.items() if name != "env.name" for word in (f"--{name}", value)]
+    return [sys.executable, "-m", "collm.cli.main", "train", str(recipe), *overrides, *more]
+
+
+def until(condition, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_killed_seat_is_made_again_and_the_run_ends_equal(tmp_path):
+    subprocess.run(command(tmp_path, "--run.name", "whole"), check=True, capture_output=True)
+    apart = subprocess.Popen(
+        command(tmp_path, "--run.name", "apart", "--cluster.address", "local"), stderr=subprocess.PIPE, text=True
+    )
+    until((tmp_path / "apart" / "checkpoints" / "000001").exists)
+    seats = [pid for pid, words in below(apart.pid).items() if words.startswith("ray::Seat")]
+    assert len(seats) == 3
+    os.kill(seats[1], signal.SIGKILL)
+    _, said = apart.communicate(timeout=300)
+    assert apart.returncode == 0, said
+    assert "was lost" in said
+    assert "Restarting (3 left)." in said
+    check_same(tmp_path / "whole", tmp_path / "apart")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_runs_on_after_the_command(tmp_path, number):
+    run = subprocess.Popen(
+        command(tmp_path, "--run.name", "apart", "--cluster.address", "local", "--run.iterations", "1000"),
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    until((tmp_path / "apart" / "checkpoints" / "000001").exists)
+    begun = below(run.pid)
+    assert any("raylet" in words for words in begun.values())
+    if number == signal.SIGINT:
+        os.killpg(run.pid, number)  # as a terminal sends it: to every process of the group
+    else:
+        os.kill(run.pid, number)
+    _, said = run.communicate(timeout=120)
+    if number == signal.SIGINT:
+        assert run.returncode == 128 + number, said
+        assert "--resume" in said
+    until(lambda: not [pid for pid in begun if pid in below(0) and below(0)[pid] == begun[pid]], 120)
+
+
+def test_a_run_that_began_on_a_strangers_cluster_asks_for_its_address_again(tmp_path):
+    run = trained(config_of("magrpo", tmp_path, iterations=1))
+    config = json.loads((run / "config.json").read_text())
+    config["cluster"]["address"] = "10.1.2.3:6379"
+    (run / "config.json").write_text(json.dumps(config))
+    words = [sys.executable, "-m", "collm.cli.main", "train", "--resume", str(run)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "name it again: --cluster.address 10.1.2.3:6379" in done.stderr
+    more = ["--run.iterations", "2", "--cluster.address", "none"]
+    assert subprocess.run([*words, *more], capture_output=True).returncode == 0
