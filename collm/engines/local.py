@@ -22,8 +22,12 @@ from collm.algorithms.logprobs import sample
 from collm.engines.kv_cache import GrowingCache, Layers, Memory, attends_to_all, joined, new_cache
 from collm.models.adapters import Stack
 from collm.models.policy import Policy, compute_in
+from collm.models.sharing import num_shared
 from collm.models.team import Team
 from collm.types import Completion, Ids, Request, Sampling
+
+BEGINNING = 64
+"""Fewest tokens for which the common beginning of prompts is read in a pass of its own."""
 
 Observer = Callable[[int, float, Tensor], bool]
 """Called with each sampled token of one answer, its log-prob, and the logits (V,) that it was drawn from; the answer ends with
@@ -142,10 +146,15 @@ def _mixes(policy: Policy) -> bool:
 
 def _continues(policy: Policy) -> bool:
     """Whether a prompt can continue an earlier one and reuse its keys and values."""
+    return policy.chat.grows and _reuses(policy)
+
+
+def _reuses(policy: Policy) -> bool:
+    """Whether keys and values of a text's beginning are those of any text that begins so."""
     config = policy.model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     turns_with_length = rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope")  # keys depend on the text's length
-    return policy.chat.grows and attends_to_all(policy) and not turns_with_length
+    return attends_to_all(policy) and not turns_with_length
 
 
 def _too_long(request: Request, length: int, limit: int) -> Completion:
@@ -178,10 +187,10 @@ class Segment:
     """One per prompt, or none at all."""
 
 
-def _bodies(segments: Sequence[Segment]) -> Callable[[Sequence[int]], Any]:
-    """Number of rows of each segment -> the body for such a batch."""
-    adapters = [segment.policy.adapter for segment in segments if segment.policy.adapter is not None]
-    return Stack(adapters).on if adapters else lambda counts: segments[0].policy.body
+def _bodies(policies: Sequence[Policy]) -> Callable[[Sequence[int]], Any]:
+    """Number of rows of each policy -> the body for such a batch."""
+    adapters = [policy.adapter for policy in policies if policy.adapter is not None]
+    return Stack(adapters).on if adapters else lambda counts: policies[0].body
 
 
 def _read_prompts(segment: Segment, room: int) -> tuple[Tensor, DynamicCache, Tensor]:
@@ -198,6 +207,8 @@ def _read_prompts(segment: Segment, room: int) -> tuple[Tensor, DynamicCache, Te
     positions_UL = (mask_UL.cumsum(-1) - 1).clamp_min(0)
     cache = new_cache(policy, longest + room)
     known = [None if before is None else before.find(prompt) for prompt in distinct.values()]
+    if not any(known):
+        known = [_read_beginning(policy, list(distinct.values()))] * len(distinct)
     num_new = longest  # columns at the right to read: equal for all rows, so that the batch is rectangular
     if any(known):
         assert isinstance(cache, GrowingCache)
@@ -211,11 +222,26 @@ def _read_prompts(segment: Segment, room: int) -> tuple[Tensor, DynamicCache, Te
         before.clear()
     del known
     new = slice(longest - num_new, longest)
-    body = _bodies([segment])([len(distinct)])
+    body = _bodies([policy])([len(distinct)])
     mask = None if bool(mask_UL.all()) else mask_UL.to(device)
     hidden_UD = _read(policy, body, cache, ids_UL[:, new].to(device), mask, positions_UL[:, new].to(device))
     spread_B = torch.tensor([rows[prompt.tobytes()] for prompt in segment.prompts], device=device)
     return hidden_UD[spread_B], cache, spread_B
+
+
+def _read_beginning(policy: Policy, prompts: Sequence[Ids]) -> Layers | None:
+    """Keys and values of the tokens that all prompts begin with, such as worked examples, so that they are read once; None for
+    fewer than `BEGINNING` tokens."""
+    shared = min(num_shared(prompts[0], prompt) for prompt in prompts)
+    shared = min(shared, *(len(prompt) - 1 for prompt in prompts))
+    if len(prompts) == 1 or shared < BEGINNING or not _reuses(policy):
+        return None
+    cache = new_cache(policy, shared)
+    assert isinstance(cache, GrowingCache)
+    ids_BL = torch.from_numpy(prompts[0][None, :shared].astype(np.int64)).to(policy.device)
+    body = _bodies([policy])([1])
+    _read(policy, body, cache, ids_BL, None, torch.arange(shared, device=policy.device)[None])
+    return cache.row(0, 0, shared)
 
 
 def _read(
@@ -260,7 +286,7 @@ def decode(segments: Sequence[Segment]) -> list[tuple[Ids, np.ndarray]]:
     counts = [len(segment.prompts) for segment in segments]
     segment_B = torch.arange(len(segments)).repeat_interleave(torch.tensor(counts)).to(device)
     observers = [observer for segment in segments for observer in segment.observers or [None] * len(segment.prompts)]
-    bodies, kept = _bodies(segments), dict[int, Layers]()
+    bodies, kept = _bodies([segment.policy for segment in segments]), dict[int, Layers]()
     body = bodies(counts)
 
     def keep(leaving: Tensor) -> None:

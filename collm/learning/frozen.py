@@ -111,5 +111,5 @@ def since_last_marker(packed: Sequence[Packed]) -> list[Packed]:
             (slot, start + 1, np.zeros(position + 1 - start, dtype=np.float32))
             for (slot, position), start in zip(sequence.markers, starts, strict=False)
         ]
-        found.append(Packed(sequence.ids, answers=spans, group=sequence.group))
+        found.append(Packed(sequence.ids, answers=spans))
     return found
