@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from collm.learning.batch import Batch
+from collm.learning.frozen import FrozenPart
 from collm.learning.learner import Learner, Update
 from collm.learning.parts import CriticPart, PolicyPart
 from collm.models.critic import ValueHead
@@ -22,6 +23,10 @@ def critic_parts(learner: Learner) -> list[CriticPart]:
     return [part for part in learner.hands.parts if isinstance(part, CriticPart)]
 
 
+def frozen_parts(learner: Learner) -> list[FrozenPart]:
+    return [part for part in learner.hands.parts if isinstance(part, FrozenPart)]
+
+
 def value_heads(learner: Learner) -> dict[str, ValueHead]:
     """By the name of the critic: heads of critic models, and those on policies."""
     heads = {part.name.removeprefix("critic-"): part.critic.value for part in critic_parts(learner)}
@@ -29,7 +34,7 @@ def value_heads(learner: Learner) -> dict[str, ValueHead]:
 
 
 def optimizers(learner: Learner) -> dict[str, torch.optim.Optimizer]:
-    return {part.name: part.optimizer for part in learner.hands.parts}
+    return {part.name: part.optimizer for part in learner.hands.parts if not isinstance(part, FrozenPart)}
 
 
 def weights(learner: Learner) -> dict[str, torch.Tensor]:

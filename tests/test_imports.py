@@ -57,6 +57,7 @@ DOORS = {
     "wandb": "runs/log.py",
     "fastapi": "serving/",
     "httpx": "engines/http.py",
+    "prometheus_client": "serving/",
     "starlette": "serving/",
     "uvicorn": "serving/",
 }

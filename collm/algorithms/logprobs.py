@@ -98,6 +98,31 @@ def token_logprobs(logits_KV: Tensor, tokens_K: Tensor, *, temperature: float, t
     return chosen_KC[:, 0] - torch.logsumexp(chosen_KC.masked_fill(~kept_KC, float("-inf")), dim=-1)
 
 
+def distribution(logits_KV: Tensor, *, temperature: float, top_p: float, top_k: int) -> tuple[Tensor | None, Tensor]:
+    """The sampling distribution: token ids (K, C) in rising order, None for all V tokens, and their log-probs (K, C).
+
+    Log-probs are -inf outside the support. At temperature 0 they are those at temperature 1.
+
+    Args: logits_KV: (K, V).
+    """
+    scaled_KC, ids_KC = _scaled(logits_KV, temperature), None
+    if not _whole(temperature, top_p, top_k):
+        ids_KC, kept_KC = support(scaled_KC, top_p=top_p, top_k=top_k)
+        scaled_KC = scaled_KC.gather(-1, ids_KC).masked_fill(~kept_KC, float("-inf"))
+    return ids_KC, torch.log_softmax(scaled_KC, dim=-1)
+
+
+def likeliest(logits_V: Tensor, count: int, *, temperature: float, top_p: float, top_k: int) -> list[tuple[int, float]]:
+    """The likeliest tokens of the sampling distribution, at most `count`, with their log-probs; none outside the support.
+
+    Args: logits_V: (V,) of one position.
+    """
+    ids_KC, logps_KC = distribution(logits_V[None], temperature=temperature, top_p=top_p, top_k=top_k)
+    values, columns = logps_KC[0].topk(min(count, logps_KC.shape[-1]))
+    ids = columns if ids_KC is None else ids_KC[0, columns]
+    return [(i, value) for i, value in zip(ids.tolist(), values.tolist(), strict=True) if value > float("-inf")]
+
+
 def sample(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution at a given uniform number.
 
@@ -106,11 +131,7 @@ def sample(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: 
 
     Args: logits_BV: (B, V); uniforms_B: (B,) in [0, 1). Returns: tokens (B,) int64 and their log-probs (B,).
     """
-    scaled_BC, ids_BC = _scaled(logits_BV, temperature), None
-    if not _whole(temperature, top_p, top_k):
-        ids_BC, kept_BC = support(scaled_BC, top_p=top_p, top_k=top_k)
-        scaled_BC = scaled_BC.gather(-1, ids_BC).masked_fill(~kept_BC, float("-inf"))
-    logp_BC = torch.log_softmax(scaled_BC, dim=-1)
+    ids_BC, logp_BC = distribution(logits_BV, temperature=temperature, top_p=top_p, top_k=top_k)
     if temperature == 0:
         columns_B1 = logits_BV.argmax(-1, keepdim=True)
     else:

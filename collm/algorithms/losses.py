@@ -114,3 +114,35 @@ def value_error(values_S: Tensor, targets_S: Tensor, *, num_values: int) -> tupl
     Returns: scalar loss, no stats.
     """
     return ((values_S - targets_S.detach()) ** 2).sum() / num_values, {}
+
+
+def gaussian_histogram(targets_S: Tensor, edges_B1: Tensor, *, deviation: float) -> Tensor:
+    """Probabilities of bins for targets that are smoothed by a Gaussian, truncated to the bins' range (HL-Gauss).
+
+        p_b = (F(e_{b+1}) - F(e_b)) / (F(e_B) - F(e_0)),   F: normal distribution function with mean target_s
+
+    Args:
+        targets_S: (S,) in units of return; those outside the range are taken to its nearest end.
+        edges_B1: (B + 1,) edges of the bins, ascending.
+        deviation: standard deviation of the Gaussian, in units of return; 0.75 of a bin's width in the source.
+    Returns: (S, B); rows add up to 1.
+    Source: Farebrother et al. 2024, arXiv:2403.03950, section 3.1; Imani & White 2018, arXiv:1806.04613.
+    """
+    inside_S1 = targets_S.double().clamp(edges_B1[0].item(), edges_B1[-1].item())[:, None]
+    below_SB1 = torch.special.ndtr((edges_B1.to(inside_S1) - inside_S1) / deviation)
+    return (below_SB1.diff(dim=1) / (below_SB1[:, -1:] - below_SB1[:, :1])).to(targets_S)
+
+
+def histogram_error(logits_SB: Tensor, targets_SB: Tensor, *, num_values: int) -> tuple[Tensor, Stats]:
+    """Cross-entropy of a critic that predicts a histogram of returns.
+
+        L = - 1/num_values  sum_s sum_b p_sb log softmax(logits_s)_b
+
+    Args:
+        logits_SB: (S, B).
+        targets_SB: (S, B) probabilities without gradient, such as those of `gaussian_histogram`.
+        num_values: values of the whole update.
+    Returns: scalar loss in nats, no stats.
+    Source: as of `gaussian_histogram`.
+    """
+    return -(targets_SB.detach() * logits_SB.log_softmax(1)).sum() / num_values, {}

@@ -1,4 +1,4 @@
-"""Online ridge regression with exponential forgetting, from a few features to the return."""
+"""Ridge regression to the return: online with exponential forgetting from a few features, and in closed form from many."""
 
 from __future__ import annotations
 
@@ -168,3 +168,60 @@ class TurnRegression(nn.Module):
             columns = slice(position, T if last else position + 1)
             chosen = chosen_ET[:, columns]
             self.of(position).add(features_ETM[:, columns][chosen], returns_ET[:, columns][chosen], self.keep)
+
+
+class TaskRidge:
+    """Ridge regression in closed form, from many features to the return, whose penalty is chosen by leaving tasks out.
+
+        minimize  sum_s (y_s - c - x_s . beta)^2 + strength S M |beta|^2,   x standardized
+
+    With X = U d V' of the standardized features and H = 1/S + U diag(d^2 / (d^2 + strength S M)) U', the residuals of a task g
+    under the regression that is fitted without it are
+
+        e_g = (I - H_gg)^-1 (y_g - (H y)_g)
+
+    The strength with the least sum of squares of these is taken. Samples must not be left out one by one: features may identify
+    a task, whose other samples then predict the one left out, so that too weak a penalty would be taken. Where all samples are
+    of one task, they are left out one by one all the same.
+
+    Args:
+        features_SM: (S, M). targets_S: (S,) in units of return. tasks_S: (S,) task number of each.
+    Source: Allen 1974 (PRESS), for blocks of samples.
+    """
+
+    STRENGTHS = tuple(10 ** (power / 2) for power in range(-8, 5))
+
+    def __init__(self, features_SM: Tensor, targets_S: Tensor, tasks_S: Tensor):
+        features_SM, targets_S = features_SM.double(), targets_S.double()
+        self.mean = features_SM.mean(0)
+        deviation = features_SM.std(0, correction=0)
+        self.scale = torch.where(deviation > 1e-6 * (1 + self.mean.abs()), 1 / deviation, 0.0)
+        """(M,) one over the deviation; 0 for a feature that never varies."""
+        self.constant = targets_S.mean()
+        left_S = targets_S - self.constant
+        U_SR, d_R, V_RM = torch.linalg.svd((features_SM - self.mean) * self.scale, full_matrices=False)
+        penalties_P = torch.tensor(self.STRENGTHS, dtype=torch.float64) * features_SM.numel()
+        errors_P = left_out_errors(U_SR, d_R, left_S, tasks_S, penalties_P).square().sum(1)
+        self.penalty = float(penalties_P[errors_P.argmin()])
+        self.slopes = V_RM.T @ (d_R / (d_R**2 + self.penalty) * (U_SR.T @ left_S)) * self.scale
+
+    def __call__(self, features_SM: Tensor) -> Tensor:
+        """Predicted targets (S,), in units of return."""
+        return (self.constant + (features_SM.double() - self.mean) @ self.slopes).to(features_SM)
+
+
+def left_out_errors(U_SR: Tensor, d_R: Tensor, left_S: Tensor, tasks_S: Tensor, penalties_P: Tensor) -> Tensor:
+    """(P, S) error of each sample under the ridge regression that is fitted without its task, as in `TaskRidge`.
+
+    Args: U_SR, d_R: left singular vectors and singular values of the centred features. left_S: (S,) centred targets.
+    """
+    shrunk_PR = d_R**2 / (d_R**2 + penalties_P[:, None])
+    residuals_PS = left_S - (shrunk_PR * (U_SR.T @ left_S)) @ U_SR.T
+    tasks = torch.unique(tasks_S)
+    groups = [tasks_S == task for task in tasks] if len(tasks) > 1 else list(torch.eye(len(left_S)).bool())
+    errors_PS = torch.zeros_like(residuals_PS)
+    for group_S in groups:
+        U_GR = U_SR[group_S]
+        H_PGG = (U_GR * shrunk_PR[:, None]) @ U_GR.T + 1 / len(left_S)
+        errors_PS[:, group_S] = torch.linalg.solve(torch.eye(len(U_GR)) - H_PGG, residuals_PS[:, group_S])
+    return errors_PS

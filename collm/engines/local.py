@@ -22,8 +22,16 @@ from collm.algorithms.logprobs import sample
 from collm.engines.kv_cache import GrowingCache, Layers, Memory, attends_to_all, joined, new_cache
 from collm.models.adapters import Stack
 from collm.models.policy import Policy, compute_in
+from collm.models.sharing import num_shared
 from collm.models.team import Team
 from collm.types import Completion, Ids, Request, Sampling
+
+BEGINNING = 64
+"""Fewest tokens for which the common beginning of prompts is read in a pass of its own."""
+
+Observer = Callable[[int, float, Tensor], bool]
+"""Called with each sampled token of one answer, its log-prob, and the logits (V,) that it was drawn from; the answer ends with
+this token if the call returns true."""
 
 
 class LocalEngine:
@@ -60,7 +68,8 @@ class LocalEngine:
         self.rest()
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], observers: Sequence[Observer | None] = ()) -> list[Completion]:
+        """As `Engine.generate`. observers: one per request, or None for a request that has none."""
         completions: dict[int, Completion] = {}
         policies = [self.team.policies[request.agent] for request in requests]
         distinct = list({id(policy): policy for policy in self.team.policies.values()}.values())
@@ -104,8 +113,10 @@ class LocalEngine:
                 for key, neighbours in groupby(batch, key=keys.__getitem__):
                     own = list(neighbours)
                     uniforms = torch.from_numpy(np.stack([uniforms_of(requests[i].seed, key[1].max_tokens) for i in own]))
-                    memories = (before[key], after[key]) if key in after else ()
-                    segments.append(Segment(self._ready[key[0]], [prompts[i] for i in own], uniforms, key[1], *memories))
+                    known, kept = (before[key], after[key]) if key in after else (None, None)
+                    watched = [observers[i] for i in own] if observers else []
+                    asked = [prompts[i] for i in own]
+                    segments.append(Segment(self._ready[key[0]], asked, uniforms, key[1], known, kept, watched))
                 for i, (ids, logprobs) in zip(batch, decode(segments), strict=True):
                     stopped = bool(len(ids)) and int(ids[-1]) in policies[i].stop_ids
                     text, written = policies[i].chat.read(ids.tolist())
@@ -135,10 +146,15 @@ def _mixes(policy: Policy) -> bool:
 
 def _continues(policy: Policy) -> bool:
     """Whether a prompt can continue an earlier one and reuse its keys and values."""
+    return policy.chat.grows and _reuses(policy)
+
+
+def _reuses(policy: Policy) -> bool:
+    """Whether keys and values of a text's beginning are those of any text that begins so."""
     config = policy.model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     turns_with_length = rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope")  # keys depend on the text's length
-    return policy.chat.grows and attends_to_all(policy) and not turns_with_length
+    return attends_to_all(policy) and not turns_with_length
 
 
 def _too_long(request: Request, length: int, limit: int) -> Completion:
@@ -167,12 +183,14 @@ class Segment:
     """Keys and values of an earlier call, for prompts that continue its answers; cleared when the prompts are read."""
     after: Memory | None = None
     """Receives keys and values of this call; None to keep none."""
+    observers: Sequence[Observer | None] = ()
+    """One per prompt, or none at all."""
 
 
-def _bodies(segments: Sequence[Segment]) -> Callable[[Sequence[int]], Any]:
-    """Number of rows of each segment -> the body for such a batch."""
-    adapters = [segment.policy.adapter for segment in segments if segment.policy.adapter is not None]
-    return Stack(adapters).on if adapters else lambda counts: segments[0].policy.body
+def _bodies(policies: Sequence[Policy]) -> Callable[[Sequence[int]], Any]:
+    """Number of rows of each policy -> the body for such a batch."""
+    adapters = [policy.adapter for policy in policies if policy.adapter is not None]
+    return Stack(adapters).on if adapters else lambda counts: policies[0].body
 
 
 def _read_prompts(segment: Segment, room: int) -> tuple[Tensor, DynamicCache, Tensor]:
@@ -189,6 +207,8 @@ def _read_prompts(segment: Segment, room: int) -> tuple[Tensor, DynamicCache, Te
     positions_UL = (mask_UL.cumsum(-1) - 1).clamp_min(0)
     cache = new_cache(policy, longest + room)
     known = [None if before is None else before.find(prompt) for prompt in distinct.values()]
+    if not any(known):
+        known = [_read_beginning(policy, list(distinct.values()))] * len(distinct)
     num_new = longest  # columns at the right to read: equal for all rows, so that the batch is rectangular
     if any(known):
         assert isinstance(cache, GrowingCache)
@@ -202,11 +222,26 @@ def _read_prompts(segment: Segment, room: int) -> tuple[Tensor, DynamicCache, Te
         before.clear()
     del known
     new = slice(longest - num_new, longest)
-    body = _bodies([segment])([len(distinct)])
+    body = _bodies([policy])([len(distinct)])
     mask = None if bool(mask_UL.all()) else mask_UL.to(device)
     hidden_UD = _read(policy, body, cache, ids_UL[:, new].to(device), mask, positions_UL[:, new].to(device))
     spread_B = torch.tensor([rows[prompt.tobytes()] for prompt in segment.prompts], device=device)
     return hidden_UD[spread_B], cache, spread_B
+
+
+def _read_beginning(policy: Policy, prompts: Sequence[Ids]) -> Layers | None:
+    """Keys and values of the tokens that all prompts begin with, such as worked examples, so that they are read once; None for
+    fewer than `BEGINNING` tokens."""
+    shared = min(num_shared(prompts[0], prompt) for prompt in prompts)
+    shared = min(shared, *(len(prompt) - 1 for prompt in prompts))
+    if len(prompts) == 1 or shared < BEGINNING or not _reuses(policy):
+        return None
+    cache = new_cache(policy, shared)
+    assert isinstance(cache, GrowingCache)
+    ids_BL = torch.from_numpy(prompts[0][None, :shared].astype(np.int64)).to(policy.device)
+    body = _bodies([policy])([1])
+    _read(policy, body, cache, ids_BL, None, torch.arange(shared, device=policy.device)[None])
+    return cache.row(0, 0, shared)
 
 
 def _read(
@@ -250,7 +285,8 @@ def decode(segments: Sequence[Segment]) -> list[tuple[Ids, np.ndarray]]:
     live_B = torch.ones(num, dtype=torch.bool, device=device)
     counts = [len(segment.prompts) for segment in segments]
     segment_B = torch.arange(len(segments)).repeat_interleave(torch.tensor(counts)).to(device)
-    bodies, kept = _bodies(segments), dict[int, Layers]()
+    observers = [observer for segment in segments for observer in segment.observers or [None] * len(segment.prompts)]
+    bodies, kept = _bodies([segment.policy for segment in segments]), dict[int, Layers]()
     body = bodies(counts)
 
     def keep(leaving: Tensor) -> None:
@@ -263,10 +299,15 @@ def decode(segments: Sequence[Segment]) -> list[tuple[Ids, np.ndarray]]:
                     kept[i] = cache.row(row, longest - len(prompts[i]), longest + length - 1)
 
     for step in range(steps):
-        next_B, logp_B = _draw(segments, counts, policy.logits(hidden_BD).float(), uniforms_BT[rows_B, step])
+        logits_BV = policy.logits(hidden_BD).float()
+        next_B, logp_B = _draw(segments, counts, logits_BV, uniforms_BT[rows_B, step])
         tokens_BT[rows_B, step] = next_B
         logps_BT[rows_B, step] = logp_B
         stopped_B = (torch.isin(next_B, stops) | (limits_B[rows_B] == step + 1)) & live_B
+        if any(observers):
+            watched = [observers[i] if live else None for i, live in zip(rows_B.tolist(), live_B.tolist(), strict=True)]
+            stopped_B |= torch.tensor(_observe(watched, next_B, logp_B, logits_BV), device=device)
+        del logits_BV
         lengths_B[rows_B[stopped_B]] = step + 1
         live_B = live_B & ~stopped_B
         num_live = int(live_B.sum())
@@ -291,6 +332,12 @@ def decode(segments: Sequence[Segment]) -> list[tuple[Ids, np.ndarray]]:
         assert memory is not None
         memory.add(np.concatenate([prompts[i], answers[i][0]]), layers)
     return answers
+
+
+def _observe(watched: Sequence[Observer | None], next_B: Tensor, logp_B: Tensor, logits_BV: Tensor) -> list[bool]:
+    """Whether each row's observer, if it has one, ends its answer."""
+    drawn = zip(watched, next_B.tolist(), logp_B.tolist(), logits_BV, strict=True)
+    return [observer is not None and observer(token, logprob, logits_V) for observer, token, logprob, logits_V in drawn]
 
 
 def _draw(segments: Sequence[Segment], counts: Sequence[int], logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:

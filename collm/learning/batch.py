@@ -83,11 +83,6 @@ class Batch:
         return self.played_ET & ~self.truncated_E[:, None]
 
     @property
-    def group_E(self) -> list[int]:
-        """(E,) index of each episode's group."""
-        return [number for number, group in enumerate(self.groups) for _ in group.episodes]
-
-    @property
     def tasks_E(self) -> Tensor:
         return torch.tensor([episode.task for episode in self.episodes])
 

@@ -6,7 +6,7 @@ An algorithm is a return, a baseline, a critic and a loss. This module combines 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class Credit:
     """(E, N, T) targets of critics in units of return, minus the prediction of the metric regression."""
     wanted_ENT: Tensor
     """(E, N, T) 1 where a critic has a target, else 0."""
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    """As of `Values`."""
 
 
 @dataclass(slots=True)
@@ -104,7 +106,7 @@ def assign_values(
     metrics |= diagnostics.explain(batch, values_ENT, wanted_ENT, critics, gamma=gamma)
     residual.learn_returns(regressions.returns, rows, batch, values_ENT, text.read_ENT, gamma=gamma, kind=kind)
     learned_ENT = residual.predict_returns(regressions.returns, rows, batch, text.read_ENT)
-    credit = Credit(advantages_ENT, targets_ENT - learned_ENT[..., : targets_ENT.shape[-1]], wanted_ENT)
+    credit = Credit(advantages_ENT, targets_ENT - learned_ENT[..., : targets_ENT.shape[-1]], wanted_ENT, text.features)
     errors_ENT = rewards_ENT + gamma * values_ENT[..., 1:] - values_ENT[..., :-1] if kind == "V" else None
     return Assignment(credit, _annotations(batch, advantages_ENT, values_ENT, errors_ENT), metrics)
 

@@ -13,11 +13,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from collm.algorithms import losses
 from collm.learning.batch import Batch
-from collm.learning.pack import MicroBatch, Packed, micro_batches
-from collm.models.critic import ValueHead
+from collm.learning.pack import MicroBatch, Packed, micro_batches, pack_readings
+from collm.models.critic import Critic, Head
 from collm.models.trees import Tree
+from collm.settings.rooms import Config
 
 
 class Body(Protocol):
@@ -46,6 +46,8 @@ class Values:
     """Histories whose oldest turns were cut to fit."""
     num_tokens: int = 0
     """Tokens read."""
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """Name of a critic with a frozen body -> its features (E, T + 1, D), from which it learns."""
 
 
 def without_text(batch: Batch) -> Values:
@@ -66,12 +68,33 @@ def merge(parts: Iterable[Values]) -> Values:
             [*first.alternatives, *other.alternatives],
             first.num_cut + other.num_cut,
             first.num_tokens + other.num_tokens,
+            first.features | other.features,
         )
     return first
 
 
+class TextCritic:
+    """A critic model, the agents that it predicts values for (all of them, or one), and what it reads."""
+
+    def __init__(self, name: str, critic: Critic, agents: Sequence[str], config: Config):
+        self.critic, self.agents, self.config = critic, tuple(agents), config
+        self.joint = config.critic.reads == "joint"
+        self.reads = {"state": config.critic.state, "newest_only": config.rollout.history == "newest"}
+        self.name = f"critic-{name}"
+        self.label = "critic" if self.joint else f"{name}/critic"
+
+    def view(self, batch: Batch) -> tuple[str, ...]:
+        """Agents whose texts it reads; a joint critic reads those of all agents, frozen team-mates included."""
+        return batch.episodes[0].agents if self.joint and batch.episodes else self.agents
+
+    def pack(self, batch: Batch) -> tuple[list[Packed], int]:
+        """The sequences that it reads, and the number of histories that had to be cut."""
+        kind = self.config.algorithm.critic_kind
+        return pack_readings(batch, self.critic, self.view(batch), kind=kind, **self.reads)
+
+
 def read(
-    body: Body, head: ValueHead, packed: Sequence[Packed], batch: Batch, agents: Sequence[str], limit: int, kind: str
+    body: Body, head: Head, packed: Sequence[Packed], batch: Batch, agents: Sequence[str], limit: int, kind: str
 ) -> Values:
     """Values at the markers of sequences.
 
@@ -81,19 +104,25 @@ def read(
         kind: "V" (T + 1 slots per agent) or "Q" (T slots).
     """
     E, N, T = batch.shape
-    width = T + (kind == "V")
-    read_X, num_tokens = values_at(body, head, packed, E * N * width, limit)
-    marked_X = torch.zeros(E * N * width)
+    values_X, num_tokens = values_at(body, head, packed, E * N * (T + (kind == "V")), limit)
+    return shared(values_X, packed, batch, agents, num_tokens)
+
+
+def shared(values_X: Tensor, packed: Sequence[Packed], batch: Batch, agents: Sequence[str], num_tokens: int) -> Values:
+    """Values at the markers' slots, which are of the first of these agents, as those of all of them; 0 elsewhere. Arguments as
+    in `read`."""
+    E, N, _ = batch.shape
+    marked_X = torch.zeros_like(values_X)
     marked_X[[slot for sequence in packed for slot, _ in sequence.markers]] = 1.0
     first, chosen = batch.agents.index(agents[0]), [batch.agents.index(agent) for agent in agents]
-    values_ENT, read_ENT = torch.zeros(E, N, width), torch.zeros(E, N, width)
-    values_ENT[:, chosen] = read_X.view(E, N, width)[:, first, None]
-    read_ENT[:, chosen] = marked_X.view(E, N, width)[:, first, None]
-    return Values(values_ENT, read_ENT, num_tokens=num_tokens)
+    read_ENT, marked_ENT = (values_X * marked_X).view(E, N, -1), marked_X.view(E, N, -1)
+    found = Values(torch.zeros_like(read_ENT), torch.zeros_like(read_ENT), num_tokens=num_tokens)
+    found.values_ENT[:, chosen], found.read_ENT[:, chosen] = read_ENT[:, first, None], marked_ENT[:, first, None]
+    return found
 
 
 @torch.no_grad()
-def values_at(body: Body, head: ValueHead, packed: Sequence[Packed], num: int, limit: int) -> tuple[Tensor, int]:
+def values_at(body: Body, head: Head, packed: Sequence[Packed], num: int, limit: int) -> tuple[Tensor, int]:
     """Values (num,) at the markers' slots, 0 at slots without a marker; and the number of tokens read."""
     values_X, num_tokens = torch.zeros(num), 0
     for micro in micro_batches(packed, limit, body.device, trees=body.reads_trees):
@@ -115,33 +144,26 @@ def targeted(batch: Batch, *, kind: str, own_turns: bool) -> Tensor:
     return wanted_ENT
 
 
-def value_loss(
-    head: ValueHead,
-    micro: MicroBatch,
-    hidden_BLD: Tensor,
-    targets_ENT: Tensor,
-    wanted_ENT: Tensor,
-    *,
-    num: int,
-    kind: str,
-) -> Tensor | None:
-    """A micro-batch's part of the mean squared error over `num` targets; None if it holds no target.
-
-    With normalized targets the error is in units of their standard deviation.
-
-    Args:
-        hidden_BLD: (B, L, D) hidden states of the micro-batch.
-        targets_ENT: (E, N, T) targets in units of return.
-        wanted_ENT: (E, N, T) 1 where there is a target.
-    """
+def by_slot(targets_ENT: Tensor, wanted_ENT: Tensor, *, kind: str) -> tuple[Tensor, Tensor]:
+    """(X,) targets in units of return, and (X,) bool where there is one, by the slots of markers."""
     wanted_ENT = wanted_ENT.bool()
     if kind == "V":  # V has T + 1 slots per agent
         targets_ENT, wanted_ENT = nn.functional.pad(targets_ENT, (0, 1)), nn.functional.pad(wanted_ENT, (0, 1))
-    chosen = wanted_ENT.flatten()[micro.slot_M.cpu()]
+    return targets_ENT.flatten(), wanted_ENT.flatten()
+
+
+def value_loss(
+    head: Head, micro: MicroBatch, hidden_BLD: Tensor, targets_X: Tensor, wanted_X: Tensor, *, num: int
+) -> Tensor | None:
+    """A micro-batch's part of the head's mean loss over `num` targets; None if it holds no target.
+
+    Args:
+        hidden_BLD: (B, L, D) hidden states of the micro-batch.
+        targets_X, wanted_X: as of `by_slot`.
+    """
+    slot_M = micro.slot_M.cpu()
+    chosen = wanted_X[slot_M]
     if not chosen.any():
         return None
-    slots = micro.slot_M.cpu()[chosen]
-    values = head(hidden_BLD[micro.row_M, micro.column_M][chosen.to(hidden_BLD.device)])
-    targets = targets_ENT.flatten()[slots].to(values)
-    unit = head.deviation.to(values) ** 2
-    return losses.value_error(values, targets, num_values=num)[0] / unit
+    hidden_SD = hidden_BLD[micro.row_M, micro.column_M][chosen.to(hidden_BLD.device)]
+    return head.loss(hidden_SD, targets_X[slot_M[chosen]].to(hidden_SD.device), num_values=num)

@@ -21,7 +21,7 @@ from collm.errors import EngineError
 from collm.learning.batch import Batch
 from collm.models.critic import Critic
 from collm.models.policy import Policy
-from collm.models.sharing import joins
+from collm.models.sharing import joins, num_shared
 from collm.models.trees import Tree
 from collm.types import History, Ids
 
@@ -36,8 +36,6 @@ class Packed:
     """(slot, position of the answer's first token, log-probs recorded when sampling)."""
     markers: list[tuple[int, int]] = field(default_factory=list)
     """(slot, position) where a value is computed."""
-    group: int = 0
-    """Index of the group of episodes it belongs to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +115,7 @@ def pack_answers(batch: Batch, agent: str, policy: Policy, *, values: bool = Fal
     _, N, T = batch.shape
     n = batch.agents.index(agent)
     packed: list[Packed] = []
-    for e, (episode, group) in enumerate(zip(batch.episodes, batch.group_E, strict=True)):
+    for e, episode in enumerate(batch.episodes):
         current: Packed | None = None
         for t, turn in enumerate(episode.turns):
             answer = turn.completions.get(agent)
@@ -126,7 +124,7 @@ def pack_answers(batch: Batch, agent: str, policy: Policy, *, values: bool = Fal
             if answer.prompt_ids is None or answer.token_ids is None or answer.logprobs is None:
                 raise EngineError(f"{agent}: the engine gave no token ids or log-probs; it can evaluate but not train.")
             if current is None or not starts_with(answer.prompt_ids, current.ids):
-                current = Packed(answer.prompt_ids, group=group)
+                current = Packed(answer.prompt_ids)
                 packed.append(current)
             start = len(answer.prompt_ids)
             current.ids = np.concatenate([answer.prompt_ids, answer.token_ids])
@@ -136,7 +134,7 @@ def pack_answers(batch: Batch, agent: str, policy: Policy, *, values: bool = Fal
         if values and episode.truncated and current is not None and agent in episode.observations:
             ids = policy.chat.encode(episode.history(agent, history))
             if not starts_with(ids, current.ids):
-                current = Packed(ids, group=group)
+                current = Packed(ids)
                 packed.append(current)
             current.ids = ids
             current.markers.append(((e * N + n) * (T + 1) + len(episode.turns), len(ids) - 1))
@@ -157,14 +155,14 @@ def pack_readings(
     n = next(batch.agents.index(agent) for agent in view if agent in batch.agents)
     packed: list[Packed] = []
     num_cut = 0
-    for e, (episode, group) in enumerate(zip(batch.episodes, batch.group_E, strict=True)):
+    for e, episode in enumerate(batch.episodes):
         current: Packed | None = None
         for t in range(len(episode.turns) + (kind == "V" and episode.truncated)):
             answers = None if kind == "V" else {a: c.text for a, c in episode.turns[t].completions.items()}
             reading = critic.read(episode, t, view, state=state, newest_only=newest_only, answers=answers)
             num_cut += reading.cut > 0
             if current is None or not starts_with(reading.ids, current.ids):
-                current = Packed(reading.ids, group=group)
+                current = Packed(reading.ids)
                 packed.append(current)
             current.ids = reading.ids
             slot = (e * N + n) * (T + (kind == "V")) + t
@@ -182,7 +180,7 @@ def pack_alternatives(
     _, N, T = batch.shape
     packed: list[Packed] = []
     slots: list[int] = []
-    for e, (episode, group) in enumerate(zip(batch.episodes, batch.group_E, strict=True)):
+    for e, episode in enumerate(batch.episodes):
         for t, turn in enumerate(episode.turns):
             taken = {agent: completion.text for agent, completion in turn.completions.items()}
             for agent, others in turn.alternatives.items():
@@ -191,34 +189,26 @@ def pack_alternatives(
                 for other in others:
                     said = {**taken, agent: other.text}
                     reading = critic.read(episode, t, view, state=state, newest_only=newest_only, answers=said)
-                    packed.append(Packed(reading.ids, markers=[(len(slots), len(reading.ids) - 1)], group=group))
+                    packed.append(Packed(reading.ids, markers=[(len(slots), len(reading.ids) - 1)]))
                     slots.append((e * N + batch.agents.index(agent)) * T + t)
     return packed, slots
 
 
-def num_shared(one: Ids, other: Ids) -> int:
-    """Number of tokens that both begin with."""
-    length = min(len(one), len(other))
-    differs = np.flatnonzero(one[:length] != other[:length])
-    return int(differs[0]) if len(differs) else length
-
-
 def rows_of(packed: Sequence[Packed], max_tokens: int, *, trees: bool) -> list[Row]:
-    """One row per sequence; with `trees`, sequences of a group that begin alike share rows. The given order is kept.
+    """One row per sequence; with `trees`, sequences that begin alike share rows. The given order is kept.
 
-    In sorted order a sequence shares most with its neighbour, and joins its row by the rule of models/sharing.py. A row has at
-    most `max_tokens`, unless it is one sequence.
+    Siblings share a prompt, and tasks share worked examples. In sorted order a sequence shares most with its neighbour, and
+    joins its row by the rule of models/sharing.py. A row has at most `max_tokens`, unless it is one sequence.
     """
     if not trees:
         return [Row.of([sequence]) for sequence in packed]
     place = {id(sequence): number for number, sequence in enumerate(packed)}
     rows: list[list[Packed]] = []
     total = 0
-    for sequence in sorted(packed, key=lambda s: (s.group, s.ids.astype(">u4").tobytes())):
-        alike = bool(rows) and rows[-1][-1].group == sequence.group
-        shared = num_shared(rows[-1][-1].ids, sequence.ids) if alike else 0
+    for sequence in sorted(packed, key=lambda s: s.ids.astype(">u4").tobytes()):
+        shared = num_shared(rows[-1][-1].ids, sequence.ids) if rows else 0
         new = len(sequence.ids) - shared
-        if alike and joins(total, shared, new, max_tokens):
+        if rows and joins(total, shared, new, max_tokens):
             rows[-1].append(sequence)
             total += new
         else:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from collm import seeds
 from collm.algorithms import losses
 from collm.algorithms.catalogue import CLIPPED_LOSSES
 from collm.learning.batch import Batch
 from collm.learning.credit import Credit
-from collm.learning.critics import Values, merge, read, value_loss, values_at
-from collm.learning.pack import MicroBatch, Packed, micro_batches, pack_alternatives, pack_answers, pack_readings
+from collm.learning.critics import TextCritic, Values, by_slot, merge, read, value_loss, values_at
+from collm.learning.pack import MicroBatch, Packed, micro_batches, pack_alternatives, pack_answers
+from collm.learning.recent import Recent, flattened, minibatches
 from collm.learning.steps import (
     check_loss,
     good_answers,
@@ -32,7 +34,7 @@ from collm.learning.steps import (
     zero_gradients,
 )
 from collm.learning.tensors import Read, Tensors, restore, restore_optimizer, state_of, weights_of
-from collm.models.critic import Critic, ValueHead
+from collm.models.critic import Critic, Head
 from collm.models.policy import Policy
 from collm.models.recompute import recompute_layers
 from collm.settings.rooms import Config
@@ -90,7 +92,7 @@ class PolicyPart:
         name: str,
         policy: Policy,
         agents: Sequence[str],
-        heads: dict[str, ValueHead],
+        heads: dict[str, Head],
         config: Config,
         sampling: Sampling,
         *,
@@ -280,44 +282,38 @@ class PolicyPart:
         return loss
 
     def _value_loss(self, agent: str, micro: MicroBatch, hidden_BLD: Tensor, batch: Batch, credit: Credit) -> Tensor | None:
+        num = int(credit.wanted_ENT[:, batch.agents.index(agent)].sum())
         return value_loss(
-            self.heads[agent],
-            micro,
-            hidden_BLD,
-            credit.targets_ENT,
-            credit.wanted_ENT,
-            num=int(credit.wanted_ENT[:, batch.agents.index(agent)].sum()),
-            kind="V",
+            self.heads[agent], micro, hidden_BLD, *by_slot(credit.targets_ENT, credit.wanted_ENT, kind="V"), num=num
         )
 
 
-class CriticPart:
-    """A critic that is a separate model, and the agents that it predicts values for: all of them, or one."""
+class CriticPart(TextCritic):
+    """A critic that is a separate model with its optimizer.
 
-    def __init__(self, name: str, critic: Critic, agents: Sequence[str], config: Config, *, lr: float):
-        self.critic, self.agents, self.config = critic, tuple(agents), config
-        self.joint = config.critic.reads == "joint"
-        self.reads = {"state": config.critic.state, "newest_only": config.rollout.history == "newest"}
-        self.name = f"critic-{name}"
-        self.label = "critic" if self.joint else f"{name}/critic"
+    replay: number of recent iterations that it learns from; 1 for the present one alone.
+    """
+
+    def __init__(self, name: str, critic: Critic, agents: Sequence[str], config: Config, *, lr: float, replay: int = 1):
+        super().__init__(name, critic, agents, config)
         self.optimizer = make_optimizer([(critic.parameters(), lr)])
+        self.recent = Recent(replay) if replay > 1 else None
         if config.learner.gradient_checkpointing:
             recompute_layers(critic.body)
 
     def tensors(self) -> dict[str, Tensors]:
-        return {self.name: weights_of(self.critic), f"optimizer-{self.name}": state_of(self.optimizer)}
+        files = {self.name: weights_of(self.critic), f"optimizer-{self.name}": state_of(self.optimizer)}
+        return files if self.recent is None else {**files, f"replay-{self.name}": self.recent.tensors()}
 
     def restore(self, read: Read) -> None:
         restore(self.critic, read(self.name))
         restore_optimizer(self.optimizer, read(f"optimizer-{self.name}"))
-
-    def view(self, batch: Batch) -> tuple[str, ...]:
-        """Agents whose texts it reads; a joint critic reads those of all agents, frozen team-mates included."""
-        return batch.episodes[0].agents if self.joint and batch.episodes else self.agents
+        if self.recent is not None:
+            self.recent.restore(read(f"replay-{self.name}"))
 
     def values(self, batch: Batch) -> Values:
         kind, limit = self.config.algorithm.critic_kind, self.config.learner.micro_batch_tokens
-        packed, num_cut = pack_readings(batch, self.critic, self.view(batch), kind=kind, **self.reads)
+        packed, num_cut = self.pack(batch)
         values = read(self.critic, self.critic.value, packed, batch, self.agents, limit, kind)
         values.num_cut = num_cut
         if kind == "Q":
@@ -330,23 +326,20 @@ class CriticPart:
         return values
 
     def learn(self, batch: Batch, iteration: int, credit: Credit) -> Metrics:
-        """`critic.epochs` steps on the squared error, each over all targets."""
+        """`critic.epochs` steps, each over all targets of the iteration, or with a replay over a minibatch of those kept."""
         kind, limit = self.config.algorithm.critic_kind, self.config.learner.micro_batch_tokens
         rescale(self.critic.value, self.agents[0], batch, credit, self.config)
         set_rates(self.optimizer, self.config, iteration)
-        packed, _ = pack_readings(batch, self.critic, self.view(batch), kind=kind, **self.reads)
-        num = int(credit.wanted_ENT[:, batch.agents.index(self.agents[0])].sum())
         metrics: Metrics = defaultdict(float)
-        for _ in range(self.config.critic.epochs):
+        for packed, targets_X, wanted_X, num in self._passes(batch, iteration, credit):
             total = 0.0
             for micro in micro_batches(packed, limit, self.critic.device, trees=self.critic.reads_trees):
                 hidden_BLD = self.critic.hidden(micro.ids_BL, micro.tree)
-                loss = value_loss(
-                    self.critic.value, micro, hidden_BLD, credit.targets_ENT, credit.wanted_ENT, num=num, kind=kind
-                )
+                loss = value_loss(self.critic.value, micro, hidden_BLD, targets_X, wanted_X, num=num)
                 if loss is None:
                     continue
-                check_loss(loss, self.label, iteration, batch, batch.episodes_of(micro.slot_M, kind == "V"))
+                episodes = batch.episodes_of(micro.slot_M, kind == "V") if self.recent is None else ()
+                check_loss(loss, self.label, iteration, batch, episodes)
                 total += loss.item()
                 if loss.item() > 0:
                     (VALUE_WEIGHT * loss).backward()
@@ -356,3 +349,17 @@ class CriticPart:
             metrics[f"{self.label}/gradient_norm"] = step(self.optimizer, self.label, iteration, self.config.learner)
             metrics[f"{self.label}/loss"] = total
         return dict(metrics)
+
+    def _passes(self, batch: Batch, iteration: int, credit: Credit) -> Iterator[tuple[list[Packed], Tensor, Tensor, int]]:
+        """For each step: sequences, targets and whether there is one, both by slot, and their number."""
+        num_steps = self.config.critic.epochs
+        targets_X, wanted_X = by_slot(credit.targets_ENT, credit.wanted_ENT, kind=self.config.algorithm.critic_kind)
+        packed, _ = self.pack(batch)
+        if self.recent is None:
+            num = int(credit.wanted_ENT[:, batch.agents.index(self.agents[0])].sum())
+            yield from [(packed, targets_X, wanted_X, num)] * num_steps
+            return
+        self.recent.add(flattened(packed, targets_X, wanted_X))
+        stream = seeds.stream(self.config.run.seed, "critic's replay", self.name, iteration)
+        for chosen, targets_M in minibatches(self.recent, num_steps, stream):
+            yield chosen, targets_M, torch.ones_like(targets_M, dtype=torch.bool), len(targets_M)

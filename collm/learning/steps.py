@@ -12,7 +12,7 @@ from collm.algorithms.advantages import discounted_returns
 from collm.errors import TrainingError
 from collm.learning.batch import Batch
 from collm.learning.credit import Credit
-from collm.models.critic import ValueHead
+from collm.models.critic import Head
 from collm.settings.rooms import Config, LearnerSettings
 
 
@@ -86,20 +86,22 @@ def zero_gradients(optimizer: torch.optim.Optimizer) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def rescale(head: ValueHead, agent: str, batch: Batch, credit: Credit, config: Config) -> None:
-    """With target normalization, update the running mean and deviation from the targets of the critic of `agent`."""
-    if config.critic.normalize_targets:
+def rescale(head: Head, agent: str, batch: Batch, credit: Credit, config: Config) -> None:
+    """Fit the head's scale to the targets of the critic of `agent`: running mean and deviation, with target normalization, or
+    the bins of a histogram."""
+    if config.critic.normalize_targets or config.critic.loss == "hl_gauss":
         n = batch.agents.index(agent)
         head.rescale(credit.targets_ENT[:, n][credit.wanted_ENT[:, n].bool()])
 
 
 def check_loss(loss: Tensor, label: str, iteration: int, batch: Batch, episodes: Iterable[int]) -> None:
-    """Raises TrainingError for a loss that is not finite, with the first episodes of its micro-batch."""
+    """Raises TrainingError for a loss that is not finite, with the first episodes of its micro-batch; those of a replay
+    have no episodes."""
     if not torch.isfinite(loss):
         named = ", ".join(f"{e} (task {batch.episodes[e].label})" for e in list(episodes)[:8])
         raise TrainingError(
-            f"iteration {iteration}: the loss of {label} is {loss.item()} in a micro-batch of episodes {named}; no "
-            "step was taken. The last checkpoint is intact: start a new run with a lower learning rate."
+            f"iteration {iteration}: the loss of {label} is {loss.item()} in a micro-batch{named and ' of episodes '}{named}; "
+            "no step was taken. The last checkpoint is intact: start a new run with a lower learning rate."
         )
 
 

@@ -7,7 +7,7 @@ decides about sharing:
 
 - with `team.shared`, agents with the same initial model share one policy; else each agent has its own;
 - adapters of one model, in one number format, share one base, which is in memory once;
-- a critic is a value head on its agent's policy, an adapter on the base of an agent, or a separate model.
+- a critic is a value head on its agent's policy, an adapter on the base of an agent, a frozen base, or a separate model.
 """
 
 from __future__ import annotations
@@ -20,15 +20,21 @@ from collm.errors import ConfigError
 from collm.models.sources import base_named_by, is_adapter, resolve
 from collm.settings.rooms import Config, LoraSettings
 
-POLICY, CRITIC, OPTIMIZER = "policy-", "critic-", "optimizer-"
+POLICY, CRITIC, OPTIMIZER, REPLAY = "policy-", "critic-", "optimizer-", "replay-"
 """Prefixes of names in a checkpoint."""
+FROZEN_REPLAY = 32
+"""Default number of iterations that the regression on a frozen body learns from."""
+MINIBATCH = 8
+"""Sequences in one step of a critic with a replay."""
+HISTOGRAM_BINS = 51
+"""Bins of a critic with `critic.loss="hl_gauss"`."""
 
-Body = Literal["policy", "adapter", "copy", "model"]
+Body = Literal["policy", "adapter", "copy", "model", "frozen"]
 
 
 @dataclass(frozen=True, slots=True)
 class BaseSpec:
-    """A frozen base model of adapters, in memory once for all of them."""
+    """A frozen base model of adapters and of critics with a frozen body, in memory once for all of them."""
 
     model: str
     """Absolute path of its folder, or its hub name."""
@@ -88,13 +94,16 @@ class CriticSpec:
     """V of a history, or Q of a history and a joint action."""
     body: Body
     """"policy": `policy`'s model, with a value head on it. "adapter": an adapter like `policy`'s, on the same base. "copy": a
-    copy of `policy`'s model, which shares nothing with it. "model": the body of `model`."""
+    copy of `policy`'s model, which shares nothing with it. "model": the body of `model`. "frozen": the base itself, which is
+    not trained; a regression reads its hidden states."""
     policy: str
     """The name of the policy that `body` refers to; for "model", of the policy of its first agent."""
     model: str
     """Initial model of the body; empty if a policy's origin is unknown."""
     base: BaseSpec | None = None
-    """The base, for an adapter."""
+    """The base, for an adapter and for a frozen body."""
+    replay: int = 1
+    """Number of recent iterations that it learns from."""
 
     def rate(self, config: Config) -> float:
         """The learning rate of a separate critic model: critic.lr if set, else 1e-4 for an adapter, whose values overshoot at a
@@ -116,6 +125,12 @@ class CriticSpec:
     def optimizer_name(self) -> str:
         """The name of its own optimizer; for a value head, of the policy's."""
         return OPTIMIZER + (self.policy if self.body == "policy" else self.weights_name)
+
+    @property
+    def checkpoint_names(self) -> tuple[str, ...]:
+        """Its files in a checkpoint: weights and optimizer if it is trained, and the iterations kept."""
+        trained, kept = (self.weights_name, self.optimizer_name), (REPLAY + self.weights_name,)
+        return kept if self.body == "frozen" else trained if self.replay == 1 else trained + kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +220,7 @@ class Blueprint:
         critics = {
             critic.label: owners[critic.policy].head_rate(config) if critic.body == "policy" else critic.rate(config)
             for critic in self.critics
+            if critic.body != "frozen"
         }
         return {**policies, **critics}
 
@@ -224,7 +240,7 @@ class Blueprint:
         """Each policy and critic is in exactly one unit. Ordered by policies, then by critics that share with no policy."""
         keys: dict[str, BaseSpec | str] = {policy.name: policy.base or policy.weights_name for policy in self.policies}
         owners = {
-            critic.name: keys[critic.policy] if critic.body in ("policy", "adapter") else critic.weights_name
+            critic.name: keys[critic.policy] if critic.body in ("policy", "adapter") else critic.base or critic.weights_name
             for critic in self.critics
         }
         return tuple(
@@ -248,9 +264,11 @@ class Blueprint:
 
     @property
     def checkpoint_names(self) -> tuple[str, ...]:
-        """File names, without extension, of weights and optimizers in a checkpoint; regressions are not included."""
-        trained: list[PolicySpec | CriticSpec] = [*self.policies, *self.critics]
-        return tuple(dict.fromkeys(name for spec in trained for name in (spec.weights_name, spec.optimizer_name)))
+        """File names, without extension, of weights, optimizers and kept iterations in a checkpoint; those of regressions of
+        the learner are not included."""
+        names: list[tuple[str, ...]] = [(policy.weights_name, policy.optimizer_name) for policy in self.policies]
+        names += [critic.checkpoint_names for critic in self.critics]
+        return tuple(dict.fromkeys(name for each in names for name in each))
 
 
 def policies_of(
@@ -304,8 +322,9 @@ def _critics(config: Config, team: tuple[str, ...], policies: tuple[PolicySpec, 
     for name, agents in views.items():
         owner = owners[agents[0]]
         body, beside, model = _body(config, owner, policies)
-        base = beside.base if body in ("policy", "adapter") else None
-        critics.append(CriticSpec(name, agents, joint, config.algorithm.critic_kind, body, beside.name, model, base))
+        base = beside.base if body in ("policy", "adapter") else _frozen(config, model, policies) if body == "frozen" else None
+        replay = config.critic.replay or (FROZEN_REPLAY if body == "frozen" else 1)
+        critics.append(CriticSpec(name, agents, joint, config.algorithm.critic_kind, body, beside.name, model, base, replay))
     return tuple(critics)
 
 
@@ -314,6 +333,8 @@ def _body(config: Config, owner: PolicySpec, policies: tuple[PolicySpec, ...]) -
     if config.critic.body == "policy":
         return "policy", owner, owner.model
     model = config.critic.model or (owner.base.model if owner.base is not None else owner.model)
+    if config.critic.body == "frozen":
+        return "frozen", owner, model
     if model and config.critic.body == "auto":
         for policy in policies:
             if policy.base is not None and policy.base.model == resolve(model):
@@ -321,3 +342,14 @@ def _body(config: Config, owner: PolicySpec, policies: tuple[PolicySpec, ...]) -
     if config.critic.model is None and owner.base is None:
         return "copy", owner, model
     return "model", owner, model
+
+
+def _frozen(config: Config, model: str, policies: tuple[PolicySpec, ...]) -> BaseSpec:
+    """The base that a frozen body is: that of an agent's adapter if it is of the same model."""
+    if not model:
+        raise ConfigError(
+            "critic.body='frozen' reads with the initial model of an agent, whose origin is unknown here. Set critic.model, or "
+            "critic.body='auto'."
+        )
+    bases = (policy.base for policy in policies if policy.base is not None and policy.base.model == resolve(model))
+    return next(bases, BaseSpec(resolve(model), config.team.compute))

@@ -7,6 +7,7 @@ is causal, one forward pass yields the values of all turns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from collm.algorithms import losses
 from collm.algorithms.stats import RunningMoments
+from collm.models.blueprint import HISTOGRAM_BINS
 from collm.models.chat import Chat
 from collm.models.loading import load_pretrained, max_positions_of
 from collm.models.policy import compute_in
@@ -61,12 +64,92 @@ class ValueHead(nn.Module):
         self.mean.fill_(mean)
         self.deviation.fill_(deviation)
 
+    def loss(self, hidden: Tensor, targets: Tensor, *, num_values: int) -> Tensor:
+        """Mean squared error over `num_values` targets (S,), in units of return; with normalized targets in units of their
+        variance."""
+        values = self(hidden)
+        unit = self.deviation.to(values) ** 2
+        return losses.value_error(values, targets.to(values), num_values=num_values)[0] / unit
+
     def get_extra_state(self) -> Tensor:
         m = self.moments
         return torch.tensor([m.weight, m.first, m.second], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         self.moments.weight, self.moments.first, self.moments.second = state.tolist()
+
+
+class HistogramHead(nn.Module):
+    """Predicts a histogram of returns from a hidden state; the value is its mean (HL-Gauss). It predicts 0 until it is trained.
+
+    The bins have equal width and reach `MARGIN` bins beyond the lowest and the highest target so far, so that a smoothed target
+    lies within them. A target outside stretches all bins. At first the histogram is that of the first targets.
+    Source: arXiv:2403.03950; `algorithms.losses.gaussian_histogram` has the formula.
+    """
+
+    NUM_BINS = HISTOGRAM_BINS
+    MARGIN = 2
+    """Bins beyond the targets, at each side: with half a bin 3.3 standard deviations."""
+    DEVIATION = 0.75
+    """Standard deviation of a smoothed target, in bins."""
+
+    lowest: Tensor
+    highest: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(self.NUM_BINS, width))
+        self.bias = nn.Parameter(torch.zeros(self.NUM_BINS))
+        self.register_buffer("lowest", torch.tensor(math.inf, dtype=torch.float64))
+        self.register_buffer("highest", torch.tensor(-math.inf, dtype=torch.float64))
+
+    @property
+    def width(self) -> float:
+        """Of a bin, in units of return."""
+        spread = max(float(self.highest - self.lowest), 1e-6)
+        return spread / (self.NUM_BINS - 1 - 2 * self.MARGIN)
+
+    @property
+    def centres(self) -> Tensor:
+        """(B,) of the bins, in units of return."""
+        return float(self.lowest) + self.width * (torch.arange(self.NUM_BINS, dtype=torch.float64) - self.MARGIN)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., B) of hidden states (..., D)."""
+        return hidden.float() @ self.weight.T + self.bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Values (...), in units of return, of hidden states (..., D)."""
+        logits = self.logits(hidden)
+        if self.lowest > self.highest:
+            return logits.new_zeros(logits.shape[:-1])
+        return logits.softmax(-1) @ self.centres.to(logits)
+
+    @torch.no_grad()
+    def rescale(self, targets: Tensor) -> None:
+        """Stretch the bins over targets (S,), in units of return; the first ones also set the bias."""
+        if not len(targets):
+            return
+        first = bool(self.lowest > self.highest)
+        self.lowest.fill_(min(self.lowest.item(), targets.min().item()))
+        self.highest.fill_(max(self.highest.item(), targets.max().item()))
+        if first:
+            self.bias.copy_((self.smoothed(targets).mean(0) + 1e-4).log())
+
+    def smoothed(self, targets: Tensor) -> Tensor:
+        """(S, B) histograms of targets (S,), in units of return."""
+        edges = self.centres[0] + self.width * (torch.arange(self.NUM_BINS + 1) - 0.5)
+        return losses.gaussian_histogram(targets, edges, deviation=self.DEVIATION * self.width)
+
+    def loss(self, hidden: Tensor, targets: Tensor, *, num_values: int) -> Tensor:
+        """Mean cross-entropy over `num_values` targets (S,), in nats."""
+        logits = self.logits(hidden)
+        return losses.histogram_error(logits, self.smoothed(targets).to(logits), num_values=num_values)[0]
+
+
+Head = ValueHead | HistogramHead
+HEADS: dict[str, type[Head]] = {"mse": ValueHead, "hl_gauss": HistogramHead}
+"""Value of `critic.loss` -> head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +166,18 @@ class Critic(nn.Module):
     """A language model's body with a value head and its own tokenizer. Vocabulary logits are not computed."""
 
     def __init__(
-        self, body: Any, tokenizer: Any, *, max_tokens: int = 8192, compute: str = "float32", system: str | None = None
+        self,
+        body: Any,
+        tokenizer: Any,
+        *,
+        max_tokens: int = 8192,
+        compute: str = "float32",
+        system: str | None = None,
+        loss: str = "mse",
     ):
         super().__init__()
         self.body = body.float().eval()
-        self.value = ValueHead(body.config.get_text_config().hidden_size)
+        self.value = HEADS[loss](body.config.get_text_config().hidden_size)
         self.tokenizer = tokenizer
         self.chat = Chat(tokenizer, keep_thoughts=True, system=system)
         self.max_tokens = min(max_tokens, max_positions_of(body.config))
@@ -114,6 +204,11 @@ class Critic(nn.Module):
         """Hidden states (B, L, D) of ids (B, L), padded at the right, which are sequences or trees."""
         with compute_in(self.compute, self.device):
             return hidden_states(self.body, ids_BL, tree)
+
+    def middle(self, ids_BL: Tensor, tree: Tree | None = None) -> Tensor:
+        """Float32 mean (B, L, D) of the hidden states of the middle half of the layers, as of `hidden`."""
+        with compute_in(self.compute, self.device):
+            return hidden_states(self.body, ids_BL, tree, middle=True).float()
 
     def read(
         self,

@@ -1,4 +1,8 @@
-"""Which sequences share a row of an update, so that the tokens that both begin with are read once."""
+"""What sequences share: how many tokens they begin with in common, and whether they share a row of an update."""
+
+import numpy as np
+
+from collm.types import Ids
 
 PAIRS_PER_TOKEN = 1024
 """Attention of this many pairs of tokens is taken to cost as much as one more token."""
@@ -13,3 +17,10 @@ def joins(total: int, shared: int, new: int, max_tokens: int) -> bool:
     Args: total: tokens of the row. shared: tokens that the sequence and the one before begin with. new: its other tokens.
     """
     return total + new <= max_tokens and 2 * new * (total + new) <= PAIRS_PER_TOKEN * shared
+
+
+def num_shared(one: Ids, other: Ids) -> int:
+    """Number of tokens that both begin with."""
+    length = min(len(one), len(other))
+    differs = np.flatnonzero(one[:length] != other[:length])
+    return int(differs[0]) if len(differs) else length

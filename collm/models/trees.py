@@ -10,7 +10,7 @@ are that function at the tree's positions, limited to ancestors, so a model's ow
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -40,17 +40,32 @@ class Tree:
 _PRESENT: ContextVar[Tree | None] = ContextVar("tree", default=None)
 
 
-def hidden_states(body: Any, ids_BL: Tensor, tree: Tree | None = None) -> Tensor:
-    """Hidden states (B, L, D) of ids (B, L): of trees, or of sequences, which are padded at the right and need no mask."""
+def hidden_states(body: Any, ids_BL: Tensor, tree: Tree | None = None, *, middle: bool = False) -> Tensor:
+    """Hidden states (B, L, D) of ids (B, L): of trees, or of sequences, which are padded at the right and need no mask.
+
+    middle: in place of the last layer's, the mean over the middle half of the layers. The first layers describe single tokens,
+    and the last ones predict the next token; texts are told apart best in between (arXiv:2502.02013).
+    """
+
+    def found(**inputs: Any) -> Tensor:
+        output = body(input_ids=ids_BL, use_cache=False, **({"output_hidden_states": True} if middle else {}), **inputs)
+        return _middle(output.hidden_states) if middle else output.last_hidden_state
+
     if tree is None:
-        return body(input_ids=ids_BL, use_cache=False).last_hidden_state
+        return found()
     token = _PRESENT.set(tree)
     try:
         mask_BL = torch.ones_like(ids_BL)  # without it transformers takes positions that fall for the start of a sequence
-        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "position_ids": tree.position_BL, "use_cache": False}
-        return body(**inputs).last_hidden_state
+        return found(attention_mask=mask_BL, position_ids=tree.position_BL)
     finally:
         _PRESENT.reset(token)
+
+
+def _middle(layers: Sequence[Tensor]) -> Tensor:
+    """Mean of the middle half of the layers; layers: the embeddings, then the output of each layer."""
+    num = len(layers) - 1
+    first, last = num // 4 + 1, num - num // 4
+    return sum(layers[first + 1 : last + 1], layers[first]) / (last + 1 - first)
 
 
 @torch.no_grad()

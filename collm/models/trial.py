@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from collm.errors import ConfigError
+from collm.models.adapters import Adapter
 from collm.models.chat import Chat
 from collm.models.critic import Critic
 from collm.models.loading import check_vocabulary
@@ -54,9 +55,8 @@ def try_policy(policy: Policy, *, cached: bool = True) -> None:
 
 def try_critic(critic: Critic) -> None:
     """Try one critic: its tokenizer fits its model, and its template its tokenizer. Raises ConfigError."""
-    embeddings = getattr(critic.body, "get_input_embeddings", None)  # an adapter's base is tried with its policy
-    if embeddings is not None:
-        check_vocabulary(critic.tokenizer, embeddings().num_embeddings)
+    body = critic.body.base.body if isinstance(critic.body, Adapter) else critic.body
+    check_vocabulary(critic.tokenizer, body.get_input_embeddings().num_embeddings)
     _compare_prompts(critic.chat)
 
 

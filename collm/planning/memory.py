@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from collm.models.blueprint import BaseSpec, Blueprint, CriticSpec, PolicySpec
+from collm.models.blueprint import HISTOGRAM_BINS, MINIBATCH, BaseSpec, Blueprint, CriticSpec, PolicySpec
 from collm.models.sources import is_adapter
 from collm.planning.shapes import Shape, read_adapter, read_shape
 from collm.planning.work import Row, Work, work_of
@@ -41,7 +41,7 @@ class Model:
     base: BaseSpec | None
     """The base of an adapter."""
     lora: LoraSettings | None
-    """An adapter's rank and layers."""
+    """An adapter's rank and layers; None for a whole model, and for a frozen body, which has a base."""
     head: bool
     """Whether the model has the vocabulary head; a critic has none."""
 
@@ -50,6 +50,8 @@ class Model:
         """Number of trained parameters; all of them are float32."""
         if self.lora is not None:
             return self.shape.adapter(self.lora)
+        if self.base is not None:
+            return 0
         return self.shape.parameters if self.head else self.shape.body
 
 
@@ -143,7 +145,12 @@ def plan(config: Config, work: Work | None = None, blueprint: Blueprint | None =
         add("shared base", (2 if base.dtype == "bfloat16" else 4) * shape.parameters)
     referred = {reference.policy for reference in blueprint.references}
     add("reference policies", sum(4 * model.trained for policy, model in policies if policy.name in referred))
-    add("value heads", sum(12 * (model.shape.hidden + 1) for _, model in critics))
+    width = HISTOGRAM_BINS if config.critic.loss == "hl_gauss" else 1
+    trained = [(critic, model) for critic, model in critics if critic.body != "frozen"]
+    frozen = [(critic, model) for critic, model in critics if critic.body == "frozen"]
+    add("value heads", sum(12 * width * (model.shape.hidden + 1) for _, model in trained))
+    kept = 4 * work.episodes * work.turns
+    add("hidden states kept", sum(kept * critic.replay * model.shape.hidden for critic, model in frozen))
     if config.run.device != "cpu" and _has_cuda(config.run.device):
         add("CUDA context (assumed)", CUDA_RESERVE)
     else:
@@ -157,14 +164,15 @@ def plan(config: Config, work: Work | None = None, blueprint: Blueprint | None =
     limit, tasks = config.learner.micro_batch_tokens, work.episodes // work.leaves
     rows = {agent: work.rows(agent, max_tokens=limit) for policy in blueprint.policies for agent in policy.agents}
     read = {critic.name: _read_by(config, work, critic) for critic, _ in critics}
-    phases += [_update(config, model, read[critic.name], tasks, 0) for critic, model in critics]
+    phases += [_update(config, model, read[critic.name], tasks, 0) for critic, model in trained]
+    phases += [_reading(config, model, read[critic.name], tasks) for critic, model in frozen]
     for policy, model in policies:
         longest = max((rows[agent] for agent in policy.agents), key=lambda found: sum(row.tokens for row in found))
         phases.append(_update(config, model, longest, tasks, work.answer))
     written = max(4 * model.trained for model in models)
     phases.append(Phase("saving a checkpoint", {"a copy of one model's weights": written}))
-    passes = [(config.algorithm.epochs, found) for found in rows.values()]
-    passes += [(1 + config.critic.epochs, found) for found in read.values()]
+    passes: list[tuple[float, list[Row]]] = [(config.algorithm.epochs, found) for found in rows.values()]
+    passes += [(_times_read(config, work, critic), read[critic.name]) for critic, _ in critics]
     tokens = tasks * sum(times * sum(row.tokens for row in found) for times, found in passes)
     return Plan(config, blueprint, work, held, phases, tokens)
 
@@ -175,7 +183,7 @@ def _policy(policy: PolicySpec) -> Model:
 
 def _critic(critic: CriticSpec, blueprint: Blueprint) -> Model:
     """A critic with its own body. Its adapter has the settings of the policy that the blueprint names."""
-    lora = _lora(blueprint.policy_of(critic.policy)) if critic.base is not None else None
+    lora = _lora(blueprint.policy_of(critic.policy)) if critic.body == "adapter" else None
     return Model(f"critic of {critic.name}", read_shape(critic.model), critic.base, lora, head=False)
 
 
@@ -188,6 +196,13 @@ def _read_by(config: Config, work: Work, critic: CriticSpec) -> list[Row]:
     agents = work.agents if critic.joint else critic.agents
     size = {"max_tokens": config.learner.micro_batch_tokens, "limit": config.critic.max_tokens}
     return work.rows(*agents, **size, answered=critic.kind != "V")
+
+
+def _times_read(config: Config, work: Work, critic: CriticSpec) -> float:
+    """How often a critic reads an iteration's rows: before the update, and in each of its steps."""
+    if critic.body == "frozen":
+        return 1
+    return 1 + config.critic.epochs * (1 if critic.replay == 1 else min(1, MINIBATCH / work.episodes))
 
 
 def _kept(config: Config, work: Work, batch: Sequence[tuple[PolicySpec, Model]]) -> int:
@@ -259,6 +274,18 @@ def _update(config: Config, model: Model, rows: Sequence[Row], tasks: int, answe
         f"update ({model.name})",
         {"gradient": gradient, "activations": kept, "logits and products": max(logits, transient) + largest_weight},
     )
+
+
+def _reading(config: Config, model: Model, rows: Sequence[Row], tasks: int) -> Phase:
+    """The largest forward pass of a frozen body: the hidden states of every layer."""
+    longest, num, _, _ = _micro_batch(rows, tasks, config.learner.micro_batch_tokens)
+    shape, c = model.shape, _compute_bytes(config)
+    tokens = longest * num
+    parts: dict[str, float] = {
+        "hidden states": tokens * shape.hidden * c * (shape.layers + 1),
+        "products": tokens * 3 * c * shape.intermediate,
+    }
+    return Phase(f"reading ({model.name})", parts)
 
 
 def _micro_batch(rows: Sequence[Row], tasks: int, max_tokens: int) -> tuple[int, int, int, bool]:

@@ -10,6 +10,7 @@
         `yardstick.safetensors`     the metric ceiling: what environment metrics explain within tasks, for the report
         critic-NAME.safetensors     critic (of its adapter and head alone, if it is one) or value head, with running moments
         optimizer-NAME.safetensors  AdamW's averages and step counts
+        replay-critic-NAME.safetensors  recent iterations, with critic.replay or critic.body="frozen"
 
 Nothing is pickled, and no random state is saved: every random number is a function of the seed and of its purpose.
 """

@@ -8,7 +8,7 @@ import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 
-from collm.engines.base import Engine
+from collm.engines.local import LocalEngine, Observer
 from collm.errors import CollmError
 from collm.models.policy import Policy
 from collm.serving.wire import Refused
@@ -19,7 +19,7 @@ WINDOW = 0.003
 REMEMBERED = 1 << 21
 """Characters of text after which the chat template's cache of encoded texts is cleared."""
 
-Waiting = tuple[Request, "asyncio.Future[Completion]"]
+Waiting = tuple[Request, Observer | None, "asyncio.Future[Completion]"]
 
 
 class Batcher:
@@ -29,7 +29,7 @@ class Batcher:
     with status 503.
     """
 
-    def __init__(self, engine: Engine, policy: Policy, *, most: int = 64, queue: int = 1024):
+    def __init__(self, engine: LocalEngine, policy: Policy, *, most: int = 64, queue: int = 1024):
         self.engine, self.policy, self.most = engine, policy, most
         self._queue: asyncio.Queue[Waiting] = asyncio.Queue(queue)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collm-engine")
@@ -49,19 +49,21 @@ class Batcher:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         while not self._queue.empty():
-            _, future = self._queue.get_nowait()
+            *_, future = self._queue.get_nowait()
             if not future.done():
-                future.set_exception(Refused(503, "the server is stopping", code="stopping"))
+                future.set_exception(Refused(503, "the server is stopping; ask again when it is back", code="stopping"))
         self._thread.shutdown()
 
-    async def answer(self, request: Request) -> Completion:
-        """The completion of one request. Raises Refused."""
+    async def answer(self, request: Request, observer: Observer | None = None) -> Completion:
+        """The completion of one request. observer: called in the engine's thread. Raises Refused."""
         size = sum(len(message.text) if message.token_ids is None else 0 for message in request.messages)
         if size > self.longest_text:
-            raise _too_long(f"a history of {size} characters cannot fit the model's {self.policy.max_positions} positions")
+            raise _too_long(
+                f"a history of {size} characters cannot fit the model's {self.policy.max_positions} positions; send less text"
+            )
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         try:
-            self._queue.put_nowait((request, future))
+            self._queue.put_nowait((request, observer, future))
         except asyncio.QueueFull:
             raise Refused(503, "too many requests are waiting; try again in a second", code="busy") from None
         return await future
@@ -73,9 +75,9 @@ class Batcher:
             await asyncio.sleep(WINDOW)
             while len(batch) < self.most and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
-            batch = [(request, future) for request, future in batch if not future.done()]  # skips closed connections
-            results = await loop.run_in_executor(self._thread, self._generate, [request for request, _ in batch])
-            for (_, future), result in zip(batch, results, strict=True):
+            batch = [waiting for waiting in batch if not waiting[2].done()]  # skips closed connections
+            results = await loop.run_in_executor(self._thread, self._generate, batch)
+            for (*_, future), result in zip(batch, results, strict=True):
                 if future.done():
                     continue
                 if isinstance(result, Refused):
@@ -83,12 +85,14 @@ class Batcher:
                 else:
                     future.set_result(result)
 
-    def _generate(self, requests: list[Request]) -> list[Completion | Refused]:
+    def _generate(self, batch: list[Waiting]) -> list[Completion | Refused]:
         """Runs in the engine's thread. Returns one completion or refusal per request; never raises."""
+        requests = [request for request, *_ in batch]
+        observers = [_until_closed(observer, future) for _, observer, future in batch]
         results: list[Completion | Refused | None] = [self._check(request) for request in requests]
         sound = [i for i, refused in enumerate(results) if refused is None]
         try:
-            completions = self.engine.generate([requests[i] for i in sound]) if sound else []
+            completions = self.engine.generate([requests[i] for i in sound], [observers[i] for i in sound]) if sound else []
             for i, completion in zip(sound, completions, strict=True):
                 failed = completion.finish_reason == "error"
                 results[i] = Refused(500, completion.error, code="engine") if failed else completion
@@ -107,7 +111,10 @@ class Batcher:
             return Refused(400, str(error), param="messages")
         except Exception as error:
             self._report(error)
-            return Refused(400, "the messages cannot be encoded", param="messages")
+            reason = (
+                "the messages cannot be encoded by this model's chat template; send plain text as user and assistant in turn"
+            )
+            return Refused(400, reason, param="messages")
         if length + request.sampling.max_tokens > self.policy.max_positions:
             return _too_long(
                 f"a history of {length} tokens and an answer of up to {request.sampling.max_tokens} exceed the model's "
@@ -126,6 +133,11 @@ class Batcher:
     def _report(error: Exception) -> None:
         """Print an error for the server's operator; callers do not see it."""
         traceback.print_exception(error, file=sys.stderr)
+
+
+def _until_closed(observer: Observer | None, future: asyncio.Future[Completion]) -> Observer | None:
+    """An observer that also ends an answer which nobody waits for."""
+    return observer and (lambda *drawn: future.cancelled() or observer(*drawn))
 
 
 def _too_long(reason: str) -> Refused:

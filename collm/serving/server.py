@@ -5,29 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
 import re
 import signal
 import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from collm.engines.local import LocalEngine
-from collm.errors import ConfigError, SaveError
+from collm.errors import ConfigError
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.runs.examples import with_examples
-from collm.runs.files import append
-from collm.runs.output import complain
 from collm.serving import wire
+from collm.serving.answers import Form
 from collm.serving.batcher import Batcher
+from collm.serving.follow import Follower, Piece, ended, tokens_of
 from collm.serving.wire import Refused
 from collm.types import Example
 
@@ -35,12 +33,16 @@ try:
     import h11
     import uvicorn
     from fastapi import FastAPI, Request, Response
+    from fastapi.responses import StreamingResponse
+    from prometheus_client import CONTENT_TYPE_LATEST
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
     from starlette.types import ASGIApp, Receive, Scope, Send
     from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    from collm.serving.counted import PATH, Counted, Metrics, Noted
 except ImportError as _error:
-    raise ConfigError("`collm serve` needs fastapi and uvicorn: pip install 'collm[serve]'.") from _error
+    raise ConfigError("`collm serve` needs fastapi, uvicorn and prometheus-client: pip install 'collm[serve]'.") from _error
 
 LARGEST_BODY = 1 << 22
 """Greatest size of a request's body in bytes."""
@@ -54,6 +56,8 @@ HEAD_SECONDS = 10.0
 """Seconds that a client may take to send a request's head; the connection is closed after that."""
 HALF_OPEN = 512
 """Greatest number of connections without a complete request head; beyond it the oldest is closed."""
+PLACES = f"there is nothing here; ask for POST {PATH}, or GET /v1/models, /v1/models/NAME, /health or /metrics"
+"""Refusal of other paths and methods."""
 GRACE = 60
 """Seconds that running requests have to finish after a signal to stop."""
 
@@ -70,15 +74,28 @@ def make_app(
 ) -> FastAPI:
     """The application that serves one agent.
 
-    key: the required API key; none if empty. max_tokens: default length of an answer. record: append one JSON line per
-    completion request: begin and end (seconds since 1970), HTTP status, messages read, tokens written. local: refuse Host
-    headers that do not name this machine, as protection against web pages that use DNS rebinding. examples: put in front of a
-    request's messages, unless these begin with them already.
+    Args:
+        key: the required API key; none if empty.
+        max_tokens: default length of an answer.
+        record: append one JSON line per completion request: begin and end (seconds since 1970), HTTP status, messages read,
+            tokens written.
+        local: refuse Host headers that do not name this machine, as protection against web pages that use DNS rebinding.
+        examples: put in front of a request's messages, unless these begin with them already.
     """
     engine = LocalEngine(Team({agent: policy}))
     batcher = Batcher(engine, policy)
     vocabulary = policy.model.get_input_embeddings().num_embeddings
-    started = int(time.time())
+    model = {
+        "id": agent,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "collm",
+        "max_model_len": policy.max_positions,
+    }
+    metrics = Metrics(agent)
+
+    def read(ids: list[int]) -> str:
+        return policy.chat.read(ids)[0]
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -91,26 +108,35 @@ def make_app(
     def admit(request: Request) -> None:
         given = request.headers.get("authorization", "").encode("utf-8", "replace")
         if key and not hmac.compare_digest(given, f"Bearer {key}".encode()):
-            raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
+            reason = "the API key is missing or wrong; send the header authorization: Bearer KEY"
+            raise Refused(401, reason, code="invalid_api_key")
 
-    async def complete(request: Request, noted: dict[str, Any]) -> Response:
-        await asyncio.sleep(0)  # if the request was malformed, uvicorn has answered and closed the connection by now
-        admit(request)
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # web pages of other origins cannot send this type without permission
-            raise Refused(415, "send content-type: application/json", code="unsupported_media_type")
-        asked = wire.parse(await read_body(request), agent, max_tokens=max_tokens, vocabulary=vocabulary)
-        noted["messages"] = len(asked.request.messages)
-        messages = with_examples(examples, agent, asked.request.messages)
-        completion = await batcher.answer(replace(asked.request, messages=messages))
-        ids = [] if completion.token_ids is None else completion.token_ids.tolist()
-        noted["tokens"] = len(ids)
-        pieces = [str(policy.tokenizer.decode([i])) for i in ids]
-        whole = wire.answer(asked, completion, pieces, f"chatcmpl-{uuid.uuid4().hex}")
-        if asked.stream:
-            return Response(wire.events(whole), media_type="text/event-stream")
-        return reply(wire.dumps(whole))
+    async def streamed(asked: wire.Asked, form: Form, noted: Noted) -> AsyncIterator[bytes]:
+        """The events of an answer. Raises Refused before the first one; a later failure is an event."""
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | None]()
+        follower = Follower(asked, read, lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece))
+        answer = loop.create_task(batcher.answer(asked.request, follower))
+        answer.add_done_callback(lambda _: pieces.put_nowait(None))
+        try:
+            piece = await pieces.get()
+            if piece is None:
+                answer.result()
+            yield form.first()
+            while piece is not None:
+                yield form.piece(piece)
+                piece = await pieces.get()
+            try:
+                completion = ended(answer.result(), asked.stop)
+            except Refused as refused:
+                noted.status = refused.status
+                yield form.failed(refused)
+                return
+            noted.count(completion)
+            yield form.piece(follower.piece(completion.text)) + form.last(completion)
+        finally:
+            answer.cancel()
 
+    app.add_middleware(Counted, metrics=metrics, record=record)
     if local:
         app.add_middleware(LocalHosts)
 
@@ -121,26 +147,42 @@ def make_app(
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         admit(request)
-        only = {"id": agent, "object": "model", "created": started, "owned_by": "collm", "max_model_len": policy.max_positions}
-        return reply(wire.dumps({"object": "list", "data": [only]}))
+        return reply(wire.dumps({"object": "list", "data": [model]}))
 
-    @app.post("/v1/chat/completions")
+    @app.get("/v1/models/{name:path}")
+    async def one_model(request: Request, name: str) -> Response:
+        admit(request)
+        if name != agent:
+            raise wire.unknown_model(name, agent)
+        return reply(wire.dumps(model))
+
+    @app.get("/metrics")
+    async def numbers(request: Request) -> Response:
+        admit(request)
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.post(PATH)
     async def completions(request: Request) -> Response:
-        noted: dict[str, Any] = {"began": time.time(), "messages": 0, "tokens": 0}
-        response: Response | None = None
-        try:
-            response = await complete(request, noted)
-            return response
-        except Refused as refused:
-            response = refusal(refused)
-            return response
-        finally:
-            if record is not None:
-                status = 500 if response is None else response.status_code
-                try:
-                    append(record, json.dumps({**noted, "ended": time.time(), "status": status}) + "\n")
-                except SaveError as error:  # the answer is sent in any case
-                    complain(f"collm: {error}")
+        noted: Noted = request.scope["noted"]
+        await asyncio.sleep(0)  # if the request was malformed, uvicorn has answered and closed the connection by now
+        admit(request)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # web pages of other origins cannot send this type without permission
+            reason = f"content-type={kind!r} is not read here; send application/json"
+            raise Refused(415, reason, param="content-type", code="unsupported_media_type")
+        asked = wire.parse(await read_body(request), agent, max_tokens=max_tokens, vocabulary=vocabulary)
+        noted.messages = len(asked.request.messages)
+        messages = with_examples(examples, agent, asked.request.messages)
+        asked = replace(asked, request=replace(asked.request, messages=messages))
+        form = Form(asked, lambda i: str(policy.tokenizer.decode([i])))
+        if asked.stream:
+            events = streamed(asked, form, noted)
+            first = await anext(events)  # raises what is refused before a stream begins
+            return StreamingResponse(chained(first, events), media_type="text/event-stream")
+        follower = Follower(asked, read) if asked.stop or asked.top else None
+        completion = ended(await batcher.answer(asked.request, follower), asked.stop)
+        noted.count(completion)
+        return reply(form.whole(completion, tokens_of(completion) if follower is None else follower.tokens))
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
@@ -148,13 +190,19 @@ def make_app(
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        return refusal(Refused(error.status_code, str(error.detail), code="not_found"))
+        return refusal(Refused(error.status_code, PLACES, code="not_found"))
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
-        return refusal(Refused(500, "an error of the server's; its log says more", code="server_error"))
+        return refusal(Refused(500, "an error of the server's; its log has the reason", code="server_error"))
 
     return app
+
+
+async def chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for event in rest:
+        yield event
 
 
 def reply(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -189,9 +237,9 @@ async def read_body(request: Request) -> bytes:
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > LARGEST_BODY:
-                    raise Refused(413, f"the body is larger than {LARGEST_BODY >> 20} MiB", code="too_large")
+                    raise Refused(413, f"the body is larger than {LARGEST_BODY >> 20} MiB; send less text", code="too_large")
     except TimeoutError:
-        raise Refused(408, f"the body did not come within {BODY_SECONDS:g} s", code="timeout") from None
+        raise Refused(408, f"the body did not come within {BODY_SECONDS:g} s; send it at once", code="timeout") from None
     except ClientDisconnect:
         raise Refused(400, "the client left", code="disconnected") from None
     return bytes(body)

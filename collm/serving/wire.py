@@ -1,35 +1,60 @@
-"""Requests and answers on the wire. Parsing is strict: an unknown or unsupported field is refused. No web framework here."""
+"""Requests on the wire. Parsing is strict: an unknown or unsupported field is refused. No web framework here."""
 
 from __future__ import annotations
 
 import json
 import math
 import secrets
-import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from collm.types import Completion, Message, Request, Sampling
+from collm.types import Message, Request, Sampling
 
-IGNORED = frozenset({"user", "metadata", "store", "service_tier", "stream_options", "return_token_ids", "parallel_tool_calls"})
+FIELDS = frozenset({
+    "model", "messages", "temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "seed", "stop", "stream",
+    "stream_options", "logprobs", "top_logprobs",
+})  # fmt: skip
+"""Fields that change an answer or its form."""
+IGNORED = frozenset({
+    "user", "metadata", "store", "service_tier", "return_token_ids", "parallel_tool_calls", "prompt_cache_key",
+    "safety_identifier",
+})  # fmt: skip
 """Fields of OpenAI's API that have no effect on an answer and are accepted."""
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "stop": ([], ""),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "top_logprobs": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-}
-"""Fields that are not supported, with their neutral values, which are accepted."""
+PENALTY = "would change the distribution that the agent was trained with", "leave it out"
+TOOLS = "cannot be called, since an agent answers in text", "describe the actions in a message's text, and leave it out"
+NEUTRAL: dict[str, tuple[tuple[Any, ...], str, str]] = {
+    "n": ((1,), "asks for several answers where a request has one", "send as many requests with different seeds"),
+    "presence_penalty": ((0,), *PENALTY),
+    "frequency_penalty": ((0,), *PENALTY),
+    "repetition_penalty": ((1,), *PENALTY),
+    "logit_bias": (({},), *PENALTY),
+    "min_p": ((0,), *PENALTY),
+    "tools": (([],), *TOOLS),
+    "functions": (([],), *TOOLS),
+    "tool_choice": (("none", "auto"), *TOOLS),
+    "function_call": (("none", "auto"), *TOOLS),
+    "modalities": ((["text"],), "asks for more than text, which is all that an agent writes", "leave it out"),
+    "response_format": (
+        ({"type": "text"},), "constrains an answer, which is sampled freely", "name the format in a message, and leave it out",
+    ),
+}  # fmt: skip
+"""Fields that are not supported: their neutral values, which are accepted, and the reason and the way out of a refusal."""
 MOST_MESSAGES = 1024
-ROLES = ("system", "user", "assistant")
+MOST_STOPS, LONGEST_STOP = 16, 1024
+"""Greatest number of stop strings, and of characters in one."""
+MOST_TOP = 20
+"""Greatest `top_logprobs`."""
+ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+"""Role in a request -> role in the chat."""
+UNUSED = frozenset({"refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content"})
+"""Fields of a message that clients send back from an answer; accepted while they hold nothing."""
 
 
 class Refused(Exception):
@@ -46,11 +71,17 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One parsed request: the engine's request, and the form of the answer (streamed, with log-probs)."""
+    """One parsed request: the engine's request, and the form of the answer."""
 
     request: Request
-    stream: bool
-    logprobs: bool
+    stop: tuple[str, ...] = ()
+    """The answer is cut before the first of these texts."""
+    stream: bool = False
+    usage: bool = False
+    """Whether a stream ends with the numbers of tokens."""
+    logprobs: bool = False
+    top: int = 0
+    """Number of likeliest tokens, with their log-probs, at each position."""
 
 
 def dumps(value: Any) -> bytes:
@@ -58,65 +89,119 @@ def dumps(value: Any) -> bytes:
     return json.dumps(value, allow_nan=False).encode("ascii")
 
 
-def parse(body: bytes, agent: str, *, max_tokens: int, vocabulary: int) -> Asked:
-    """Parse the request in an HTTP body. max_tokens: default length of an answer. vocabulary: token ids must be below it.
+def refuse(field: str, value: Any, reason: str, way_out: str, *, param: str = "", code: str = "invalid_request") -> Refused:
+    """The refusal of a field's value, in one sentence. param: the place that is named, if it is not the field."""
+    status = 404 if code == "model_not_found" else 400
+    return Refused(status, f"{_cut(field)}={_shown(value)} {reason}; {way_out}", param=_cut(param or field), code=code)
 
-    Raises Refused, naming the field.
+
+def unknown_model(name: Any, agent: str) -> Refused:
+    return refuse("model", name, "is not served here", f"this server's only model is {agent!r}", code="model_not_found")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _shown(value: Any) -> str:
+    try:
+        return _cut(json.dumps(value))
+    except RecursionError:
+        return "..."
+
+
+def parse(body: bytes, agent: str, *, max_tokens: int, vocabulary: int) -> Asked:
+    """Parse the request in an HTTP body; null counts as absent. Raises Refused, naming the field.
+
+    Args:
+        max_tokens: default length of an answer.
+        vocabulary: token ids must be below it.
     """
     try:
         asked = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the body is not JSON: {type(error).__name__}: {str(error)[:200]}", code="invalid_json") from None
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise Refused(400, f"the body is not JSON ({reason}); send one JSON object", code="invalid_json") from None
     if not isinstance(asked, dict):
-        raise Refused(400, "the body is not a JSON object", code="invalid_json")
-    fields = {"model", "messages", "temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "seed", "stream"}
+        reason = f"the body is {_shown(asked)}, which is not an object; send one JSON object"
+        raise Refused(400, reason, code="invalid_json")
+    asked = _given(asked)
     for name, value in asked.items():
-        if name in NEUTRAL and value is not None and not any(_same(value, neutral) for neutral in NEUTRAL[name]):
-            raise Refused(400, f"{name!r} is not offered here; leave it out", param=name, code="unsupported_value")
-        if name not in fields and name not in IGNORED and name not in NEUTRAL and name != "logprobs":
-            shown = name if len(name) <= 60 else f"{name[:60]}..."
-            raise Refused(400, f"unknown field {shown!r}", param=shown, code="unknown_field")
+        if name in NEUTRAL:
+            neutral, reason, way_out = NEUTRAL[name]
+            if not any(_same(value, one) for one in neutral):
+                raise refuse(name, value, reason, way_out, code="unsupported_value")
+        elif name not in FIELDS | IGNORED:
+            raise refuse(name, value, "is not a field of this server", "leave it out", code="unknown_field")
     model = asked.get("model", agent)
     if model != agent:
-        shown = repr(model)[:80]
-        raise Refused(404, f"this server has no model {shown}; it serves {agent!r}", param="model", code="model_not_found")
-    longest = asked.get("max_completion_tokens")
+        raise unknown_model(model, agent)
     sampling = Sampling(
         temperature=_number(asked, "temperature", 1.0, 0, 100),
         top_p=_number(asked, "top_p", 1.0, 0, 1),
         top_k=_whole(asked, "top_k", 0, 0, 1 << 31),
-        max_tokens=_whole(asked, "max_tokens" if longest is None else "max_completion_tokens", max_tokens, 1, 1 << 20),
+        max_tokens=_whole(
+            asked, "max_completion_tokens" if "max_completion_tokens" in asked else "max_tokens", max_tokens, 1, 1 << 20
+        ),
     )
     if 0 < sampling.temperature < 1e-3:
-        raise Refused(400, "'temperature' is 0 (greedy) or at least 0.001", param="temperature")
+        raise refuse("temperature", sampling.temperature, "is too small to divide by", "give 0 (greedy), or at least 0.001")
     if sampling.top_p == 0:
-        raise Refused(400, "'top_p' must be above 0", param="top_p")
+        raise refuse("top_p", 0, "keeps no token", "give a number above 0, or temperature=0 for greedy answers")
     seed = _whole(asked, "seed", secrets.randbits(62), -(1 << 63), (1 << 63) - 1) & ((1 << 63) - 1)
+    logprobs, top = _truth(asked, "logprobs"), _whole(asked, "top_logprobs", 0, 0, MOST_TOP)
+    if top and not logprobs:
+        raise refuse("top_logprobs", top, "is given without logprobs", "add logprobs=true, or leave it out")
+    options = asked.get("stream_options", {})
+    if not isinstance(options, dict):
+        raise refuse("stream_options", options, "is not an object", 'give {"include_usage": true}, or leave it out')
+    usage = _truth(_given(options), "include_usage", "stream_options.")
     request = Request(agent, _messages(asked.get("messages"), vocabulary), sampling, seed)
-    return Asked(request, _truth(asked, "stream"), _truth(asked, "logprobs"))
+    return Asked(request, _stops(asked.get("stop", ())), _truth(asked, "stream"), usage, logprobs, top)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Without null fields."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = ([value] if value else []) if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise refuse("stop", value, "is neither a text nor a list of texts that are not empty", "give one, or leave it out")
+    if len(stops) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in stops):
+        way_out = f"give at most {MOST_STOPS} texts of at most {LONGEST_STOP} characters"
+        raise refuse("stop", value, "is more than this server looks for", way_out)
+    return tuple(stops)
 
 
 def _messages(values: Any, vocabulary: int) -> tuple[Message, ...]:
     if not isinstance(values, list) or not values:
-        raise Refused(400, "'messages' must be a list of at least one message", param="messages")
+        raise refuse("messages", values, "is not a list of at least one message", 'give [{"role": "user", "content": "..."}]')
     if len(values) > MOST_MESSAGES:
-        raise Refused(400, f"'messages' holds {len(values)} messages; {MOST_MESSAGES} are the most", param="messages")
+        reason = f"has {len(values)} messages, more than {MOST_MESSAGES}"
+        raise refuse("messages", values, reason, "leave out the oldest")
     messages = []
     for number, value in enumerate(values):
         place = f"messages[{number}]"
-        if not isinstance(value, dict) or value.get("role") not in ROLES:
-            raise Refused(400, f"{place} must be an object whose role is one of {', '.join(ROLES)}", param=place)
-        if extra := sorted(set(value) - {"role", "content", "token_ids", "name"}):
-            raise Refused(400, f"{place} has an unknown field {extra[0][:60]!r}", param=place, code="unknown_field")
+        if not isinstance(value, dict) or not isinstance(value.get("role"), str) or value["role"] not in ROLES:
+            raise refuse(place, value, "is not an object with a role that is known here", f"give one of {', '.join(ROLES)}")
+        value = _given(value)
+        role = ROLES[value["role"]]
+        for name, held in value.items():
+            if name in ("role", "content", "token_ids", "name") or (name == "type" and held == "text"):
+                continue
+            if name not in UNUSED or held not in ("", [], {}):
+                reason = f"of {place} is not a field of a message here"
+                raise refuse(name, held, reason, "leave it out", param=place, code="unknown_field")
         ids = value.get("token_ids")
         if ids is not None:
-            sound = value["role"] == "assistant" and isinstance(ids, list) and all(type(i) is int for i in ids)
+            sound = role == "assistant" and isinstance(ids, list) and all(type(i) is int for i in ids)
             if not sound or any(not 0 <= i < vocabulary for i in ids):
-                raise Refused(
-                    400, f"{place}.token_ids must be ids of this model's tokens, of its own answer", param=f"{place}.token_ids"
-                )
+                reason = f"is not a list of ids from 0 to {vocabulary - 1} in a message of the assistant"
+                raise refuse(f"{place}.token_ids", ids, reason, "give those of an earlier answer, or leave it out")
         tokens = None if ids is None else np.array(ids, dtype=np.int32)
-        messages.append(Message(value["role"], _text(value.get("content"), place), tokens))
+        messages.append(Message(role, _text(value.get("content"), place), tokens))
     return tuple(messages)
 
 
@@ -126,7 +211,8 @@ def _text(content: Any, place: str) -> str:
         return content
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         return "".join(part["text"] for part in content)
-    raise Refused(400, f"{place}.content must be text", param=place)
+    way_out = "give a text, or text parts"
+    raise refuse(f"{place}.content", content, "is not text, which is all that an agent reads", way_out, param=place)
 
 
 def _no_constant(name: str) -> float:
@@ -138,67 +224,21 @@ def _same(value: Any, neutral: Any) -> bool:
 
 
 def _number(asked: dict[str, Any], name: str, default: float, least: float, most: float) -> float:
-    value = asked.get(name)
-    if value is None:
-        return default
+    value = asked.get(name, default)
     if type(value) not in (int, float) or not least <= value <= most or not math.isfinite(value):
-        raise Refused(400, f"{name!r} must be a number from {least:g} to {most:g}", param=name)
+        raise refuse(name, value, f"is not a number from {least:g} to {most:g}", f"give one, or leave it out for {default:g}")
     return float(value)
 
 
 def _whole(asked: dict[str, Any], name: str, default: int, least: int, most: int) -> int:
-    value = asked.get(name)
-    if value is None:
-        return default
+    value = asked.get(name, default)
     if type(value) is not int or not least <= value <= most:
-        raise Refused(400, f"{name!r} must be a whole number from {least} to {most}", param=name)
+        raise refuse(name, value, f"is not a whole number from {least} to {most}", "give one, or leave it out")
     return value
 
 
-def _truth(asked: dict[str, Any], name: str) -> bool:
-    value = asked.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise Refused(400, f"{name!r} must be true or false", param=name)
-    return bool(value)
-
-
-def answer(asked: Asked, completion: Completion, pieces: list[str], identity: str) -> dict[str, Any]:
-    """The answer in OpenAI's format, with the additional fields `token_ids`, `token_logprobs` (natural logs, under the
-    distribution that was sampled from) and `prompt_token_ids`. pieces: the text of each token."""
-    ids, prompt, logprobs = _plain(completion.token_ids), _plain(completion.prompt_ids), _plain(completion.logprobs)
-    content = [
-        {"token": piece, "logprob": value, "bytes": list(piece.encode("utf-8", "replace")), "top_logprobs": []}
-        for piece, value in zip(pieces, logprobs, strict=True)
-    ]
-    return {
-        "id": identity,
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": completion.agent,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": completion.text},
-                "finish_reason": completion.finish_reason,
-                "logprobs": {"content": content} if asked.logprobs else None,
-                "token_ids": ids,
-                "token_logprobs": logprobs,
-            }
-        ],
-        "prompt_token_ids": prompt,
-        "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(ids), "total_tokens": len(prompt) + len(ids)},
-    }
-
-
-def events(whole: dict[str, Any]) -> bytes:
-    """The same answer as server-sent events, with the whole text in one event."""
-    (choice,) = whole["choices"]
-    frame = {key: whole[key] for key in ("id", "created", "model")} | {"object": "chat.completion.chunk"}
-    first = {"index": 0, "delta": choice["message"], "finish_reason": None, "logprobs": choice["logprobs"]}
-    last = {"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}
-    chunks = [dumps({**frame, "choices": [one]}) for one in (first, last)]
-    return b"".join(b"data: " + chunk + b"\n\n" for chunk in [*chunks, b"[DONE]"])
-
-
-def _plain(array: np.ndarray | None) -> list[Any]:
-    return [] if array is None else array.tolist()
+def _truth(asked: dict[str, Any], name: str, place: str = "") -> bool:
+    value = asked.get(name, False)
+    if not isinstance(value, bool):
+        raise refuse(place + name, value, "is neither true nor false", "give one of these, or leave it out")
+    return value

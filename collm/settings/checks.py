@@ -145,6 +145,11 @@ def value_head_reads_what_its_agent_reads(c: Config) -> None:
                 f"{name}={given!r}: a value head on the agent's own model reads what the agent reads, with its model. "
                 "Leave it out, or set critic.body='auto'."
             )
+    if c.critic.replay not in (None, 1):
+        raise ValueError(
+            f"critic.replay={c.critic.replay}: a value head on the agent's own model learns in the agent's own steps, from the "
+            "answers of the iteration. Leave it out, or set critic.body='auto'."
+        )
     if c.critic.epochs > 1 and not c.critic.warmup:
         raise ValueError(
             f"critic.epochs={c.critic.epochs}: a value head on the agent's own model learns in the agent's own steps; only the "
@@ -152,27 +157,43 @@ def value_head_reads_what_its_agent_reads(c: Config) -> None:
         )
 
 
-def no_text_critic_has_no_text_settings(c: Config) -> None:
-    if c.critic.body != "none" or not c.algorithm.has_critic:
+def no_trained_critic_has_no_such_settings(c: Config) -> None:
+    if c.critic.body not in ("none", "frozen") or not c.algorithm.has_critic:
         return
     if c.algorithm.critic_kind == "Q":
         raise ValueError(
-            "algorithm.baseline='counterfactual' needs a critic that reads answers, but critic.body='none' has no such critic. "
-            "Set algorithm.baseline='value', or critic.body='auto'."
+            f"algorithm.baseline='counterfactual' needs a critic that reads answers, but critic.body={c.critic.body!r} has no "
+            "such critic. Set algorithm.baseline='value', or critic.body='auto'."
         )
-    epochs = c.critic.epochs if c.critic.epochs > 1 else None
-    given = {
-        "model": c.critic.model,
-        "state": c.critic.state,
+    given: dict[str, object] = {
         "normalize_targets": c.critic.normalize_targets,
-        "epochs": epochs,
+        "epochs": c.critic.epochs if c.critic.epochs > 1 else None,
+        "loss": c.critic.loss if c.critic.loss != "mse" else None,
     }
+    if c.critic.body == "none":
+        given |= {"model": c.critic.model, "state": c.critic.state, "replay": c.critic.replay}
     for name, value in given.items():
         if value:
             raise ValueError(
-                f"critic.{name}={value!r}, but critic.body='none' trains no language model as critic: V is a regression. Leave "
-                "it out, or set critic.body='auto'."
+                f"critic.{name}={value!r}, but critic.body={c.critic.body!r} trains no language model as critic: V is a "
+                "regression. Leave it out, or set critic.body='auto'."
             )
+
+
+def replay_has_steps(c: Config) -> None:
+    if c.algorithm.has_critic and c.critic.body in ("auto", "model") and (c.critic.replay or 1) > 1 and c.critic.epochs == 1:
+        raise ValueError(
+            f"critic.replay={c.critic.replay} keeps the sequences of recent iterations, but critic.epochs=1 learns from 8 of "
+            "them alone. Set critic.epochs=50, or critic.replay=1."
+        )
+
+
+def histogram_has_its_own_scale(c: Config) -> None:
+    if c.critic.loss == "hl_gauss" and c.critic.normalize_targets and c.algorithm.has_critic:
+        raise ValueError(
+            "critic.normalize_targets=true rescales a linear head, but critic.loss='hl_gauss' predicts a histogram, whose bins "
+            "follow the targets. Leave it out, or set critic.loss='mse'."
+        )
 
 
 def cluster_has_an_address(c: Config) -> None:
@@ -200,7 +221,9 @@ CONFIG = (
     regressions_have_a_source,
     warm_up_ends,
     value_head_reads_what_its_agent_reads,
-    no_text_critic_has_no_text_settings,
+    no_trained_critic_has_no_such_settings,
+    replay_has_steps,
+    histogram_has_its_own_scale,
     cluster_has_an_address,
     models_fit_on_one_device,
 )

@@ -235,17 +235,22 @@ class AlgorithmSettings(Room):
 class CriticSettings(Room):
     reads: Literal["joint", "own"] = "joint"
     """The joint history (one centralized critic), or each agent's own history (a decentralized critic per agent)."""
-    body: Literal["auto", "model", "policy", "none"] = "auto"
+    body: Literal["auto", "model", "policy", "frozen", "none"] = "auto"
     """"model": the critic is a separate model; "policy": a value head on the agent's model; "auto": an adapter if the critic's
-    model is the base of an agent's adapter, else a separate model; "none": no language model, V is a regression alone."""
+    model is the base of an agent's adapter, else a separate model; "frozen": a ridge regression on hidden states of a model
+    that is not trained; "none": no language model, V is a regression alone."""
     model: str | None = None
     """Initial model of the critic; default: that of the first agent whose history it reads."""
     lr: float | None = Field(None, gt=0)
     """Learning rate of critics; default: 1e-4 for adapters, otherwise as learner.lr."""
     lam: float = Field(0.0, ge=0, le=1)
     """Lambda of the critic's targets; 0 is the one-step target r + gamma V, 1 the return."""
+    loss: Literal["mse", "hl_gauss"] = "mse"
+    """Loss of a trained critic: squared error, or cross-entropy of a histogram of returns ("hl_gauss"), whose mean is V."""
     epochs: int = Field(1, ge=1)
-    """Critic updates per iteration, each over all episodes of the iteration."""
+    """Critic updates per iteration: over all its episodes, or with a replay each over 8 of the sequences kept."""
+    replay: int | None = Field(None, ge=1)
+    """Recent iterations whose sequences and targets a separate critic learns from; default: 1, and 32 for a frozen body."""
     warmup: int = Field(0, ge=0)
     """Number of first iterations that train the critics only."""
     state: bool = False

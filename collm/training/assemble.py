@@ -19,11 +19,13 @@ from collm.cluster.seats import Contents
 from collm.engines.base import Engine
 from collm.engines.catalogue import make_engine
 from collm.errors import ConfigError
+from collm.learning.frozen import FrozenPart
 from collm.learning.learner import Learner, PartsLearner
 from collm.learning.parts import CriticPart, Hands, LocalHands, Part, PolicyPart
 from collm.learning.residual import Regressions
-from collm.models.blueprint import Blueprint, CriticSpec, Unit
-from collm.models.critic import Critic, ValueHead
+from collm.models.adapters import Base
+from collm.models.blueprint import BaseSpec, Blueprint, CriticSpec, Unit
+from collm.models.critic import HEADS, Critic, Head
 from collm.models.policy import Policy
 from collm.models.team import AnyTeam, Team
 from collm.models.trial import try_critic, try_team
@@ -222,16 +224,22 @@ def make_parts(team: Team | None, config: Config, blueprint: Blueprint, sampling
     team: it has the blueprint's policies. A critic that shares with none of them may take over the model of a policy that is
     only in the team; None if it needs none.
     """
-    heads: dict[str, dict[str, ValueHead]] = {spec.name: {} for spec in blueprint.policies}
+    heads: dict[str, dict[str, Head]] = {spec.name: {} for spec in blueprint.policies}
+    adapted = [] if team is None else [policy.adapter for policy in team.policies.values() if policy.adapter is not None]
+    bases = {adapter.base.spec: adapter.base for adapter in adapted}
     parts: list[Part] = []
     for critic in blueprint.critics:
         policy = None if team is None else team.policies[critic.policy]
         if critic.body == "policy" and policy is not None:
             width = policy.model.config.get_text_config().hidden_size
-            heads[critic.policy][critic.name] = ValueHead(width).to(policy.device)
+            heads[critic.policy][critic.name] = HEADS[config.critic.loss](width).to(policy.device)
+            continue
+        model = _make_critic(critic, policy, config, bases, taken_over=critic.policy not in heads)
+        if critic.body == "frozen":
+            parts.append(FrozenPart(critic.name, model, critic.agents, config, replay=critic.replay))
         else:
-            model = _make_critic(critic, policy, config, taken_over=critic.policy not in heads)
-            parts.append(CriticPart(critic.name, model, critic.agents, config, lr=critic.rate(config)))
+            lr = critic.rate(config)
+            parts.append(CriticPart(critic.name, model, critic.agents, config, lr=lr, replay=critic.replay))
     for spec in blueprint.policies:
         assert team is not None
         rates = {"lr": spec.rate(config), "head_lr": spec.head_rate(config)}
@@ -240,19 +248,27 @@ def make_parts(team: Team | None, config: Config, blueprint: Blueprint, sampling
     return parts
 
 
-def _make_critic(spec: CriticSpec, policy: Policy | None, config: Config, *, taken_over: bool) -> Critic:
+def _make_critic(
+    spec: CriticSpec, policy: Policy | None, config: Config, bases: dict[BaseSpec, Base], *, taken_over: bool
+) -> Critic:
     """Create and try a critic model of the blueprint.
 
-    policy: the one that `spec.policy` names, if it is in this process. taken_over: it is not a policy here, and its model
-    becomes the critic's.
+    policy: the one that `spec.policy` names, if it is in this process. bases: those in memory; that of a frozen body is added.
+    taken_over: the policy is not trained here, and its model becomes the critic's.
     """
     common: dict[str, Any] = {
         "max_tokens": config.critic.max_tokens,
         "compute": config.team.compute if policy is None else policy.compute,
         "system": config.team.system,
+        "loss": config.critic.loss,
     }
-    if policy is None:
-        critic = Critic.from_pretrained(spec.model, device=config.run.device, **common)
+    device = config.run.device if policy is None else policy.device
+    if spec.base is not None and spec.body == "frozen":
+        if spec.base not in bases:
+            bases[spec.base] = Base.from_pretrained(spec.model, dtype=spec.base.dtype, device=device)
+        critic = Critic(bases[spec.base].bare(), bases[spec.base].tokenizer, **common).to(device)
+    elif policy is None:
+        critic = Critic.from_pretrained(spec.model, device=device, **common)
     elif spec.body == "adapter" and policy.adapter is not None:
         seed = seeds.derive(config.run.seed, "critic's adapter", spec.name)
         base = policy.adapter.base
@@ -261,7 +277,7 @@ def _make_critic(spec: CriticSpec, policy: Policy | None, config: Config, *, tak
         body = policy.body if taken_over else copy.deepcopy(policy.body)
         critic = Critic(body, policy.tokenizer, **common).to(policy.device)
     else:
-        critic = Critic.from_pretrained(spec.model, device=policy.device, **common)
+        critic = Critic.from_pretrained(spec.model, device=device, **common)
     try_critic(critic)
     return critic
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from collm.algorithms.logprobs import sample, support, token_logprobs
+from collm.algorithms.logprobs import likeliest, sample, support, token_logprobs
 from collm.engines.local import LocalEngine
 from collm.learning.batch import Batch
 from collm.learning.pack import micro_batches, pack_answers
@@ -408,3 +408,23 @@ def test_requests_with_different_sampling_share_a_call(tiny):
         assert answer.token_ids.tolist() == alone.token_ids.tolist()
         assert 1 <= len(answer.token_ids) <= sampling.max_tokens
     assert engine.generate([]) == []
+
+
+# --- the likeliest tokens ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {1: 0.4, 3: 0.3}),
+        ({"top_k": 1}, {1: 1.0}),
+        ({"top_p": 0.7}, {1: 4 / 7, 3: 3 / 7}),
+        ({"temperature": 0.5}, {1: 0.16 / 0.30, 3: 0.09 / 0.30}),
+        ({"temperature": 0}, {1: 0.4, 3: 0.3}),  # greedy answers: those at temperature 1
+    ],
+)
+def test_the_likeliest_tokens_have_the_log_probs_of_the_sampling_distribution(options, expected):
+    found = likeliest(UNSORTED, 2, **{**PLAIN, **options})
+    assert [i for i, _ in found] == list(expected)
+    assert [math.exp(value) for _, value in found] == pytest.approx(list(expected.values()))
+    assert len(likeliest(UNSORTED, 9, **{**PLAIN, **options})) == {1: 1, 0.7: 2}.get(next(iter(options.values()), 0), 4)

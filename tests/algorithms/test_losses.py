@@ -198,3 +198,39 @@ def test_the_gradient_of_the_kl_estimate_is_that_of_the_exact_divergence():
     assert torch.allclose(gradient["ours"], gradient["exact"], rtol=0, atol=1e-12)
     assert torch.allclose(gradient["k3"], gradient["reverse"], rtol=0, atol=1e-12)  # the wrong variant
     assert (gradient["k3"] - gradient["exact"]).abs().max() > 0.1
+
+
+def test_a_gaussian_histogram_by_hand():
+    """Three bins of width 2 around a target on the middle one's centre: +-1 deviation lies in it, +-3 in all."""
+    one, three = 0.6826894921370859, 0.9973002039367398
+    found = losses.gaussian_histogram(
+        torch.tensor([5.0], dtype=torch.float64), torch.tensor([2.0, 4.0, 6.0, 8.0]), deviation=1.0
+    )
+    assert found[0].tolist() == pytest.approx([(three - one) / 2 / three, one / three, (three - one) / 2 / three])
+    ends = losses.gaussian_histogram(torch.tensor([-9.0, 99.0]), torch.tensor([2.0, 4.0, 6.0, 8.0]), deviation=1.0)
+    assert ends.sum(1).tolist() == pytest.approx([1.0, 1.0])
+    assert ends[0, 0] > 0.9
+    assert ends[1, 2] > 0.9
+
+
+def test_the_expectation_of_a_gaussian_histogram_is_its_target():
+    edges = torch.linspace(-1, 1, 41, dtype=torch.float64)
+    centres = (edges[1:] + edges[:-1]) / 2
+    targets = torch.linspace(-0.8, 0.8, 33, dtype=torch.float64)
+    found = losses.gaussian_histogram(targets, edges, deviation=0.75 * 0.05)
+    assert (found @ centres - targets).abs().max() < 1e-3  # a bin is 0.05 wide
+    nearest = torch.nn.functional.one_hot((targets[:, None] - centres).abs().argmin(1), 40).double()
+    assert (nearest @ centres - targets).abs().max() > 0.02  # one-hot targets are off by up to half a bin
+
+
+def test_the_gradient_of_the_histogram_error_leads_to_the_target():
+    logits = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    wanted = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64, requires_grad=True)
+    loss, _ = losses.histogram_error(logits, wanted, num_values=2)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(4) / 2)
+    assert logits.grad[0].tolist() == pytest.approx([0.15 / 2, 0.05 / 2, -0.05 / 2, -0.15 / 2])  # softmax minus target
+    assert wanted.grad is None
+    exact = wanted.detach().log().requires_grad_()
+    losses.histogram_error(exact, wanted, num_values=1)[0].backward()
+    assert exact.grad.abs().max() < 1e-12

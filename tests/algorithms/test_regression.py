@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from collm.algorithms.regression import MetricCeiling, Moments, TurnRegression
+from collm.algorithms.regression import MetricCeiling, Moments, TaskRidge, TurnRegression, left_out_errors
 from collm.algorithms.stats import explained_variance, without_task_means
 
 
@@ -143,3 +143,48 @@ def test_task_means_are_taken_out_before_variance_is_explained():
     assert explained_variance(without_task_means(knows_the_task, tasks), without_task_means(returns, tasks)) == 0.0
     assert without_task_means(torch.tensor([1.0]), torch.tensor([0])).tolist() == []
     assert math.isnan(explained_variance(torch.zeros(0), torch.zeros(0)))
+
+
+@pytest.mark.parametrize("num_features", [3, 20])
+def test_errors_without_a_task_are_those_of_a_regression_fitted_without_it(num_features: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_SM = torch.randn(13, num_features, generator=generator, dtype=torch.float64)
+    x_SM -= x_SM.mean(0)
+    y_S = torch.randn(13, generator=generator, dtype=torch.float64)
+    tasks_S = torch.tensor([4, 4, 1, 1, 1, 0, 0, 7, 7, 7, 7, 2, 9])
+    penalties = torch.tensor([0.1, 5.0], dtype=torch.float64)
+    U, d, _ = torch.linalg.svd(x_SM, full_matrices=False)
+    found_PS = left_out_errors(U, d, y_S - y_S.mean(), tasks_S, penalties)
+    for p, penalty in enumerate(penalties):
+        for task in tasks_S.unique():
+            left, kept = tasks_S == task, tasks_S != task
+            rows = torch.cat([torch.ones(len(x_SM), 1, dtype=torch.float64), x_SM], 1)  # the constant has no penalty
+            ridge = penalty * torch.eye(num_features + 1, dtype=torch.float64)
+            ridge[0, 0] = 0
+            beta = torch.linalg.solve(rows[kept].T @ rows[kept] + ridge, rows[kept].T @ y_S[kept])
+            assert torch.allclose(found_PS[p, left], y_S[left] - rows[left] @ beta, atol=1e-9)
+
+
+def test_features_that_only_identify_tasks_are_shrunk() -> None:
+    """Each task has a direction and a return of its own. Samples that are left out one by one are predicted by their siblings,
+    which says nothing about another task."""
+    generator = torch.Generator().manual_seed(1)
+    tasks_S = torch.arange(10).repeat_interleave(6)
+    features_SM = torch.randn(10, 40, generator=generator)[tasks_S] + 0.1 * torch.randn(60, 40, generator=generator)
+    returns_S = torch.randn(10, generator=generator)[tasks_S] + 0.1 * torch.randn(60, generator=generator)
+    by_task, by_sample = TaskRidge(features_SM, returns_S, tasks_S), TaskRidge(features_SM, returns_S, torch.arange(60))
+    assert by_task.penalty > 100 * by_sample.penalty
+    assert by_task(features_SM).std() < 0.5 * returns_S.std()
+    assert by_sample(features_SM).std() > 0.9 * returns_S.std()  # the wrong variant
+
+
+def test_a_ridge_finds_a_direction_that_all_tasks_share() -> None:
+    generator = torch.Generator().manual_seed(2)
+    tasks_S, features_SM = torch.arange(30).repeat_interleave(4), torch.randn(120, 50, generator=generator)
+    features_SM[:, 7] = 3.0  # never varies
+    returns_S = 5 + 2 * features_SM[:, 0] + 0.1 * torch.randn(120, generator=generator)
+    fitted = TaskRidge(features_SM[:80], returns_S[:80], tasks_S[:80])
+    assert (fitted(features_SM[80:]) - returns_S[80:]).square().mean() < 0.2
+    assert TaskRidge(features_SM, torch.full((120,), 2.5), tasks_S)(features_SM[:3]).tolist() == pytest.approx([2.5] * 3)
+    alone = TaskRidge(features_SM, returns_S, torch.zeros(120))  # one task: samples are left out one by one
+    assert (alone(features_SM) - returns_S).square().mean() < 0.2

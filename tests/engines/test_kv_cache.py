@@ -98,6 +98,34 @@ def test_answers_are_those_without_memory(tiny, kind, sampling):
         assert rows * columns < 0.6 * asked
 
 
+@pytest.mark.parametrize("kind", ["tiny", "absolute positions", "two adapters"])
+def test_what_all_prompts_begin_with_is_read_once(tiny, monkeypatch, kind):
+    """Three requests of each agent begin with the same 72 tokens or more: one row reads them, and later turns go on."""
+    policies = {"tiny": (tiny,), "absolute positions": (absolute_positions(tiny),), "two adapters": two_adapters()}[kind]
+    beginning = (Message("user", "the same worked example " * 10), Message("assistant", "and its answer"))
+    ends = ["red", "a longer request of another task", "blue"]
+    requests = [
+        Request(agent, (*beginning, Message("user", end)), Sampling(max_tokens=8), seed=number)
+        for number, end in enumerate(ends)
+        for agent in ("builder_0", "builder_1")
+    ]
+    together, apart = Counting(team(*policies), remember=True), LocalEngine(team(*policies))
+    found = together.generate(requests)
+    monkeypatch.setattr("collm.engines.local.BEGINNING", 10_000)
+    wanted = apart.generate(requests)
+    shared = min(length for rows, length in together.read[0] if rows == 1)
+    assert shared >= 72
+    assert sum(rows * length for rows, length in together.read[0]) < together.asked[0] - 2 * shared
+    later = [
+        replace(request, messages=(*request.messages, Message("assistant", one.text, one.token_ids), Message("user", "go on")))
+        for request, one in zip(requests, found, strict=True)
+    ]
+    for ones, others in ((found, wanted), (together.generate(later), apart.generate(later))):
+        for one, other in zip(ones, others, strict=True):
+            assert one.token_ids.tolist() == other.token_ids.tolist()
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
 def test_each_turn_reads_what_is_new_and_no_more(tiny):
     """Prompts of turn t + 1 beyond prompt and answer of turn t, and the last token of that answer, which nothing had read."""
     engine = Counting(team(tiny), remember=True)

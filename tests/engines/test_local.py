@@ -1,11 +1,11 @@
-"""Under bfloat16 the local engine casts linear layers once per load; answers are those of autocast, bit for bit."""
+"""Casts under bfloat16, which give the answers of autocast, bit for bit; observers, which may end an answer."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from collm.engines.local import LocalEngine, Segment, decode
+from collm.engines.local import LocalEngine, Observer, Segment, decode
 from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.types import Message, Request, Sampling
@@ -58,3 +58,30 @@ def test_weights_that_are_not_cast_are_not_copied():
     shared = {id(weight) for weight in half.model.parameters()}
     for name, weight in half.for_generation().model.named_parameters():
         assert ("norm" in name or "embed" in name) == (id(weight) in shared), name
+
+
+def test_observers_see_every_token_and_end_their_own_answer_alone(tiny):
+    """Rows leave the batch at different steps, and each observer goes on with its own."""
+    requests = [Request("a", chat, Sampling(2.0, max_tokens=12 + seed), seed) for seed, chat in enumerate(CHATS * 2)]
+    alone = [c for request in requests for c in LocalEngine(Team({"a": tiny})).generate([request])]
+    seen: dict[int, list[tuple[int, float]]] = {i: [] for i in (0, 1, 3, 4)}
+
+    def observer(i: int, last: int) -> Observer:
+        def observe(token: int, logprob: float, logits_V: torch.Tensor) -> bool:
+            expected = torch.log_softmax(logits_V / 2.0, dim=-1)[token].item()
+            assert abs(logprob - expected) < 1e-5
+            seen[i].append((token, logprob))
+            return len(seen[i]) == last
+
+        return observe
+
+    limits = {0: 3, 1: 99, 3: 1, 4: 5}
+    observers = [observer(i, limits[i]) if i in limits else None for i in range(len(requests))]
+    together = LocalEngine(Team({"a": tiny})).generate(requests, observers)
+    for i, (one, whole) in enumerate(zip(together, alone, strict=True)):
+        count = min(limits.get(i, 99), len(whole.token_ids))
+        assert one.token_ids.tolist() == whole.token_ids[:count].tolist()
+        np.testing.assert_allclose(one.logprobs, whole.logprobs[:count], atol=1e-4)
+        if i in seen:
+            assert [token for token, _ in seen[i]] == one.token_ids.tolist()
+            assert [logprob for _, logprob in seen[i]] == one.logprobs.tolist()

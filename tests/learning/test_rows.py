@@ -29,6 +29,11 @@ UPDATES: dict[str, dict[str, Any]] = {
     "groups": {},
     "groups of three turns": {"env": BUILD, "rollout": {"tasks": 2, "max_tokens": 8}},
     "turn trees": {"algorithm": {**GROUPS, "tree": True}, "env": {"turns": 2}},
+    "worked examples, of different tasks": {
+        "algorithm": {"name": "collm-cc"},
+        "env": {"name": "str_build", "strings": ["IT", "C", "HI"]},
+        "rollout": {"examples": 2, "max_tokens": 8},
+    },
     "adapters": {"team": {"lora": {"rank": 4}}},
     "a shared policy": {"team": {"shared": True}},
     "a joint critic": {"algorithm": {"name": "collm-cc", "group_size": 4}, "env": {"turns": 2}},
@@ -135,8 +140,8 @@ def test_gradients_of_real_weights_are_those_of_one_pass_per_sequence(
 # --- rows ----------------------------------------------------------------------------------------------------------------
 
 
-def packed_of(*texts: str, group: int = 0) -> list[Packed]:
-    return [Packed(np.array([ord(c) for c in text]), group=group) for text in texts]
+def packed_of(*texts: str) -> list[Packed]:
+    return [Packed(np.array([ord(c) for c in text])) for text in texts]
 
 
 def test_a_row_is_a_tree_in_depth_first_order() -> None:
@@ -149,13 +154,11 @@ def test_a_row_is_a_tree_in_depth_first_order() -> None:
     assert not Row.of(packed_of("a", "ab", "ab")).branches
 
 
-def test_sequences_share_a_row_where_that_saves_work_and_only_within_their_group() -> None:
+def test_sequences_share_a_row_where_that_saves_work() -> None:
     alike = packed_of("x" * 40 + "a", "y", "x" * 40 + "b")
     assert [len(row.sequences) for row in rows_of(alike, 1000, trees=True)] == [2, 1]
     assert [len(row.sequences) for row in rows_of(alike, 1000, trees=False)] == [1, 1, 1]
     assert [len(row.sequences) for row in rows_of(alike, 41, trees=True)] == [1, 1, 1]
-    apart = [*packed_of("x" * 40 + "a"), *packed_of("x" * 40 + "b", group=1)]
-    assert [len(row.sequences) for row in rows_of(apart, 1000, trees=True)] == [1, 1]
     little = packed_of("x" + "a" * 800, "x" + "b" * 800)
     assert [len(row.sequences) for row in rows_of(little, 10_000, trees=True)] == [1, 1]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from learners import critic_parts, policy_parts
+from learners import critic_parts, frozen_parts, policy_parts
 
 from collm.errors import ConfigError
 from collm.models.blueprint import BaseSpec, Blueprint, CriticSpec, PolicySpec, ReferenceSpec, policies_of, saved_policies
@@ -191,6 +191,30 @@ def test_critics_need_not_be_adapters() -> None:
     assert q.critics[0].kind == "Q"
 
 
+def test_a_frozen_body_is_a_base() -> None:
+    frozen = {"critic.body": "frozen"}
+    found = blueprint_of(**frozen, **OWN)
+    assert [(c.body, c.base, c.replay) for c in found.critics] == [("frozen", TINY, 32)] * 3
+    assert grouped(found) == [([agent], [], []) for agent in AGENTS] + [([], list(AGENTS), [])]
+    assert found.units[-1].base == TINY
+    assert found.checkpoint_names[-3:] == tuple(f"replay-critic-{agent}" for agent in AGENTS)
+    assert set(found.rates(config_of(**frozen, **OWN))) == set(AGENTS)
+    shared = blueprint_of(**frozen, **LORA, **{"team.compute": "bfloat16", "critic.replay": 5})
+    assert grouped(shared) == [(list(AGENTS), ["team"], [])]
+    assert (shared.critics[0].base, shared.critics[0].replay) == (BaseSpec(resolve("tiny"), "bfloat16"), 5)
+    other = blueprint_of(**frozen, **LORA, **{"critic.model": "another"})
+    assert grouped(other) == [(list(AGENTS), [], []), ([], ["team"], [])]
+    assert other.units[1].base == BaseSpec("another", "float32")
+    with pytest.raises(ConfigError, match=r"critic\.body='frozen' reads with the initial model .* Set critic\.model"):
+        Blueprint.around(config_of(**frozen), AGENTS, [PolicySpec(AGENTS, "")])
+
+
+def test_a_replay_is_in_the_checkpoint() -> None:
+    found = blueprint_of(**{"critic.replay": 8, "critic.epochs": 50})
+    assert found.critics[0].replay == 8
+    assert found.checkpoint_names[-3:] == ("critic-team", "optimizer-critic-team", "replay-critic-team")
+
+
 @pytest.mark.parametrize(
     ("overrides", "units"),
     [
@@ -259,6 +283,10 @@ BUILT: dict[str, dict[str, Any]] = {
     "value heads": HEADS,
     "value heads, shared": {**HEADS, "team.shared": True},
     "value heads, LoRA, KL": {**HEADS, **LORA, "algorithm.kl_coef": 0.1},
+    "frozen": {"critic.body": "frozen", **OWN},
+    "frozen, LoRA": {"critic.body": "frozen", **LORA},
+    "frozen, another critic, LoRA": {"critic.body": "frozen", **LORA, **OWN, "critic.model": "ANOTHER"},
+    "replay": {"critic.replay": 4, "critic.epochs": 8},
     "no critic": {"algorithm.name": "magrpo"},
     "no text critic": {"critic.body": "none"},
 }
@@ -289,7 +317,9 @@ def test_what_is_built_shares_parameters_as_the_blueprint_says(case: str, tmp_pa
 
     learner = make_learner(team, config, Sampling(max_tokens=4))
     policies = policy_parts(learner)
-    critics = {part.name.removeprefix("critic-"): part for part in critic_parts(learner)}
+    critics: dict[str, Any] = {
+        part.name.removeprefix("critic-"): part for part in (*critic_parts(learner), *frozen_parts(learner))
+    }
     regressions = {} if learner.regressions is None else learner.regressions.modules()
     assert set(learner.tensors()) - set(regressions) == set(blueprint.checkpoint_names)
     assert list(policies) == [policy.name for policy in blueprint.policies]
@@ -309,7 +339,7 @@ def test_what_is_built_shares_parameters_as_the_blueprint_says(case: str, tmp_pa
             module = critics[critic.name].critic
             assert critics[critic.name].agents == critic.agents
             assert critics[critic.name].label == critic.label
-            held.append(places(module, *([module.body.base.model] if critic.body == "adapter" else [])))
+            held.append(places(module, *([module.body.base.model] if critic.body in ("adapter", "frozen") else [])))
         for reference in unit.references:
             found = policies[reference.policy].reference
             assert found is not None

@@ -129,6 +129,40 @@ def test_memory_of_whole_models_by_hand() -> None:
     assert found.hours(100, 1000) == pytest.approx(100 * (320 / 100 + found.update_tokens / 1000) / 3600)
 
 
+def test_memory_of_a_frozen_critic_by_hand() -> None:
+    """One more copy of whole models, none beside adapters; no optimizer, no gradient, and one pass."""
+    shape, options = read_shape("tiny"), {"rollout__max_tokens": 10, "run__device": "cpu", "critic__body": "frozen"}
+    found = planned(work(), **options)
+    whole = shape.parameters
+    assert found.held == {
+        "weights": 4 * 2 * whole,
+        "optimizer": 8 * 2 * whole,
+        "shared base": 4 * whole,
+        "hidden states kept": 4 * 8 * 2 * 32 * shape.hidden,
+        "tokenizer": TOKENIZER * shape.vocabulary,
+    }
+    tokens = 8 * (2 * TEMPLATE + 50 + 20 + 2 * 10)
+    joint = 2 * tokens - 8 * (2 * TEMPLATE + 2 * 10)
+    parts = {phase.name: phase.parts for phase in found.phases}["reading (critic of team)"]
+    assert parts["hidden states"] == joint * shape.hidden * 4 * (shape.layers + 1)
+    assert found.update_tokens == 2 * tokens + joint
+    own = planned(work(), **options, critic__reads="own", critic__replay=3)
+    assert own.held["shared base"] == 4 * whole
+    assert own.held["hidden states kept"] == 2 * 4 * 8 * 2 * 3 * shape.hidden
+    adapters = planned(work(), **options, team__lora__rank=4)
+    alone = planned(work(), **{**options, "critic__body": "none"}, team__lora__rank=4)
+    assert {name: size for name, size in adapters.held.items() if name != "hidden states kept"} == alone.held
+
+
+def test_work_of_a_replay_and_memory_of_a_histogram_by_hand() -> None:
+    options = {"rollout__max_tokens": 10, "run__device": "cpu", "critic__epochs": 4}
+    every, replay = planned(work(episodes=16), **options), planned(work(episodes=16), **options, critic__replay=8)
+    policies = planned(work(episodes=16), **{**options, "critic__body": "none", "critic__epochs": 1}).update_tokens
+    assert (every.update_tokens - policies) / 5 == (replay.update_tokens - policies) / 3  # 4 steps on 8 of 16 sequences
+    heads = planned(work(), **options, critic__loss="hl_gauss").held["value heads"]
+    assert heads == 51 * every.held["value heads"]
+
+
 @pytest.mark.parametrize("tree", [False, True])
 @pytest.mark.parametrize(("asked", "max_tokens"), [(200, 8192), (200, 400), (60, 8192), (1, 8192)])
 def test_siblings_share_rows_as_in_an_update(tree: bool, asked: int, max_tokens: int) -> None:

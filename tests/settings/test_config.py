@@ -196,6 +196,36 @@ CONTRADICTIONS = [
         [{"critic__epochs": 1}, {"critic__body": "auto"}],
     ),
     (
+        {"critic__body": "none", "critic__replay": 4},
+        ["critic.replay=4", "critic.body='none'", "Leave it out, or set critic.body='auto'"],
+        [{"critic__replay": None}, {"critic__body": "auto", "critic__epochs": 2}],
+    ),
+    (
+        {"critic__body": "frozen", "algorithm__baseline": "counterfactual"},
+        ["algorithm.baseline='counterfactual'", "critic.body='frozen'", "Set algorithm.baseline='value'"],
+        [{"algorithm__baseline": "value"}, {"critic__body": "auto"}],
+    ),
+    (
+        {"critic__body": "frozen", "critic__loss": "hl_gauss"},
+        ["critic.loss='hl_gauss'", "critic.body='frozen'", "Leave it out, or set critic.body='auto'"],
+        [{"critic__loss": "mse"}, {"critic__body": "auto"}],
+    ),
+    (
+        {"critic__replay": 4},
+        ["critic.replay=4", "critic.epochs=1", "Set critic.epochs=50, or critic.replay=1"],
+        [{"critic__epochs": 50}, {"critic__replay": 1}],
+    ),
+    (
+        {"critic__loss": "hl_gauss", "critic__normalize_targets": True},
+        ["critic.normalize_targets=true", "critic.loss='hl_gauss'", "set critic.loss='mse'"],
+        [{"critic__normalize_targets": False}, {"critic__loss": "mse"}],
+    ),
+    (
+        {"critic__body": "policy", "critic__reads": "own", "critic__replay": 4},
+        ["critic.replay=4", "value head", "Leave it out, or set critic.body='auto'"],
+        [{"critic__replay": None}, {"critic__body": "auto", "critic__epochs": 50}],
+    ),
+    (
         {"algorithm__name": "magrpo", "algorithm__normalize": "group", "algorithm__group_size": 3},
         ["algorithm.normalize='group'", "at least 4", "3", "Set normalize='agent'"],
         [{"algorithm__normalize": "agent"}, {"algorithm__group_size": 4}],
@@ -333,8 +363,8 @@ def test_the_difference_baseline_goes_with_every_baseline(baseline, reads):
     assert config.algorithm.critic_kind == ("Q" if baseline == "counterfactual" else "V")
 
 
-def test_there_are_at_most_69_settings():
-    assert len(list(describe())) <= 69
+def test_there_are_at_most_71_settings():
+    assert len(list(describe())) <= 71
 
 
 @pytest.mark.parametrize("address", ["local", "auto", "10.0.0.1:6379", "head.cluster-2:6379", "[fe80::1]:6379", "none", None])

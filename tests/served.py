@@ -1,0 +1,67 @@
+"""`collm serve` processes for tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from places import ROOT
+
+
+@dataclass
+class Server:
+    """A `collm serve` process. record: where it writes when each request began and ended; errors: what it complains of."""
+
+    url: str
+    process: subprocess.Popen[str]
+    record: Path
+    errors: Path
+
+    def records(self) -> list[dict]:
+        return [json.loads(line) for line in self.record.read_text().splitlines()] if self.record.exists() else []
+
+
+def start(run: Path, agent: str, errors: Path, *words: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "collm.cli.main", "serve", str(run), "--agent", agent, "--threads", "1", *words]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    with errors.open("w") as log:
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **(env or {})},
+        )
+
+
+def address(process: subprocess.Popen[str]) -> str:
+    """Where a server says that it answers."""
+    assert process.stdout is not None
+    assert select.select([process.stdout], [], [], 300)[0], "the server said nothing"
+    line = process.stdout.readline()
+    assert "answers at http://127.0.0.1:" in line, line
+    return line.split()[-1]
+
+
+@contextmanager
+def served(folder: Path, run: Path, *agents: str, words: tuple[str, ...] = (), **options) -> Iterator[list[Server]]:
+    records = [folder / f"{agent}-{time.monotonic_ns()}.jsonl" for agent in agents]
+    errors = [record.with_suffix(".err") for record in records]
+    processes = [
+        start(run, agent, log, "--port", "0", "--record", str(record), *words, **options)
+        for agent, record, log in zip(agents, records, errors, strict=True)
+    ]
+    try:
+        yield [Server(address(p), p, *files) for p, *files in zip(processes, records, errors, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
