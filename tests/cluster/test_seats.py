@@ -99,6 +99,22 @@ def test_agents_apart_are_one_process(tmp_path, pickled: PickledCluster, name): 
     check_same(whole, apart)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "critic", "seats"),
+    [
+        ("collm-cc", {"body": "frozen"}, ["agent_0", "agent_1", "critic"]),
+        ("LoRA", {"body": "frozen"}, ["agent_0"]),
+        ("collm-dc", {"replay": 3, "epochs": 2}, ["agent_0", "agent_1", "agent_0/critic", "agent_1/critic"]),
+        ("collm-cc", {"loss": "hl_gauss"}, ["agent_0", "agent_1", "critic"]),
+    ],
+)
+def test_critics_of_every_kind_are_the_same_apart(tmp_path, pickled: PickledCluster, name, critic, seats):  # noqa: F811
+    apart = trained(config_of(name, tmp_path, address="local", critic=critic))
+    assert list(pickled.seats) == seats
+    check_same(trained(config_of(name, tmp_path, critic=critic)), apart)
+
+
 def test_each_seat_loads_its_own_model_only(tmp_path, pickled: PickledCluster, monkeypatch):  # noqa: F811
     loaded = []
     load = Policy.from_pretrained.__func__
