@@ -161,19 +161,19 @@ def plan(config: Config, work: Work | None = None, blueprint: Blueprint | None =
     batches = [[owners[policy.name] for policy in unit.policies] for unit in blueprint.units if unit.policies]
     kept = sum(_kept(config, work, batch) for batch in batches)
     phases = [_generation(config, work, batch, cast, kept) for batch in batches]
-    limit, tasks = config.learner.micro_batch_tokens, work.episodes // work.leaves
+    limit = config.learner.micro_batch_tokens
     rows = {agent: work.rows(agent, max_tokens=limit) for policy in blueprint.policies for agent in policy.agents}
     read = {critic.name: _read_by(config, work, critic) for critic, _ in critics}
-    phases += [_update(config, model, read[critic.name], tasks, 0) for critic, model in trained]
-    phases += [_reading(config, model, read[critic.name], tasks) for critic, model in frozen]
+    phases += [_update(config, model, read[critic.name], 0) for critic, model in trained]
+    phases += [_reading(config, model, read[critic.name]) for critic, model in frozen]
     for policy, model in policies:
         longest = max((rows[agent] for agent in policy.agents), key=lambda found: sum(row.tokens for row in found))
-        phases.append(_update(config, model, longest, tasks, work.answer))
+        phases.append(_update(config, model, longest, work.answer))
     written = max(4 * model.trained for model in models)
     phases.append(Phase("saving a checkpoint", {"a copy of one model's weights": written}))
     passes: list[tuple[float, list[Row]]] = [(config.algorithm.epochs, found) for found in rows.values()]
     passes += [(_times_read(config, work, critic), read[critic.name]) for critic, _ in critics]
-    tokens = tasks * sum(times * sum(row.tokens for row in found) for times, found in passes)
+    tokens = sum(times * sum(row.tokens for row in found) for times, found in passes)
     return Plan(config, blueprint, work, held, phases, tokens)
 
 
@@ -192,7 +192,7 @@ def _lora(policy: PolicySpec) -> LoraSettings | None:
 
 
 def _read_by(config: Config, work: Work, critic: CriticSpec) -> list[Row]:
-    """The rows of one task that a critic reads. V reads the last turn before it is answered."""
+    """The rows that a critic reads. V reads the last turn before it is answered."""
     agents = work.agents if critic.joint else critic.agents
     size = {"max_tokens": config.learner.micro_batch_tokens, "limit": config.critic.max_tokens}
     return work.rows(*agents, **size, answered=critic.kind != "V")
@@ -247,13 +247,13 @@ def _generation(config: Config, work: Work, batch: Sequence[tuple[PolicySpec, Mo
     )
 
 
-def _update(config: Config, model: Model, rows: Sequence[Row], tasks: int, answer: int) -> Phase:
+def _update(config: Config, model: Model, rows: Sequence[Row], answer: int) -> Phase:
     """Forward and backward of the largest micro-batch: activations kept for the backward pass, the gradient, the logits.
 
-    rows: those of one of `tasks` tasks. answer: tokens scored in an answer (0 for a critic).
+    rows: those of an iteration. answer: tokens scored in an answer (0 for a critic).
     """
     shape, c = model.shape, _compute_bytes(config)
-    longest, num, scored, branches = _micro_batch(rows, tasks, config.learner.micro_batch_tokens)
+    longest, num, scored, branches = _micro_batch(rows, config.learner.micro_batch_tokens)
     tokens, scored = num * longest, scored * answer
     block, transient = tokens * block_bytes(shape, c, model.lora), tokens * 3 * c * shape.intermediate
     inputs = tokens * 4 * shape.hidden
@@ -276,9 +276,9 @@ def _update(config: Config, model: Model, rows: Sequence[Row], tasks: int, answe
     )
 
 
-def _reading(config: Config, model: Model, rows: Sequence[Row], tasks: int) -> Phase:
+def _reading(config: Config, model: Model, rows: Sequence[Row]) -> Phase:
     """The largest forward pass of a frozen body: the hidden states of every layer."""
-    longest, num, _, _ = _micro_batch(rows, tasks, config.learner.micro_batch_tokens)
+    longest, num, _, _ = _micro_batch(rows, config.learner.micro_batch_tokens)
     shape, c = model.shape, _compute_bytes(config)
     tokens = longest * num
     parts: dict[str, float] = {
@@ -288,7 +288,7 @@ def _reading(config: Config, model: Model, rows: Sequence[Row], tasks: int) -> P
     return Phase(f"reading ({model.name})", parts)
 
 
-def _micro_batch(rows: Sequence[Row], tasks: int, max_tokens: int) -> tuple[int, int, int, bool]:
+def _micro_batch(rows: Sequence[Row], max_tokens: int) -> tuple[int, int, int, bool]:
     """The micro-batch with the most tokens, as learning/pack.py makes it: (tokens of a row, number of rows, answers scored,
     whether it has a mask)."""
     found = [(0, 0, 0, False)]
@@ -296,8 +296,8 @@ def _micro_batch(rows: Sequence[Row], tasks: int, max_tokens: int) -> tuple[int,
         alike = sorted((row for row in rows if row.branches == branches), key=lambda row: -row.tokens)
         if alike:
             longest = alike[0].tokens
-            num = max(1, min(len(alike) * tasks, max_tokens // max(1, longest)))
-            found.append((longest, num, sum(alike[i // tasks].answers for i in range(num)), branches))
+            num = max(1, min(len(alike), max_tokens // max(1, longest)))
+            found.append((longest, num, sum(row.answers for row in alike[:num]), branches))
     return max(found, key=lambda batch: batch[0] * batch[1])
 
 

@@ -82,27 +82,30 @@ class Work:
         return head + (sizes[0] + max(sizes[1:]) if self.history == "last" and self.turns > 1 else max(sizes)) - last
 
     def rows(self, *readers: str, max_tokens: int, limit: int | None = None, answered: bool = True) -> list[Row]:
-        """The rows of one task that an update reads, as learning/pack.py makes them.
+        """The rows that an update reads, as learning/pack.py makes them.
 
-        Siblings share the prompt of the turn at which they part, and all before it. With another history than "full", every
-        turn is a sequence of its own and is counted with its prompt, which later turns of siblings need not share.
+        Siblings share the prompt of the turn at which they part, and all before it; tasks share worked examples. With another
+        history than "full", every turn is a sequence of its own and is counted with its prompt, which later turns of siblings
+        need not share.
 
         Args: max_tokens: of a row. limit: of a sequence. answered: with the answers of the last turn.
         """
         length = self.sequence(*readers, answered=answered)
         if self.turns > 1 and self.history != "full":
-            return [Row(min(length, limit or length), 1, False)] * (self.leaves * self.turns)
-        turns, shared = self._turns(readers), [self.examples * len(readers)]
+            return [Row(min(length, limit or length), 1, False)] * (self.episodes * self.turns)
+        head = self.examples * len(readers)
+        turns, shared = self._turns(readers), [head]
         for asked, said in turns:
             shared[-1] += asked
             shared.append(shared[-1] + said)
         whole = limit is None or length <= limit
         rows: list[Row] = []
-        for leaf in range(self.leaves):
+        for number in range(self.episodes):
+            leaf = number % self.leaves
             parted = self._parted(leaf) if leaf else 0
-            same = shared[parted] if whole and leaf else 0
+            same = (shared[parted] if leaf else head) if whole and number else 0
             new = (length if limit is None else min(length, limit)) - same
-            if leaf and joins(rows[-1].tokens, same, new, max_tokens):
+            if number and joins(rows[-1].tokens, same, new, max_tokens):
                 before = rows[-1]
                 rows[-1] = Row(before.tokens + new, before.answers + self.turns - parted, before.branches or new > 0)
             else:

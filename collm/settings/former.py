@@ -35,6 +35,8 @@ ADDED: dict[tuple[str, str], Any] = {
     ("env", "wording"): "terse",
     ("rollout", "examples"): 0,
     ("algorithm", "max_drop"): None,
+    ("critic", "loss"): "mse",
+    ("critic", "replay"): None,
     ("team", "system"): None,
     ("team", "thinking"): "shown",
 }

@@ -71,11 +71,13 @@ class StudyJob:
 def digest(settings: Mapping[str, Any], trained: bool) -> str:
     """A hash of all settings that affect results.
 
-    Left out are the run's folder, the settings of learning in runs that do not train, and settings that were added later, if
-    they have the value that keeps the earlier behaviour. `critic.metrics` counts with its former value where it means the same.
+    Left out are the run's folder, the cluster, the settings of learning in runs that do not train, and settings that were added
+    later, if they have the value that keeps the earlier behaviour. `critic.metrics` counts with its former value where it means
+    the same.
     """
     counted = {room: dict(values) for room, values in former.translate(settings).items()}
     counted["run"]["folder"] = None
+    counted.pop("cluster", None)
     critic, built_in = counted["critic"], ":" not in str(counted["env"]["name"])
     read = former.metrics(critic.get("metrics"))
     if read == "auto" and critic["reads"] == "joint" and built_in:  # every built-in environment reports metrics

@@ -11,6 +11,7 @@ import pytest
 from places import ROOT
 
 from collm.studies.intervals import Interval, holm, interval, student, student_p
+from collm.studies.recipe import read_plan
 from collm.studies.result import area_under
 
 RESULTS = ROOT / "docs" / "results"
@@ -135,3 +136,12 @@ def test_the_page_of_real_models_says_what_its_grids_say(folder: Path, monkeypat
     assert recipe == (ROOT / "recipes" / "compare" / f"real_{folder.name}.toml").read_text()
     assert json.loads((folder / "results.json").read_text())["missing"] == 0
     assert "\n".join(table.rows(folder, tomllib.loads(recipe)["compare"].get("against", "collm-cc"))) in page
+
+
+@pytest.mark.parametrize("folder", REAL, ids=lambda folder: folder.name)
+def test_a_grid_of_real_models_goes_on_from_its_results(folder: Path, tmp_path: Path) -> None:
+    """Its runs count as runs of the recipe, also after settings were added."""
+    _, jobs = read_plan(ROOT / "recipes" / "compare" / f"real_{folder.name}.toml", tmp_path)
+    runs = json.loads((folder / "results.json").read_text())["runs"]
+    recorded = {(run["task"], run["method"], run["learning_rate"], run["seed"]): run["settings"] for run in runs}
+    assert recorded == {job.cell.name: job.cell.settings for job in jobs}
