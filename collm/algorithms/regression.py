@@ -215,6 +215,8 @@ def left_out_errors(U_SR: Tensor, d_R: Tensor, left_S: Tensor, tasks_S: Tensor, 
 
     Args: U_SR, d_R: left singular vectors and singular values of the centred features. left_S: (S,) centred targets.
     """
+    if len(left_S) < 2:  # without it nothing is left to fit
+        return torch.zeros(len(penalties_P), len(left_S), dtype=left_S.dtype)
     shrunk_PR = d_R**2 / (d_R**2 + penalties_P[:, None])
     residuals_PS = left_S - (shrunk_PR * (U_SR.T @ left_S)) @ U_SR.T
     tasks = torch.unique(tasks_S)

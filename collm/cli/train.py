@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.settings:
         print(settings_text())
         return 0
+    overrides: dict[str, Any] = {}
     if arguments.resume is not None:
         if arguments.recipe is not None:
             raise ConfigError(
@@ -68,19 +69,21 @@ def run(arguments: argparse.Namespace) -> int:
         trainer = Trainer(config)
     from collm.training.signals import Interrupted
 
-    restarts = trainer.config.cluster.restarts
+    restarts, lost = trainer.config.cluster.restarts, False
     try:
         while True:
             try:
+                if lost:
+                    trainer = Trainer.resume(trainer.folder, overrides=overrides)
                 folder = trainer.run()
                 break
-            except PartLost as lost:
+            except PartLost as error:
                 trainer.engine.close()
+                trainer.signals.check()  # a signal to all processes also ends seats
                 if not restarts:
                     raise
-                complain(f"collm: {lost} Restarting ({restarts} left).")
-                restarts -= 1
-                trainer = Trainer.resume(trainer.folder)
+                complain(f"collm: {error} Restarting ({restarts} left).")
+                restarts, lost = restarts - 1, True
     except Interrupted as interrupted:
         kept = checkpoints(trainer.folder)
         saved, begun = int(kept[-1].name) if kept else 0, trainer.iteration + (not trainer.whole)

@@ -48,7 +48,8 @@ class Place:
 
     device: Device
     share: float
-    """Fraction of the device that is the unit's; the units of a device have all of it, unless the settings name less."""
+    """Fraction of the device that is the unit's. The units of a device share all of it in proportion to their needs, so that
+    those of several devices fit however Ray packs them; settings may name less."""
 
     def adapt(self, config: Config) -> Config:
         """The settings of a process there."""
@@ -99,10 +100,14 @@ def place(needs: Sequence[Need], devices: Sequence[Device]) -> dict[str, Place]:
     taken = {number: [need for need in needs if found[need.unit] == number] for number in set(found.values())}
     places = {}
     for need in needs:
-        number = found[need.unit]
-        named = [other.share for other in taken[number] if other.share is not None]
-        rest = max(0.0, 1 - sum(named)) / max(1, len(taken[number]) - len(named))
-        places[need.unit] = Place(devices[number], need.share if need.share is not None else int(rest * 10_000) / 10_000)
+        device, others = devices[found[need.unit]], taken[found[need.unit]]
+        unnamed = [other.on(device) for other in others if other.share is None]
+        rest = max(0.0, 1 - sum(other.share for other in others if other.share is not None))
+        share = need.share
+        if share is None:
+            part = need.on(device) / sum(unnamed) if all(unnamed) else 1 / len(unnamed)
+            share = int(rest * part * 10_000) / 10_000
+        places[need.unit] = Place(device, share)
     return places
 
 

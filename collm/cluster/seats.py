@@ -126,6 +126,11 @@ class Seat:
         if self.held.engine is not None:
             self.held.engine.rest()
 
+    def close(self) -> None:
+        """Close the engine, whose server and files would outlive the process."""
+        if self.held.engine is not None:
+            self.held.engine.close()
+
     def saved(self, agent: str) -> Bytes:
         """The files of an agent's Hugging Face folder."""
         assert self.held.team is not None

@@ -25,6 +25,8 @@ PROBE = 2.0
 """Seconds that an address has to accept a connection; without a probe Ray itself waits for 204 s."""
 START = 120.0
 """Seconds that a process of the cluster has to start."""
+END = 3.0
+"""Seconds that seats have to close their engines before they are killed."""
 STORE = 2 << 30
 """Most bytes of shared memory for what travels between processes of a cluster that is started here; more goes to the disk."""
 LEAST_STORE = 80 << 20
@@ -100,6 +102,8 @@ class Cluster:
         import ray
 
         atexit.unregister(self.close)
+        with suppress(Exception):
+            ray.wait([actor.ask.remote("close") for actor in self.actors], num_returns=len(self.actors), timeout=END)
         for actor in self.actors:
             with suppress(Exception):
                 ray.kill(actor)
@@ -194,7 +198,7 @@ class RaySeat:
                 f"the process of {self.name} did not start within {START:.0f} s: its device is taken by other work of the "
                 "cluster. Wait for it, or choose another cluster.address."
             ) from error
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayError as error:
             raise ConfigError(f"the process of {self.name} did not start: {_sentence(error)}") from error
         self.begun = True
 
@@ -203,7 +207,7 @@ class RaySeat:
 
         try:
             answer = ray.get(reference)
-        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+        except _losses() as error:
             raise PartLost(
                 f"the process of {self.name} was lost during {method!r}: {_sentence(error)} `collm train --resume` continues "
                 "from the last checkpoint."
@@ -213,6 +217,21 @@ class RaySeat:
         if isinstance(answer, Failed):
             raise answer.error
         return answer
+
+
+def _losses() -> tuple[type[Exception], ...]:
+    """Ray's errors for a process, a node or what they held that is gone."""
+    from ray import exceptions
+
+    return (
+        exceptions.RayActorError,
+        exceptions.ObjectLostError,
+        exceptions.NodeDiedError,
+        exceptions.LocalRayletDiedError,
+        exceptions.WorkerCrashedError,
+        exceptions.ActorUnschedulableError,
+        exceptions.RaySystemError,
+    )
 
 
 def check_versions(here: Machine, found: Machine, host: str) -> None:

@@ -106,7 +106,7 @@ class HistogramHead(nn.Module):
     @property
     def width(self) -> float:
         """Of a bin, in units of return."""
-        spread = max(float(self.highest - self.lowest), 1e-6)
+        spread = max(float(self.highest - self.lowest), 1e-6 * max(1.0, abs(float(self.lowest))))
         return spread / (self.NUM_BINS - 1 - 2 * self.MARGIN)
 
     @property
@@ -127,10 +127,10 @@ class HistogramHead(nn.Module):
 
     @torch.no_grad()
     def rescale(self, targets: Tensor) -> None:
-        """Stretch the bins over targets (S,), in units of return; the first ones also set the bias."""
+        """Stretch the bins over targets (S,), in units of return; the first ones that differ also set the bias."""
         if not len(targets):
             return
-        first = bool(self.lowest > self.highest)
+        first = bool(self.lowest >= self.highest)
         self.lowest.fill_(min(self.lowest.item(), targets.min().item()))
         self.highest.fill_(max(self.highest.item(), targets.max().item()))
         if first:
@@ -138,7 +138,7 @@ class HistogramHead(nn.Module):
 
     def smoothed(self, targets: Tensor) -> Tensor:
         """(S, B) histograms of targets (S,), in units of return."""
-        edges = self.centres[0] + self.width * (torch.arange(self.NUM_BINS + 1) - 0.5)
+        edges = self.centres[0] + self.width * (torch.arange(self.NUM_BINS + 1, dtype=torch.float64) - 0.5)
         return losses.gaussian_histogram(targets, edges, deviation=self.DEVIATION * self.width)
 
     def loss(self, hidden: Tensor, targets: Tensor, *, num_values: int) -> Tensor:

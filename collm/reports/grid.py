@@ -129,7 +129,7 @@ def _differences(grid: Grid, task: str, digits: int) -> list[Group]:
     note = (
         "mean [95 % interval] of differences paired by seed; with three or five seeds the bootstrap's interval is too narrow "
         "(it covers the true mean in 75 or 84 % of cases), Student's is not if differences are normal; p: Student's, of the "
-        "area; by Holm: for all methods of this table together"
+        "area; by Holm: for all methods of this table together, not for a choice among learning rates"
     )
     return [framed(f"{task}: {against} against the others", table, [note])]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from collm.algorithms.logprobs import likeliest
 from collm.serving.wire import Asked
-from collm.types import THOUGHT, Completion
+from collm.types import THOUGHT, THOUGHT_END, Completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,10 @@ def settled(text: str, marks: Sequence[str]) -> str:
     """The text that further tokens leave as it is: without an incomplete character, and without an ending that may become one
     of `marks`."""
     text = text.rstrip("\ufffd")
-    held = max((size for mark in marks for size in range(1, len(mark)) if text.endswith(mark[:size])), default=0)
+    held = 0
+    for mark in marks:
+        begins = (size for size in range(min(len(mark) - 1, len(text)), held, -1) if text[-size] == mark[0])
+        held = next((size for size in begins if text.endswith(mark[:size])), held)
     return text[: len(text) - held]
 
 
@@ -65,7 +68,7 @@ class Follower:
             return False
         text, ended = cut(self.read([each.id for each in self.tokens]), self.asked.stop)
         if self.release is not None and not ended:
-            piece = self.piece(settled(text, (*self.asked.stop, THOUGHT)))
+            piece = self.piece(settled(text, (*self.asked.stop, THOUGHT, THOUGHT_END)))
             if piece.text:
                 self.release(piece)
         return ended

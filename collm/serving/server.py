@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import ClassVar
@@ -135,10 +136,15 @@ def make_app(
             yield form.piece(follower.piece(completion.text)) + form.last(completion)
         finally:
             answer.cancel()
+            noted.tokens = noted.tokens or len(follower.tokens)
 
     app.add_middleware(Counted, metrics=metrics, record=record)
     if local:
         app.add_middleware(LocalHosts)
+
+    @cache
+    def spell(token: int) -> str:
+        return str(policy.tokenizer.decode([token]))
 
     @app.get("/health")
     async def health() -> Response:
@@ -174,7 +180,7 @@ def make_app(
         noted.messages = len(asked.request.messages)
         messages = with_examples(examples, agent, asked.request.messages)
         asked = replace(asked, request=replace(asked.request, messages=messages))
-        form = Form(asked, lambda i: str(policy.tokenizer.decode([i])))
+        form = Form(asked, spell)
         if asked.stream:
             events = streamed(asked, form, noted)
             first = await anext(events)  # raises what is refused before a stream begins
@@ -182,7 +188,8 @@ def make_app(
         follower = Follower(asked, read) if asked.stop or asked.top else None
         completion = ended(await batcher.answer(asked.request, follower), asked.stop)
         noted.count(completion)
-        return reply(form.whole(completion, tokens_of(completion) if follower is None else follower.tokens))
+        tokens = tokens_of(completion) if follower is None else follower.tokens
+        return reply(await asyncio.to_thread(form.whole, completion, tokens))
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:

@@ -92,7 +92,7 @@ def student_p(values_K: Sequence[float]) -> float:
     mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
     if error == 0:
         return float(mean == 0)
-    return 1 - _within(abs(mean) / error, len(values) - 1)
+    return max(0.0, 1 - _within(abs(mean) / error, len(values) - 1))
 
 
 def holm(p_M: Sequence[float]) -> list[float]:

@@ -229,7 +229,7 @@ def make_parts(team: Team | None, config: Config, blueprint: Blueprint, sampling
     bases = {adapter.base.spec: adapter.base for adapter in adapted}
     parts: list[Part] = []
     for critic in blueprint.critics:
-        policy = None if team is None else team.policies[critic.policy]
+        policy = None if team is None else team.policies.get(critic.policy)
         if critic.body == "policy" and policy is not None:
             width = policy.model.config.get_text_config().hidden_size
             heads[critic.policy][critic.name] = HEADS[config.critic.loss](width).to(policy.device)

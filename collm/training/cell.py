@@ -50,12 +50,15 @@ def train(config: Config, folder: Path, judged: int) -> None:
     """Begin a run, or resume it."""
     if (folder / "config.json").is_file():
         found = read_config(folder)
-        if (found.env.name, found.team.api_key_env) != (config.env.name, config.team.api_key_env):
+        named = [(one.algorithm.baseline, one.critic.metrics) for one in (found, config)]
+        code = any(":" in str(recorded) and recorded != own for recorded, own in zip(*named, strict=True))
+        if code or (found.env.name, found.team.api_key_env) != (config.env.name, config.team.api_key_env):
             raise RunError(
-                f"run {str(folder)!r} is of the environment {found.env.name!r} (or of other servers), not of the recipe's "
-                f"{config.env.name!r}. Give the comparison another --folder."
+                f"run {str(folder)!r} is of the environment {found.env.name!r} (or of other code or servers), not of the "
+                f"recipe's {config.env.name!r}. Give the comparison another --folder."
             )
-        trainer = JudgedTrainer.resume(folder, quiet=True)
+        address = {"cluster.address": config.cluster.address or "none"}  # never one that the folder brings along
+        trainer = JudgedTrainer.resume(folder, overrides=address, quiet=True)
     else:
         trainer = JudgedTrainer(config, quiet=True)
     trainer.judged = judged

@@ -38,7 +38,9 @@ def rows(folder: Path, against: str) -> list[str]:
         else:
             own = {result.cell.seed: result.area for result in reference.results}
             cells += _both([own[seed] - area for seed, area in zip(line.seeds, areas, strict=True)], "seed")
-            cells += _both(list(_rewards(texts, reference) - _rewards(texts, line)), "task") if by_text else []
+            if by_text:
+                ours, theirs = _rewards(texts, reference), _rewards(texts, line)
+                cells += _both([ours[task] - theirs[task] for task in sorted(ours.keys() | theirs.keys())], "task")
         table.append(cells)
     return [f"| {' | '.join(cells)} |" for cells in table]
 
@@ -47,10 +49,10 @@ def _name(line: Line, seed: int) -> str:
     return f"{line.method}-seed{seed}" if line.rate is None else f"{line.method}-lr{line.rate:g}-seed{seed}"
 
 
-def _rewards(texts: dict, line: Line) -> np.ndarray:
-    """(number of held-out tasks,) final rewards, means over seeds."""
+def _rewards(texts: dict, line: Line) -> dict[str, float]:
+    """Held-out task -> final reward, the mean over seeds."""
     runs = [texts[_name(line, seed)]["rewards"] for seed in line.seeds]
-    return np.mean([[run[task] for task in runs[0]] for run in runs], 0)
+    return {task: float(np.mean([run[task] for run in runs])) for task in runs[0]}
 
 
 def _both(values: list[float], unit: str) -> list[str]:

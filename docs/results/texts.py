@@ -18,7 +18,10 @@ def texts_of(run: Path) -> dict[str, Any]:
     files = sorted((run / "episodes").glob("*-evaluation.jsonl"))
     before, after = ([json.loads(line) for line in file.read_text().splitlines()] for file in (files[0], files[-1]))
     kept = {"before": [_texts(one) for one in before[:SHOWN]], "after": [_texts(one) for one in after[:SHOWN]]}
-    return {"rewards": {str(one["task"]): one["score"] for one in after}, **kept}
+    scores: dict[str, list[float]] = {}
+    for one in after:
+        scores.setdefault(str(one["task"]), []).append(one["score"])
+    return {"rewards": {task: sum(found) / len(found) for task, found in scores.items()}, **kept}
 
 
 def _texts(episode: dict[str, Any]) -> dict[str, Any]:

@@ -188,3 +188,8 @@ def test_a_ridge_finds_a_direction_that_all_tasks_share() -> None:
     assert TaskRidge(features_SM, torch.full((120,), 2.5), tasks_S)(features_SM[:3]).tolist() == pytest.approx([2.5] * 3)
     alone = TaskRidge(features_SM, returns_S, torch.zeros(120))  # one task: samples are left out one by one
     assert (alone(features_SM) - returns_S).square().mean() < 0.2
+
+
+def test_a_ridge_on_one_sample_is_its_constant() -> None:
+    one = TaskRidge(torch.randn(1, 4), torch.tensor([2.0]), torch.zeros(1))
+    assert one(torch.randn(3, 4)).tolist() == [2.0, 2.0, 2.0]

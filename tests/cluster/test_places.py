@@ -40,7 +40,9 @@ def test_units_share_what_there_is():
     devices = gpus(80)
     found = place(needs(a=20, b=20, critic=40), devices)
     assert numbers(found, devices) == {"a": 0, "b": 0, "critic": 0}
-    assert {where.share for where in found.values()} == {0.3333}
+    assert {name: where.share for name, where in found.items()} == {"a": 0.25, "b": 0.25, "critic": 0.5}  # as their needs
+    unknown = place(needs(a=0, b=0, critic=40), devices)
+    assert {where.share for where in unknown.values()} == {0.3333}
 
 
 def test_if_spreading_leaves_no_room_the_first_with_room_is_taken():

@@ -105,6 +105,7 @@ def test_agents_apart_are_one_process(tmp_path, pickled: PickledCluster, name): 
     [
         ("collm-cc", {"body": "frozen"}, ["agent_0", "agent_1", "critic"]),
         ("LoRA", {"body": "frozen"}, ["agent_0"]),
+        ("adapter beside a whole model", {"body": "frozen"}, ["agent_0", "agent_1"]),
         ("collm-dc", {"replay": 3, "epochs": 2}, ["agent_0", "agent_1", "agent_0/critic", "agent_1/critic"]),
         ("collm-cc", {"loss": "hl_gauss"}, ["agent_0", "agent_1", "critic"]),
     ],

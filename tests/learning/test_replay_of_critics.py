@@ -160,3 +160,12 @@ def test_an_update_of_a_histogram_moves_its_values_to_the_targets(tmp_path: Path
     values_ET = part.values(batch).values_ENT[:, 0]
     assert (values_ET[:, 1] - values_ET[:, 0]).min() > 0.5
     assert values_ET.abs().max() < 1.1
+
+
+def test_first_targets_that_are_all_alike_are_predicted_and_do_not_fix_the_bias() -> None:
+    for value in (100.0, -100.0, 1.0):
+        head, hidden = HistogramHead(3), torch.randn(5, 3)
+        head.rescale(torch.full((6,), value))
+        assert head(hidden).tolist() == pytest.approx([value] * 5, rel=1e-4)
+    head.rescale(torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    assert head(hidden).mean().item() == pytest.approx(0.75, abs=0.05)

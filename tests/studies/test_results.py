@@ -108,11 +108,17 @@ def test_the_verdicts_rest_on_p_values_by_holm() -> None:
     fresh, house, build, critic = map(by_holm, ("str_build_sparse_again", "house_build", "str_build", "critic"))
     assert f"Student's [+0.045, +0.108], p by Holm {fresh['magrpo']} |" in page
     assert f"bootstrap [+0.014, +0.107], p by Holm {fresh['collm-dc']};" in page
-    assert f"Student's [+0.070, +0.154] (p by Holm for its six methods {house['td-lambda']})" in page
+    assert f"Student's [+0.070, +0.154] (p by Holm for its six methods {house['td-lambda']};" in page
     assert f"p by Holm for their six methods {build['collm-dc']} and {house['collm-dc']} |" in page
     assert f"Student's [+0.012, +0.378], p by Holm for eleven switches {critic['text-alone']} |" in page
     assert f"Student's [+0.223, +1.126], p by Holm {critic['counterfactual']} |" in page
     assert {critic[name] for name in ("warm-up", "four-epochs", "critic-lambda-0", "normalized-targets")} == {"1.00"}
+    side = {grid: by_holm(grid)["parallel"] for grid in ("tldr", "str_build", "house_build", "arxiv", "coop_code")}
+    assert (
+        "p by Holm: "
+        + "{tldr}, {str_build}, {house_build}; {arxiv}, {coop_code}".format(**{grid: f"{grid} {p}" for grid, p in side.items()})
+        in page
+    )
     learned = ("tldr", "arxiv", "coop_code", "str_build", "str_build_sparse")
     assert f"(p by Holm at most {max(by_holm(grid)['grpo'] for grid in learned)})" in page
 

@@ -14,6 +14,8 @@ from collm import seeds
 from collm.learning import learner
 from collm.learning.credit import Assignment
 from collm.learning.learner import Update
+from collm.models.critic import Critic
+from collm.models.policy import Policy
 from collm.rollout.collect import collect
 from collm.runs.log import read_metrics
 from collm.settings.load import parse_config
@@ -168,11 +170,13 @@ def test_every_switch_still_agrees(tmp_path: Path, variant: str) -> None:
 
 
 @pytest.mark.parametrize("agents", [2, 3, 5])
-def test_tokens_grow_with_agents_and_critic_steps_do_not(tmp_path: Path, agents: int) -> None:
+def test_tokens_grow_with_agents_and_critic_steps_do_not(tmp_path: Path, monkeypatch, agents: int) -> None:
     """Policy tokens per joint action with N agents are at most N times those with one; the critic takes one step always.
 
-    (An answer that is the end mark alone saves the template its own.)
+    (An answer that is the end mark alone saves the template its own. Each sequence is read by itself here.)
     """
+    monkeypatch.setattr(Policy, "reads_trees", False)
+    monkeypatch.setattr(Critic, "reads_trees", False)
     records = {}
     for number in (1, agents):
         changes = {"run": {"iterations": 1}, "env": {"name": "worlds:Echo", "agents": number}}
