@@ -50,7 +50,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "value heads": (LLAMA, {**TWICE, "algorithm.name": "collm-dc", "critic.body": "policy", "critic.metrics": False}),
     "checkpointing": (LLAMA, {**TWICE, "learner.gradient_checkpointing": True}),
     "adapters": (QWEN, {**TWICE, "env.agents": 3, "team.lora.rank": 16}),
-    "bfloat16 adapters": (SMALL, {**AGREE, "rollout.tasks": 64, "team.lora.rank": 16, "team.compute": "bfloat16"}),
+    "bfloat16 adapters": (SMALL, {**TWICE, "rollout.tasks": 64, "team.lora.rank": 16, "team.compute": "bfloat16"}),
     "one agent": (SMALL, {**TWICE, "env.agents": 1, "algorithm.name": "ac", "rollout.tasks": 8}),
     "reference": (SMALL, {**AGREE, "algorithm.name": "marloo", "algorithm.kl_coef": 0.1, "rollout.tasks": 2, "env.agents": 3}),
 }

@@ -54,6 +54,8 @@ class Work:
     group: int = 1
     """Siblings per task; in a tree, per node."""
     tree: bool = False
+    different: int | None = None
+    """Number of tasks with prompts of their own, where an iteration has more; None: all of its tasks differ."""
 
     @property
     def turns(self) -> int:
@@ -84,7 +86,8 @@ class Work:
     def rows(self, *readers: str, max_tokens: int, limit: int | None = None, answered: bool = True) -> list[Row]:
         """The rows that an update reads, as learning/pack.py makes them.
 
-        Siblings share the prompt of the turn at which they part, and all before it; tasks share worked examples. With another
+        Siblings share the prompt of the turn at which they part, and all before it; a task that an iteration has several times
+        shares its first prompt, and different tasks share worked examples. With another
         history than "full", every turn is a sequence of its own and is counted with its prompt, which later turns of siblings
         need not share.
 
@@ -99,11 +102,13 @@ class Work:
             shared[-1] += asked
             shared.append(shared[-1] + said)
         whole = limit is None or length <= limit
+        tasks = max(1, self.episodes // self.leaves)
+        times = math.ceil(tasks / min(self.different or tasks, tasks))
         rows: list[Row] = []
         for number in range(self.episodes):
-            leaf = number % self.leaves
+            task, leaf = divmod(number, self.leaves)
             parted = self._parted(leaf) if leaf else 0
-            same = (shared[parted] if leaf else head) if whole and number else 0
+            same = (shared[parted] if leaf or task % times else head) if whole and number else 0
             new = (length if limit is None else min(length, limit)) - same
             if number and joins(rows[-1].tokens, same, new, max_tokens):
                 before = rows[-1]
@@ -146,6 +151,8 @@ def work_of(config: Config) -> Work:
                 text = texts[min(turn, len(texts) - 1)]
                 source = config.team.models.get(agent, config.team.model)
                 longest[agent][turn] = max(longest[agent][turn], count_tokens(source, text))
+    again = {agent: [str(text)] for agent, text in env.reset(seed=1, options={"task": 0})[0].items()}
+    different = int(env.num_tasks) if again == _observed(env, 0, 1) and hasattr(env, "num_tasks") else None
     group, tasks = config.algorithm.group_size, config.rollout.tasks
     if config.algorithm.tree:
         episodes, actions = tasks * group**turns, tasks * sum(group**turn for turn in range(1, turns + 1))
@@ -158,8 +165,9 @@ def work_of(config: Config) -> Work:
     answer, history = config.rollout.max_tokens, config.rollout.history
     names = count_tokens(config.team.model, "\n".join(f"{agent}: x" for agent in agents)) - len(agents)
     return Work(
-        agents, prompts, answer, episodes, actions, history, note, examples, template, names, group, config.algorithm.tree
-    )
+        agents, prompts, answer, episodes, actions, history, note, examples, template, names, group, config.algorithm.tree,
+        different,
+    )  # fmt: skip
 
 
 def _example_tokens(config: Config, asked: int) -> int:
