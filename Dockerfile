@@ -6,7 +6,7 @@
 # For a GPU: docker build --build-arg TORCH_INDEX=https://pypi.org/simple ..., and docker run --gpus all ...
 FROM python:3.12-slim
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-WORKDIR /opt/collm
+WORKDIR /app
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY collm ./collm
 RUN pip install --no-cache-dir -c constraints.txt --extra-index-url "$TORCH_INDEX" ".[serve]" && \

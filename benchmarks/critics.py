@@ -38,6 +38,8 @@ from typing import Any
 
 from matched import Row, Stopwatch, in_a_process, peak_memory_mb
 
+from collm.runs.files import write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "critics" / "critics.json"
 EPISODES = ROOT / "build" / "critics-episodes.json"
@@ -260,7 +262,7 @@ def main() -> None:
         results[name] = in_a_process([sys.executable, __file__, "--cell", name, *sizes], 1)
         given.out.parent.mkdir(parents=True, exist_ok=True)
         rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(results[key])}" for key in sorted(results))
-        given.out.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")
+        write_text(given.out, f"{{\n{rows}\n}}\n")
         print(name, f"{sum(results[name]['seconds']):.0f} CPU seconds in updates", flush=True)
     print(table(results))
 

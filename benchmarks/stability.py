@@ -7,8 +7,6 @@
 Each run's training rewards are added to a JSON file; a run that is there already is not repeated. A run counts as solved at the
 first iteration with a training reward of at least 0.99; its lowest reward is the lowest of the iterations after that. The end
 is the mean of the last three iterations.
-All episodes of `agree` have one prompt, so an update reads it once for all of them: the same numbers as in training, up to
-rounding, in a tenth of the time.
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ from typing import Any
 import torch
 
 from collm import seeds
-from collm.learning import pack
 from collm.runs.alarms import PREFIX, Alarms
 from collm.runs.files import write_text
 from collm.runs.log import describe
@@ -95,18 +92,6 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def join_all_episodes() -> None:
-    """Let sequences of different groups share rows, which `agree` allows: it has one task."""
-    rows_of = pack.rows_of
-
-    def joined(packed: Sequence[pack.Packed], max_tokens: int, *, trees: bool) -> list[pack.Row]:
-        for sequence in packed:
-            sequence.group = 0
-        return rows_of(packed, max_tokens, trees=trees)
-
-    pack.rows_of = joined
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["collm-cc", "collm-dc"])
@@ -118,7 +103,6 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of the file and stop")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    join_all_episodes()
     runs = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
     changes = dict(pair.split("=", 1) for pair in given.set)
     first, last = map(int, given.seeds.split("-"))

@@ -76,7 +76,7 @@ def needs_of(config: Config, blueprint: Blueprint) -> list[Need]:
             memory = 0 if work is None else round(plan(config, work, blueprint.alone(unit)).peak)
         needs.append(Need(unit.name, memory, max(shares, default=None)))
     if named:
-        known = sorted({name for need in needs for name in [need.unit.rpartition("/")[2]]})
+        known = sorted({need.unit.rpartition("/")[2] for need in needs})
         raise ConfigError(
             f"cluster.devices names {', '.join(sorted(named))}, which has no model of its own here. Name the trained agents, "
             f"or 'critic' for critics that are separate models: {', '.join(known)}."

@@ -157,9 +157,7 @@ class Cluster:
                 num_gpus=place.share if place.device.kind == "cuda" else 0,
                 max_restarts=0,
                 max_task_retries=0,
-                scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-                    place.device.node, soft=False
-                ),
+                scheduling_strategy=_only(place.device.node),
             )
             .remote()
         )

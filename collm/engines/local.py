@@ -232,8 +232,7 @@ def _read_prompts(segment: Segment, room: int) -> tuple[Tensor, DynamicCache, Te
 def _read_beginning(policy: Policy, prompts: Sequence[Ids]) -> Layers | None:
     """Keys and values of the tokens that all prompts begin with, such as worked examples, so that they are read once; None for
     fewer than `BEGINNING` tokens."""
-    shared = min(num_shared(prompts[0], prompt) for prompt in prompts)
-    shared = min(shared, *(len(prompt) - 1 for prompt in prompts))
+    shared = min(min(num_shared(prompts[0], prompt), len(prompt) - 1) for prompt in prompts)
     if len(prompts) == 1 or shared < BEGINNING or not _reuses(policy):
         return None
     cache = new_cache(policy, shared)

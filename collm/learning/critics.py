@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from collm.learning.batch import Batch
 from collm.learning.pack import MicroBatch, Packed, micro_batches, pack_readings
+from collm.models.blueprint import CRITIC
 from collm.models.critic import Critic, Head
 from collm.models.trees import Tree
 from collm.settings.rooms import Config
@@ -80,7 +81,7 @@ class TextCritic:
         self.critic, self.agents, self.config = critic, tuple(agents), config
         self.joint = config.critic.reads == "joint"
         self.reads = {"state": config.critic.state, "newest_only": config.rollout.history == "newest"}
-        self.name = f"critic-{name}"
+        self.name = CRITIC + name
         self.label = "critic" if self.joint else f"{name}/critic"
 
     def view(self, batch: Batch) -> tuple[str, ...]:

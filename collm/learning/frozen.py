@@ -21,6 +21,7 @@ from collm.learning.critics import TextCritic, Values, shared
 from collm.learning.pack import Packed, micro_batches
 from collm.learning.recent import Recent
 from collm.learning.tensors import Read, Tensors
+from collm.models.blueprint import REPLAY
 from collm.models.critic import Critic
 from collm.settings.rooms import Config
 from collm.types import Metrics
@@ -37,10 +38,10 @@ class FrozenPart(TextCritic):
         self.recent = Recent(replay)
 
     def tensors(self) -> dict[str, Tensors]:
-        return {f"replay-{self.name}": self.recent.tensors()}
+        return {REPLAY + self.name: self.recent.tensors()}
 
     def restore(self, read: Read) -> None:
-        self.recent.restore(read(f"replay-{self.name}"))
+        self.recent.restore(read(REPLAY + self.name))
 
     def values(self, batch: Batch) -> Values:
         """V by the regressions on earlier iterations; 0 in the first one."""

@@ -34,6 +34,7 @@ from collm.learning.steps import (
     zero_gradients,
 )
 from collm.learning.tensors import Read, Tensors, restore, restore_optimizer, state_of, weights_of
+from collm.models.blueprint import CRITIC, OPTIMIZER, REPLAY
 from collm.models.critic import Critic, Head
 from collm.models.policy import Policy
 from collm.models.recompute import recompute_layers
@@ -111,17 +112,17 @@ class PolicyPart:
     @property
     def modules(self) -> dict[str, nn.Module]:
         """File name -> module that is trained."""
-        heads: dict[str, nn.Module] = {f"critic-{agent}": head for agent, head in self.heads.items()}
+        heads: dict[str, nn.Module] = {CRITIC + agent: head for agent, head in self.heads.items()}
         return {f"policy-{self.name}": self.policy.trained, **heads}
 
     def tensors(self) -> dict[str, Tensors]:
         files = {name: weights_of(module) for name, module in self.modules.items()}
-        return {**files, f"optimizer-{self.name}": state_of(self.optimizer)}
+        return {**files, OPTIMIZER + self.name: state_of(self.optimizer)}
 
     def restore(self, read: Read) -> None:
         for name, module in self.modules.items():
             restore(module, read(name))
-        restore_optimizer(self.optimizer, read(f"optimizer-{self.name}"))
+        restore_optimizer(self.optimizer, read(OPTIMIZER + self.name))
 
     def values(self, batch: Batch) -> Values | None:
         found = []
@@ -302,14 +303,14 @@ class CriticPart(TextCritic):
             recompute_layers(critic.body)
 
     def tensors(self) -> dict[str, Tensors]:
-        files = {self.name: weights_of(self.critic), f"optimizer-{self.name}": state_of(self.optimizer)}
-        return files if self.recent is None else {**files, f"replay-{self.name}": self.recent.tensors()}
+        files = {self.name: weights_of(self.critic), OPTIMIZER + self.name: state_of(self.optimizer)}
+        return files if self.recent is None else {**files, REPLAY + self.name: self.recent.tensors()}
 
     def restore(self, read: Read) -> None:
         restore(self.critic, read(self.name))
-        restore_optimizer(self.optimizer, read(f"optimizer-{self.name}"))
+        restore_optimizer(self.optimizer, read(OPTIMIZER + self.name))
         if self.recent is not None:
-            self.recent.restore(read(f"replay-{self.name}"))
+            self.recent.restore(read(REPLAY + self.name))
 
     def values(self, batch: Batch) -> Values:
         kind, limit = self.config.algorithm.critic_kind, self.config.learner.micro_batch_tokens

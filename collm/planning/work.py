@@ -87,9 +87,8 @@ class Work:
         """The rows that an update reads, as learning/pack.py makes them.
 
         Siblings share the prompt of the turn at which they part, and all before it; a task that an iteration has several times
-        shares its first prompt, and different tasks share worked examples. With another
-        history than "full", every turn is a sequence of its own and is counted with its prompt, which later turns of siblings
-        need not share.
+        shares its first prompt, and different tasks share worked examples. With another history than "full", every turn is a
+        sequence of its own and is counted with its prompt, which later turns of siblings need not share.
 
         Args: max_tokens: of a row. limit: of a sequence. answered: with the answers of the last turn.
         """
@@ -151,8 +150,8 @@ def work_of(config: Config) -> Work:
                 text = texts[min(turn, len(texts) - 1)]
                 source = config.team.models.get(agent, config.team.model)
                 longest[agent][turn] = max(longest[agent][turn], count_tokens(source, text))
-    again = {agent: [str(text)] for agent, text in env.reset(seed=1, options={"task": 0})[0].items()}
-    different = int(env.num_tasks) if again == _observed(env, 0, 1) and hasattr(env, "num_tasks") else None
+    repeats = hasattr(env, "num_tasks") and _observed(env, 0, 1) == _observed(env, 0, 1, seed=1)
+    different = int(env.num_tasks) if repeats else None
     group, tasks = config.algorithm.group_size, config.rollout.tasks
     if config.algorithm.tree:
         episodes, actions = tasks * group**turns, tasks * sum(group**turn for turn in range(1, turns + 1))
@@ -184,9 +183,9 @@ def _example_tokens(config: Config, asked: int) -> int:
         raise ConfigError(f"rollout.examples={wanted!r} cannot be read: {error.strerror}.") from error
 
 
-def _observed(env: Any, task: int, turns: int) -> dict[str, list[str]]:
+def _observed(env: Any, task: int, turns: int, *, seed: int = 0) -> dict[str, list[str]]:
     """The observations of every agent at each turn of an episode in which all answers are empty."""
-    observations, _ = env.reset(seed=0, options={"task": task})
+    observations, _ = env.reset(seed=seed, options={"task": task})
     texts = {agent: [str(text)] for agent, text in observations.items()}
     for _ in range(turns - 1):
         try:

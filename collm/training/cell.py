@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from collm.engines.catalogue import make_engine
 from collm.errors import CollmError, RunError
 from collm.rollout.collector import LocalCollector
-from collm.runs.directory import begin, lock, read_config
+from collm.runs.directory import CODE, begin, lock, read_config
 from collm.runs.files import explained
 from collm.runs.log import RunLog
 from collm.runs.output import complain
@@ -50,9 +51,9 @@ def train(config: Config, folder: Path, judged: int) -> None:
     """Begin a run, or resume it."""
     if (folder / "config.json").is_file():
         found = read_config(folder)
-        named = [(one.algorithm.baseline, one.critic.metrics) for one in (found, config)]
-        code = any(":" in str(recorded) and recorded != own for recorded, own in zip(*named, strict=True))
-        if code or (found.env.name, found.team.api_key_env) != (config.env.name, config.team.api_key_env):
+        code = [[str(attrgetter(setting)(one)) for setting in CODE] for one in (found, config)]
+        other = any(":" in recorded and recorded != own for recorded, own in zip(*code, strict=True))
+        if other or (found.env.name, found.team.api_key_env) != (config.env.name, config.team.api_key_env):
             raise RunError(
                 f"run {str(folder)!r} is of the environment {found.env.name!r} (or of other code or servers), not of the "
                 f"recipe's {config.env.name!r}. Give the comparison another --folder."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-from collm.studies.intervals import Interval, holm, interval, student, student_p
+from collm.studies.grid import Grid, Study
+from collm.studies.intervals import Interval, interval, student
 from collm.studies.recipe import read_plan
 from collm.studies.result import area_under
 
@@ -92,15 +94,9 @@ def test_ten_seeds_of_the_critic_say_what_the_page_says() -> None:
 
 def by_holm(grid: str) -> dict[str, str]:
     """Method -> p-value of "collm-cc minus it", by Holm for all methods of a grid, as the page writes it."""
-    found = json.loads((RESULTS / grid / "results.json").read_text())
-    ((_, task),) = found["tasks"].items()
-    runs = {(run["method"], run["learning_rate"], run["seed"]): run["area"] for run in found["runs"]}
-    rate = {method: numbers["learning_rate"] for method, numbers in task["methods"].items()}
-    seeds = task["methods"]["collm-cc"]["seeds"]
-    others = [method for method in task["methods"] if method != "collm-cc"]
-    own = [runs["collm-cc", rate["collm-cc"], seed] for seed in seeds]
-    areas = {m: [area - runs[m, rate[m], seed] for area, seed in zip(own, seeds, strict=True)] for m in others}
-    return {m: f"{p:.2f}" for m, p in zip(others, holm([student_p(areas[m]) for m in others]), strict=True)}
+    read = runpy.run_path(str(RESULTS / "draw.py"))["read"](RESULTS / grid / "results.json")
+    found = Grid(Study(read.study.cells, "collm-cc"), read.results)
+    return {method: f"{corrected:.2f}" for method, (_, corrected) in found.p_values(*found.tasks).items()}
 
 
 def test_the_verdicts_rest_on_p_values_by_holm() -> None:
