@@ -32,8 +32,9 @@ def below(parent: int) -> dict[int, str]:
     parents, commands = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            above = int((path / "stat").read_text().rpartition(")")[2].split()[1])
             commands[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ").strip()
+            parents[int(path.name)] = above
         except OSError:
             continue  # it has ended
     found: set[int] = {parent}
@@ -227,7 +228,7 @@ def test_nothing_runs_on_after_the_command(tmp_path, number):
     if number == signal.SIGINT:
         assert run.returncode == 128 + number, said
         assert "--resume" in said
-    until(lambda: not [pid for pid in begun if pid in below(0) and below(0)[pid] == begun[pid]], 120)
+    until(lambda: not begun.items() & below(0).items(), 120)
 
 
 @contextmanager
