@@ -125,6 +125,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("recipe", nargs="?", type=Path, help="a TOML recipe; default: the built-in demonstration")
     plan.add_argument("--memory", metavar="SIZE", help="available memory, e.g. 24GB or 80GiB; default: this machine's")
+    plan.add_argument(
+        "--cluster", action="store_true", help="plan for a cluster (docs/cluster.md) whose devices have this memory each"
+    )
     for name, text in (("generated", "sampled"), ("updated", "read in updates")):
         plan.add_argument(f"--{name}-per-second", type=float, metavar="N", help=f"tokens {text} per second, to estimate hours")
     plan.add_argument("--measure", action="store_true", help="load the team, time real steps on this machine, and print hours")

@@ -24,6 +24,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit code 0 if the recipe fits, 1 if it does not."""
     config = load_config(arguments.recipe or demo_recipe(), arguments.overrides)
     limit = read_size(arguments.memory) if arguments.memory else device_memory(config.run.device)
+    if arguments.cluster:
+        from collm.cli.plan_cluster import show
+
+        return show(config, limit, arguments)
     found = plan(config)
     fits = limit is None or found.peak <= limit
     way_out = None if fits or limit is None else advise(config, limit)
@@ -109,8 +113,12 @@ def verdict(found: Plan, limit: float | None, way_out: tuple[Mapping[str, Any], 
             f"{peak}: it does not fit in {gib(limit)} GiB, nor with smaller batches, gradient checkpointing and adapters on a "
             "bfloat16 base together. Choose a smaller model, shorter answers (rollout.max_tokens) or fewer turns."
         )
-    settings = " ".join(f"--{name} {json.dumps(value).strip(chr(34))}" for name, value in way_out[0].items())
-    return f"{peak}: it does not fit in {gib(limit)} GiB. It fits ({gib(way_out[1].peak)} GiB) with {settings}"
+    return f"{peak}: it does not fit in {gib(limit)} GiB. It fits ({gib(way_out[1].peak)} GiB) with {words(way_out[0])}"
+
+
+def words(settings: Mapping[str, Any]) -> str:
+    """Settings as on the command line."""
+    return " ".join(f"--{name} {json.dumps(value).strip(chr(34))}" for name, value in settings.items())
 
 
 def gib(size: float) -> str:

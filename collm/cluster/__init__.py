@@ -7,5 +7,6 @@ Requests, episodes and credit travel; weights travel only into checkpoints and f
     seats.py    what a seat's process holds and does
     hands.py    the driver's side: `SeatHands`, `SeatEngine` and `SeatTeam` in place of hands, engine and team of one process
     places.py   which seat is on which device
+    outlook.py  what a run in several places needs and gains, by arithmetic
     start.py    Ray: connects or starts, creates seats, ends
 """

@@ -60,13 +60,15 @@ class Place:
         return config.model_copy(update={"run": run, "rollout": rollout})
 
 
-def needs_of(config: Config, blueprint: Blueprint) -> list[Need]:
+def needs_of(config: Config, blueprint: Blueprint, work: Work | None = None) -> list[Need]:
     """The needs of a blueprint's units, in order. Memory is unknown for a model whose shape planning does not know.
+
+    work: that of the config, if it is known already.
 
     Raises ConfigError where `cluster.devices` names no unit.
     """
     named = dict(config.cluster.devices)
-    needs, work = [], _work(config)
+    needs, work = [], work or _work(config)
     for unit in blueprint.units:
         names = [agent for policy in unit.policies for agent in policy.agents] or ["critic"]
         shares = [config.cluster.devices[name] for name in names if name in config.cluster.devices]
@@ -136,6 +138,14 @@ def _fill(
     return found
 
 
+def fewest(needs: Sequence[Need], device: Device, beside: Sequence[Device] = ()) -> int:
+    """The smallest number of devices like this one that hold all units, beside others. Each unit must fit on one."""
+    number = 0
+    while _packed(needs, [*beside, *[device] * number]) is None:
+        number += 1
+    return number
+
+
 def _way_out(needs: Sequence[Need], devices: Sequence[Device]) -> str:
     """Why units do not fit on devices, and the smallest change with which they do."""
     if not devices:
@@ -149,9 +159,7 @@ def _way_out(needs: Sequence[Need], devices: Sequence[Device]) -> str:
             f"{need.unit} needs {_size(need)}, and the largest {what} of the cluster has {largest.memory / GIB:.1f} GiB. Add "
             f"one of {need.memory / GIB:.1f} GiB, or make the model or its batches smaller: `collm plan` names settings."
         )
-    more = 1
-    while _packed(needs, [*devices, *[largest] * more]) is None:
-        more += 1
+    more = fewest(needs, largest, devices)
     added = f"{more} {what}{'s' * (more > 1)} of {largest.memory / GIB:.1f} GiB"
     return (
         f"the team needs {asked}, which {len(devices)} {what}{'s' * (len(devices) > 1)} of the cluster cannot hold. Add "

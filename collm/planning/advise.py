@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from collm.errors import ConfigError
 from collm.planning.memory import Plan, plan
-from collm.planning.work import work_of
+from collm.planning.work import Work, work_of
 from collm.settings.load import apply_overrides, parse_config
 from collm.settings.rooms import Config
 
@@ -30,29 +30,38 @@ def remedies(config: Config, longest: int) -> Iterator[dict[str, Any]]:
         yield {"team.lora.rank": 16}
 
 
-def advise(config: Config, limit: float) -> tuple[dict[str, Any], Plan] | None:
-    """The fewest remedies that bring the peak to at most `limit` bytes, and the plan with them; None if no set of them does."""
+def advise(
+    config: Config, limit: float, plans: Callable[[Config, Work], Sequence[Plan]] = lambda config, work: [plan(config, work)]
+) -> tuple[dict[str, Any], Plan] | None:
+    """The fewest remedies that bring the peak to at most `limit` bytes, and the plan with them; None if no set of them does.
+
+    plans: those whose peaks count; default: that of one process.
+    """
     work = work_of(config)
     longest = max(work.sequence(agent) for agent in work.agents)
+
+    def largest(overrides: Mapping[str, Any]) -> Plan:
+        return max(plans(with_settings(config, overrides), work), key=lambda found: found.peak)
+
     taken: dict[str, Any] = {}
     for remedy in remedies(config, longest):
-        alone = _with(config, remedy)
-        if (found := plan(alone, work)).peak <= limit:
+        if (found := largest(remedy)).peak <= limit:
             return remedy, found
         taken |= remedy
-        if plan(_with(config, taken), work).peak <= limit:
+        if largest(taken).peak <= limit:
             for name in list(taken):
                 fewer = {key: value for key, value in taken.items() if key != name}
                 try:
-                    if plan(_with(config, fewer), work).peak <= limit:
+                    if largest(fewer).peak <= limit:
                         taken = fewer
                 except ConfigError:
                     continue  # another remedy requires this one
-            return taken, plan(_with(config, taken), work)
+            return taken, largest(taken)
     return None
 
 
-def _with(config: Config, overrides: Mapping[str, Any]) -> Config:
+def with_settings(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """The config with other values of some settings. Raises ConfigError where they do not fit the others."""
     values = config.model_dump(mode="json", exclude_none=True)
     apply_overrides(values, overrides)
     return parse_config(values)

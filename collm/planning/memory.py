@@ -54,6 +54,23 @@ class Model:
             return 0
         return self.shape.parameters if self.head else self.shape.body
 
+    @property
+    def products(self) -> int:
+        """Number of weights that a token is multiplied with in one forward pass."""
+        return self.shape.linear_weights + self.shape.embedding * self.head
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """How often an iteration's learning reads the tokens of a model."""
+
+    model: Model
+    tokens: int
+    read: float
+    """Number of forward passes alone."""
+    learned: float
+    """Number of forward and backward passes."""
+
 
 @dataclass(slots=True)
 class Phase:
@@ -76,8 +93,13 @@ class Plan:
     work: Work
     held: dict[str, float]
     phases: list[Phase]
-    update_tokens: float
-    """Tokens that agents' and critics' updates read in one iteration."""
+    passes: list[Passes]
+    """What agents' and critics' updates read in one iteration."""
+
+    @property
+    def update_tokens(self) -> float:
+        """Tokens that agents' and critics' updates read in one iteration."""
+        return sum(found.tokens * (found.read + found.learned) for found in self.passes)
 
     @property
     def largest(self) -> Phase:
@@ -167,14 +189,16 @@ def plan(config: Config, work: Work | None = None, blueprint: Blueprint | None =
     phases += [_update(config, model, read[critic.name], 0) for critic, model in trained]
     phases += [_reading(config, model, read[critic.name]) for critic, model in frozen]
     for policy, model in policies:
-        longest = max((rows[agent] for agent in policy.agents), key=lambda found: sum(row.tokens for row in found))
+        longest = max((rows[agent] for agent in policy.agents), key=_tokens)
         phases.append(_update(config, model, longest, work.answer))
     written = max(4 * model.trained for model in models)
     phases.append(Phase("saving a checkpoint", {"a copy of one model's weights": written}))
-    passes: list[tuple[float, list[Row]]] = [(config.algorithm.epochs, found) for found in rows.values()]
-    passes += [(_times_read(config, work, critic), read[critic.name]) for critic, _ in critics]
-    tokens = sum(times * sum(row.tokens for row in found) for times, found in passes)
-    return Plan(config, blueprint, work, held, phases, tokens)
+    passes = [
+        Passes(model, _tokens(rows[agent]), 0, config.algorithm.epochs) for policy, model in policies for agent in policy.agents
+    ]
+    for critic, model in critics:  # each reads once before the update
+        passes.append(Passes(model, _tokens(read[critic.name]), 1, _times_learned(config, work, critic)))
+    return Plan(config, blueprint, work, held, phases, passes)
 
 
 def _policy(policy: PolicySpec) -> Model:
@@ -198,11 +222,15 @@ def _read_by(config: Config, work: Work, critic: CriticSpec) -> list[Row]:
     return work.rows(*agents, **size, answered=critic.kind != "V")
 
 
-def _times_read(config: Config, work: Work, critic: CriticSpec) -> float:
-    """How often a critic reads an iteration's rows: before the update, and in each of its steps."""
+def _times_learned(config: Config, work: Work, critic: CriticSpec) -> float:
+    """How often a critic's update reads an iteration's rows."""
     if critic.body == "frozen":
-        return 1
-    return 1 + config.critic.epochs * (1 if critic.replay == 1 else min(1, MINIBATCH / work.episodes))
+        return 0
+    return config.critic.epochs * (1 if critic.replay == 1 else min(1, MINIBATCH / work.episodes))
+
+
+def _tokens(rows: Sequence[Row]) -> int:
+    return sum(row.tokens for row in rows)
 
 
 def _kept(config: Config, work: Work, batch: Sequence[tuple[PolicySpec, Model]]) -> int:
@@ -335,8 +363,7 @@ def _cast_bytes(config: Config, model: Model) -> int:
     """Bytes of the linear layers that the local engine casts and keeps while it generates: `Policy.for_generation`."""
     if model.lora is not None or config.team.compute != "bfloat16":
         return 0
-    shape = model.shape
-    return 2 * (shape.layers * sum(a * b for a, b in shape.linear.values()) + shape.vocabulary * shape.hidden)
+    return 2 * model.products
 
 
 def _compute_bytes(config: Config) -> int:

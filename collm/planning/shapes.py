@@ -51,11 +51,16 @@ class Shape:
         return self.vocabulary * self.hidden
 
     @property
+    def linear_weights(self) -> int:
+        """Parameters of the linear layers of all blocks."""
+        return self.layers * sum(a * b for a, b in self.linear.values())
+
+    @property
     def body(self) -> int:
         """Parameters without the vocabulary head."""
-        block = sum(a * b for a, b in self.linear.values()) + 2 * self.hidden
+        block = 2 * self.hidden
         block += 2 * self.head_dim * self.qk_norm + (self.heads + 2 * self.kv_heads) * self.head_dim * self.qkv_bias
-        return self.embedding + self.layers * block + self.hidden
+        return self.embedding + self.linear_weights + self.layers * block + self.hidden
 
     @property
     def parameters(self) -> int:

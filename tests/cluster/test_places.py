@@ -7,7 +7,7 @@ import re
 import pytest
 from places import ROOT
 
-from collm.cluster.places import Device, Need, Place, needs_of, place
+from collm.cluster.places import Device, Need, Place, fewest, needs_of, place
 from collm.errors import ConfigError
 from collm.models.blueprint import Blueprint
 from collm.planning.memory import plan
@@ -66,6 +66,14 @@ def test_unknown_memory_is_spread_by_count():
     assert sorted(numbers(found, devices).values()) == [0, 0, 1, 1]
     unknown = [Device("n", "cuda", 0), Device("n", "cuda", 0)]
     assert sorted(numbers(place(needs(a=1, b=1), unknown), unknown).values()) == [0, 1]
+
+
+def test_the_fewest_devices_by_hand():
+    (device,) = gpus(80)
+    assert fewest(needs(a=50, b=30, c=20), device) == 2
+    assert fewest(needs(a=50, b=50, critic=70), device) == 3
+    assert fewest(needs(a=50, b=50, critic=70), device, gpus(80, 80)) == 1
+    assert fewest(needs(a=1), device, gpus(80)) == 0
 
 
 def test_it_is_a_function_of_its_arguments():

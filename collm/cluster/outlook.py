@@ -1,0 +1,105 @@
+"""What a run in several places needs and gains, for `collm plan --cluster`. Without ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from collm.cluster.places import Device, fewest, needs_of, place
+from collm.errors import ConfigError
+from collm.models.blueprint import Blueprint
+from collm.planning.advise import advise, remedies, with_settings
+from collm.planning.apart import Costs, apart, costs, iteration
+from collm.planning.memory import Plan
+from collm.planning.work import Work, work_of
+from collm.settings.rooms import Config
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """A run on the fewest devices of one size that hold it."""
+
+    plans: Mapping[str, Plan]
+    """Unit -> its plan."""
+    devices: tuple[tuple[str, ...], ...]
+    """The units on each device; empty if one of them fits on none."""
+
+    @property
+    def costs(self) -> dict[str, Costs]:
+        """Unit -> its operations in an iteration, by phase."""
+        return {unit: costs(found) for unit, found in self.plans.items()}
+
+    @property
+    def widest(self) -> tuple[str, str, float]:
+        """(unit, phase, fraction) that an iteration waits for most, with a device for every unit."""
+        own = self.costs
+        whole = iteration([[one] for one in own.values()])
+        size, unit, phase = max((size, unit, phase) for unit, one in own.items() for phase, size in one.items())
+        return unit, phase, size / whole
+
+    @property
+    def duration(self) -> float:
+        """Operations of an iteration one after another."""
+        own = self.costs
+        return iteration([[own[unit] for unit in units] for units in self.devices])
+
+    @property
+    def speed_ups(self) -> tuple[float, float]:
+        """Operations on one device over those one after another: on these devices, and on one for every unit."""
+        own = self.costs
+        alone = iteration([list(own.values())])
+        return alone / self.duration, alone / iteration([[one] for one in own.values()])
+
+
+def outlook(config: Config, limit: int, work: Work | None = None) -> Outlook:
+    """The outlook of a recipe on devices of `limit` bytes. Raises ConfigError where a model's shape is unknown."""
+    work = work or work_of(config)
+    blueprint = Blueprint.of(config, work.agents)
+    plans = dict(zip((unit.name for unit in blueprint.units), apart(config, work), strict=True))
+    needs, device = needs_of(config, blueprint, work), Device("", "cuda", limit)
+    if any(need.on(device) > 1 for need in needs):
+        return Outlook(plans, ())
+    devices = [Device(str(number), "cuda", limit) for number in range(fewest(needs, device))]
+    found = place(needs, devices)
+    return Outlook(plans, tuple(tuple(unit for unit in plans if found[unit].device == one) for one in devices))
+
+
+def way_out(config: Config, limit: int) -> Settings | None:
+    """The smallest change of settings with which each unit fits on a device; None if none is known."""
+    found = advise(config, limit, apart)
+    return None if found is None else found[0]
+
+
+Change = tuple[Settings, Outlook]
+
+
+def helpful(config: Config, limit: int, now: Outlook) -> tuple[Change | None, Change | None]:
+    """The single setting with which a run needs the fewest devices, and that with which its iterations are shortest, each with
+    its outlook; None where no setting helps (by a twentieth, for time)."""
+    found = []
+    for overrides in _candidates(config, max(now.plans.values(), key=lambda one: one.peak).work):
+        try:
+            other = outlook(with_settings(config, overrides), limit)
+        except ConfigError:
+            continue  # it does not fit the other settings
+        if other.devices:
+            found.append((overrides, other))
+    fewer = [(setting, other) for setting, other in found if len(other.devices) < len(now.devices)]
+    shorter = [(setting, other) for setting, other in found if other.duration < 0.95 * now.duration]
+    return (
+        min(fewer, key=lambda one: (len(one[1].devices), one[1].duration), default=None),
+        min(shorter, key=lambda one: one[1].duration, default=None),
+    )
+
+
+def _candidates(config: Config, work: Work) -> Iterator[dict[str, Any]]:
+    yield from remedies(config, max(work.sequence(agent) for agent in work.agents))
+    for name, value in (("critic.epochs", config.critic.epochs), ("algorithm.epochs", config.algorithm.epochs)):
+        if value > 1:
+            yield {name: 1}
+    if config.algorithm.has_critic:
+        yield from ({"critic.body": body} for body in ("policy", "frozen") if config.critic.body not in (body, "none"))
+    yield {"rollout.max_tokens": config.rollout.max_tokens // 2}

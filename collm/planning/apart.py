@@ -1,0 +1,69 @@
+"""An iteration of units in several places, by arithmetic: memory of each, and floating-point operations by phase.
+
+Counted are the products of a token with the weights, twice for the backward pass. Attention over long histories, environments,
+transfers and waiting are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from collm.models.blueprint import Blueprint
+from collm.planning.memory import Plan, plan
+from collm.planning.work import Work
+from collm.settings.rooms import Config
+
+DECODING = 300
+"""A decoding step on a GPU takes at least as long as the products of so many tokens, since it reads all weights: an H100 does
+295 bfloat16 operations in the time in which it reads a byte, and a weight of 2 bytes takes 2 operations per token."""
+
+Costs = Mapping[str, float]
+"""Phase -> floating-point operations of one iteration. The phases follow each other; units are in a phase at the same time."""
+
+
+def apart(config: Config, work: Work) -> list[Plan]:
+    """The plan of every unit in a process of its own, in the blueprint's order."""
+    blueprint = Blueprint.of(config, work.agents)
+    return [plan(config, work, blueprint.alone(unit)) for unit in blueprint.units]
+
+
+def costs(found: Plan) -> Costs:
+    """What one unit computes in an iteration."""
+    generated = _generated(found)
+    backward = {passes.model.name: 2 if passes.model.lora is None else 1 for passes in found.passes}
+    again = int(found.config.learner.gradient_checkpointing)
+    counted = [(passes, 2 * passes.model.products * passes.tokens) for passes in found.passes]
+    return {
+        "generation": generated,
+        "values": sum(passes.read * size for passes, size in counted),
+        "update": sum(passes.learned * size * (1 + backward[passes.model.name] + again) for passes, size in counted),
+    }
+
+
+def _generated(found: Plan) -> float:
+    """Operations of generation: every prompt is read once, and the agents of a unit decode together."""
+    work, config = found.work, found.config
+    agents = [agent for policy in found.blueprint.policies for agent in policy.agents]
+    if not agents:
+        return 0.0
+    least = 1 if config.run.device == "cpu" else DECODING
+    batch = max(1, config.rollout.batch_tokens // max(work.sequence(agent) for agent in agents))
+    tokens = 0
+    for turn in range(work.turns):
+        episodes = work.episodes // (work.group ** (work.turns - 1 - turn) if work.tree else 1)
+        tokens += episodes * sum(work.prompts[agent][turn] for agent in agents)
+        rows = episodes * len(agents)
+        tokens += work.answer * max(rows, least * math.ceil(rows / batch))
+    policy = found.blueprint.policies[0].name
+    products = next(passes.model.products for passes in found.passes if passes.model.name == policy)
+    return 2.0 * products * tokens
+
+
+def iteration(devices: Sequence[Sequence[Costs]]) -> float:
+    """Operations of an iteration one after another: in each phase those of the device with the most.
+
+    devices: of each device, the costs of its units.
+    """
+    phases = dict.fromkeys(phase for units in devices for unit in units for phase in unit)
+    return sum(max(sum(unit[phase] for unit in units) for units in devices) for phase in phases)
