@@ -43,6 +43,7 @@ MAY = {
 INSIDE = {
     "runs/open.py": {"engines", "training"},
     "runs/weights.py": {"training"},
+    "studies/compare.py": {"cluster"},
     "studies/fidelity.py": {"training"},
     "studies/blame.py": {"engines", "rollout", "training"},
 }

@@ -15,16 +15,16 @@ from collm.studies.result import RESULTS
 
 
 def run(arguments: argparse.Namespace) -> int:
-    recipe, only = arguments.recipe, arguments.only or "*"
+    recipe, only, cluster = arguments.recipe, arguments.only or "*", arguments.cluster
     folder = arguments.folder or default_folder(recipe)
     console = Screen(stderr=True)
     if arguments.dry_run:
-        todo = schedule(recipe, folder=folder, only=only)
+        todo = schedule(recipe, folder=folder, cluster=cluster, only=only)
         console.print(todo.headline)
         for job in todo.wanted:
             console.print(f"{'to do   ' if job in todo.waiting else 'finished'}  {job.cell.folder}", soft_wrap=True)
         return 0
-    grid = compare(recipe, folder=folder, only=only)
+    grid = compare(recipe, folder=folder, cluster=cluster, only=only)
     pictures = draw_study(grid, folder)
     if arguments.json:
         print(json.dumps(grid.plain(), allow_nan=False))

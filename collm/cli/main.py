@@ -142,6 +142,9 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument("recipe", type=Path, help="a TOML recipe with a table [compare]")
     compare.add_argument("--folder", type=Path, metavar="DIR", help="folder of runs and results; default: runs/compare-RECIPE")
     compare.add_argument(
+        "--cluster", metavar="ADDRESS", help="place runs on the nodes of a Ray cluster: local, auto or HOST:PORT"
+    )
+    compare.add_argument(
         "--dry-run", action="store_true", help="check every run's settings, list finished and remaining runs, and exit"
     )
     compare.add_argument(

@@ -1,4 +1,4 @@
-"""Ray: connects to a cluster or starts one, finds its devices, creates seats, and ends them. The only file that imports ray."""
+"""Ray: connects to a cluster or starts one, finds its devices, creates seats, and ends them. `commands.py` uses it."""
 
 from __future__ import annotations
 
@@ -117,34 +117,46 @@ class Cluster:
     def devices(self, wanted: str) -> list[Device]:
         """The cluster's devices for `run.device`: GPUs, or whole machines. Raises ConfigError where there is none, or where a
         node has other versions than this process."""
-        import ray
-
-        here, mine = machine(), ray.get_runtime_context().get_node_id()
-        nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
-        look = ray.remote(num_cpus=0, max_retries=0)(machine)
-        asked = {
-            node["NodeID"]: look.options(scheduling_strategy=_only(node["NodeID"])).remote()
-            for node in nodes
-            if node["NodeID"] != mine
-        }
+        here = machine()
         gpus, machines = [], []
-        for node in nodes:
-            host = node["NodeManagerHostname"]
-            try:
-                found: Machine = here if node["NodeID"] == mine else ray.get(asked[node["NodeID"]], timeout=START)
-            except (ray.exceptions.RayError, ImportError) as error:
-                if not any(other["NodeID"] == node["NodeID"] and other["Alive"] for other in ray.nodes()):
-                    continue  # it has just been lost
-                raise ConfigError(
-                    f"the cluster's node {host} does not run collm: {_sentence(error)} Install the same collm on every node."
-                ) from error
-            check_versions(here, found, host)
+        for node, found in self._on_nodes(machine):
+            check_versions(here, found, node["NodeManagerHostname"])
             num = int(node["Resources"].get("GPU", 0))
             gpus += [Device(node["NodeID"], "cuda", memory) for memory in [*found.gpus, *[0] * num][:num]]
             machines.append(Device(node["NodeID"], "cpu", found.memory))
         if wanted.startswith("cuda") and not gpus:
             raise ConfigError(f"run.device={wanted!r}, but no node of the cluster has a GPU. Set run.device='auto'.")
         return machines if wanted == "cpu" or not gpus else gpus
+
+    def each(self, call: Callable[..., Any], *arguments: Any) -> Iterator[tuple[str, Any]]:
+        """Call a function on every node; yields (host, its result). Raises ConfigError where a node cannot run it."""
+        for node, found in self._on_nodes(call, *arguments):
+            yield node["NodeManagerHostname"], found
+
+    def _on_nodes(self, call: Callable[..., Any], *arguments: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+        """(node, result of a function there) for every node, in the order of their names; this process calls it for its own."""
+        import ray
+
+        mine, alive = ray.get_runtime_context().get_node_id(), self.alive()
+        run = ray.remote(num_cpus=0, max_retries=0)(call)
+        asked = {name: run.options(scheduling_strategy=only(name)).remote(*arguments) for name in alive if name != mine}
+        for name, node in alive.items():
+            try:
+                yield node, call(*arguments) if name == mine else ray.get(asked[name], timeout=START)
+            except (ray.exceptions.RayError, ImportError) as error:
+                if name not in self.alive():
+                    continue  # it has just been lost
+                raise ConfigError(
+                    f"the cluster's node {node['NodeManagerHostname']} does not run collm: {_sentence(error)} Install the same "
+                    "collm on every node."
+                ) from error
+
+    @staticmethod
+    def alive() -> dict[str, dict[str, Any]]:
+        """Ray's name of every living node -> what Ray knows of it."""
+        import ray
+
+        return {node["NodeID"]: node for node in sorted(ray.nodes(), key=lambda node: str(node["NodeID"])) if node["Alive"]}
 
     def seat(self, name: str, place: Place) -> RaySeat:
         """A new process for a unit, on its device."""
@@ -157,7 +169,7 @@ class Cluster:
                 num_gpus=place.share if place.device.kind == "cuda" else 0,
                 max_restarts=0,
                 max_task_retries=0,
-                scheduling_strategy=_only(place.device.node),
+                scheduling_strategy=only(place.device.node),
             )
             .remote()
         )
@@ -205,7 +217,7 @@ class RaySeat:
 
         try:
             answer = ray.get(reference)
-        except _losses() as error:
+        except losses() as error:
             raise PartLost(
                 f"the process of {self.name} was lost during {method!r}: {_sentence(error)} `collm train --resume` continues "
                 "from the last checkpoint."
@@ -217,7 +229,7 @@ class RaySeat:
         return answer
 
 
-def _losses() -> tuple[type[Exception], ...]:
+def losses() -> tuple[type[Exception], ...]:
     """Ray's errors for a process, a node or what they held that is gone."""
     from ray import exceptions
 
@@ -228,6 +240,7 @@ def _losses() -> tuple[type[Exception], ...]:
         exceptions.LocalRayletDiedError,
         exceptions.WorkerCrashedError,
         exceptions.ActorUnschedulableError,
+        exceptions.TaskUnschedulableError,
         exceptions.RaySystemError,
     )
 
@@ -242,7 +255,7 @@ def check_versions(here: Machine, found: Machine, host: str) -> None:
             )
 
 
-def _only(node: str) -> Any:
+def only(node: str) -> Any:
     """Ray's strategy that places work on one node."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -196,9 +196,13 @@ def histogram_has_its_own_scale(c: Config) -> None:
         )
 
 
+ADDRESS = r"^(local|auto|([\w.-]+|\[[\da-fA-F:]+\]):\d{1,5})$"
+"""What the address of a cluster looks like."""
+
+
 def cluster_has_an_address(c: Config) -> None:
     address = c.cluster.address
-    if address not in (None, "local", "auto") and not re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\]):\d{1,5}", str(address)):
+    if address is not None and not re.fullmatch(ADDRESS, address):
         raise ValueError(
             f"cluster.address={address!r} is not the address of a Ray cluster. Set 'local', 'auto', or HOST:PORT as "
             "`ray start --head` prints it."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,7 +15,7 @@ from collm.runs.directory import read_file
 from collm.runs.files import refuse_links, replacing
 from collm.runs.output import complain
 from collm.studies.grid import Grid, Study, read_grid, write_results
-from collm.studies.jobs import StudyJob, run_jobs
+from collm.studies.jobs import Begin, StudyJob, begin_here, run_jobs
 from collm.studies.recipe import read_plan
 from collm.studies.result import RESULTS
 
@@ -25,6 +26,7 @@ def compare(
     folder: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     workers: int | None = None,
+    cluster: str | None = None,
     only: str = "*",
     quiet: bool = False,
 ) -> Grid:
@@ -40,12 +42,14 @@ def compare(
         folder: the folder of runs and results; default: `runs/compare-RECIPE`.
         overrides: `{"room.key": value}`, applied after the settings of the tasks and before those of [methods.NAME];
             "compare.KEY" replaces a value of the table [compare].
-        workers: runs at the same time; default: `compare.processes`. only: a pattern that TASK/NAME of a run must match.
+        workers: runs at the same time; default: `compare.processes`.
+        cluster: address of a Ray cluster whose nodes have the runs (docs/comparing.md); default: `compare.cluster`.
+        only: a pattern that TASK/NAME of a run must match.
         quiet: do not print progress.
     Raises: ConfigError before anything is started; RunError where the folder holds other settings, or all runs have failed.
         If only some runs failed, `Grid.failure` holds how many and why.
     """
-    todo = schedule(recipe, folder=folder, overrides=overrides, workers=workers, only=only)
+    todo = schedule(recipe, folder=folder, overrides=overrides, workers=workers, cluster=cluster, only=only)
     say = _silent if quiet else complain
     if todo.folder.is_dir():
         refuse_links(todo.folder)
@@ -54,11 +58,31 @@ def compare(
     if not kept.is_file() or not source.samefile(kept):
         with replacing(kept) as aside:
             shutil.copyfile(source, aside)
-    failed = run_jobs(todo.waiting, todo.workers, after_each=lambda: write_results(todo.study, todo.folder), say=say)
+    with _places(todo, say) as begin:
+        failed = run_jobs(
+            todo.waiting, todo.workers, begin=begin, after_each=lambda: write_results(todo.study, todo.folder), say=say
+        )
     failure = _failure(failed, todo.waiting) if failed else ""
     if failure and not read_grid(todo.study, todo.folder / RESULTS).results:
         raise RunError(failure)
     return replace(write_results(todo.study, todo.folder), failure=failure)
+
+
+@contextmanager
+def _places(todo: Schedule, say: Callable[[str], None]) -> Iterator[Begin]:
+    """Begins runs on this machine, or on the nodes of the study's cluster."""
+    if todo.cluster is None or not todo.waiting:
+        yield begin_here
+        return
+    from collm.cluster.commands import Commands
+
+    configs = [job.config for job in todo.waiting]
+    device = "cpu" if all(config.run.device == "cpu" for config in configs) else "auto"
+    restarts = min(config.cluster.restarts for config in configs)
+    with closing(
+        Commands.connect(todo.cluster, device, todo.folder, at_once=todo.workers, restarts=restarts, say=say)
+    ) as commands:
+        yield commands.begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +93,8 @@ class Schedule:
     folder: Path
     workers: int
     """Runs at the same time."""
+    cluster: str | None
+    """Address of the Ray cluster that has the runs; None: this machine."""
     wanted: Sequence[StudyJob]
     """The requested runs, ordered by seed, so that after an early stop all methods have the same seeds."""
     waiting: Sequence[StudyJob]
@@ -86,12 +112,15 @@ def schedule(
     folder: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     workers: int | None = None,
+    cluster: str | None = None,
     only: str = "*",
 ) -> Schedule:
     """Check all settings without starting a run. Arguments and errors are those of `compare`."""
     recipe = Path(recipe)
     folder = default_folder(recipe) if folder is None else Path(folder)
-    overrides = dict(overrides or {}) | ({} if workers is None else {"compare.processes": workers})
+    overrides = dict(overrides or {})
+    for name, value in (("compare.processes", workers), ("compare.cluster", cluster)):
+        overrides |= {} if value is None else {name: value}
     settings, jobs = read_plan(recipe, folder, overrides)
     study = Study([job.cell for job in jobs], settings.against or settings.methods[-1], settings.thresholds)
     for job in jobs:
@@ -101,7 +130,8 @@ def schedule(
     if not wanted:
         raise ConfigError(f"--only {only!r} matches none of the {len(jobs)} runs; --dry-run lists them.")
     finished = {result.cell for result in read_grid(study, folder / RESULTS).results}
-    return Schedule(study, folder, settings.processes, wanted, [job for job in wanted if job.cell not in finished])
+    waiting = [job for job in wanted if job.cell not in finished]
+    return Schedule(study, folder, settings.processes, settings.cluster, wanted, waiting)
 
 
 def default_folder(recipe: Path) -> Path:

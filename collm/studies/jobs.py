@@ -5,13 +5,10 @@ Every run is a separate process (training/cell.py), which ends with the process 
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +20,7 @@ from typing import Any
 from collm.errors import RunError
 from collm.runs.directory import ignored, read_file
 from collm.runs.files import write_text
+from collm.runs.processes import Running, begin_module
 from collm.settings import former
 from collm.settings.rooms import Config
 from collm.studies.result import RESULTS, Cell, read_result
@@ -91,8 +89,22 @@ def digest(settings: Mapping[str, Any], trained: bool) -> str:
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
 
 
+Begin = Callable[[Sequence[str], Path, Path], Running]
+"""Begins `python -m WORDS`, which works in a run directory, with a file for its output: (WORDS, directory, file)."""
+
+
+def begin_here(words: Sequence[str], run: Path, log: Path) -> Running:
+    """Begin it on this machine."""
+    return begin_module(words, log)
+
+
 def run_jobs(
-    jobs: Sequence[StudyJob], workers: int, *, after_each: Callable[[], Any], say: Callable[[str], None] = lambda text: None
+    jobs: Sequence[StudyJob],
+    workers: int,
+    *,
+    begin: Begin = begin_here,
+    after_each: Callable[[], Any],
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[StudyJob]:
     """Run the jobs, `workers` at a time, and return those that failed.
 
@@ -100,18 +112,18 @@ def run_jobs(
     """
     started, done = time.monotonic(), 0
     failed: list[StudyJob] = []
-    running: dict[subprocess.Popen[bytes], StudyJob] = {}
+    running: dict[Running, StudyJob] = {}
     queue = list(jobs)
     with _stoppable(running):
         while queue or running:
             while queue and len(running) < workers:
                 job = queue.pop(0)
-                running[_start(job)] = job
+                running[begin(_words(job), job.cell.folder, job.log)] = job
             time.sleep(0.05)
             for process in [p for p in running if p.poll() is not None]:
                 job = running.pop(process)
                 done += 1
-                if process.returncode or not job.cell.finished:
+                if process.poll() or not job.cell.finished:
                     failed.append(job)
                     say(f"failed: {job.cell.folder}; see {job.log}")
                 left = (time.monotonic() - started) / done * (len(jobs) - done) / 60
@@ -121,26 +133,15 @@ def run_jobs(
     return failed
 
 
-def _start(job: StudyJob) -> subprocess.Popen[bytes]:
-    """Start or continue one cell in a process that ends with this one."""
-    folder = job.cell.folder
+def _words(job: StudyJob) -> tuple[str, ...]:
+    """The module of one cell's process with its arguments, once its settings are written."""
     write_text(job.settings, json.dumps(job.config.resolved(), indent=1))
     kind = "train" if job.trained else "evaluate"
-    command = [sys.executable, "-m", "collm.training.cell", kind, str(job.settings), str(folder), str(job.judged)]
-    with job.log.open("ab") as output:
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, preexec_fn=_die_with_parent
-        )
-
-
-def _die_with_parent() -> None:
-    """On Linux a run gets SIGTERM, and saves, when its parent process ends, even by kill -9."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    return "collm.training.cell", kind, str(job.settings), str(job.cell.folder), str(job.judged)
 
 
 @contextmanager
-def _stoppable(running: Mapping[subprocess.Popen[bytes], StudyJob]) -> Iterator[None]:
+def _stoppable(running: Mapping[Running, StudyJob]) -> Iterator[None]:
     """Pass Ctrl-C, SIGTERM and SIGHUP on to the runs, which save; then raise RunError."""
 
     def stop(signum: int, frame: FrameType | None) -> None:

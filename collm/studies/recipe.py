@@ -9,15 +9,15 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from collm.errors import ConfigError
-from collm.settings.checks import CRITIC_ONLY
+from collm.settings.checks import ADDRESS, CRITIC_ONLY
 from collm.settings.load import apply_overrides, parse_config
 from collm.settings.presets import ALGORITHMS, CRITIC_BASELINES
-from collm.settings.rooms import Config
+from collm.settings.rooms import OFF, Config
 from collm.studies.jobs import StudyJob, digest
 from collm.studies.result import Cell
 
@@ -50,6 +50,8 @@ class StudySettings(BaseModel):
     """Learning rates, for agents and critics, with which every trained method runs; default: those of the task's recipe."""
     processes: int = Field(1, ge=1)
     """Number of runs at the same time."""
+    cluster: Annotated[str | None, OFF] = Field(None, pattern=ADDRESS)
+    """Ray cluster on whose nodes runs are placed: "local", "auto" or HOST:PORT; "none": processes of this machine."""
     against: str | None = None
     """The method that the others are compared with, seed by seed; default: the last of `methods`."""
     thresholds: dict[str, float] = {}
@@ -105,6 +107,11 @@ def read_plan(recipe: Path, folder: Path, overrides: Mapping[str, Any] | None = 
         for rate, seed in itertools.product(rates, plan.seeds):
             cell = Cell(task, method, rate, seed, folder / task / _name(method, rate, seed))
             config = _settings(recipe, values.get("settings") or {}, tasks[task], methods, cell, changes)
+            if plan.cluster is not None and config.cluster.address is not None:
+                raise ConfigError(
+                    f"{recipe}: compare.cluster places whole runs on nodes, and cluster.address the models of one run "
+                    f"({task}). Leave one of them out."
+                )
             jobs.append(StudyJob(replace(cell, settings=digest(config.resolved(), trained)), config, trained, plan.fidelity))
     return plan, jobs
 
