@@ -50,7 +50,7 @@ class PickledCluster:
     seats: dict[str, PickledSeat]
 
     def __init__(self) -> None:
-        self.seats, self.closed = {}, False
+        self.seats, self.closed, self.waiting = {}, False, dict[str, str]()
 
     def devices(self, wanted: str) -> list[Device]:
         return [Device(f"node {number}", "cpu", 64 << 30) for number in range(self.machines)]

@@ -4,10 +4,11 @@ A seat is one unit of the blueprint in a process of its own: policies with their
 Environments, credit assignment, metric regressions and the run directory stay with the driver, the process of `collm train`.
 Requests, episodes and credit travel; weights travel only into checkpoints and final folders.
 
-    seats.py    what a seat's process holds and does
-    hands.py    the driver's side: `SeatHands`, `SeatEngine` and `SeatTeam` in place of hands, engine and team of one process
-    places.py   which seat is on which device
-    outlook.py  what a run in several places needs and gains, by arithmetic
-    commands.py runs of a study on the nodes
-    start.py    Ray: connects or starts, creates seats, ends
+    seats.py      what a seat's process holds and does
+    hands.py      the driver's side: `SeatHands`, `SeatEngine` and `SeatTeam` in place of hands, engine and team of one process
+    heartbeat.py  names what a late iteration waits for
+    places.py     which seat is on which device
+    outlook.py    what a run in several places needs and gains, by arithmetic
+    commands.py   runs of a study on the nodes
+    start.py      Ray: connects or starts, creates seats, ends
 """

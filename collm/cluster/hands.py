@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from safetensors.torch import load, save
 
+from collm.cluster.heartbeat import Heartbeat
 from collm.learning.tensors import Read, Tensors
 from collm.models.blueprint import Blueprint
 from collm.types import Completion, Request
@@ -100,12 +101,13 @@ class SeatEngine:
     Args:
         homes: agent -> its seat.
         end: ends all seats.
+        heartbeat: told at the end of each iteration.
     """
 
     trains = True
 
-    def __init__(self, homes: Mapping[str, RemoteSeat], end: Callable[[], None]):
-        self.homes, self.end = homes, end
+    def __init__(self, homes: Mapping[str, RemoteSeat], end: Callable[[], None], heartbeat: Heartbeat):
+        self.homes, self.end, self.heartbeat = homes, end, heartbeat
 
     @property
     def seats(self) -> list[RemoteSeat]:
@@ -125,11 +127,13 @@ class SeatEngine:
 
     def load(self, team: Any) -> None:
         self._all("renew")
+        self.heartbeat.beat()
 
     def rest(self) -> None:
         self._all("rest")
 
     def close(self) -> None:
+        self.heartbeat.stop()
         self.end()
 
     def _all(self, method: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Self
 from collm.cluster.places import Device, Place
 from collm.cluster.seats import Failed, Machine, Seat, machine
 from collm.errors import ConfigError, EngineError, PartLost
+from collm.runs.output import complain
 
 PROBE = 2.0
 """Seconds that an address has to accept a connection; without a probe Ray itself waits for 204 s."""
@@ -47,6 +48,8 @@ class Cluster:
         self.started, self.folder = started, folder
         """Whether this object started or joined Ray, and its temporary folder."""
         self.actors: list[Any] = []
+        self.waiting: dict[str, str] = {}
+        """Seat -> what it was asked for last and has not answered."""
         atexit.register(self.close)
 
     @classmethod
@@ -67,9 +70,11 @@ class Cluster:
         _probe(where)
         _read_environment()
         try:
-            ray.init(address=where, **quiet)
+            page = ray.init(address=where, **quiet).dashboard_url
         except (RuntimeError, ConnectionError, ValueError, ray.exceptions.RayError) as error:
             raise ConfigError(f"cluster.address={address!r}: {_sentence(error)}") from error
+        if page:
+            complain(f"Ray's dashboard: http://{page}")
         return cls(started=True)
 
     @classmethod
@@ -174,7 +179,7 @@ class Cluster:
             .remote()
         )
         self.actors.append(actor)
-        return RaySeat(actor, name)
+        return RaySeat(actor, name, self.waiting)
 
     @staticmethod
     def share(given: Any) -> Any:
@@ -187,14 +192,15 @@ class Cluster:
 class RaySeat:
     """A seat in a Ray actor."""
 
-    def __init__(self, actor: Any, name: str):
-        self.actor, self.name, self.begun = actor, name, False
+    def __init__(self, actor: Any, name: str, waiting: dict[str, str]):
+        self.actor, self.name, self.waiting, self.begun = actor, name, waiting, False
 
     def ask(self, method: str, *arguments: Any) -> Callable[[], Any]:
         """Begin a call; the returned function waits for its result."""
         if not self.begun:
             self._begin()
         reference = self.actor.ask.remote(method, *arguments)
+        self.waiting[self.name] = str(arguments[0]) if method == "parts" else method
         return lambda: self._result(reference, method)
 
     def _begin(self) -> None:
@@ -217,6 +223,7 @@ class RaySeat:
 
         try:
             answer = ray.get(reference)
+            self.waiting.pop(self.name, None)
         except losses() as error:
             raise PartLost(
                 f"the process of {self.name} was lost during {method!r}: {_sentence(error)} `collm train --resume` continues "

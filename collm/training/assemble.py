@@ -14,6 +14,7 @@ import torch
 from collm import seeds
 from collm.algorithms.catalogue import group_estimator
 from collm.cluster.hands import SeatEngine, SeatHands, SeatTeam
+from collm.cluster.heartbeat import Heartbeat
 from collm.cluster.places import needs_of, place
 from collm.cluster.seats import Contents
 from collm.engines.base import Engine
@@ -321,4 +322,4 @@ def make_seats(
         raise
     homes = {agent: seats[unit.name] for unit in blueprint.units for policy in unit.policies for agent in policy.agents}
     team = SeatTeam({agent: homes[agent] for agent in blueprint.agents}, vocabulary)
-    return team, SeatEngine(homes, cluster.close), SeatHands(seats, blueprint, cluster.share)
+    return team, SeatEngine(homes, cluster.close, Heartbeat(cluster.waiting)), SeatHands(seats, blueprint, cluster.share)
