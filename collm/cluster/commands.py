@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ def carry_out(command: Command, again: bool) -> int:
 
     again: it was begun on another node before, whose process may still be saving.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `ray.cancel`; Ray started in the background ignores SIGINT
     os.chdir(command.folder)
     if again:
         _wait_until_free(command.run)

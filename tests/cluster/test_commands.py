@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -24,10 +25,11 @@ def command(folder: Path, *words: str, **environment: str | None) -> Command:
 
 @pytest.fixture(autouse=True)
 def _here():
-    """The folder of this process, which a command changes."""
-    before = Path.cwd()
+    """The folder and the handler of this process, which a command changes."""
+    before, handler = Path.cwd(), signal.getsignal(signal.SIGINT)
     yield
     os.chdir(before)
+    signal.signal(signal.SIGINT, handler)
 
 
 def test_a_command_works_in_its_folder_with_its_environment_and_log(tmp_path, monkeypatch):
@@ -39,6 +41,7 @@ def test_a_command_works_in_its_folder_with_its_environment_and_log(tmp_path, mo
 
 
 def test_an_interrupted_command_gets_sigterm(tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a Ray that a script began in the background
     (tmp_path / "probe.py").write_text(
         "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *a: (print('saved'), sys.exit(0)))\n"
         "open('ready', 'w').close()\ntime.sleep(600)\n"
