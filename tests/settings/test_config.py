@@ -104,7 +104,7 @@ def test_unknown_presets_are_refused_with_the_nearest_name():
         ("run__seed", -1, "0"),
         ("run__name", "../escape", "match"),
         ("run__name", "", "match"),
-        ("run__tensorboard", "perhaps", "bool"),
+        ("run__trackers", "perhaps", "'tensorboard'"),
         ("learner__lr", 0, "greater than 0"),
         ("learner__lr", float("nan"), "should be"),
         ("learner__lr", "fast", "number"),

@@ -40,7 +40,7 @@ two = 0.9
 [settings.run]
 iterations = 2
 threads = 1
-tensorboard = false
+trackers = []
 [settings.evaluation]
 every = 1
 [settings.rollout]
