@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from collm.errors import RunError
-from collm.reports.tables import spread
+from collm.reports.tables import held_out, spread
+from collm.runs.directory import read_config
 from collm.runs.open import Run, open_run
 from collm.runs.read import read_evaluation
 from collm.runs.weights import find_weights, saved_agents
@@ -33,17 +34,18 @@ def model_card(run: Run, agent: str, checkpoint: str, *, adapter: bool = False) 
     No path of this machine is named.
     """
     weights, _ = find_weights(run.folder, checkpoint)
-    done = 0 if weights is None else run.planned if weights.name == "final" else int(weights.name)
-    task, algorithm = str(run.config["env"]["name"]), str(run.config["algorithm"]["name"])
-    base = _public(run.config["team"]["models"].get(agent, run.config["team"]["model"]))
+    config = read_config(run.folder)
+    done = 0 if weights is None else config.run.iterations if weights.name == "final" else int(weights.name)
+    task, algorithm = config.env.name, config.algorithm.name
+    base = _public(config.team.models.get(agent, config.team.model))
     before, results = _results(run, 0), _results(run, done)
-    team = saved_agents(weights, shared=run.config["team"]["shared"]) if weights else ()
+    team = saved_agents(weights, shared=config.team.shared) if weights else ()
     facts = {
         "task": f"`{task}`",
         "team": ", ".join(f"`{name}`" for name in team),
         "algorithm": f"`{algorithm}`",
-        "seed": str(run.config["run"]["seed"]),
-        "iterations": f"{done} of {run.planned}",
+        "seed": str(config.run.seed),
+        "iterations": f"{done} of {config.run.iterations}",
         "initial model": f"`{base}`" if base else "",
     }
     lines = [f"| {name} | {fact} |" for name, fact in facts.items() if fact]
@@ -96,14 +98,13 @@ def _results(run: Run, iteration: int) -> dict[str, Interval]:
 def _table(before: dict[str, Interval], results: dict[str, Interval]) -> list[str]:
     if not results:
         return ["The run recorded no held-out evaluation of these weights."]
-    num_tasks = results[REWARD].num_tasks
     columns = [before, results] if before else [results]
     head = ["measure", "before training", "these weights"] if before else ["measure", "these weights"]
     rows = [
         [name.replace("|", "\\|"), *(spread(column[name]) if name in column else "" for column in columns)] for name in results
     ]
     return [
-        f"Of the whole team: means [95 % intervals] over {num_tasks} tasks that it was not trained on.\n",
+        f"Means [95 % intervals] of the whole team over {held_out(results[REWARD].num_tasks)}.\n",
         *("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)),
         *([f"\nThere is {results[REWARD].note}."] if results[REWARD].note else []),
     ]

@@ -196,7 +196,7 @@ class Trackers:
 
     def __init__(self, names: Iterable[str], folder: Path, kept: Iterable[Mapping[str, Any]] = ()):
         self._open: dict[str, Tracker] = {}
-        for name in names:
+        for name in dict.fromkeys(names):
             with self._warning(name):
                 self._open[name] = KINDS[name](folder)
         for record in kept:

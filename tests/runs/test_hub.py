@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,6 +21,9 @@ import pytest
 import yaml
 
 from collm.cli.main import main
+from collm.errors import RunError
+from collm.reports.card import card_of
+from collm.runs.hub import push as upload
 
 COMMIT = "0" * 40
 
@@ -86,7 +91,10 @@ def test_a_pushed_agent_loads_from_the_hub(
         assert Path(name).suffix in (".json", ".safetensors", ".jinja", ".md"), "weights and tokenizer alone"
 
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('[env]\nname = "agree"\nwording = "terse"\n[team]\nmodel = "me/first"\nmodels = { agent_1 = "tiny" }\n')
+    recipe.write_text(
+        '[env]\nname = "agree"\nwording = "terse"\n[rollout]\nmax_tokens = 4\n'
+        '[team]\nmodel = "me/first"\nmodels = { agent_1 = "tiny" }\n'
+    )
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub.cache)}
     words = [sys.executable, "-m", "collm.cli.main", "evaluate", str(recipe), "--episodes", "1", "--json"]
     done = subprocess.run(words, env=offline, capture_output=True, text=True, timeout=600)
@@ -112,6 +120,20 @@ def test_a_card_has_task_algorithm_seed_results_and_how_to_serve(run: Path, tmp_
     (tmp_path / "out" / "README.md").write_text("my own words\n")
     assert main(["export", str(tmp_path / "out"), str(tmp_path / "again"), "--agent", "agent_1"]) == 0
     assert (tmp_path / "again" / "README.md").read_text() == "my own words\n"
+
+
+def test_intervals_are_over_the_tasks_of_that_evaluation(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    path = copy / "episodes" / "000004-evaluation.jsonl"
+    episode = json.loads(path.read_text().splitlines()[0])
+    told = [{**episode, "task": i, "label": f"task {i}", "score": i % 2, "metrics": {"a|b": 1.0}} for i in range(8)]
+    path.write_text("".join(json.dumps(one) + "\n" for one in told))
+    text = card_of(copy, "agent_0", "final")
+    assert re.search(r"\| reward \| 1.000 \| 0.500 \[0\.\d{3}, 0\.\d{3}\] \|", text)
+    assert r"| a\|b |  | 1.000 [1.000, 1.000] |" in text
+    assert "over 8 held-out tasks" in text
+    path.unlink()
+    assert "no held-out evaluation of these weights" in card_of(copy, "agent_0", "final")
 
 
 class Response:
@@ -141,9 +163,6 @@ def test_a_failed_upload_is_one_sentence_and_keeps_the_folder(
     run: Path, hub: type[LocalHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     failure: Exception, reason: str,
 ) -> None:  # fmt: skip
-    from collm.errors import RunError
-    from collm.runs.hub import push as upload
-
     monkeypatch.setattr(LocalHub, "failure", failure)
     with pytest.raises(RunError) as caught:
         upload(tmp_path / "out", "me/first")

@@ -72,7 +72,7 @@ def test_one_that_fails_is_left_out_with_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trackers, "KINDS", {**trackers.KINDS, "failing": Failing, "missing": Missing})
-    log = RunLog(tmp_path, trackers=["missing", "failing", "tensorboard"])
+    log = RunLog(tmp_path, trackers=["missing", "failing", "tensorboard", "tensorboard"])
     for step in range(4):
         log.metrics({"iteration": step, "joint_actions": step})
     log.flush()

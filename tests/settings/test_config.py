@@ -363,6 +363,16 @@ def test_the_difference_baseline_goes_with_every_baseline(baseline, reads):
     assert config.algorithm.critic_kind == ("Q" if baseline == "counterfactual" else "V")
 
 
+def test_trackers_are_a_list_of_known_names():
+    def trackers(value):
+        return parse_config(rooms(run__trackers=value)).run.trackers
+
+    assert parse_config(ENV).run.trackers == ["tensorboard"]
+    assert trackers("wandb") == ["wandb"]
+    assert trackers([]) == []
+    assert "'mlflow'" in refused(rooms(run__trackers=["tensorboard", "mlflw"]))
+
+
 def test_there_are_at_most_71_settings():
     assert len(list(describe())) <= 71
 

@@ -163,6 +163,16 @@ def test_cells_of_before_are_those_of_the_same_meaning_today() -> None:
     assert mark("collm-cc", "mine:Env") != mark("collm-cc", "mine:Env", metrics=True), "it may report no metrics"
 
 
+@pytest.mark.parametrize(("former", "now"), [(True, ["tensorboard"]), (False, [])])
+def test_runs_that_exist_keep_their_mark_and_trackers_do_not_change_it(former: bool, now: list[str]) -> None:
+    settings = parse_config({"env": {"name": "agree"}}).resolved()
+    run = {key: value for key, value in settings["run"].items() if key != "trackers"}
+    kept = digest({**settings, "run": {**run, "tensorboard": former}}, trained=True)
+    assert digest({**settings, "run": {**run, "trackers": now}}, trained=True) == kept
+    assert digest({**settings, "run": {**run, "trackers": [*now, "wandb", "mlflow"]}}, trained=True) == kept
+    assert digest({**settings, "run": {**run, "tensorboard": former, "seed": 9}}, trained=True) != kept
+
+
 def test_every_built_in_environment_reports_metrics() -> None:
     """What `digest` counts on; the data of some are not here."""
     for name in ("agree", "quote", "str_build", "house_build", "bridge_build", "resource_gathering"):
