@@ -141,11 +141,14 @@ class MLflow:
 
 
 class Trackio:
-    """A run in RUN/trackio or TRACKIO_DIR, or in the space of TRACKIO_SPACE_ID; its name ends with the id."""
+    """A run in RUN/trackio or TRACKIO_DIR, or in the space of TRACKIO_SPACE_ID; its name ends with the id.
+
+    A process has one such folder, which Trackio reads when it is imported: later runs of the process go to the first's.
+    """
 
     def __init__(self, folder: Path):
         before = os.environ.get("TRACKIO_DIR")
-        os.environ["TRACKIO_DIR"] = before or str(folder.absolute() / "trackio")  # it is read at the first import
+        os.environ["TRACKIO_DIR"] = before or str(folder.absolute() / "trackio")
         import trackio
 
         if before is None:

@@ -97,7 +97,7 @@ def test_a_pushed_agent_loads_from_the_hub(
     )
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub.cache)}
     words = [sys.executable, "-m", "collm.cli.main", "evaluate", str(recipe), "--episodes", "1", "--json"]
-    done = subprocess.run(words, env=offline, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(words, env=offline, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["episodes"] == 1
 
