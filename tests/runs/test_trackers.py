@@ -27,6 +27,8 @@ from collm.errors import ConfigError
 from collm.runs import trackers
 from collm.runs.log import RunLog
 from collm.runs.trackers import check_installed, run_id
+from collm.settings.load import parse_config
+from collm.training.trainer import Trainer
 
 EVERY = ("tensorboard", "wandb", "mlflow", "trackio")
 Steps = list[tuple[int, str, float]]
@@ -45,6 +47,11 @@ def test_one_that_is_not_installed_is_refused_before_a_run_begins(tmp_path: Path
             ConfigError, match=rf"run\.trackers='{name}' needs the package {name}.*pip install 'collm\[trackers"
         ):
             check_installed([name])
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    run = {"folder": str(tmp_path / "runs"), "trackers": ["wandb"]}
+    with pytest.raises(ConfigError, match="needs the package wandb"):
+        Trainer(parse_config({"env": {"name": "agree"}, "run": run}))
+    assert not (tmp_path / "runs").exists()
 
 
 class Failing:
