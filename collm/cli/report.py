@@ -63,10 +63,9 @@ def watch(folders: list[Path], arguments: argparse.Namespace) -> int:
     """Serve the report page until Ctrl-C."""
     if arguments.json:
         raise ConfigError("--json prints one object, and --watch follows runs; leave one out.")
-    with Server(Live(folders), arguments.port or 0) as server:
+    with suppress(KeyboardInterrupt), Server(Live(folders), arguments.port or 0) as server:
         Screen().print(f"Following {', '.join(map(str, folders))} until Ctrl-C: {server.url}", soft_wrap=True)
-        with suppress(KeyboardInterrupt):
-            server.serve_forever()
+        server.serve_forever()
     print("The report has stopped.", flush=True)
     return 0
 
