@@ -211,9 +211,14 @@ def watching(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`collm report RUN --watch` as a process of its own, and its address."""
     command = [sys.executable, "-m", "collm.cli.main", "report", str(folder), "--watch"]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True) as process:
+    options: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    }
+    with subprocess.Popen(command, **options) as process:
         try:
             assert process.stdout is not None
             assert select.select([process.stdout], [], [], 120)[0], "it printed nothing"
@@ -281,6 +286,9 @@ def test_an_open_page_shows_what_a_run_writes(tmp_path: Path, browser: Browser) 
 
         assert browser.read("window.opened") == "once"
         assert console(browser) == []
+        browser.read("document.body.append(make('script', {}, 'window.ran = true'))")
+        assert browser.read("window.ran") is None
+        assert "Content Security Policy" in console(browser)[0]["message"]
         browser.call("/url", {"url": "about:blank"})
 
 
