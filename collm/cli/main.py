@@ -155,10 +155,12 @@ def make_parser() -> argparse.ArgumentParser:
     report = command(
         "report",
         "Report on runs: held-out results before and after training, learning curves, pictures of builds.",
-        "collm report runs/demo",
+        "collm report runs/demo\n  collm report runs/demo --watch",
         "collm.cli.report:run",
     )
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    report.add_argument("--watch", action="store_true", help="serve the report page on this machine and follow the runs")
+    report.add_argument("--port", type=int, metavar="N", help="port of --watch; default: any free one")
     report.add_argument("--json", action="store_true", help="print one JSON object")
 
     blame = command(
@@ -182,7 +184,8 @@ def make_parser() -> argparse.ArgumentParser:
     export = command(
         "export",
         "Export one agent of a run as a Hugging Face folder, which transformers loads without collm.",
-        "collm export runs/demo --agent builder_0 exported/builder_0",
+        "collm export runs/demo --agent builder_0 exported/builder_0\n"
+        "  collm export runs/demo --agent builder_0 exported/builder_0 --push me/builder_0",
         "collm.cli.export:run",
     )
     export.add_argument("run", type=Path, metavar="RUN", help="a run directory")
@@ -190,6 +193,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--agent", required=True, metavar="NAME", help="which agent of the team")
     export.add_argument("--checkpoint", metavar="N|best|final|start", default="final", help="which weights of the run")
     export.add_argument("--merged", action="store_true", help="merge an adapter into its base and write one model")
+    export.add_argument("--push", metavar="REPO", help="also upload the folder to this repository of the model hub")
     export.add_argument("--json", action="store_true", help="print one JSON object")
 
     serve = command(
