@@ -18,12 +18,12 @@ from collm.settings.presets import ALGORITHMS
 from collm.settings.rooms import TABLES, Config
 
 
-def load_config(recipe: Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
+def load_config(recipe: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a recipe and apply overrides `{"room.key": value}`. Raises ConfigError with setting, reason and way out."""
     values: dict[str, Any] = {}
     if recipe is not None:
         try:
-            values = tomllib.loads(recipe.read_text(encoding="utf-8-sig"))
+            values = tomllib.loads(Path(recipe).read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ConfigError(f"recipe {str(recipe)!r} cannot be read: {error.strerror}.") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

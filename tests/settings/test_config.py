@@ -557,7 +557,7 @@ def test_overrides_beat_the_recipe(tmp_path):
     assert changed.team.models == {"agent_0": "a", "agent_1": "b"}
     assert changed.critic.reads == "own"
     assert changed.learner.lr == 1e-3
-    assert load_config(recipe) == plain  # nothing is remembered
+    assert load_config(str(recipe)) == plain  # nothing is remembered; a name does as well as a path
     assert load_config(None, {"env.name": "agree"}).env.name == "agree"
 
 
