@@ -1,0 +1,78 @@
+"""The README's numbers are those of their sources, and its Python runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+from collm.planning.memory import GIB, plan
+from collm.settings.load import load_config
+
+README = (ROOT / "README.md").read_text()
+REAL = ROOT / "docs" / "results" / "real"
+
+
+@pytest.mark.parametrize("size", ["0.6B", "1.7B", "4B"])
+def test_memory_is_what_the_plan_says(size: str) -> None:
+    def planned(**more: object) -> tuple[float, float]:
+        """GiB on one device, and on the widest device with one unit on each."""
+        overrides = {"team.model": f"Qwen/Qwen3-{size}", "run.device": "cuda", **more}
+        config = load_config(ROOT / "recipes" / "paper" / "str_build" / "collm-cc-paper.toml", overrides)
+        whole = plan(config)
+        alone = [plan(config, whole.work, whole.blueprint.alone(unit)).peak for unit in whole.blueprint.units]
+        return whole.peak / GIB, max(alone) / GIB
+
+    (one, apart), (adapters, _) = planned(), planned(**{"team.lora.rank": 16})
+    assert f"| {size} | {one:.1f} | {apart:.1f} | {adapters:.1f} |" in README
+
+
+def test_the_curve_is_drawn_from_the_grids(tmp_path: Path) -> None:
+    drawn = runpy.run_path(str(ROOT / "docs" / "images" / "draw.py"))
+    assert {rewards.shape for rewards in drawn["curves"]().values()} == {(10, 6)}
+    made, kept = (re.sub(r"<metadata>.*</metadata>", "", path.read_text(), flags=re.DOTALL) for path in (
+        drawn["draw"](tmp_path / "curve.svg"), ROOT / "docs" / "images" / "curve.svg"
+    ))  # fmt: skip
+    lines = re.compile(r'<g id="(?:collm-cc|collm-dc|magrpo)">.*?</g>', re.DOTALL)
+    assert lines.findall(made) == lines.findall(kept)
+    assert len(lines.findall(kept)) == 3
+
+
+def test_texts_are_those_of_the_run() -> None:
+    run = json.loads((REAL / "quote" / "texts.json").read_text())["collm-cc-seed3"]
+    for when in ("before", "after"):
+        (episode,) = (e for e in run[when] if e["task"] == "1")
+        (turn,) = episode["turns"]
+        said = "<br>".join(f"{writer}: {answer.strip()}" for writer, (_, answer) in turn.items())
+        assert f"— {said} | {episode['reward']:.2f} |" in README
+        assert turn["first"][0].split("\n")[0] in README
+
+
+def test_numbers_beside_comlrl_are_those_of_the_benchmark() -> None:
+    sides = json.loads((REAL / "comlrl.json").read_text())["sides"]
+    rates = [f"{sides[side]['joint_actions_per_cpu_second']:.2f}" for side in ("collm", "comlrl")]
+    assert "{} joint actions per CPU second instead of {}".format(*rates) in README
+    rewards = [sides[side]["after"]["reward"] for side in ("collm", "comlrl")]
+    shown = ["{mean:.3f} [{low:.3f}, {high:.3f}]".format(**reward) for reward in rewards]
+    before = sides["collm"]["before"]["reward"]["mean"]
+    assert f"{shown[0]} and {shown[1]}, from {before:.3f}" in README
+
+
+def test_the_demonstration_is_a_run_of_it() -> None:
+    report = json.loads((ROOT / "docs" / "images" / "demo.json").read_text())
+    for name, (before, after) in report.items():
+        cells = ["{mean:.2f} [{low:.2f}, {high:.2f}]".format(**found) for found in (before, after)]
+        assert re.search(rf"^\| {name}[^|]* \| {re.escape(cells[0])} \| {re.escape(cells[1])} \|$", README, re.MULTILINE), name
+
+
+def test_the_python_of_the_first_screen_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.search(r"From Python:\n\n```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    exec(compile(code[1], "README.md", "exec"), {})
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == {"agent_0", "agent_1"}
