@@ -108,7 +108,8 @@ def test_the_wheel_runs_the_demonstration(installed, tmp_path):
     assert "collm" in imported
     assert imported & HEAVY == set()
 
-    command(installed / "collm", "train", "--run.iterations", "2", "--evaluation.every", "0", cwd=tmp_path)
+    settings = ["--run.iterations", "2", "--rollout.tasks", "8", "--evaluation.every", "0"]
+    command(installed / "collm", "train", *settings, cwd=tmp_path)
     assert len((tmp_path / "runs" / "demo" / "metrics.jsonl").read_text().splitlines()) == 3
     assert (tmp_path / "runs" / "demo" / "final" / "builder_1" / "model.safetensors").is_file()
 
