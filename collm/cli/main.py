@@ -149,10 +149,12 @@ def make_parser() -> argparse.ArgumentParser:
     report = command(
         "report",
         "Report on runs: held-out results before and after training, learning curves, pictures of builds.",
-        "collm report runs/demo",
+        "collm report runs/demo\n  collm report runs/demo --watch",
         "collm.cli.report:run",
     )
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    report.add_argument("--watch", action="store_true", help="serve the report page on this machine and follow the runs")
+    report.add_argument("--port", type=int, metavar="N", help="port of --watch; default: any free one")
     report.add_argument("--json", action="store_true", help="print one JSON object")
 
     blame = command(

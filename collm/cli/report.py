@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 
+from collm.errors import ConfigError
 from collm.reports.builds import choose, draw_builds, picture
 from collm.reports.curves import draw_curves
+from collm.reports.live import Live, Server
 from collm.reports.page import write_page
 from collm.reports.screen import Screen
 from collm.reports.tables import comparison_table, runs_table
@@ -18,6 +21,10 @@ from collm.studies.before_after import before_after
 
 def run(arguments: argparse.Namespace) -> int:
     folders = {folder.resolve(): folder for folder in arguments.runs}
+    if arguments.watch:
+        return watch(list(folders.values()), arguments)
+    if arguments.port is not None:
+        raise ConfigError(f"--port {arguments.port} is the port of --watch; give both, or neither.")
     comparisons = [before_after(open_run(folder)) for folder in folders.values()]
     console = Screen(quiet=arguments.json)
     if not console.is_terminal:
@@ -49,6 +56,17 @@ def run(arguments: argparse.Namespace) -> int:
     _name(console, together)
     if arguments.json:
         print(json.dumps({"runs": reports, "files": [str(path) for path in together]}, allow_nan=False))
+    return 0
+
+
+def watch(folders: list[Path], arguments: argparse.Namespace) -> int:
+    """Serve the report page until Ctrl-C."""
+    if arguments.json:
+        raise ConfigError("--json prints one object, and --watch follows runs; leave one out.")
+    with suppress(KeyboardInterrupt), Server(Live(folders), arguments.port or 0) as server:
+        Screen().print(f"Following {', '.join(map(str, folders))} until Ctrl-C: {server.url}", soft_wrap=True)
+        server.serve_forever()
+    print("The report has stopped.", flush=True)
     return 0
 
 

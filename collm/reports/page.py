@@ -24,29 +24,44 @@ from collm.studies.series import ceiling_by_turn, explained_by_turn, held_out_cu
 
 EPISODES = 24
 """Greatest number of episodes of one evaluation on a page: the worst, the best, and evenly spaced ones between."""
+POINTS = 500
+"""Greatest number of points of one curve, which is drawn 460 units wide: every k-th point, and the last one."""
 
 
 def write_page(runs: Sequence[Run], path: Path) -> Path:
     """Write the page. Raises RunError where a run is damaged, SaveError where the file cannot be written."""
-    template = resources.files("collm.reports").joinpath("page.html").read_text(encoding="utf-8")
-    data = json.dumps(page_data(runs), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-    data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    title = html.escape(", ".join(run_names(runs)))
-    text = template.replace("<!--title-->", title, 1).replace("/*data*/", data, 1)
-    write_text(path, text)
+    write_text(path, page_text(page_data(runs)))
     return path
+
+
+def page_text(data: Record) -> str:
+    """The page that shows the data. With the key "version" it also asks its server for what changes, as `collm.reports.live`
+    gives it."""
+    template = resources.files("collm.reports").joinpath("page.html").read_text(encoding="utf-8")
+    text = plain(data).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    title = html.escape(", ".join(run["name"] for run in data["runs"]))
+    return template.replace("/*data*/", text, 1).replace("<!--title-->", title, 1)
+
+
+def plain(data: Record) -> str:
+    """Compact JSON without NaN."""
+    return json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 
 
 def page_data(runs: Sequence[Run]) -> Record:
     """Everything the page shows, as plain values."""
-    names = run_names(runs)
-    settings = [flat(json.loads(json.dumps(run.config), parse_constant=str)) for run in runs]
+    records = [run_data(name, run, COLOURS[n % len(COLOURS)]) for n, (name, run) in enumerate(zip(run_names(runs), runs))]
+    return {"runs": records, **settings_data([run.config for run in runs])}
+
+
+def settings_data(configs: Sequence[Record]) -> Record:
+    """The settings of all runs side by side, the names of those that differ, and what the digits of a build are."""
+    settings = [flat(json.loads(json.dumps(config), parse_constant=str)) for config in configs]
     keys = list(dict.fromkeys(key for values in settings for key in values))
     differing = [key for key in keys if len({json.dumps(values.get(key)) for values in settings}) > 1]
     digits = zip("0123456789abcdef", BLOCKS.items(), strict=True)
     blocks = {digit: {"name": name, "colour": colour} for digit, (name, colour) in digits}
     return {
-        "runs": [_run(name, run, COLOURS[n % len(COLOURS)]) for n, (name, run) in enumerate(zip(names, runs, strict=True))],
         "settings": {key: [values.get(key) for values in settings] for key in keys},
         "differing": differing,
         "blocks": blocks,
@@ -62,42 +77,59 @@ def flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return found
 
 
-def _run(name: str, run: Run, colour: str) -> Record:
+def run_data(name: str, run: Run, colour: str) -> Record:
+    """What the page shows of one run, finished or not. Raises RunError where the run is damaged."""
     at, rewards = held_out_curve(run)
     training = [(r["joint_actions"], r["reward/raw"]) for r in run.metrics if r.get("reward/raw") is not None]
     explained, ceiling = (
         {
-            f"turn {turn + 1}": [[x, y if math.isfinite(y) else None] for x, y in zip(*map(list, points), strict=True)]
+            f"turn {turn + 1}": thin([[x, y if math.isfinite(y) else None] for x, y in zip(*map(list, points), strict=True)])
             for turn, points in curves.items()
         }
         for curves in (explained_by_turn(run), ceiling_by_turn(run))
     )
-    try:
-        comparison = before_after(run)
-        rows = {
-            measure: {"before": _shown(row.before), "after": _shown(row.after), "apart": row.apart}
-            for measure, row in comparison.rows.items()
-        }
-        labels = list(comparison.labels)
-        notes = [f"{comparison.num_tasks} held-out tasks; mean [95 % interval] over tasks", *comparison.notes]
-    except RunError as error:
-        rows, labels, notes = {}, [], [str(error), *recorded(run.metrics)]
+    alarms = recorded(run.metrics)
+    rows, labels, notes = _compared(run)
     return {
         "name": name,
         "colour": colour,
         "folder": str(run.folder),
         "algorithm": run.config["algorithm"]["name"],
         "env": run.config["env"]["name"],
+        "iterations": [run.metrics[-1]["iteration"] if run.metrics else 0, run.planned],
         "cost": run.cost(),
         "rows": rows,
         "labels": labels,
-        "notes": notes,
-        "held_out": [[x, r.mean, r.low, r.high] for x, r in zip(at, rewards, strict=True)],
-        "training": [list(point) for point in training],
+        "notes": [note for note in notes if note not in alarms],
+        "alarms": alarms,
+        "held_out": thin([[x, r.mean, r.low, r.high] for x, r in zip(at, rewards, strict=True)]),
+        "training": thin([list(point) for point in training]),
         "explained": explained,
         "ceiling": ceiling,
         "sets": _episode_sets(run),
     }
+
+
+def _compared(run: Run) -> tuple[Record, list[str], list[str]]:
+    """Rows, labels and notes of the table of held-out results; without rows the notes have the reason."""
+    if (num := len(run.evaluations())) < 2:
+        return {}, [], [f"Results before and after training need two held-out evaluations; so far there are {num}."]
+    try:
+        comparison = before_after(run)
+    except RunError as error:
+        return {}, [], [str(error)]
+    rows = {
+        measure: {"before": _shown(row.before), "after": _shown(row.after), "apart": row.apart}
+        for measure, row in comparison.rows.items()
+    }
+    about = f"{comparison.num_tasks} held-out tasks; mean [95 % interval] over tasks"
+    return rows, list(comparison.labels), [about, *comparison.notes]
+
+
+def thin(points: list[Any]) -> list[Any]:
+    """At most `POINTS` of the points, evenly spaced, the last one among them."""
+    step = math.ceil(len(points) / POINTS)
+    return points[::-1][::step][::-1] if step > 1 else points
 
 
 def _shown(found: Interval) -> list[float | None]:

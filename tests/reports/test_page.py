@@ -5,17 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import re
-import shutil
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import DOWN, LEFT, RIGHT, UP, Browser
 from test_reports import record, write_run
 
 from collm.reports.page import EPISODES, flat, page_data, pick, write_page
@@ -110,64 +104,6 @@ def test_many_episodes_are_thinned_from_worst_to_best() -> None:
     assert chosen[-1]["score"] == 99
     assert [e["score"] for e in chosen[1:]] == sorted(e["score"] for e in chosen[1:])
     assert pick(episodes[:3]) == sorted(episodes[:3], key=lambda e: e["score"])
-
-
-class Browser:
-    """A headless Chromium behind its own driver: the WebDriver protocol over plain HTTP."""
-
-    def __init__(self, port: int):
-        self.url = f"http://127.0.0.1:{port}/session"
-        options = {
-            "args": [
-                "--headless=new",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-background-networking",
-                "--window-size=1200,1600",
-            ]
-        }
-        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        self.url += "/" + self.call("", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
-
-    def call(self, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
-        data = None if method in ("GET", "DELETE") else json.dumps(body or {}).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["value"]
-
-    def read(self, script: str) -> Any:
-        return self.call("/execute/sync", {"script": f"return {script}", "args": []})
-
-    def press(self, *keys: str) -> None:
-        actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
-        self.call("/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    driver = shutil.which("chromedriver")
-    if driver is None or shutil.which("chromium") is None:
-        pytest.skip("NO BROWSER: the report page was not opened. Install Debian's chromium and chromium-driver to check it.")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            for _ in range(100):
-                try:
-                    found = Browser(port)
-                    break
-                except urllib.error.URLError:
-                    time.sleep(0.1)
-            else:
-                raise AssertionError("chromedriver did not answer within ten seconds")
-            yield found
-            found.call("", method="DELETE")
-        finally:
-            process.terminate()
-
-
-LEFT, UP, RIGHT, DOWN = "\ue012", "\ue013", "\ue014", "\ue015"
 
 
 def test_a_browser_steps_through_an_episode_without_an_error(run: Run, tmp_path: Path, browser: Browser) -> None:
