@@ -40,7 +40,7 @@ def measured(recipe: Path, settings: dict[str, Any], iterations: int) -> tuple[f
     learner.assign_values = timed
     try:
         with tempfile.TemporaryDirectory() as folder:
-            run = {"run.folder": folder, "run.iterations": iterations, "run.threads": 1, "run.tensorboard": False}
+            run = {"run.folder": folder, "run.iterations": iterations, "run.threads": 1, "run.trackers": []}
             Trainer(load_config(recipe, {**run, "evaluation.every": 0, **settings}), quiet=True).run()
     finally:
         learner.assign_values = assign

@@ -187,7 +187,7 @@ def measure_gap(model: str, form: str, precision: str, device: str) -> Row:
     from collm.settings.load import load_config
     from collm.training.trainer import Trainer
 
-    overrides = {"team.model": model, "team.compute": precision, "run.device": device, "run.tensorboard": False}
+    overrides = {"team.model": model, "team.compute": precision, "run.device": device, "run.trackers": []}
     if form == "whole":
         overrides |= {"team.lora": "none", "learner.lr": 2e-5}
     with tempfile.TemporaryDirectory() as folder:

@@ -98,7 +98,7 @@ def measure(name: str, folder: Path, iterations: int, imported: int) -> dict[str
 
     shape, settings = CASES[name]
     make_model(shape, folder / "model")
-    run = {"iterations": iterations, "threads": 1, "folder": str(folder), "name": "run", "tensorboard": False, "device": "cpu"}
+    run = {"iterations": iterations, "threads": 1, "folder": str(folder), "name": "run", "trackers": [], "device": "cpu"}
     overrides = {f"run.{key}": value for key, value in run.items()}
     overrides |= {"team.model": str(folder / "model"), "evaluation.every": 0, "algorithm.name": "collm-cc", **settings}
     (folder / "recipe.toml").write_text("")

@@ -86,7 +86,7 @@ def config_of(job: Row, folder: str, models: Mapping[str, str] | None = None) ->
         "run.iterations": job["iterations"],
         "run.seed": job["seed"],
         "run.device": job["device"],
-        "run.tensorboard": False,
+        "run.trackers": [],
         "team.model": job["model"],
         "rollout.tasks": job["tasks"],
         "rollout.max_tokens": job["answer_tokens"],

@@ -161,7 +161,7 @@ def measure_collm(model: Path, method: str, turns: int, *, quick: bool) -> list[
     from collm.training.trainer import Trainer
 
     settings = {
-        "run": {"iterations": 9, "threads": int(os.environ["OMP_NUM_THREADS"]), "tensorboard": False},
+        "run": {"iterations": 9, "threads": int(os.environ["OMP_NUM_THREADS"]), "trackers": []},
         "env": {"name": "throughput:make_world", "turns": turns},
         "team": {"model": str(model)},
         "rollout": {

@@ -99,7 +99,7 @@ def settings_of(name: str, folder: Path, server: str) -> dict[str, dict[str, Any
         values["critic"] = {}
     if "models" in values.get("team", {}):
         values["team"] = {"models": {agent: server for agent in values["team"]["models"]}}
-    values["run"] = {"name": "run", "folder": str(folder), "iterations": 3, "threads": 1, "device": "cpu", "tensorboard": False}
+    values["run"] = {"name": "run", "folder": str(folder), "iterations": 3, "threads": 1, "device": "cpu", "trackers": []}
     return values
 
 

@@ -29,7 +29,7 @@ def test_text_spaces_flatten_and_print_what_they_are():
 def test_scalars_are_found_by_readers_of_events(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = RunLog(tmp_path, tensorboard=True)
+    log = RunLog(tmp_path, trackers=["tensorboard"])
     log.metrics({"iteration": 1, "reward/raw": 0.5, "episodes": 3, "critic/none": float("nan")})
     log.metrics({"iteration": 2, "reward/raw": 0.75, "episodes": 4})
     log.close()

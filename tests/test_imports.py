@@ -41,7 +41,7 @@ MAY = {
 }
 # File -> what it may import besides, inside functions alone: it stands low and is light, and reaches up when it is called.
 INSIDE = {
-    "runs/open.py": {"engines", "training"},
+    "runs/open.py": {"engines", "reports", "training"},
     "runs/weights.py": {"training"},
     "studies/fidelity.py": {"training"},
     "studies/blame.py": {"engines", "rollout", "training"},
@@ -54,7 +54,9 @@ DOORS = {
     "datasets": "envs/data.py",
     "ray": "cluster/",
     "vllm": "engines/vllm.py",
-    "wandb": "runs/log.py",
+    "wandb": "runs/trackers.py",
+    "mlflow": "runs/trackers.py",
+    "trackio": "runs/trackers.py",
     "fastapi": "serving/",
     "httpx": "engines/http.py",
     "prometheus_client": "serving/",

@@ -195,7 +195,7 @@ def trained(tmp_path_factory) -> Path:
     config = parse_config(
         {
             "run": {"name": "run", "folder": str(tmp_path_factory.mktemp("runs")), "iterations": 1, "threads": 1,
-                    "tensorboard": False},
+                    "trackers": []},
             "env": {"name": "agree", "turns": 1},
             "rollout": {"tasks": 1, "max_tokens": 2},
             "evaluation": {"every": 0, "episodes": 1},

@@ -178,7 +178,8 @@ def make_parser() -> argparse.ArgumentParser:
     export = command(
         "export",
         "Export one agent of a run as a Hugging Face folder, which transformers loads without collm.",
-        "collm export runs/demo --agent builder_0 exported/builder_0",
+        "collm export runs/demo --agent builder_0 exported/builder_0\n"
+        "  collm export runs/demo --agent builder_0 exported/builder_0 --push me/builder_0",
         "collm.cli.export:run",
     )
     export.add_argument("run", type=Path, metavar="RUN", help="a run directory")
@@ -186,6 +187,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--agent", required=True, metavar="NAME", help="which agent of the team")
     export.add_argument("--checkpoint", metavar="N|best|final|start", default="final", help="which weights of the run")
     export.add_argument("--merged", action="store_true", help="merge an adapter into its base and write one model")
+    export.add_argument("--push", metavar="REPO", help="also upload the folder to this repository of the model hub")
     export.add_argument("--json", action="store_true", help="print one JSON object")
 
     serve = command(

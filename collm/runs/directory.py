@@ -32,7 +32,7 @@ EXAMPLES = "examples.jsonl"
 EMPTY = frozenset({"lock", CHECKPOINTS})
 """Names that a folder may hold before a run begins in it; a start that was killed leaves them."""
 _EPISODES = re.compile("([0-9]{6,})(-evaluation)?[.]jsonl")
-RESUMABLE = ("run.iterations", "run.device", "run.threads", "cluster.")
+RESUMABLE = ("run.iterations", "run.device", "run.threads", "run.trackers", "cluster.")
 """Settings, or prefixes of settings, that may change when a run is resumed."""
 CHANGEABLE = ("env.", "evaluation.", "rollout.", "run.threads", "run.device", "run.seed", "team.compute", "team.api_key_env")
 """Settings, or prefixes of settings, that may change when a trained run is evaluated."""

@@ -1,4 +1,4 @@
-"""The log of a run: metrics as JSON lines, TensorBoard events and full episodes."""
+"""The log of a run: metrics as JSON lines, which trackers also get, and full episodes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collm.runs.directory import episode_files
-from collm.runs.files import explained, remove, write_text
+from collm.runs.files import explained, write_text
 from collm.runs.read import read_metrics
+from collm.runs.trackers import Trackers
 from collm.types import Annotation, Completion, Episode, encodable
 
 if TYPE_CHECKING:  # figures are drawn without torch
@@ -123,7 +124,7 @@ class RunLog:
     records that were kept.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool, resumed_at: int = -1, pending: bool = False):
+    def __init__(self, folder: Path, *, trackers: Iterable[str] = (), resumed_at: int = -1, pending: bool = False):
         self.folder = folder
         self.path = folder / "metrics.jsonl"
         completed = resumed_at - pending
@@ -138,34 +139,14 @@ class RunLog:
                     if iteration > last:
                         path.unlink()
             self.file = self.path.open("a", encoding="utf-8")
-        self.writer = self._tensorboard(kept) if tensorboard else None
-
-    def _tensorboard(self, kept: list[dict[str, Any]]) -> Any:
-        """Events are written again from the metrics, so that a resumed run has each step once."""
-        from torch.utils.tensorboard import SummaryWriter  # writes plain scalars, which all readers support
-
-        events = self.folder / "tensorboard"
-        with explained(events):
-            for old in events.glob("*") if events.exists() else ():
-                remove(old)
-            writer = SummaryWriter(str(events))
-        self.writer = writer
-        for record in kept:
-            self._scalars(record)
-        return writer
+        self.trackers = Trackers(trackers, folder, kept)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Append one iteration's line."""
         with explained(self.path):
             self.file.write(encodable(_line(record)))
             self.file.flush()
-        self._scalars(record)
-
-    def _scalars(self, record: Mapping[str, Any]) -> None:
-        if self.writer is not None:
-            for name, value in record.items():
-                if isinstance(value, (int, float)) and name != "iteration" and math.isfinite(value):
-                    self.writer.add_scalar(name, value, record["iteration"])
+        self.trackers.log(record)
 
     def episodes(
         self, iteration: int, episodes: Iterable[Episode], annotations: Annotations = EMPTY, *, suffix: str = ""
@@ -181,16 +162,13 @@ class RunLog:
         with explained(self.path):
             self.file.flush()
             os.fsync(self.file.fileno())
-        if self.writer is not None:
-            self.writer.flush()
+        self.trackers.flush()
 
     def close(self) -> None:
         """Close the files. Errors are ignored, so that on a full disk the first error is the one reported."""
         with contextlib.suppress(OSError):
             self.file.close()
-        if self.writer is not None:
-            with contextlib.suppress(OSError):
-                self.writer.close()
+        self.trackers.close()
 
 
 def _line(record: Mapping[str, Any]) -> str:

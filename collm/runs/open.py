@@ -164,18 +164,22 @@ class Run:
         self, folder: str | Path, agent: str | None = None, *, checkpoint: str | int = "final", merged: bool = False
     ) -> Path:
         """Write an agent as a Hugging Face folder, which transformers loads without collm. Without `agent`, write one folder
-        for every agent, named after it.
+        for every agent, named after it. Each has a model card, README.md.
 
         merged: write an adapter merged into its base. Raises RunError, also where `folder` exists, or ConfigError.
         """
+        from collm.reports.card import model_card
+
         target = Path(folder)
         refuse_existing(target)
         examples = recorded_examples(self.folder)
+        team = self._load(checkpoint, (agent,) if agent else (), device="cpu")
+        adapters = {name: policy.adapter is not None and not merged for name, policy in team.policies.items()}
+        cards = {name: model_card(self, name, str(checkpoint), adapter=apart) for name, apart in adapters.items()}
         if agent is None:
-            export_team(self._load(checkpoint, device="cpu"), target, examples, merged=merged)
+            export_team(team, target, examples, merged=merged, cards=cards)
         else:
-            policy = self._load(checkpoint, (agent,), device="cpu").policies[agent]
-            export(policy, target, of_agent(examples, agent), merged=merged)
+            export(team.policies[agent], target, of_agent(examples, agent), merged=merged, card=cards[agent])
         return target
 
     def _load(self, checkpoint: str | int, agents: Sequence[str] = (), *, device: str = "auto") -> Team:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +13,15 @@ from collm.errors import ConfigError, RunError
 from collm.models.blueprint import Blueprint, saved_policies
 from collm.runs.directory import checkpoints, command, run_config
 from collm.runs.examples import of_agent, write_examples
-from collm.runs.files import is_leftover, replacing
+from collm.runs.files import is_leftover, replacing, write_text
 from collm.settings.rooms import Config
 from collm.types import Example
 
 if TYPE_CHECKING:  # torch is loaded where a model is
     from collm.models.policy import Policy
     from collm.models.team import Team
+
+EMPTY: Mapping[str, str] = {}
 
 
 def find_weights(run: Path, which: str) -> tuple[Path | None, str]:
@@ -186,29 +188,34 @@ def refuse_existing(target: Path) -> None:
         raise RunError(f"{str(target)!r} exists already; name a folder that does not.")
 
 
-def export(policy: Policy, target: Path, examples: Sequence[Example] = (), *, merged: bool = False) -> None:
+def export(policy: Policy, target: Path, examples: Sequence[Example] = (), *, merged: bool = False, card: str = "") -> None:
     """Write a Hugging Face folder with the agent's examples, atomically: a whole model, or an adapter in PEFT's format.
 
-    An adapter names its base. merged: write a whole model in any case; an adapter is merged into its base. Raises SaveError.
+    An adapter names its base. merged: write a whole model in any case; an adapter is merged into its base. card: the text of
+    README.md; without a text there is none. Raises SaveError.
     """
     from collm.runs.checkpoint import failing_as_os_errors
 
     with replacing(target) as aside, failing_as_os_errors():
-        _write(policy, aside, examples, merged)
+        _write(policy, aside, examples, merged, card)
 
 
-def export_team(team: Team, target: Path, examples: Sequence[Example] = (), *, merged: bool = False) -> None:
+def export_team(
+    team: Team, target: Path, examples: Sequence[Example] = (), *, merged: bool = False, cards: Mapping[str, str] = EMPTY
+) -> None:
     """Write one such folder for every agent, named after it, atomically. Raises SaveError."""
     from collm.runs.checkpoint import failing_as_os_errors
 
     with replacing(target) as aside, failing_as_os_errors():
         aside.mkdir()
         for agent, policy in team.policies.items():
-            _write(policy, aside / agent, of_agent(examples, agent), merged)
+            _write(policy, aside / agent, of_agent(examples, agent), merged, cards.get(agent, ""))
 
 
-def _write(policy: Policy, folder: Path, examples: Sequence[Example], merged: bool) -> None:
+def _write(policy: Policy, folder: Path, examples: Sequence[Example], merged: bool, card: str) -> None:
     folder.mkdir()
+    if card:
+        write_text(folder / "README.md", card)
     write_examples(folder, examples)
     if merged and policy.adapter is not None:
         _merge(policy, folder)

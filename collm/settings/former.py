@@ -19,6 +19,7 @@ NAMES = {
     "learner.betas": _ALWAYS,
     "learner.weight_decay": _ALWAYS,
     "learner.warmup": "learning rates begin at their full height. Leave it out.",
+    "run.tensorboard": "set run.trackers=['tensorboard'] for true, [] for false.",
     "run.keep": "the last two checkpoints and the best one are kept. Leave it out.",
     "run.episodes_saved": "four training episodes are written per iteration. Leave it out.",
     "team.lora.dropout": "adapters learn without dropout. Leave it out.",
@@ -60,6 +61,8 @@ def translate(values: Mapping[str, Any]) -> dict[str, Any]:
     for (room, key), before in ADDED.items():
         if isinstance(complete.get(room), dict) and not (room == "env" and ":" in complete[room].get("name", "")):
             complete[room].setdefault(key, before)  # an environment of the user's own has its own options
+    if isinstance(run := complete.get("run"), dict) and "tensorboard" in run:
+        run["trackers"] = ["tensorboard"] if run.pop("tensorboard") else []
     algorithm, critic = complete.get("algorithm"), complete.get("critic")
     if not isinstance(algorithm, dict) or "advantage" not in algorithm:
         return complete

@@ -23,6 +23,7 @@ Examples = Annotated[int, Field(ge=0)] | str
 NUMBERS = (int, float, int | None, float | None, Examples)
 OFF = BeforeValidator(lambda value: None if value == "none" else value)
 """Makes "none" a way to write None, which TOML does not have."""
+ONE_IS_A_LIST = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 
 
 class Room(BaseModel):
@@ -54,8 +55,8 @@ class RunSettings(Room):
     """"cpu", "cuda", or "auto" (cuda if available, else cpu)."""
     checkpoint_every: int = Field(10, ge=1)
     """Most iterations between checkpoints; the last always has one, and cheap ones are written in between."""
-    tensorboard: bool = True
-    """Write TensorBoard events."""
+    trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow", "trackio"]], ONE_IS_A_LIST] = ["tensorboard"]
+    """Trackers that also get the numbers of metrics.jsonl: "tensorboard", "wandb", "mlflow", "trackio"; [] for none."""
 
 
 class EnvSettings(BaseModel):
@@ -84,15 +85,10 @@ class LoraSettings(Room):
     """Rank of each adapter's matrices; any setting of this table trains adapters instead of whole models."""
     alpha: float = Field(32.0, gt=0)
     """The adapter's update is scaled by alpha / rank."""
-    targets: list[str] = ["all-linear"]
+    targets: Annotated[list[str], ONE_IS_A_LIST] = ["all-linear"]
     """Names of the adapted linear layers; "all-linear" adapts all but the vocabulary head."""
-    agents: list[str] | None = None
+    agents: Annotated[list[str] | None, ONE_IS_A_LIST] = None
     """Agents that are trained as adapters; the others as whole models. Default: all agents."""
-
-    @field_validator("agents", "targets", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     @field_validator("agents", "targets")
     @classmethod

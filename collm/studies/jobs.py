@@ -72,11 +72,12 @@ def digest(settings: Mapping[str, Any], trained: bool) -> str:
     """A hash of all settings that affect results.
 
     Left out are the run's folder, the cluster, the settings of learning in runs that do not train, and settings that were added
-    later, if they have the value that keeps the earlier behaviour. `critic.metrics` counts with its former value where it means
-    the same.
+    later, if they have the value that keeps the earlier behaviour. Of the trackers TensorBoard alone counts, as it always did.
+    `critic.metrics` counts with its former value where it means the same.
     """
     counted = {room: dict(values) for room, values in former.translate(settings).items()}
     counted["run"]["folder"] = None
+    counted["run"]["tensorboard"] = "tensorboard" in counted["run"].pop("trackers")
     counted.pop("cluster", None)
     critic, built_in = counted["critic"], ":" not in str(counted["env"]["name"])
     read = former.metrics(critic.get("metrics"))

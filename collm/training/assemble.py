@@ -32,6 +32,7 @@ from collm.models.trial import try_critic, try_team
 from collm.rollout.collector import Collector, LocalCollector
 from collm.rollout.plan import Plan
 from collm.runs.directory import usable_cores, with_absolute_data
+from collm.runs.trackers import check_installed
 from collm.settings.rooms import Config, EnvSettings
 from collm.training.heap import limit_heap
 from collm.training.task import check_fit, metric_names, num_tasks, plan_of, trained_agents, training_tasks
@@ -62,6 +63,7 @@ def prepare(config: Config) -> Config:
     Raises ConfigError for settings that cannot train, or a device that is not available.
     """
     config.check_trains()
+    check_installed(config.run.trackers)
     apart = config.cluster.address is not None
     threads, device = config.run.threads or usable_cores(), config.run.device if apart else resolve_device(config.run.device)
     torch.set_num_threads(threads)

@@ -75,7 +75,7 @@ def play(config: Config, folder: Path) -> None:
     if not (folder / "config.json").is_file():
         begin(folder, config)
     with lock(folder), explained(folder / "final"):
-        log = RunLog(folder, tensorboard=False)
+        log = RunLog(folder)
         log.episodes(0, result.episodes, suffix="-evaluation")
         log.metrics({"iteration": 0, "joint_actions": 0, "tokens/evaluation": result.tokens, **result.summary()})
         log.flush()

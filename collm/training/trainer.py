@@ -90,7 +90,7 @@ class Trainer:
             if self.changed:
                 write_config(self.folder, self.config)
             settings, every = self.config.run, self.config.evaluation.every
-            log = RunLog(self.folder, tensorboard=settings.tensorboard, resumed_at=self.iteration, pending=bool(self.pending))
+            log = RunLog(self.folder, trackers=settings.trackers, resumed_at=self.iteration, pending=bool(self.pending))
             self.alarms = Alarms(log.before)
             display = Display(settings.iterations, done=self.iteration, evaluate_every=every, quiet=self.quiet)
             display.say("learning rates: " + ", ".join(f"{name} {rate:g}" for name, rate in self.rates.items()))

@@ -328,7 +328,7 @@ def test_another_task_than_that_of_the_recipe_is_explained(capsys):
 
 
 def test_training_from_the_command_line_prints_the_last_line_as_json(capsys, tmp_path, recipe):
-    quick = ["--run.iterations", "1", "--rollout.tasks", "1", "--run.tensorboard", "false", "--evaluation.every", "0"]
+    quick = ["--run.iterations", "1", "--rollout.tasks", "1", "--run.trackers", "[]", "--evaluation.every", "0"]
     code = main(["train", recipe, *quick, "--run.name", "one", "--json"])
     out = capsys.readouterr().out
     assert code == 0

@@ -177,7 +177,7 @@ def command(folder: Path, *more: str) -> list[str]:
     settings = {
         "env.name": "agree", "env.turns": "1", "env.wording": "terse", "rollout.tasks": "2", "rollout.max_tokens": "3",
         "run.iterations": "4", "run.checkpoint_every": "1", "run.threads": "1", "run.device": "cpu", "evaluation.every": "0",
-        "run.folder": str(folder), "run.tensorboard": "false", "algorithm.name": "collm-cc",
+        "run.folder": str(folder), "run.trackers": "[]", "algorithm.name": "collm-cc",
     }  # fmt: skip
     recipe = folder / "recipe.toml"
     recipe.parent.mkdir(parents=True, exist_ok=True)

@@ -348,7 +348,7 @@ def test_json_on_the_wire_survives_any_text():
 def mixed_recipe(tmp_path, url: str, **algorithm):
     return parse_config(
         {
-            "run": {"name": "mixed", "folder": str(tmp_path), "iterations": 12, "threads": 1, "tensorboard": False},
+            "run": {"name": "mixed", "folder": str(tmp_path), "iterations": 12, "threads": 1, "trackers": []},
             "env": {"name": "agree"},
             "team": {"models": {"agent_0": url}},
             "rollout": {"tasks": 32, "max_tokens": 4},

@@ -229,7 +229,7 @@ def test_an_odd_environment_trains_resumes_and_is_evaluated(tmp_path: Path, caps
 
     recipe = tmp_path / "odd.toml"
     recipe.write_text(
-        '[run]\niterations = 2\nthreads = 1\ntensorboard = false\n[env]\nname = "test_gate:Sometimes"\n[rollout]\ntasks = 4\n'
+        '[run]\niterations = 2\nthreads = 1\ntrackers = []\n[env]\nname = "test_gate:Sometimes"\n[rollout]\ntasks = 4\n'
         "max_tokens = 1\n[evaluation]\nevery = 1\n"
     )
     words = ["train", str(recipe), "--run.folder", str(tmp_path), "--run.name", "odd"]

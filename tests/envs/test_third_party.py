@@ -38,7 +38,7 @@ def test_it_passes_the_check(capsys):
 
 def make_trainer(folder: Path, name: str, rounds: int = 2, body: str = "auto") -> Trainer:
     values = {
-        "run": {"iterations": 16, "threads": 1, "folder": str(folder), "tensorboard": False},
+        "run": {"iterations": 16, "threads": 1, "folder": str(folder), "trackers": []},
         "env": {"name": "harbour:Harbour", "rounds": rounds},
         "rollout": {"tasks": 10 if name == "magrpo" else 32, "max_tokens": 4},
         "algorithm": {"name": name},

@@ -50,7 +50,7 @@ def trainer_of(folder: Path, **rooms: dict[str, Any]) -> Trainer:
     rooms = {
         **rooms,
         "env": {"name": "agree", **rooms.get("env", {})},
-        "run": {"folder": str(folder), "threads": 1, "tensorboard": False},
+        "run": {"folder": str(folder), "threads": 1, "trackers": []},
         "algorithm": rooms.get("algorithm", GROUPS),
         "rollout": {"tasks": 3, "max_tokens": 6, **rooms.get("rollout", {})},
         "evaluation": {"every": 0},

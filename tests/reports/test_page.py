@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "folder": str(tmp_path_factory.mktemp("runs")),
             "iterations": 2,
             "threads": 1,
-            "tensorboard": False,
+            "trackers": [],
         },
         "env": {
             "name": "str_build",

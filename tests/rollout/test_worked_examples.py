@@ -41,7 +41,7 @@ COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 
 def config(folder: Path, **changes: dict[str, Any]) -> Any:
     values: dict[str, dict[str, Any]] = {
-        "run": {"name": "run", "folder": str(folder), "iterations": 2, "threads": 1, "device": "cpu", "tensorboard": False},
+        "run": {"name": "run", "folder": str(folder), "iterations": 2, "threads": 1, "device": "cpu", "trackers": []},
         "env": {"name": "worlds:Roles"},
         "rollout": {"tasks": 4, "max_tokens": 4, "examples": 2},
         "algorithm": {"name": "collm-cc"},

@@ -20,6 +20,7 @@ from collm.cli.main import main
 from collm.errors import ConfigError
 from collm.models.critic import Critic
 from collm.models.policy import Policy
+from collm.settings.former import translate
 from collm.training.trainer import Trainer
 
 
@@ -38,6 +39,12 @@ def test_it_opens(runs: Path) -> None:
     assert [record["iteration"] for record in run.metrics] == [0, 1, 2, 3, 4]
     assert len(list(run.episodes(evaluation=True))) == 3
     assert run.team().agents == ("agent_0", "agent_1")
+
+
+@pytest.mark.parametrize(("before", "now"), [(True, ["tensorboard"]), (False, [])])
+def test_tensorboard_is_one_of_the_trackers(before: bool, now: list[str]) -> None:
+    assert translate({"run": {"seed": 3, "tensorboard": before}}) == {"run": {"seed": 3, "trackers": now}}
+    assert translate({"run": {"seed": 3, "trackers": ["wandb"]}}) == {"run": {"seed": 3, "trackers": ["wandb"]}}
 
 
 def test_it_evaluates_and_exports(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

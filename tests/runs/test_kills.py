@@ -29,7 +29,7 @@ RECIPE = """
 iterations = 4
 threads = 1
 checkpoint_every = 2
-tensorboard = {tensorboard}
+trackers = {trackers}
 [env]
 name = "agree"
 wording = "terse"
@@ -50,10 +50,10 @@ temperature = 1.0
 lora = {lora}
 """
 VARIANTS = {
-    "plain": {"tensorboard": "false", "every": 0, "lora": '"none"'},
-    "LoRA": {"tensorboard": "false", "every": 0, "lora": "{ rank = 2 }"},
-    "evaluation": {"tensorboard": "false", "every": 1, "lora": '"none"'},
-    "TensorBoard": {"tensorboard": "true", "every": 0, "lora": '"none"'},
+    "plain": {"trackers": "[]", "every": 0, "lora": '"none"'},
+    "LoRA": {"trackers": "[]", "every": 0, "lora": "{ rank = 2 }"},
+    "evaluation": {"trackers": "[]", "every": 1, "lora": '"none"'},
+    "TensorBoard": {"trackers": '["tensorboard"]', "every": 0, "lora": '"none"'},
 }
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"}
 

@@ -23,7 +23,7 @@ from collm.training.trainer import Trainer
 from collm.types import Message, Sampling
 
 SETTINGS: dict[str, Any] = {
-    "run": {"name": "small", "iterations": 2, "threads": 1, "tensorboard": False, "checkpoint_every": 1},
+    "run": {"name": "small", "iterations": 2, "threads": 1, "trackers": [], "checkpoint_every": 1},
     "env": {"name": "str_build", "wording": "terse", "strings": ["IL", "CM", "LI"], "eval_strings": ["MI", "LC"], "turns": 2},
     "rollout": {"tasks": 3, "max_tokens": 16},
     "algorithm": {"name": "collm-cc"},

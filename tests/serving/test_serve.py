@@ -51,7 +51,7 @@ def run(tmp_path_factory) -> Path:
     config = parse_config(
         {
             "run": {"name": "run", "folder": str(tmp_path_factory.mktemp("runs")), "iterations": 2, "threads": 1,
-                    "tensorboard": False, "checkpoint_every": 1},
+                    "trackers": [], "checkpoint_every": 1},
             "env": {"name": "str_build", "wording": "terse", "world": "persistent", "turns": 3, "agents": 3,
                     "strings": ["HE", "WE"], "eval_strings": WORDS},
             "rollout": {"tasks": 2, "max_tokens": 20},

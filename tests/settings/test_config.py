@@ -104,7 +104,7 @@ def test_unknown_presets_are_refused_with_the_nearest_name():
         ("run__seed", -1, "0"),
         ("run__name", "../escape", "match"),
         ("run__name", "", "match"),
-        ("run__tensorboard", "perhaps", "bool"),
+        ("run__trackers", "perhaps", "'tensorboard'"),
         ("learner__lr", 0, "greater than 0"),
         ("learner__lr", float("nan"), "should be"),
         ("learner__lr", "fast", "number"),
@@ -361,6 +361,16 @@ def test_the_difference_baseline_goes_with_every_baseline(baseline, reads):
     )
     assert config.algorithm.teammates == "replay"
     assert config.algorithm.critic_kind == ("Q" if baseline == "counterfactual" else "V")
+
+
+def test_trackers_are_a_list_of_known_names():
+    def trackers(value):
+        return parse_config(rooms(run__trackers=value)).run.trackers
+
+    assert parse_config(ENV).run.trackers == ["tensorboard"]
+    assert trackers("wandb") == ["wandb"]
+    assert trackers([]) == []
+    assert "'mlflow'" in refused(rooms(run__trackers=["tensorboard", "mlflw"]))
 
 
 def test_there_are_at_most_71_settings():

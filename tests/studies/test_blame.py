@@ -110,7 +110,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "algorithm": {"name": "collm-cc"},
         "evaluation": {"every": 0},
     }
-    values["run"]["tensorboard"] = False
+    values["run"]["trackers"] = []
     return Trainer(parse_config(values), quiet=True).run()
 
 

@@ -40,7 +40,7 @@ two = 0.9
 [settings.run]
 iterations = 2
 threads = 1
-tensorboard = false
+trackers = []
 [settings.evaluation]
 every = 1
 [settings.rollout]
@@ -161,6 +161,16 @@ def test_cells_of_before_are_those_of_the_same_meaning_today() -> None:
     assert mark("collm-dc") != mark("collm-dc", metrics=True)
     assert mark("ac") != mark("ac", metrics=True)
     assert mark("collm-cc", "mine:Env") != mark("collm-cc", "mine:Env", metrics=True), "it may report no metrics"
+
+
+@pytest.mark.parametrize(("former", "now"), [(True, ["tensorboard"]), (False, [])])
+def test_runs_that_exist_keep_their_mark_and_trackers_do_not_change_it(former: bool, now: list[str]) -> None:
+    settings = parse_config({"env": {"name": "agree"}}).resolved()
+    run = {key: value for key, value in settings["run"].items() if key != "trackers"}
+    kept = digest({**settings, "run": {**run, "tensorboard": former}}, trained=True)
+    assert digest({**settings, "run": {**run, "trackers": now}}, trained=True) == kept
+    assert digest({**settings, "run": {**run, "trackers": [*now, "wandb", "mlflow"]}}, trained=True) == kept
+    assert digest({**settings, "run": {**run, "tensorboard": former, "seed": 9}}, trained=True) != kept
 
 
 def test_every_built_in_environment_reports_metrics() -> None:

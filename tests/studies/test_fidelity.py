@@ -115,7 +115,7 @@ def config(folder: Path, method: str):
     values = METHODS[method]
     return parse_config(
         {
-            "run": {"folder": str(folder), "name": method, "iterations": 2, "threads": 1, "tensorboard": False},
+            "run": {"folder": str(folder), "name": method, "iterations": 2, "threads": 1, "trackers": []},
             "env": {"name": "agree", "wording": "terse", "turns": 2},
             "rollout": {"tasks": 2, "max_tokens": 4},
             "learner": {"lr": 1e-3},
@@ -206,7 +206,7 @@ fidelity = 5
 [settings.run]
 iterations = 2
 threads = 1
-tensorboard = false
+trackers = []
 [settings.evaluation]
 every = 2
 [settings.rollout]

@@ -23,7 +23,7 @@ seeds = [0]
 [settings.run]
 iterations = 1
 threads = 1
-tensorboard = false
+trackers = []
 [settings.evaluation]
 every = 1
 [settings.rollout]

@@ -23,7 +23,7 @@ from collm.types import Completion, Episode, Turn
 
 WORDS = ["AN", "AT", "BE", "DO", "GO", "IN", "IT", "ON", "UP"]
 SETTINGS: dict[str, dict[str, Any]] = {
-    "run": {"name": "run", "iterations": 3, "threads": 1, "tensorboard": False, "checkpoint_every": 2},
+    "run": {"name": "run", "iterations": 3, "threads": 1, "trackers": [], "checkpoint_every": 2},
     "env": {"name": "str_build", "wording": "terse", "turns": 1, "strings": ["HE", "WE", "US"], "eval_strings": WORDS},
     "rollout": {"tasks": 3, "max_tokens": 24},
     "learner": {"lr": 1e-3},

@@ -32,7 +32,7 @@ RECIPE = """
 [run]
 threads = 1
 device = "cpu"
-tensorboard = false
+trackers = []
 iterations = 1
 [env]
 name = "worlds:Roles"

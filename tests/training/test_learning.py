@@ -28,7 +28,7 @@ MONTE_CARLO = ("magrpo", "marloo", "maremax", "mareinforce", "grpo")
 def make_trainer(folder: Path, name: str, agents: int, seed: int, **changes: dict[str, Any]) -> Trainer:
     """64 joint samples an iteration: 16 groups of 4, or 64 single episodes under a critic."""
     values: dict[str, dict[str, Any]] = {
-        "run": {"name": "run", "seed": seed, "iterations": 60, "threads": 1, "folder": str(folder), "tensorboard": False},
+        "run": {"name": "run", "seed": seed, "iterations": 60, "threads": 1, "folder": str(folder), "trackers": []},
         "env": {"name": "agree", "wording": "terse", "agents": agents},
         "rollout": {"tasks": 16 if name in MONTE_CARLO else 64, "max_tokens": 4},
         "algorithm": {"name": name},

@@ -29,7 +29,7 @@ BASELINE = {"name": "magrpo", "baseline": "outside:median"}
 
 def config_of(folder: Path, **changes: Any) -> Any:
     values = {
-        "run": {"name": "run", "folder": str(folder), "iterations": 3, "threads": 1, "tensorboard": False},
+        "run": {"name": "run", "folder": str(folder), "iterations": 3, "threads": 1, "trackers": []},
         "env": {"name": "agree", "wording": "terse"},
         "rollout": {"tasks": 8, "max_tokens": 4},
         "learner": {"lr": 1e-3},

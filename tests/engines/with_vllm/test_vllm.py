@@ -86,7 +86,7 @@ def agrees(engine: VllmEngine, team: Team) -> None:
 
 def trainer_of(folder: Path, team: Team | None, engine: VllmEngine | None, **rooms: dict[str, Any]) -> Trainer:
     values: dict[str, dict[str, Any]] = {
-        "run": {"name": "run", "iterations": 2, "threads": 1, "folder": str(folder), "tensorboard": False, "device": "cpu"},
+        "run": {"name": "run", "iterations": 2, "threads": 1, "folder": str(folder), "trackers": [], "device": "cpu"},
         "env": {"name": "agree", "wording": "terse"},
         "rollout": {"tasks": 16, "max_tokens": 4, "engine": "vllm", "vllm": SETTINGS.model_dump()},
         "learner": {"lr": 5e-4},
