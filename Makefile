@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
+export EXTRAS = import sys, tomllib; \
+  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+  print(*(extras[sys.argv[1]] if sys.argv[1:] else [f'--extra={name}' for name in extras if name != 'vllm']))
 
-.PHONY: demo test test-slow test-vllm test-clients fuzz bubblewrap tiny smollm2 clean help
+.PHONY: demo test test-slow test-vllm test-clients docs constraints fuzz bubblewrap tiny smollm2 clean help
 
 help:
 	@echo "make demo       install, train two tiny builders (at most 5 minutes), show before and after"
@@ -14,6 +17,8 @@ help:
 	@echo "make test-vllm  the vLLM engine, run on the CPU in an environment of its own (3.5 GB; 5 minutes)"
 	@echo "make test-clients  openai, litellm, langchain and lm-eval against a served agent, wandb, MLflow and Trackio in a run,"
 	@echo "                   in an environment of their own"
+	@echo "make docs       the site, in build/site, in an environment of its own (170 MB)"
+	@echo "make constraints  pin packages that pyproject.toml names and constraints.txt does not"
 	@echo "make tiny       make the tiny language model again, in build/tiny (about 35 minutes on one core)"
 	@echo "make smollm2    put SmolLM2-135M-Instruct, a pre-trained chat model, into build/smollm2 (2 minutes)"
 
@@ -67,6 +72,20 @@ test-vllm:
 
 test-clients: .venv-clients/made
 	OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest -m slow tests/serving/test_clients.py tests/runs/test_trackers.py -v -rs
+
+# mkdocs reads docstrings from source, so collm itself is not installed there.
+.venv-docs/made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -c constraints.txt $$($(PYTHON) -c "$$EXTRAS" docs)
+	@touch $@
+
+docs: .venv-docs/made
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+# Pins that fit stay as they are. vllm has other pins of its own (make test-vllm).
+constraints: $(BIN)/collm
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header $(UPGRADE) \
+	  $$($(PYTHON) -c "$$EXTRAS") pyproject.toml -o constraints.txt
 
 tiny: $(BIN)/collm
 	$(BIN)/python -m collm.tiny.workshop.pretrain build/tiny

