@@ -97,7 +97,7 @@ class Cluster:
         except BaseException as error:
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, (RuntimeError, OSError, ValueError, ray.exceptions.RayError)):
+            if isinstance(error, Exception):  # a plain Exception if a process of Ray's takes more than 30 s to start
                 raise ConfigError(f"cluster.address='local': Ray did not start: {_sentence(error)}") from error
             raise
         return cls(started=True, folder=folder)
