@@ -26,7 +26,7 @@ processes = 2
 iterations = 40
 threads = 1
 device = "cpu"
-tensorboard = false
+trackers = []
 checkpoint_every = 2
 [settings.evaluation]
 every = 20
