@@ -63,11 +63,10 @@ test-vllm:
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 .venv-vllm/bin/python -m pytest tests/engines/with_vllm -v
 
 # Clients and trackers that others use, in an environment of their own: some bring packages that transformers then loads at each
-# start, and Trackio wants an older pillow than our constraints name.
+# start.
 .venv-clients/made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-clients
-	grep -v '^pillow==' constraints.txt > .venv-clients/constraints.txt
-	.venv-clients/bin/python -m pip install --quiet -c .venv-clients/constraints.txt -e ".[dev,clients,trackers]"
+	.venv-clients/bin/python -m pip install --quiet -c constraints.txt -e ".[dev,clients,trackers]"
 	@touch $@
 
 test-clients: .venv-clients/made

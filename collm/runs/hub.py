@@ -47,7 +47,7 @@ def push(folder: Path, repo: str) -> str:
         made = api.create_repo(repo, private=True, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="collm export")
     except Exception as error:
-        again = f"The exported folder is complete; to try again: {command('hf', 'upload', repo, folder)}"
+        again = f"The exported folder is complete; to try again: {command('hf', 'upload', repo, folder, '--private')}"
         raise RunError(f"--push {repo!r} failed: {_reason(error)}. {again}") from error
     return str(made)
 

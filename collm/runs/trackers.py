@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from collm.errors import ConfigError
+from collm.errors import ConfigError, RunError
 from collm.runs.directory import read_file, read_settings
 from collm.runs.files import remove, write_text
 from collm.runs.output import complain
@@ -111,8 +111,7 @@ class MLflow:
         local = f"sqlite:///{folder.absolute() / 'mlflow.db'}"
         self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", local))
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        found = self.client.get_experiment_by_name(experiment)
-        place = found.experiment_id if found else self.client.create_experiment(experiment)
+        place = self._experiment(experiment)
         tag, value = "collm.run", run_id(folder)
         begun = self.client.search_runs([place], f"tags.`{tag}` = '{value}'")
         if begun:
@@ -124,6 +123,18 @@ class MLflow:
             self.client.log_batch(self.id, params=[Param(key, str(v)[:500]) for key, v in settings.items()])
         self.last = cache(self._last) if begun else lambda name: -1
 
+    def _experiment(self, name: str) -> str:
+        """The id of an experiment, which is made if there is none. Another run may make it at the same time."""
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self.client.create_experiment(name))
+            except Exception:
+                found = self.client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
+
     def _last(self, name: str) -> int:
         """The last step of a metric that the run has."""
         return max((metric.step for metric in self.client.get_metric_history(self.id, name)), default=-1)
@@ -132,7 +143,8 @@ class MLflow:
         now = int(1000 * time.time())
         allowed = {re.sub(r"[^\w\-./ :]", "_", name): value for name, value in numbers.items()}
         new = [self.metric(name, value, now, step) for name, value in allowed.items() if step > self.last(name)]
-        self.client.log_batch(self.id, metrics=new)
+        if new:
+            self.client.log_batch(self.id, metrics=new)
 
     def flush(self) -> None: ...
 
@@ -149,10 +161,11 @@ class Trackio:
     def __init__(self, folder: Path):
         before = os.environ.get("TRACKIO_DIR")
         os.environ["TRACKIO_DIR"] = before or str(folder.absolute() / "trackio")
-        import trackio
-
-        if before is None:
-            del os.environ["TRACKIO_DIR"]
+        try:
+            import trackio
+        finally:
+            if before is None:
+                del os.environ["TRACKIO_DIR"]
         with redirect_stdout(sys.stderr):  # standard output belongs to the command
             name = f"{folder.resolve().name}-{run_id(folder)}"
             self.api, self.run = trackio, trackio.init(PROJECT, name, config=read_settings(folder), resume="allow", embed=False)
@@ -185,10 +198,16 @@ def check_installed(names: Iterable[str]) -> None:
 
 
 def run_id(folder: Path) -> str:
-    """The run's id, which is made at its first use and kept in the run directory."""
+    """The run's id, which is made at its first use and kept in the run directory. Raises RunError for a file that holds none.
+
+    The id is part of names of folders that are removed.
+    """
     if not os.path.lexists(folder / ID):
         write_text(folder / ID, secrets.token_hex(4))
-    return read_file(folder / ID).decode()
+    found = read_file(folder / ID).decode(errors="replace")
+    if not re.fullmatch("[0-9a-f]{8}", found):
+        raise RunError(f"{str(folder / ID)!r} holds {found[:40]!r}, not eight hexadecimal digits. Remove it to get a new id.")
+    return found
 
 
 class Trackers:

@@ -58,8 +58,11 @@ def train(config: Config, folder: Path, judged: int) -> None:
                 f"run {str(folder)!r} is of the environment {found.env.name!r} (or of other code or servers), not of the "
                 f"recipe's {config.env.name!r}. Give the comparison another --folder."
             )
-        address = {"cluster.address": config.cluster.address or "none"}  # never one that the folder brings along
-        trainer = JudgedTrainer.resume(folder, overrides=address, quiet=True)
+        present = {  # never what the folder brings along
+            "cluster.address": config.cluster.address or "none",
+            "run.trackers": config.run.trackers,
+        }
+        trainer = JudgedTrainer.resume(folder, overrides=present, quiet=True)
     else:
         trainer = JudgedTrainer(config, quiet=True)
     trainer.judged = judged

@@ -168,7 +168,7 @@ def test_a_failed_upload_is_one_sentence_and_keeps_the_folder(
         upload(tmp_path / "out", "me/first")
     assert str(caught.value).startswith("--push 'me/first' failed: ")
     assert reason in str(caught.value)
-    assert f"hf upload me/first {tmp_path / 'out'}" in str(caught.value)
+    assert f"hf upload me/first {tmp_path / 'out'} --private" in str(caught.value)
 
 
 def test_what_cannot_be_pushed_is_refused_before_anything_is_written(

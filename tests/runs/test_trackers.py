@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from collm.cli.main import main
-from collm.errors import ConfigError
+from collm.errors import ConfigError, RunError
 from collm.runs import trackers
 from collm.runs.log import RunLog
 from collm.runs.trackers import check_installed, run_id
@@ -101,6 +102,38 @@ def test_the_id_of_a_run_is_kept(tmp_path: Path) -> None:
     assert run_id(tmp_path / "other") != first
 
 
+@pytest.mark.parametrize("found", ["x/../../../victim", "*", "", "0123456\n", "0123456789"])
+def test_an_id_that_another_wrote_is_refused(tmp_path: Path, found: str) -> None:
+    (tmp_path / trackers.ID).write_text(found)
+    with pytest.raises(RunError, match=r"tracker-id' holds .* not eight hexadecimal digits\. Remove it"):
+        run_id(tmp_path)
+
+
+def test_two_runs_may_make_the_experiment_at_once() -> None:
+    answers = [None, SimpleNamespace(experiment_id="7")]
+
+    def create(name: str) -> str:
+        raise ValueError("it exists")
+
+    asked = SimpleNamespace(get_experiment_by_name=lambda name: answers.pop(0), create_experiment=create)
+    run = object.__new__(trackers.MLflow)
+    run.client = asked
+    assert run._experiment("collm") == "7"
+    answers[:] = [None, None]
+    with pytest.raises(ValueError, match="it exists"):
+        run._experiment("collm")
+
+
+def test_steps_that_mlflow_has_are_not_sent() -> None:
+    sent: list[object] = []
+    run = object.__new__(trackers.MLflow)
+    run.id, run.metric, run.last = "1", (lambda *numbers: numbers), (lambda name: 3)
+    run.client = SimpleNamespace(log_batch=lambda *batch, **metrics: sent.append(metrics["metrics"]))
+    for step in (3, 4):
+        run.log(step, {"reward": 1.0})
+    assert [[metric[3] for metric in batch] for batch in sent] == [[4]]
+
+
 # --- real trackers, offline ----------------------------------------------------------------------------------------------
 
 
@@ -165,16 +198,27 @@ max_tokens = 4
 body = "none"
 """
 KILLED = """
-import os, signal, sys, time
+import os, signal, sqlite3, sys, time
+from contextlib import closing
 from collm.cli.main import main
 from collm.runs import checkpoint
 from collm.runs.log import RunLog
 checkpoint.Pace.due = False  # checkpoints after every second iteration alone
 metrics = RunLog.metrics
+def until(reached, log, seconds=60):
+    end = time.monotonic() + seconds
+    while not reached(log) and time.monotonic() < end:
+        time.sleep(0.1)
+def has_all(log):  # Trackio writes twice a second, in a thread
+    try:
+        with closing(sqlite3.connect(f"file:{log.folder / 'trackio' / 'collm.db'}?mode=ro", uri=True)) as data:
+            return data.execute("select max(step) from metrics").fetchone() == (3,)
+    except sqlite3.OperationalError:
+        return False
 def then_killed(log, record):
     metrics(log, record)
     if record["iteration"] == 3:
-        time.sleep(3)  # Trackio writes twice a second
+        until(has_all, log)
         os.kill(os.getpid(), signal.SIGKILL)
 RunLog.metrics = then_killed
 main(sys.argv[1:])
