@@ -6,6 +6,7 @@ import math
 import os
 import secrets
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from collm.cluster.places import Device
-from collm.cluster.start import Cluster, losses, only
+from collm.cluster.start import START, Cluster, losses, only
 from collm.errors import ConfigError, PartLost, RunError
 from collm.runs.directory import lock
 from collm.runs.processes import begin_module
 
 FREED = 60.0
 """Seconds that the process of a lost node has to save and to release its run directory."""
-INHERITED = ("OMP_NUM_THREADS", "PYTHONPATH")
-"""Environment variables that a command has as in the driver; Ray sets the first one for its own processes."""
+INHERITED = (
+    "OMP_NUM_THREADS", "PYTHONPATH",
+    "WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "TRACKIO_SPACE_ID",
+    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE",
+)  # fmt: skip
+"""Environment variables that a command has as in the driver; Ray sets the first one for its own processes. No secrets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,27 +44,29 @@ class Command:
     """(variable, value, or None for no such variable)."""
 
 
-def carry_out(command: Command, again: bool) -> int:
+def carry_out(command: Command) -> int:
     """Run a command on this node to its end. Returns its exit code. Interrupted, it sends SIGTERM and waits.
 
-    again: it was begun on another node before, whose process may still be saving.
+    The first line that it adds to the log shows the driver that it has begun. A process that was lost may still be saving.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # `ray.cancel`; Ray started in the background ignores SIGINT
-    os.chdir(command.folder)
-    if again:
-        _wait_until_free(command.run)
+    with command.log.open("a") as log:
+        log.write(f"collm: on {socket.gethostname()}\n")
+    _wait_until_free(command.run)
     environment = dict(os.environ)
     for name, value in command.environment:
         environment.pop(name, None)
         environment |= {} if value is None else {name: value}
-    process = begin_module(command.words, command.log, environment=environment)
+    process = None
     try:
+        process = begin_module(command.words, command.log, folder=command.folder, environment=environment)
         while process.poll() is None:
             time.sleep(0.1)
     finally:
-        process.terminate()
-        code = process.wait()
-    return code
+        if process is not None:
+            process.terminate()
+            process.wait()
+    return process.returncode
 
 
 def _wait_until_free(run: Path) -> None:
@@ -88,7 +95,7 @@ class Commands:
 
     def __init__(self, cluster: Cluster, devices: Sequence[Device], *, at_once: int, restarts: int, say: Callable[[str], None]):
         self.cluster, self.devices, self.restarts, self.say = cluster, devices, restarts, say
-        self.share = 1 / math.ceil(at_once / len(devices))
+        self.share = int(10_000 / math.ceil(at_once / len(devices))) / 10_000  # Ray rounds to four places, up as well
         self.running: list[PlacedCommand] = []
 
     @classmethod
@@ -97,7 +104,7 @@ class Commands:
 
         wanted: "cpu" for whole machines, else GPUs where there are any.
         """
-        cluster = Cluster.connect(address)
+        cluster = Cluster.connect(address, "compare.cluster")
         marker = folder / f".seen-{secrets.token_hex(8)}"
         try:
             devices = cluster.devices(wanted)
@@ -143,12 +150,13 @@ class PlacedCommand:
     def __init__(self, commands: Commands, command: Command):
         self.commands, self.command, self.left = commands, command, commands.restarts
         self.code: int | None = None
-        self._begin(commands.device(), again=False)
+        self.cancelled = False
+        self._begin(commands.device())
 
-    def _begin(self, device_number: int, *, again: bool) -> None:
+    def _begin(self, device_number: int) -> None:
         import ray
 
-        self.device = device_number
+        self.device, self.before, self.late = device_number, self._logged(), time.monotonic() + START
         device = self.commands.devices[self.device]
         self.reference = (
             ray.remote(carry_out)
@@ -158,21 +166,31 @@ class PlacedCommand:
                 max_retries=0,
                 scheduling_strategy=only(device.node),
             )
-            .remote(self.command, again)
+            .remote(self.command)
         )
 
     def poll(self) -> int | None:
         """Its exit code; None while it runs. A lost command is begun anew."""
         import ray
 
-        if self.code is not None or not ray.wait([self.reference], timeout=0)[0]:
+        if self.code is not None:
             return self.code
+        if not ray.wait([self.reference], timeout=0)[0]:
+            if time.monotonic() > self.late:
+                self.late = math.inf
+                if self._logged() == self.before:
+                    self.commands.say(f"{self.command.run} has not begun: its device is taken by other work of the cluster")
+            return None
         self.code = self._result()
         if self.code is None:
             self.left -= 1
             self.commands.say(f"the process of {self.command.run} was lost; it goes on elsewhere ({self.left} restarts left)")
-            self._begin(self.commands.device(lost=self.commands.devices[self.device].node), again=True)
+            self._begin(self.commands.device(lost=self.commands.devices[self.device].node))
         return self.code
+
+    def _logged(self) -> int:
+        """Bytes of its log."""
+        return self.command.log.stat().st_size if self.command.log.exists() else 0
 
     def _result(self) -> int | None:
         """The exit code of a command that has ended; None if it was lost and may be begun anew."""
@@ -192,8 +210,8 @@ class PlacedCommand:
     def terminate(self) -> None:
         import ray
 
-        if self.code is None:
-            self.left = 0
+        if self.code is None and not self.cancelled:  # a second interrupt would end the wait for its end
+            self.left, self.cancelled = 0, True
             ray.cancel(self.reference)
 
     def wait(self) -> int:

@@ -1,33 +1,37 @@
-"""A line when an iteration takes much longer than those before it. Without ray."""
+"""A line when a seat does not answer for much longer than an iteration takes. Without ray."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
-from threading import Timer
+from threading import Lock, Timer, current_thread
 
 from collm.runs.output import complain
 
 TIMES = 3
-"""An iteration is late after this many medians of the iterations before it."""
+"""A call of a seat is late after this many medians of the iterations before."""
 FEWEST = 3
 """Number of iterations before a median counts."""
 
+Asked = tuple[str, float]
+"""What a seat was asked for, and when, by `time.monotonic`."""
+
 
 class Heartbeat:
-    """Names what a late iteration waits for, once per iteration.
+    """Names the seats that do not answer, once per iteration.
 
     Args:
-        waiting: seat -> what it was asked for and has not answered; read when an iteration is late.
+        waiting: seat -> what it was asked for and has not answered; read from another thread.
         say: prints a line.
     """
 
-    def __init__(self, waiting: Mapping[str, str], say: Callable[[str], None] = complain):
+    def __init__(self, waiting: Mapping[str, Asked], say: Callable[[str], None] = complain):
         self.waiting, self.say = waiting, say
         self.begun: float | None = None
         self.seconds: list[float] = []
         self.timer: Timer | None = None
+        self.lock = Lock()
 
     def beat(self) -> None:
         """An iteration begins; the one before it has ended."""
@@ -38,17 +42,31 @@ class Heartbeat:
         self.begun = now
         if len(self.seconds) >= FEWEST:
             usual = median(self.seconds)
-            self.timer = Timer(TIMES * usual, self._late, [usual])
-            self.timer.daemon = True
-            self.timer.start()
+            self._after(TIMES * usual, usual)
 
     def stop(self) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
+        with self.lock:
+            if self.timer is not None:
+                self.timer.cancel()
+            self.timer = None
 
-    def _late(self, usual: float) -> None:
-        asked = ", ".join(f"{seat} ({what})" for seat, what in dict(self.waiting).items()) or "no seat"
+    def _after(self, seconds: float, usual: float) -> None:
+        self.timer = Timer(seconds, self._look, [usual])
+        self.timer.daemon = True
+        self.timer.start()
+
+    def _look(self, usual: float) -> None:
+        """Name the seats if the oldest call is late; otherwise look again when it would be."""
+        with self.lock:
+            if self.timer is not current_thread():
+                return  # stopped
+            waiting, now = dict(self.waiting), time.monotonic()
+            age = max((now - since for _, since in waiting.values()), default=0.0)
+            if age < TIMES * usual:
+                self._after(TIMES * usual - age, usual)
+                return
+        asked = ", ".join(f"{seat} ({what})" for seat, (what, _) in waiting.items())
         self.say(
-            f"collm: this iteration takes more than {TIMES} times as long as usual ({usual:.1f} s, a median); "
-            f"it waits for {asked}."
+            f"collm: no answer for more than {TIMES} times as long as an iteration usually takes ({usual:.1f} s, a median) "
+            f"from {asked}."
         )

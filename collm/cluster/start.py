@@ -12,11 +12,13 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
+from collm.cluster.heartbeat import Asked
 from collm.cluster.places import Device, Place
 from collm.cluster.seats import Failed, Machine, Seat, machine
 from collm.errors import ConfigError, EngineError, PartLost
@@ -48,39 +50,40 @@ class Cluster:
         self.started, self.folder = started, folder
         """Whether this object started or joined Ray, and its temporary folder."""
         self.actors: list[Any] = []
-        self.waiting: dict[str, str] = {}
-        """Seat -> what it was asked for last and has not answered."""
+        self.waiting: dict[str, Asked] = {}
+        """Seat -> what it was asked for last and has not answered, and since when (`time.monotonic`)."""
         atexit.register(self.close)
 
     @classmethod
-    def connect(cls, address: str) -> Self:
+    def connect(cls, address: str, setting: str = "cluster.address") -> Self:
         """Connect to "local" (a cluster that is started here), "auto" or HOST:PORT.
 
-        A process that is connected already stays so. Raises ConfigError where none answers.
+        A process that is connected already stays so. Raises ConfigError, which names the setting, where none answers.
         """
-        require_ray()
+        require_ray(setting)
         import ray
 
         if ray.is_initialized():
             return cls(started=False)
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         if address == "local":
-            return cls._start(quiet)
-        where = _running() if address == "auto" else address
-        _probe(where)
+            return cls._start(quiet, setting)
+        where = _running(setting) if address == "auto" else address
+        _probe(where, setting)
         _read_environment()
         try:
             page = ray.init(address=where, **quiet).dashboard_url
         except (RuntimeError, ConnectionError, ValueError, ray.exceptions.RayError) as error:
-            raise ConfigError(f"cluster.address={address!r}: {_sentence(error)}") from error
+            raise ConfigError(f"{setting}={address!r}: {_sentence(error)}") from error
         if page:
             complain(f"Ray's dashboard: http://{page}")
         return cls(started=True)
 
     @classmethod
-    def _start(cls, quiet: Mapping[str, Any]) -> Self:
+    def _start(cls, quiet: Mapping[str, Any], setting: str) -> Self:
         import ray
 
+        store = _shared_memory(setting)
         folder = Path(tempfile.mkdtemp(prefix="collm-ray-", dir="/tmp"))  # sockets are there: their paths must be short
         try:
             with _environment({**SETTINGS, "RAY_AUTH_TOKEN": _TOKEN}):
@@ -89,7 +92,7 @@ class Cluster:
                     address="local",
                     num_cpus=1,  # processes that Ray starts in advance; seats take none
                     include_dashboard=False,
-                    object_store_memory=_shared_memory(),
+                    object_store_memory=store,
                     _node_ip_address="127.0.0.1",
                     _temp_dir=str(folder),
                     **quiet,
@@ -98,7 +101,7 @@ class Cluster:
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, Exception):  # a plain Exception if a process of Ray's takes more than 30 s to start
-                raise ConfigError(f"cluster.address='local': Ray did not start: {_sentence(error)}") from error
+                raise ConfigError(f"{setting}='local': Ray did not start: {_sentence(error)}") from error
             raise
         return cls(started=True, folder=folder)
 
@@ -192,7 +195,7 @@ class Cluster:
 class RaySeat:
     """A seat in a Ray actor."""
 
-    def __init__(self, actor: Any, name: str, waiting: dict[str, str]):
+    def __init__(self, actor: Any, name: str, waiting: dict[str, Asked]):
         self.actor, self.name, self.waiting, self.begun = actor, name, waiting, False
 
     def ask(self, method: str, *arguments: Any) -> Callable[[], Any]:
@@ -200,7 +203,7 @@ class RaySeat:
         if not self.begun:
             self._begin()
         reference = self.actor.ask.remote(method, *arguments)
-        self.waiting[self.name] = str(arguments[0]) if method == "parts" else method
+        self.waiting[self.name] = (str(arguments[0]) if method == "parts" else method, time.monotonic())
         return lambda: self._result(reference, method)
 
     def _begin(self) -> None:
@@ -269,17 +272,17 @@ def only(node: str) -> Any:
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
-def require_ray() -> None:
+def require_ray(setting: str) -> None:
     """Raises ConfigError if the package is missing."""
     found = importlib.util.find_spec("ray")
     if found is None or found.origin is None:  # without an origin it is only a folder with this name
         raise ConfigError(
-            "cluster.address needs the package ray, which is not installed. Install the extra `cluster` "
-            "(pip install 'collm[cluster]'), or set cluster.address='none'."
+            f"{setting} needs the package ray, which is not installed. Install the extra `cluster` "
+            f"(pip install 'collm[cluster]'), or set {setting}='none'."
         )
 
 
-def _running() -> str:
+def _running(setting: str) -> str:
     """HOST:PORT of the Ray cluster that this machine belongs to, or that RAY_ADDRESS names. Raises ConfigError."""
     from ray._private.services import canonicalize_bootstrap_address
 
@@ -287,32 +290,31 @@ def _running() -> str:
         found = canonicalize_bootstrap_address("auto")
     except (ConnectionError, ValueError) as error:
         raise ConfigError(
-            "cluster.address='auto': no Ray cluster runs here, and RAY_ADDRESS names none. Start one with `ray start --head`, "
-            "or set cluster.address='local'."
+            f"{setting}='auto': no Ray cluster runs here, and RAY_ADDRESS names none. Start one with `ray start --head`, or "
+            f"set {setting}='local'."
         ) from error
     return str(found)
 
 
-def _probe(address: str) -> None:
+def _probe(address: str, setting: str) -> None:
     """Raises ConfigError where an address accepts no connection."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE).close()
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            f"no Ray cluster answers at {address} ({error}). Start one there with `ray start --head`, or set "
-            "cluster.address='local'."
+            f"no Ray cluster answers at {address} ({error}). Start one there with `ray start --head`, or set {setting}='local'."
         ) from error
 
 
-def _shared_memory() -> int:
+def _shared_memory(setting: str) -> int:
     """Bytes of the store for what travels. Raises ConfigError where there is too little."""
     shared = Path("/dev/shm")
     free = shutil.disk_usage(shared).free if sys.platform == "linux" and shared.is_dir() else STORE
     if free < 2 * LEAST_STORE:
         raise ConfigError(
-            f"cluster.address='local' needs {2 * LEAST_STORE >> 20} MiB of shared memory, and /dev/shm has {free >> 20} MiB "
-            "free. Make it larger (docker run --shm-size 2g), or set cluster.address='none'."
+            f"{setting}='local' needs {2 * LEAST_STORE >> 20} MiB of shared memory, and /dev/shm has {free >> 20} MiB free. "
+            f"Make it larger (docker run --shm-size 2g), or set {setting}='none'."
         )
     return max(LEAST_STORE, min(STORE, free // 2))
 

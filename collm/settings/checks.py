@@ -200,13 +200,17 @@ ADDRESS = r"^(local|auto|([\w.-]+|\[[\da-fA-F:]+\]):\d{1,5})$"
 """What the address of a cluster looks like."""
 
 
-def cluster_has_an_address(c: Config) -> None:
-    address = c.cluster.address
+def is_address(address: str | None, setting: str) -> None:
+    """Raises ValueError for what cannot be the address of a cluster."""
     if address is not None and not re.fullmatch(ADDRESS, address):
         raise ValueError(
-            f"cluster.address={address!r} is not the address of a Ray cluster. Set 'local', 'auto', or HOST:PORT as "
+            f"{setting}={address!r} is not the address of a Ray cluster. Set 'local', 'auto', or HOST:PORT as "
             "`ray start --head` prints it."
         )
+
+
+def cluster_has_an_address(c: Config) -> None:
+    is_address(c.cluster.address, "cluster.address")
 
 
 def models_fit_on_one_device(c: Config) -> None:

@@ -15,7 +15,7 @@ from collm.runs.directory import read_file
 from collm.runs.files import refuse_links, replacing
 from collm.runs.output import complain
 from collm.studies.grid import Grid, Study, read_grid, write_results
-from collm.studies.jobs import Begin, StudyJob, begin_here, run_jobs
+from collm.studies.jobs import SEEN, Begin, StudyJob, begin_here, run_jobs
 from collm.studies.recipe import read_plan
 from collm.studies.result import RESULTS
 
@@ -60,7 +60,12 @@ def compare(
             shutil.copyfile(source, aside)
     with _places(todo, say) as begin:
         failed = run_jobs(
-            todo.waiting, todo.workers, begin=begin, after_each=lambda: write_results(todo.study, todo.folder), say=say
+            todo.waiting,
+            todo.workers,
+            begin=begin,
+            patience=0 if todo.cluster is None else SEEN,
+            after_each=lambda: write_results(todo.study, todo.folder),
+            say=say,
         )
     failure = _failure(failed, todo.waiting) if failed else ""
     if failure and not read_grid(todo.study, todo.folder / RESULTS).results:
@@ -77,7 +82,8 @@ def _places(todo: Schedule, say: Callable[[str], None]) -> Iterator[Begin]:
     from collm.cluster.commands import Commands
 
     configs = [job.config for job in todo.waiting]
-    device = "cpu" if all(config.run.device == "cpu" for config in configs) else "auto"
+    kinds = {config.run.device.partition(":")[0] for config in configs}
+    device = "cuda" if "cuda" in kinds else "cpu" if kinds == {"cpu"} else "auto"
     restarts = min(config.cluster.restarts for config in configs)
     with closing(
         Commands.connect(todo.cluster, device, todo.folder, at_once=todo.workers, restarts=restarts, say=say)

@@ -90,6 +90,9 @@ def digest(settings: Mapping[str, Any], trained: bool) -> str:
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:16]
 
 
+SEEN = 60.0
+"""Seconds after which a network file system shows what another machine wrote."""
+
 Begin = Callable[[Sequence[str], Path, Path], Running]
 """Begins `python -m WORDS`, which works in a run directory, with a file for its output: (WORDS, directory, file)."""
 
@@ -104,14 +107,16 @@ def run_jobs(
     workers: int,
     *,
     begin: Begin = begin_here,
+    patience: float = 0,
     after_each: Callable[[], Any],
     say: Callable[[str], None] = lambda text: None,
 ) -> list[StudyJob]:
     """Run the jobs, `workers` at a time, and return those that failed.
 
-    after_each: called after the end of each run. say: called with each line of progress. Raises RunError after a signal.
+    patience: seconds until the folder `final` of a run that has ended with exit code 0 is seen here. after_each: called after
+    the end of each run. say: called with each line of progress. Raises RunError after a signal.
     """
-    started, done = time.monotonic(), 0
+    started, done, ended = time.monotonic(), 0, dict[Running, float]()
     failed: list[StudyJob] = []
     running: dict[Running, StudyJob] = {}
     queue = list(jobs)
@@ -122,6 +127,9 @@ def run_jobs(
                 running[begin(_words(job), job.cell.folder, job.log)] = job
             time.sleep(0.05)
             for process in [p for p in running if p.poll() is not None]:
+                ended.setdefault(process, time.monotonic())
+                if not process.poll() and not running[process].cell.finished and time.monotonic() - ended[process] < patience:
+                    continue
                 job = running.pop(process)
                 done += 1
                 if process.poll() or not job.cell.finished:

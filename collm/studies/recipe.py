@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from collm.errors import ConfigError
-from collm.settings.checks import ADDRESS, CRITIC_ONLY
+from collm.settings.checks import CRITIC_ONLY, is_address
 from collm.settings.load import apply_overrides, parse_config
 from collm.settings.presets import ALGORITHMS, CRITIC_BASELINES
 from collm.settings.rooms import OFF, Config
@@ -50,7 +50,7 @@ class StudySettings(BaseModel):
     """Learning rates, for agents and critics, with which every trained method runs; default: those of the task's recipe."""
     processes: int = Field(1, ge=1)
     """Number of runs at the same time."""
-    cluster: Annotated[str | None, OFF] = Field(None, pattern=ADDRESS)
+    cluster: Annotated[str | None, OFF] = None
     """Ray cluster on whose nodes runs are placed: "local", "auto" or HOST:PORT; "none": processes of this machine."""
     against: str | None = None
     """The method that the others are compared with, seed by seed; default: the last of `methods`."""
@@ -87,6 +87,10 @@ def read_plan(recipe: Path, folder: Path, overrides: Mapping[str, Any] | None = 
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{recipe}: compare.{name}: {first['msg'][0].lower()}{first['msg'][1:]}.") from error
+    try:
+        is_address(plan.cluster, "compare.cluster")
+    except ValueError as error:
+        raise ConfigError(f"{recipe}: {error}") from error
     tasks, methods = values.get("tasks") or {}, values.get("methods") or {}
     if not tasks:
         raise ConfigError(f"{recipe} names no task: write [tasks.NAME] with recipe = '...' or env = {{name = '...'}}.")

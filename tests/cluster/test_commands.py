@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import _thread
-import os
+import math
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -12,11 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from collm.cluster.commands import Command, Commands, carry_out, sees
+from collm.cluster.commands import Command, Commands, PlacedCommand, carry_out, sees
 from collm.cluster.places import Device
 from collm.errors import ConfigError, PartLost
 from collm.runs.directory import lock
+from collm.studies.compare import compare
 from collm.studies.recipe import read_plan
+
+HERE = f"collm: on {socket.gethostname()}\n"
 
 
 def command(folder: Path, *words: str, **environment: str | None) -> Command:
@@ -25,10 +29,9 @@ def command(folder: Path, *words: str, **environment: str | None) -> Command:
 
 @pytest.fixture(autouse=True)
 def _here():
-    """The folder and the handler of this process, which a command changes."""
-    before, handler = Path.cwd(), signal.getsignal(signal.SIGINT)
+    """The handler of this process, which a command changes."""
+    handler = signal.getsignal(signal.SIGINT)
     yield
-    os.chdir(before)
     signal.signal(signal.SIGINT, handler)
 
 
@@ -36,8 +39,9 @@ def test_a_command_works_in_its_folder_with_its_environment_and_log(tmp_path, mo
     monkeypatch.setenv("ONE", "dropped")
     (tmp_path / "probe.py").write_text("import os; print(os.environ.get('ONE'), os.environ.get('TWO')); raise SystemExit(3)")
     (tmp_path / "run.log").write_text("before\n")
-    assert carry_out(command(tmp_path, "probe", ONE=None, TWO="kept"), again=False) == 3
-    assert (tmp_path / "run.log").read_text() == "before\nNone kept\n"
+    assert carry_out(command(tmp_path, "probe", ONE=None, TWO="kept")) == 3
+    assert (tmp_path / "run.log").read_text() == f"before\n{HERE}None kept\n"
+    assert Path.cwd() != tmp_path
 
 
 def test_an_interrupted_command_gets_sigterm(tmp_path):
@@ -54,8 +58,8 @@ def test_an_interrupted_command_gets_sigterm(tmp_path):
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        carry_out(command(tmp_path, "probe"), again=False)
-    assert (tmp_path / "run.log").read_text() == "saved\n"
+        carry_out(command(tmp_path, "probe"))
+    assert (tmp_path / "run.log").read_text() == f"{HERE}saved\n"
 
 
 def test_a_second_process_waits_until_the_first_has_released_the_run(tmp_path):
@@ -71,8 +75,8 @@ def test_a_second_process_waits_until_the_first_has_released_the_run(tmp_path):
 
     threading.Thread(target=hold, daemon=True).start()
     held.wait()
-    assert carry_out(command(tmp_path, "probe"), again=True) == 0
-    assert (tmp_path / "run.log").read_text() == "True\n"
+    assert carry_out(command(tmp_path, "probe")) == 0
+    assert (tmp_path / "run.log").read_text() == f"{HERE}True\n"
 
 
 def commands(*nodes: str, alive: str, at_once: int = 2) -> Commands:
@@ -92,9 +96,57 @@ def test_the_emptiest_device_of_a_living_node_is_taken():
         commands("a", "b", alive="c").device()
 
 
-@pytest.mark.parametrize(("at_once", "share"), [(1, 1), (2, 1), (3, 1 / 2), (5, 1 / 3)])
+@pytest.mark.parametrize(
+    ("at_once", "share"), [(1, 1), (2, 1), (3, 0.5), (5, 0.3333), (12, 0.1666), (13, 0.1428), (30, 0.0666)]
+)
 def test_gpus_are_shared_by_as_many_runs_as_there_are(at_once, share):
-    assert commands("a", "a", alive="a", at_once=at_once).share == share
+    found = commands("a", "a", alive="a", at_once=at_once).share
+    assert found == share
+    assert math.ceil(at_once / 2) * round(found, 4) <= 1  # as Ray rounds it
+
+
+def test_what_is_no_secret_goes_to_the_nodes(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setattr("collm.cluster.commands.PlacedCommand", lambda commands, command: command)
+    found = dict(commands("a", alive="a").begin(["x"], tmp_path, tmp_path / "log").environment)
+    assert found["WANDB_MODE"] == "online"
+    assert "secret" not in found.values()
+
+
+def test_a_command_whose_device_is_taken_is_named_once(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="ray is not installed")
+    monkeypatch.setattr("ray.wait", lambda references, timeout: ([], references))
+    cancelled, said = [], []
+    monkeypatch.setattr("ray.cancel", cancelled.append)
+    for begun in (False, True):
+        one = object.__new__(PlacedCommand)
+        one.commands, one.command, one.code = SimpleNamespace(say=said.append), command(tmp_path), None
+        one.before, one.late, one.reference, one.cancelled = one._logged(), time.monotonic() + 60, "it", False
+        if begun:
+            one.command.log.write_text(HERE)
+        assert one.poll() is None
+        one.late = 0.0
+        assert [one.poll(), one.poll()] == [None, None]
+        assert said == [f"{tmp_path / 'run'} has not begun: its device is taken by other work of the cluster"]
+    one.terminate()
+    one.terminate()  # a second interrupt would end the wait of `carry_out`
+    assert cancelled == ["it"]
+
+
+def test_a_study_for_gpus_is_refused_on_a_cluster_without(tmp_path, monkeypatch):
+    recipe, wanted = tmp_path / "small.toml", []
+    recipe.write_text(RECIPE)
+
+    def connect(address, device, folder, **how):
+        wanted.append(device)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(Commands, "connect", connect)
+    for device in ("cpu", "auto", "cuda", "cuda:1"):
+        with pytest.raises(ConfigError, match="enough"):
+            compare(recipe, folder=tmp_path / "study", overrides={"run.device": device}, quiet=True)
+    assert wanted == ["cpu", "auto", "cuda", "cuda"]
 
 
 def test_a_node_sees_what_is_on_its_disk(tmp_path):
@@ -121,7 +173,9 @@ def test_the_cluster_of_a_study(tmp_path):
     assert (plain.cluster, placed.cluster) == (None, "auto")
     assert [job.cell for job in jobs] == [job.cell for job in others]  # where runs are placed is no other study
     for wrong in ("10.0.0.1", "http://10.0.0.1:6379", "local\n"):
-        with pytest.raises(ConfigError, match=r"compare\.cluster"):
+        with pytest.raises(
+            ConfigError, match=r"compare\.cluster=.* is not the address of a Ray cluster\. Set 'local', 'auto', or HOST:PORT"
+        ):
             read_plan(recipe, tmp_path, {"compare.cluster": wrong})
     with pytest.raises(ConfigError, match=r"compare\.cluster places whole runs on nodes.*Leave one of them out"):
         read_plan(recipe, tmp_path, {"cluster.address": "local"})

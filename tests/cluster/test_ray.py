@@ -140,7 +140,7 @@ def test_an_address_that_swallows_connections_is_refused_in_time():
             one.connect_ex(full.getsockname())
         begun = time.monotonic()
         with pytest.raises(ConfigError, match="no Ray cluster answers"):
-            start._probe(f"127.0.0.1:{full.getsockname()[1]}")
+            start._probe(f"127.0.0.1:{full.getsockname()[1]}", "cluster.address")
         assert time.monotonic() - begun < 5
         for one in waiting:
             one.close()
@@ -148,15 +148,20 @@ def test_an_address_that_swallows_connections_is_refused_in_time():
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"Install the extra `cluster`"):
-        Cluster.connect("local")
+    with pytest.raises(ConfigError, match=r"^compare\.cluster needs .*Install the extra `cluster`.*compare\.cluster='none'"):
+        Cluster.connect("local", "compare.cluster")
 
 
-def test_too_little_shared_memory_is_one_sentence(monkeypatch):
+def test_too_little_shared_memory_is_one_sentence_about_the_setting(monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     usage = type("Usage", (), {"free": 64 << 20})
     monkeypatch.setattr(start.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ConfigError, match=r"/dev/shm has 64 MiB free\. Make it larger"):
-        start._shared_memory()
+    for setting in ("cluster.address", "compare.cluster"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"^{setting}='local' needs \d+ MiB .*/dev/shm has 64 MiB free\. Make it larger.* {setting}='none'",
+        ):
+            Cluster.connect("local", setting)
 
 
 @pytest.mark.parametrize("what", ["Python", "torch", "collm's source"])
