@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,17 +34,17 @@ def model_card(run: Run, agent: str, checkpoint: str, *, adapter: bool = False) 
     """
     weights, _ = find_weights(run.folder, checkpoint)
     config = read_config(run.folder)
-    done = 0 if weights is None else config.run.iterations if weights.name == "final" else int(weights.name)
+    done = _iterations(run, weights)
     task, algorithm = config.env.name, config.algorithm.name
     base = _public(config.team.models.get(agent, config.team.model))
-    before, results = _results(run, 0), _results(run, done)
+    before, results = _results(run, 0), {} if done is None else _results(run, done)
     team = saved_agents(weights, shared=config.team.shared) if weights else ()
     facts = {
         "task": f"`{task}`",
         "team": ", ".join(f"`{name}`" for name in team),
         "algorithm": f"`{algorithm}`",
         "seed": str(config.run.seed),
-        "iterations": f"{done} of {config.run.iterations}",
+        "iterations": "" if done is None else f"{done} of {config.run.iterations}",
         "initial model": f"`{base}`" if base else "",
     }
     lines = [f"| {name} | {fact} |" for name, fact in facts.items() if fact]
@@ -69,6 +68,19 @@ def model_card(run: Run, agent: str, checkpoint: str, *, adapter: bool = False) 
             "The chat template makes its prompts; chats in `examples.jsonl`, if there are any, precede every history.\n",
         ]
     )
+
+
+def _iterations(run: Run, weights: Path | None) -> int | None:
+    """Number of iterations before weights were saved. None for final ones if the run does not end with the planned iteration:
+    it was extended since, or did not train."""
+    if weights is None:
+        return 0
+    if weights.name != "final":
+        return int(weights.name)
+    with suppress(RunError):
+        if run.metrics and run.metrics[-1]["iteration"] == run.planned:
+            return run.planned
+    return None
 
 
 def _header(agent: str, task: str, algorithm: str, base: str, results: dict[str, Interval], adapter: bool) -> str:
@@ -111,5 +123,11 @@ def _table(before: dict[str, Interval], results: dict[str, Interval]) -> list[st
 
 
 def _public(model: str) -> str:
-    """The name of a model on a hub, or "" for one that only this machine has."""
-    return model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists() else ""
+    """The name of a model that came from the hub, or "" for any other, such as a folder of the machine that trained."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if "/" in model and not Path(model).exists():
+        with suppress(HFValidationError):
+            return model if isinstance(try_to_load_from_cache(model, "config.json"), str) else ""
+    return ""

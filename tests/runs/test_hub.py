@@ -22,7 +22,7 @@ import yaml
 
 from collm.cli.main import main
 from collm.errors import RunError
-from collm.reports.card import card_of
+from collm.reports.card import _public, card_of
 from collm.runs.hub import push as upload
 
 COMMIT = "0" * 40
@@ -120,6 +120,27 @@ def test_a_card_has_task_algorithm_seed_results_and_how_to_serve(run: Path, tmp_
     (tmp_path / "out" / "README.md").write_text("my own words\n")
     assert main(["export", str(tmp_path / "out"), str(tmp_path / "again"), "--agent", "agent_1"]) == 0
     assert (tmp_path / "again" / "README.md").read_text() == "my own words\n"
+
+
+def test_a_run_that_was_extended_and_has_not_ended_has_no_number_of_iterations(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    settings = json.loads((copy / "config.json").read_text())
+    settings["run"]["iterations"] = 8
+    (copy / "config.json").write_text(json.dumps(settings))
+    text = card_of(copy, "agent_0", "final")
+    assert "| iterations |" not in text
+    assert "no held-out evaluation of these weights" in text
+
+
+def test_a_base_is_named_if_it_came_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--owner--name"
+    for folder in (repo / "refs", repo / "snapshots" / COMMIT):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    (repo / "snapshots" / COMMIT / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert [_public(model) for model in ("owner/name", "build/smollm2", "tiny", "a/..")] == ["owner/name", "", "", ""]
 
 
 def test_intervals_are_over_the_tasks_of_that_evaluation(run: Path, tmp_path: Path) -> None:
