@@ -23,6 +23,8 @@ UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 1 << 20, "mib": 1 << 2
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0 if the recipe fits, 1 if it does not."""
     config = load_config(arguments.recipe or demo_recipe(), arguments.overrides)
+    if arguments.cluster and config.run.device != "cpu":  # whatever this machine has
+        config = config.model_copy(update={"run": config.run.model_copy(update={"device": "cuda"})})
     limit = read_size(arguments.memory) if arguments.memory else device_memory(config.run.device)
     if arguments.cluster:
         from collm.cli.plan_cluster import show

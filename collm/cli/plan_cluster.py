@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
 from collm.cli.plan import gib, words
 from collm.errors import ConfigError
+from collm.planning.advise import SAME
 from collm.planning.memory import Plan
 from collm.reports.screen import Screen
 from collm.settings.rooms import Config
@@ -53,10 +55,10 @@ def show(config: Config, limit: int | None, arguments: argparse.Namespace) -> in
         more = f", {each:.2f} with a device for each unit" if len(found.devices) < len(found.plans) else ""
         said.append(f"Iterations are {here:.2f} times as fast as on one device{more} ({ARITHMETIC}).")
     if fewer:
-        said.append(f"Fewest devices: {words(fewer[0])} (then {len(fewer[1].devices)}).")
+        said.append(f"Fewest devices: {words(fewer[0])} (then {len(fewer[1].devices)}{_changes(fewer[0])}).")
     if shorter:
         times = found.duration / shorter[1].duration
-        said.append(f"Shortest iteration: {words(shorter[0])} (then {times:.2f} times as fast as now; it changes results).")
+        said.append(f"Shortest iteration: {words(shorter[0])} (then {times:.2f} times as fast as now{_changes(shorter[0])}).")
     if arguments.json:
         print(json.dumps(plain))
         return 0 if found.devices else 1
@@ -65,6 +67,10 @@ def show(config: Config, limit: int | None, arguments: argparse.Namespace) -> in
         console.print(_table(f"device {number}", {name: found.plans[name] for name in units}, limit))
     console.print("", *said, sep="\n", soft_wrap=True)
     return 0 if found.devices else 1
+
+
+def _changes(settings: Mapping[str, Any]) -> str:
+    return "" if settings.keys() <= SAME else "; it changes results"
 
 
 def _devices(number: int, limit: int) -> str:

@@ -11,7 +11,7 @@ from collm.errors import ConfigError
 from collm.models.blueprint import Blueprint
 from collm.planning.advise import advise, remedies, with_settings
 from collm.planning.apart import Costs, apart, costs, iteration
-from collm.planning.memory import Plan
+from collm.planning.memory import GIB, Plan
 from collm.planning.work import Work, work_of
 from collm.settings.rooms import Config
 
@@ -55,7 +55,8 @@ class Outlook:
 
 
 def outlook(config: Config, limit: int, work: Work | None = None) -> Outlook:
-    """The outlook of a recipe on devices of `limit` bytes. Raises ConfigError where a model's shape is unknown."""
+    """The outlook of a recipe on devices of `limit` bytes. Raises ConfigError where a model's shape is unknown, or
+    `cluster.devices` puts more on a device than it holds."""
     work = work or work_of(config)
     blueprint = Blueprint.of(config, work.agents)
     plans = dict(zip((unit.name for unit in blueprint.units), apart(config, work), strict=True))
@@ -64,7 +65,16 @@ def outlook(config: Config, limit: int, work: Work | None = None) -> Outlook:
         return Outlook(plans, ())
     devices = [Device(str(number), "cuda", limit) for number in range(fewest(needs, device))]
     found = place(needs, devices)
-    return Outlook(plans, tuple(tuple(unit for unit in plans if found[unit].device == one) for one in devices))
+    placed = tuple(tuple(unit for unit in plans if found[unit].device == one) for one in devices)
+    shares = {need.unit: need.share for need in needs if need.share is not None}
+    for units in placed:
+        if (size := sum(plans[unit].peak for unit in units)) > limit:
+            named = ", ".join(f"{unit} {shares[unit]:g}" for unit in units if unit in shares)
+            raise ConfigError(
+                f"cluster.devices ({named}) puts {' and '.join(units)} on one device, which need {size / GIB:.1f} of its "
+                f"{limit / GIB:.1f} GiB. Name larger shares, or leave them out to place units by their memory."
+            )
+    return Outlook(plans, placed)
 
 
 def way_out(config: Config, limit: int) -> Settings | None:
@@ -78,7 +88,8 @@ Change = tuple[Settings, Outlook]
 
 def helpful(config: Config, limit: int, now: Outlook) -> tuple[Change | None, Change | None]:
     """The single setting with which a run needs the fewest devices, and that with which its iterations are shortest, each with
-    its outlook; None where no setting helps (by a twentieth, for time)."""
+    its outlook; None where no setting helps (by a twentieth, for time). Of those that need as few devices, the first of
+    `remedies`."""
     found = []
     for overrides in _candidates(config, max(now.plans.values(), key=lambda one: one.peak).work):
         try:
@@ -90,7 +101,7 @@ def helpful(config: Config, limit: int, now: Outlook) -> tuple[Change | None, Ch
     fewer = [(setting, other) for setting, other in found if len(other.devices) < len(now.devices)]
     shorter = [(setting, other) for setting, other in found if other.duration < 0.95 * now.duration]
     return (
-        min(fewer, key=lambda one: (len(one[1].devices), one[1].duration), default=None),
+        min(fewer, key=lambda one: len(one[1].devices), default=None),
         min(shorter, key=lambda one: one[1].duration, default=None),
     )
 

@@ -139,7 +139,8 @@ def _fill(
 
 
 def fewest(needs: Sequence[Need], device: Device, beside: Sequence[Device] = ()) -> int:
-    """The smallest number of devices like this one that hold all units, beside others. Each unit must fit on one."""
+    """The number of devices like this one, beside others, on which first-fit, the largest unit first, puts all units. Each unit
+    must fit on one."""
     number = 0
     while _packed(needs, [*beside, *[device] * number]) is None:
         number += 1

@@ -11,9 +11,12 @@ from collm.planning.work import Work, work_of
 from collm.settings.load import apply_overrides, parse_config
 from collm.settings.rooms import Config
 
+SAME = {"learner.micro_batch_tokens", "rollout.batch_tokens", "learner.gradient_checkpointing"}
+"""Settings that change memory and time but not results."""
+
 
 def remedies(config: Config, longest: int) -> Iterator[dict[str, Any]]:
-    """Settings that lower the peak, the smallest change first. The first ones change memory and time but not results."""
+    """Settings that lower the peak, the smallest change first. Those of `SAME` come first."""
     tokens = config.learner.micro_batch_tokens
     while tokens // 2 >= longest:
         tokens //= 2

@@ -37,7 +37,9 @@ def costs(found: Plan) -> Costs:
     return {
         "generation": generated,
         "values": sum(passes.read * size for passes, size in counted),
-        "update": sum(passes.learned * size * (1 + backward[passes.model.name] + again) for passes, size in counted),
+        "update": sum(
+            size * (passes.referred + passes.learned * (1 + backward[passes.model.name] + again)) for passes, size in counted
+        ),
     }
 
 

@@ -70,6 +70,8 @@ class Passes:
     """Number of forward passes alone."""
     learned: float
     """Number of forward and backward passes."""
+    referred: float = 0
+    """Number of forward passes of the reference policy; they read no tokens more."""
 
 
 @dataclass(slots=True)
@@ -193,8 +195,11 @@ def plan(config: Config, work: Work | None = None, blueprint: Blueprint | None =
         phases.append(_update(config, model, longest, work.answer))
     written = max(4 * model.trained for model in models)
     phases.append(Phase("saving a checkpoint", {"a copy of one model's weights": written}))
+    epochs, headed = config.algorithm.epochs, {critic.policy for critic in blueprint.critics if critic.body == "policy"}
     passes = [
-        Passes(model, _tokens(rows[agent]), 0, config.algorithm.epochs) for policy, model in policies for agent in policy.agents
+        Passes(model, _tokens(rows[agent]), int(policy.name in headed), epochs, epochs * (policy.name in referred))
+        for policy, model in policies
+        for agent in policy.agents
     ]
     for critic, model in critics:  # each reads once before the update
         passes.append(Passes(model, _tokens(read[critic.name]), 1, _times_learned(config, work, critic)))

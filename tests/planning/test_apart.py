@@ -81,6 +81,19 @@ def test_frozen_bases_have_a_cheaper_backward_pass() -> None:
     assert costs(again)["update"] == 6 * unit.passes[0].model.products * tokens
 
 
+def test_value_heads_read_once_more_and_references_at_every_epoch() -> None:
+    again = {"algorithm__epochs": 2, "algorithm__loss": "ppo_clip", "algorithm__kl_coef": 0.1}
+    config = config_of(run__device="cpu", learner__gradient_checkpointing=False, **again)
+    agent, _, critic = apart(config, work())
+    size = 2 * agent.passes[0].model.products * agent.passes[0].tokens
+    assert costs(agent)["update"] == 2 * (3 + 1) * size
+    assert critic.passes[0].referred == 0
+    config = config_of(run__device="cpu", learner__gradient_checkpointing=False, critic__body="policy", critic__reads="own")
+    (head, _) = apart(config, work())
+    assert costs(head)["values"] == 2 * head.passes[0].model.products * head.passes[0].tokens
+    assert head.passes[0].referred == 0
+
+
 def test_units_read_what_one_process_reads() -> None:
     config = config_of(critic__epochs=3, algorithm__kl_coef=0.1)
     assert sum(found.update_tokens for found in apart(config, work())) == plan(config, work()).update_tokens
@@ -96,9 +109,14 @@ def test_the_paper_team_needs_three_devices_where_one_is_refused(capsys: pytest.
         assert "3 devices of 74.51 GiB are needed." in said
         assert [f"device {n}" in said for n in (1, 2, 3, 4)] == [True, True, True, False]
         assert "by arithmetic" in said
-        assert "Fewest devices: --team.lora.rank 16 (then 1)." in said
-    assert main([*words, "--cluster", "--json"]) == 0
-    plain = json.loads(capsys.readouterr().out)
+        assert "Fewest devices: --team.lora.rank 16 (then 1; it changes results)." in said
+    plans = []
+    for device in ("auto", "cuda"):  # whether this machine has a GPU does not matter
+        assert main(["plan", str(PAPER), "--memory", "80GB", "--run.device", device, "--cluster", "--json"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    plain = plans[0]
+    assert plain == plans[1]
+    assert round(sum(unit["peak_bytes"] for unit in plain["units"].values()) / 3 / GIB) == 72  # docs/planning.md
     assert sorted(plain["devices"]) == [["builder_0"], ["builder_1"], ["critic"]]
     assert plain["bound"]["phase"] == "generation"
     assert 1.9 < plain["speed_up_by_arithmetic"] == plain["speed_up_with_a_device_each"] <= 3
@@ -108,12 +126,34 @@ def test_a_unit_larger_than_a_device_is_refused_with_a_setting_that_fits(capsys:
     words = ["plan", str(PAPER), "--cluster", "--memory", "40GB"]
     assert main(words) == 1
     said = capsys.readouterr().out
-    assert "builder_1 needs 70.85 GiB and does not fit on a device of 37.25 GiB. Each unit fits with --" in said
+    assert "builder_1 needs 71.69 GiB and does not fit on a device of 37.25 GiB. Each unit fits with --" in said
     more = said.split("Each unit fits with ")[1].split("\n")[0].split()
     assert main([*words, *more]) == 0
     capsys.readouterr()
     assert main([*words, "--measure"]) == 2
     assert "--cluster plans by arithmetic alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("memory", "shares", "reason"),
+    [
+        ("80GB", "{critic = 0.5, builder_0 = 0.5}", "(builder_0 0.5, critic 0.5) puts builder_0 and critic on one device"),
+        ("40GB", "{critic = 1, builder_0 = 1, builder_1 = 0.9}", "(builder_0 1) puts builder_0 on one device"),
+    ],
+)
+def test_shares_that_put_too_much_on_a_device_are_refused(
+    capsys: pytest.CaptureFixture[str], memory: str, shares: str, reason: str
+) -> None:
+    assert main(["plan", str(PAPER), "--cluster", "--memory", memory, "--cluster.devices", shares]) == 2
+    assert f"cluster.devices {reason}" in capsys.readouterr().err
+
+
+def test_of_settings_that_need_as_few_devices_one_that_keeps_results_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--cluster", "--memory", "40GiB", "--team.model", "Qwen/Qwen3-0.6B", "--learner.gradient_checkpointing", "false"]
+    assert main(["plan", str(PAPER), *words, "--learner.micro_batch_tokens", "32768"]) == 0
+    said = capsys.readouterr().out
+    assert "2 devices of 40.00 GiB are needed." in said
+    assert "Fewest devices: --learner.gradient_checkpointing true (then 1)." in said  # adapters would be faster
 
 
 def test_small_units_share_a_device() -> None:
