@@ -131,7 +131,7 @@ def test_a_browser_steps_through_an_episode_without_an_error(run: Run, tmp_path:
     light = browser.read(ground)
     browser.read("document.getElementById('theme').click()")
     assert browser.read(ground) != light
-    assert browser.call("/se/log", {"type": "browser"}) == []
+    assert browser.console() == []
     picture = base64.b64decode(browser.call("/screenshot", method="GET"))
     assert picture.startswith(b"\x89PNG")
     (tmp_path / "page.png").write_bytes(picture)
