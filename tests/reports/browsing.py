@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +99,6 @@ def wait_for(url: str, *, seconds: float = 60) -> None:
         try:
             urllib.request.urlopen(url, timeout=seconds).close()
             return
-        except urllib.error.URLError:
+        except OSError:
             assert time.monotonic() < end, f"{url} does not answer"
             time.sleep(0.1)
