@@ -18,7 +18,10 @@ REAL = ROOT / "docs" / "results" / "real"
 
 
 @pytest.mark.parametrize("size", ["0.6B", "1.7B", "4B"])
-def test_memory_is_what_the_plan_says(size: str) -> None:
+def test_memory_is_what_the_plan_says(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))  # as on a machine without the model, whose tokenizer would be used
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+
     def planned(**more: object) -> tuple[float, float]:
         """GiB on one device, and on the widest device with one unit on each."""
         overrides = {"team.model": f"Qwen/Qwen3-{size}", "run.device": "cuda", **more}
