@@ -18,7 +18,10 @@ REAL = ROOT / "docs" / "results" / "real"
 
 
 @pytest.mark.parametrize("size", ["0.6B", "1.7B", "4B"])
-def test_memory_is_what_the_plan_says(size: str) -> None:
+def test_memory_is_what_the_plan_says(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))  # as on a machine without the model, whose tokenizer would be used
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+
     def planned(**more: object) -> tuple[float, float]:
         """GiB on one device, and on the widest device with one unit on each."""
         overrides = {"team.model": f"Qwen/Qwen3-{size}", "run.device": "cuda", **more}
@@ -52,10 +55,22 @@ def test_texts_are_those_of_the_run() -> None:
         assert turn["first"][0].split("\n")[0] in README
 
 
+def test_means_are_those_of_the_grid() -> None:
+    methods = json.loads((REAL / "quote" / "results.json").read_text())["tasks"]["quote"]["methods"]
+    before, after = (methods[name]["reward"]["mean"] for name in ("parallel", "collm-cc"))
+    assert f"five seeds is {before:.3f} before and {after:.3f} after" in README
+    hour = json.loads((REAL / "first-hour.json").read_text())
+    assert 10.5 < hour["wall_seconds"] / 60 < 11.5
+    assert "eleven minutes" in README
+    assert "(11 minutes on one core)" in README
+
+
 def test_numbers_beside_comlrl_are_those_of_the_benchmark() -> None:
     sides = json.loads((REAL / "comlrl.json").read_text())["sides"]
     rates = [f"{sides[side]['joint_actions_per_cpu_second']:.2f}" for side in ("collm", "comlrl")]
     assert "{} joint actions per CPU second instead of {}".format(*rates) in README
+    times = sides["collm"]["joint_actions_per_cpu_second"] / sides["comlrl"]["joint_actions_per_cpu_second"]
+    assert f"{times:.1f} times as many joint actions per CPU second as comlrl" in README
     rewards = [sides[side]["after"]["reward"] for side in ("collm", "comlrl")]
     shown = ["{mean:.3f} [{low:.3f}, {high:.3f}]".format(**reward) for reward in rewards]
     before = sides["collm"]["before"]["reward"]["mean"]

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +23,9 @@ from places import ROOT
 from servers import free_port
 
 from collm.cli.main import make_parser, split_overrides
-from collm.settings.load import describe
+from collm.errors import ConfigError
+from collm.settings.load import describe, load_config
+from collm.studies.recipe import read_plan
 
 DOCS = ROOT / "docs"
 LINK = re.compile(r"!?\[[^\]\n]*\]\(([^)\s]+)\)")
@@ -132,14 +136,48 @@ def test_every_command_is_one_that_the_parser_takes():
     assert len(commands()) >= 60
 
 
-def run_page(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a page in an empty folder, with free ports in place of 8000 and 8001."""
+def read_recipes(page: Path, folder: Path) -> list[str]:
+    """Read the recipes and studies among a page's blocks as collm does, and return their names."""
+    read = []
+    for block in blocks(page):
+        if block.language == "toml" and (kind := tomllib.loads(block.text).keys() & {"env", "compare"}):
+            recipe = folder / (block.file or "block.toml")
+            recipe.write_text(block.text)
+            read_plan(recipe, folder / "runs") if "compare" in kind else load_config(recipe)
+            read.append(recipe.name)
+    return read
+
+
+def test_every_recipe_and_study_has_settings_that_there_are(tmp_path):
+    (tmp_path / "tiny").symlink_to(ROOT / "recipes" / "tiny")
+    read = []
+    for number, page in enumerate(PAGES):
+        (folder := tmp_path / str(number)).mkdir()
+        read += read_recipes(page, folder)
+    assert len(read) >= 9
+    page = tmp_path / "page.md"
+    page.write_text('```toml\n[env]\nname = "agree"\n\n[rollout]\nremoved = 1\n```\n')
+    with pytest.raises(ConfigError, match=r"rollout\.removed"):
+        read_recipes(page, tmp_path)
+
+
+def run_page(page: Path, folder: Path, *, seconds: float = 1200) -> subprocess.CompletedProcess[str]:
+    """Run a page in an empty folder, with free ports in place of 8000 and 8001. What it started ends with it."""
     session = script(page)
     for port in ("8000", "8001"):
         session = re.sub(rf"\b{port}\b", str(free_port()), session)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     variables = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(["bash", "-c", session], cwd=folder, env=variables, capture_output=True, text=True, timeout=1200)
+    command, pipe = ["bash", "-c", session], subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=folder, env=variables, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, errors = process.communicate(timeout=seconds)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
 @pytest.mark.slow
@@ -176,3 +214,13 @@ def test_a_page_stops_at_its_first_failure(tmp_path, text, code):
     page = tmp_path / "page.md"
     page.write_text(text)
     assert run_page(page, tmp_path).returncode == code
+
+
+def test_a_page_that_takes_too_long_ends_with_all_that_it_started(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```sh\n(sleep 3 && touch late) &\ntouch begun\nsleep 60\n```\n")
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_page(page, tmp_path, seconds=2)
+    assert (tmp_path / "begun").exists()
+    time.sleep(2)
+    assert not (tmp_path / "late").exists()

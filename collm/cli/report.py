@@ -63,7 +63,11 @@ def watch(folders: list[Path], arguments: argparse.Namespace) -> int:
     """Serve the report page until Ctrl-C."""
     if arguments.json:
         raise ConfigError("--json prints one object, and --watch follows runs; leave one out.")
-    with suppress(KeyboardInterrupt), Server(Live(folders), arguments.port or 0) as server:
+    live = Live(folders)
+    with suppress(KeyboardInterrupt), Server(live, arguments.port or 0) as server:
+        for run in live.changes(0)["runs"]:
+            if run["trouble"]:
+                Screen().print(run["trouble"], soft_wrap=True)
         Screen().print(f"Following {', '.join(map(str, folders))} until Ctrl-C: {server.url}", soft_wrap=True)
         server.serve_forever()
     print("The report has stopped.", flush=True)

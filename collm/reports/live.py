@@ -70,14 +70,17 @@ class Live:
             return {"version": self.version, "runs": runs, **_after(self._page, since)}
 
     def _look(self) -> None:
-        """Read the runs whose files have changed. A run that cannot be read keeps its data and has the reason as `trouble`."""
+        """Read the runs whose files have changed. A run that cannot be read keeps its data, has the reason as `trouble`,
+        and is read again at the next look."""
         began = time.monotonic()
         for number, folder in enumerate(self.folders):
             if _stamp(folder) != self._stamps[number]:
                 try:
                     self._read(number)
-                except (RunError, OSError) as error:
-                    self._keep(self._runs[number], {"trouble": str(error)})
+                except Exception as error:
+                    self._stamps[number] = None
+                    trouble = str(error) if isinstance(error, RunError) else f"{folder} cannot be shown: {error!r}"
+                    self._keep(self._runs[number], {"trouble": trouble})
         ended = time.monotonic()
         self._rest_until = ended + (ended - began) * (1 / SHARE - 1)
 

@@ -88,7 +88,7 @@ def run_data(name: str, run: Run, colour: str) -> Record:
         }
         for curves in (explained_by_turn(run), ceiling_by_turn(run))
     )
-    alarms = recorded(run.metrics)
+    alarms, (sets, newest) = recorded(run.metrics), _episode_sets(run)
     rows, labels, notes = _compared(run)
     return {
         "name": name,
@@ -106,7 +106,8 @@ def run_data(name: str, run: Run, colour: str) -> Record:
         "training": thin([list(point) for point in training]),
         "explained": explained,
         "ceiling": ceiling,
-        "sets": _episode_sets(run),
+        "sets": sets,
+        "newest": newest,
     }
 
 
@@ -136,16 +137,18 @@ def _shown(found: Interval) -> list[float | None]:
     return [found.mean if math.isfinite(found.mean) else None, found.low, found.high]
 
 
-def _episode_sets(run: Run) -> list[Record]:
-    """Episodes of the first and the last held-out evaluation and of the first and the last recorded training iteration."""
-    wanted = []
+def _episode_sets(run: Run) -> tuple[list[Record], str]:
+    """Episodes of the first and the last held-out evaluation and of the first and the last recorded training iteration, and the
+    name of the newest of these sets, or ""."""
+    wanted: list[tuple[int, str, Path]] = []
     for name, found in (
         ("held-out, after {} iterations", run.evaluations()),
         ("training, iteration {}", run.training_episodes()),
     ):
         ends = sorted({*list(found)[:1], *list(found)[-1:]}, reverse=True)
-        wanted += [(name.format(number), found[number]) for number in ends]
-    return [{"name": name, "episodes": pick(with_blame(read_episodes(path)))} for name, path in wanted]
+        wanted += [(number, name.format(number), found[number]) for number in ends]
+    sets = [{"name": name, "episodes": pick(with_blame(read_episodes(path)))} for _, name, path in wanted]
+    return sets, max(wanted, key=lambda found: found[0])[1] if wanted else ""
 
 
 def with_blame(episodes: Sequence[Record]) -> list[Record]:

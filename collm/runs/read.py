@@ -96,11 +96,14 @@ def recorded_episode(record: Record, examples: Iterable[Example] = ()) -> Episod
 
 def read_evaluation(path: Path) -> list[Record]:
     """The held-out episodes that were played to their end, one record each. Raises RunError where there is none."""
-    episodes = read_episodes(path)
-    played = [episode for episode in episodes if not episode["failure"] and episode["score"] is not None]
-    if not played:
+    if not (found := played(read_episodes(path))):
         raise RunError(f"{str(path)!r} holds no held-out episode that was played to its end; see `failure` in it.")
-    return played
+    return found
+
+
+def played(episodes: Iterable[Record]) -> list[Record]:
+    """The episodes that were played to their end."""
+    return [episode for episode in episodes if not episode["failure"] and episode["score"] is not None]
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from collm.runs.open import Run
-from collm.runs.read import Record, read_evaluation
+from collm.runs.read import Record, played, read_episodes
 from collm.studies.intervals import Interval, by_task, interval
 
 REWARD = "reward"
@@ -84,8 +84,11 @@ def _by_turn(run: Run, what: str) -> Curves:
 
 
 def held_out_curve(run: Run) -> tuple[list[int], list[Interval]]:
-    """(joint actions done at each held-out evaluation, reward of each evaluation over distinct tasks)."""
+    """(joint actions done at each held-out evaluation, reward of each evaluation over distinct tasks).
+
+    An evaluation without an episode that was played to its end is left out. Raises RunError where a file is damaged.
+    """
     done = {record["iteration"]: record["joint_actions"] for record in run.metrics}
-    evaluations = {i: path for i, path in run.evaluations().items() if i in done}
-    rewards = [interval(list(scores(read_evaluation(path))[REWARD].values())) for path in evaluations.values()]
-    return [done[i] for i in evaluations], rewards
+    evaluations = {i: played(read_episodes(path)) for i, path in run.evaluations().items() if i in done}
+    rewards = {i: interval(list(scores(found)[REWARD].values())) for i, found in evaluations.items() if found}
+    return [done[i] for i in rewards], list(rewards.values())

@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,12 +27,13 @@ class Browser:
                 "--headless=new",
                 "--no-sandbox",
                 "--disable-gpu",
+                "--disable-dev-shm-usage",
                 "--disable-background-networking",
                 "--window-size=1200,1600",
             ]
         }
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        self.url += "/" + self.call("", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+        self.url += "/" + self.call("", {"capabilities": {"alwaysMatch": wanted}}, seconds=180)["sessionId"]
 
     def call(self, path: str, body: dict[str, Any] | None = None, method: str = "POST", *, seconds: float = 60) -> Any:
         data = None if method in ("GET", "DELETE") else json.dumps(body or {}).encode()
@@ -60,6 +60,10 @@ class Browser:
             assert time.monotonic() < end, f"{script} is {found!r} and not {wanted!r}"
             time.sleep(0.1)
 
+    def console(self) -> list[Any]:
+        """The messages of the browser's console since the last call."""
+        return self.call("/se/log", {"type": "browser"})
+
     def memory(self) -> dict[str, int]:
         """What the page holds after a garbage collection: bytes of the JavaScript heap, documents, DOM nodes and listeners."""
         self._devtools("HeapProfiler.collectGarbage")
@@ -80,15 +84,21 @@ def opened() -> Iterator[Browser]:
         port = free.getsockname()[1]
     with subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            for _ in range(100):
-                try:
-                    found = Browser(port)
-                    break
-                except urllib.error.URLError:
-                    time.sleep(0.1)
-            else:
-                raise AssertionError("chromedriver did not answer within ten seconds")
+            wait_for(f"http://127.0.0.1:{port}/status")
+            found = Browser(port)
             yield found
             found.call("", method="DELETE")
         finally:
             process.terminate()
+
+
+def wait_for(url: str, *, seconds: float = 60) -> None:
+    """Wait until a server answers."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=seconds).close()
+            return
+        except OSError:
+            assert time.monotonic() < end, f"{url} does not answer"
+            time.sleep(0.1)

@@ -9,6 +9,14 @@ from browsing import Browser, opened
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def chromium() -> Iterator[Browser]:
     with opened() as found:
         yield found
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Browser:
+    """The browser at an empty page, without messages of the test before."""
+    chromium.call("/url", {"url": "about:blank"})
+    chromium.console()
+    return chromium
