@@ -21,12 +21,13 @@ from collm.runs.processes import begin_module
 
 FREED = 60.0
 """Seconds that the process of a lost node has to save and to release its run directory."""
-INHERITED = (
-    "OMP_NUM_THREADS", "PYTHONPATH",
+INHERITED = ("OMP_NUM_THREADS", "PYTHONPATH")
+"""Environment variables that a command has as in the driver; Ray sets the first one for its own processes."""
+PASSED = (
     "WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "TRACKIO_SPACE_ID",
     "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE",
 )  # fmt: skip
-"""Environment variables that a command has as in the driver; Ray sets the first one for its own processes. No secrets."""
+"""Those that replace a node's own where the driver has them; none is a secret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ class Commands:
 
     def begin(self, words: Sequence[str], run: Path, log: Path) -> PlacedCommand:
         """Begin `python -m WORDS` on the emptiest device."""
-        environment = tuple((name, os.environ.get(name)) for name in INHERITED)
+        environment = tuple((name, os.environ.get(name)) for name in (*INHERITED, *(os.environ.keys() & PASSED)))
         command = Command(tuple(words), run.absolute(), log.absolute(), Path.cwd(), environment)
         self.running.append(PlacedCommand(self, command))
         return self.running[-1]

@@ -108,9 +108,11 @@ def test_gpus_are_shared_by_as_many_runs_as_there_are(at_once, share):
 def test_what_is_no_secret_goes_to_the_nodes(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("collm.cluster.commands.PlacedCommand", lambda commands, command: command)
     found = dict(commands("a", alive="a").begin(["x"], tmp_path, tmp_path / "log").environment)
     assert found["WANDB_MODE"] == "online"
+    assert "HF_HUB_OFFLINE" not in found  # a node's own stays
     assert "secret" not in found.values()
 
 
