@@ -8,8 +8,10 @@ import runpy
 from pathlib import Path
 
 import pytest
+from pages import blocks
 from places import ROOT
 
+from collm.planning.apart import apart
 from collm.planning.memory import GIB, plan
 from collm.settings.load import load_config
 
@@ -27,11 +29,10 @@ def test_memory_is_what_the_plan_says(size: str, tmp_path: Path, monkeypatch: py
         overrides = {"team.model": f"Qwen/Qwen3-{size}", "run.device": "cuda", **more}
         config = load_config(ROOT / "recipes" / "paper" / "str_build" / "collm-cc-paper.toml", overrides)
         whole = plan(config)
-        alone = [plan(config, whole.work, whole.blueprint.alone(unit)).peak for unit in whole.blueprint.units]
-        return whole.peak / GIB, max(alone) / GIB
+        return whole.peak / GIB, max(found.peak for found in apart(config, whole.work)) / GIB
 
-    (one, apart), (adapters, _) = planned(), planned(**{"team.lora.rank": 16})
-    assert f"| {size} | {one:.1f} | {apart:.1f} | {adapters:.1f} |" in README
+    (one, widest), (adapters, _) = planned(), planned(**{"team.lora.rank": 16})
+    assert f"| {size} | {one:.1f} | {widest:.1f} | {adapters:.1f} |" in README
 
 
 def test_the_curve_is_drawn_from_the_grids(tmp_path: Path) -> None:
@@ -85,9 +86,8 @@ def test_the_demonstration_is_a_run_of_it() -> None:
 
 
 def test_the_python_of_the_first_screen_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = re.search(r"From Python:\n\n```python\n(.*?)```", README, re.DOTALL)
-    assert code is not None
+    code = next(block.text for block in blocks(ROOT / "README.md") if block.language == "python")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    exec(compile(code[1], "README.md", "exec"), {})
+    exec(compile(code, "README.md", "exec"), {})
     assert {path.name for path in (tmp_path / "exported").iterdir()} == {"agent_0", "agent_1"}

@@ -60,7 +60,7 @@ def outlook(config: Config, limit: int, work: Work | None = None) -> Outlook:
     work = work or work_of(config)
     blueprint = Blueprint.of(config, work.agents)
     plans = dict(zip((unit.name for unit in blueprint.units), apart(config, work), strict=True))
-    needs, device = needs_of(config, blueprint, work), Device("", "cuda", limit)
+    needs, device = needs_of(config, blueprint, plans), Device("", "cuda", limit)
     if any(need.on(device) > 1 for need in needs):
         return Outlook(plans, ())
     devices = [Device(str(number), "cuda", limit) for number in range(fewest(needs, device))]
@@ -91,7 +91,7 @@ def helpful(config: Config, limit: int, now: Outlook) -> tuple[Change | None, Ch
     its outlook; None where no setting helps (by a twentieth, for time). Of those that need as few devices, the first of
     `remedies`."""
     found = []
-    for overrides in _candidates(config, max(now.plans.values(), key=lambda one: one.peak).work):
+    for overrides in _candidates(config, next(iter(now.plans.values())).work):
         try:
             other = outlook(with_settings(config, overrides), limit)
         except ConfigError:

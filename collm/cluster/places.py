@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from collm.errors import ConfigError
 from collm.models.blueprint import Blueprint
-from collm.planning.memory import GIB, plan
-from collm.planning.work import Work, work_of
+from collm.planning.memory import GIB, Plan, plan
+from collm.planning.work import work_of
 from collm.settings.rooms import Config
 
 
@@ -60,22 +60,18 @@ class Place:
         return config.model_copy(update={"run": run, "rollout": rollout})
 
 
-def needs_of(config: Config, blueprint: Blueprint, work: Work | None = None) -> list[Need]:
+def needs_of(config: Config, blueprint: Blueprint, plans: Mapping[str, Plan] | None = None) -> list[Need]:
     """The needs of a blueprint's units, in order. Memory is unknown for a model whose shape planning does not know.
 
-    work: that of the config, if it is known already.
-
-    Raises ConfigError where `cluster.devices` names no unit.
+    plans: those of the units by name, if they are known already. Raises ConfigError where `cluster.devices` names no unit.
     """
     named = dict(config.cluster.devices)
-    needs, work = [], work or _work(config)
+    needs, plans = [], _plans(config, blueprint) if plans is None else plans
     for unit in blueprint.units:
         names = [agent for policy in unit.policies for agent in policy.agents] or ["critic"]
         shares = [config.cluster.devices[name] for name in names if name in config.cluster.devices]
         named = {name: share for name, share in named.items() if name not in names}
-        memory = 0
-        with suppress(ConfigError):
-            memory = 0 if work is None else round(plan(config, work, blueprint.alone(unit)).peak)
+        memory = round(plans[unit.name].peak) if unit.name in plans else 0
         needs.append(Need(unit.name, memory, max(shares, default=None)))
     if named:
         known = sorted({need.unit.rpartition("/")[2] for need in needs})
@@ -86,11 +82,15 @@ def needs_of(config: Config, blueprint: Blueprint, work: Work | None = None) -> 
     return needs
 
 
-def _work(config: Config) -> Work | None:
-    """What the models read and write; None for models that planning does not know."""
+def _plans(config: Config, blueprint: Blueprint) -> dict[str, Plan]:
+    """Unit -> its plan, of those whose models planning knows."""
+    plans = {}
     with suppress(ConfigError):
-        return work_of(config)
-    return None
+        work = work_of(config)
+        for unit in blueprint.units:
+            with suppress(ConfigError):
+                plans[unit.name] = plan(config, work, blueprint.alone(unit))
+    return plans
 
 
 def place(needs: Sequence[Need], devices: Sequence[Device]) -> dict[str, Place]:

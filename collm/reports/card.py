@@ -10,11 +10,9 @@ from collm.reports.tables import held_out, spread
 from collm.runs.directory import read_config
 from collm.runs.open import Run, open_run
 from collm.runs.read import read_evaluation
-from collm.runs.weights import find_weights, saved_agents
+from collm.runs.weights import CARD, find_weights, saved_agents
 from collm.studies.intervals import Interval, interval
 from collm.studies.series import REWARD, scores
-
-CARD = "README.md"
 
 
 def card_of(source: Path, agent: str, checkpoint: str, *, adapter: bool = False) -> str:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # torch is loaded where a model is
     from collm.models.team import Team
 
 EMPTY: Mapping[str, str] = {}
+CARD = "README.md"
+"""File of an exported folder: its model card."""
 
 
 def find_weights(run: Path, which: str) -> tuple[Path | None, str]:
@@ -215,7 +217,7 @@ def export_team(
 def _write(policy: Policy, folder: Path, examples: Sequence[Example], merged: bool, card: str) -> None:
     folder.mkdir()
     if card:
-        write_text(folder / "README.md", card)
+        write_text(folder / CARD, card)
     write_examples(folder, examples)
     if merged and policy.adapter is not None:
         _merge(policy, folder)

@@ -196,13 +196,9 @@ def histogram_has_its_own_scale(c: Config) -> None:
         )
 
 
-ADDRESS = r"^(local|auto|([\w.-]+|\[[\da-fA-F:]+\]):\d{1,5})$"
-"""What the address of a cluster looks like."""
-
-
 def is_address(address: str | None, setting: str) -> None:
     """Raises ValueError for what cannot be the address of a cluster."""
-    if address is not None and not re.fullmatch(ADDRESS, address):
+    if address is not None and not re.fullmatch(r"local|auto|([\w.-]+|\[[\da-fA-F:]+\]):\d{1,5}", address):
         raise ValueError(
             f"{setting}={address!r} is not the address of a Ray cluster. Set 'local', 'auto', or HOST:PORT as "
             "`ray start --head` prints it."
