@@ -29,6 +29,7 @@ from collm.models.adapters import Base
 from collm.models.blueprint import BaseSpec, Blueprint, CriticSpec, Unit
 from collm.models.critic import HEADS, Critic, Head
 from collm.models.policy import Policy
+from collm.models.sources import fetch_adapter
 from collm.models.team import AnyTeam, Team
 from collm.models.trial import try_critic, try_team
 from collm.rollout.collector import Collector, LocalCollector
@@ -119,6 +120,8 @@ def assemble(
                 f"cluster.address={config.cluster.address!r} trains models in processes of their own, but a team, an engine or "
                 "a learner of this process is given. Leave them out, or set cluster.address='none'."
             )
+        for agent in trained:
+            fetch_adapter(config.team.models.get(agent, config.team.model))
         blueprint = Blueprint.of(config, agents)
         seated, away, hands = make_seats(config, agents, blueprint, plan.sampling)
         engine = with_remote(away, config)
