@@ -55,7 +55,6 @@ print(HEAP.trims)
         ("restricted", "watched", None),
         ("restricted", "unwatched", None),
         ("restricted", "watched", 1 << 16),
-        ("restricted", "watched", 1 << 25),
     ],
 )
 def test_freed_blocks_are_kept_within_what_the_first_iterations_took(
@@ -71,13 +70,11 @@ def test_freed_blocks_are_kept_within_what_the_first_iterations_took(
     (first, _), (second, _), (third, _) = three
     assert 390 < first < 430, done
     left = [after > 300 for _, after in three]  # freed blocks are still there
-    own = setting is not None  # the environment decides
-    keeps_first = setting == 1 << 25 if own else kind == "free"
-    keeps_later = setting == 1 << 25 if own else True
-    assert left == [keeps_first, keeps_later, keeps_later], done
-    bounded = not keeps_later or (kind == "restricted" and watched == "watched" and not own)
-    assert max(second, third) < 500 if bounded else third > 750, done
-    assert (trims[0] > 0) == (bounded and keeps_later), done
+    kept = setting is None  # else the environment decides, and every block is returned
+    assert left == [kept and kind == "free", kept, kept], done
+    bounded = watched == "watched" or not kept
+    assert max(second, third) < 500 if bounded else third > 600, done
+    assert (trims[0] > 0) == (bounded and kept), done
 
 
 PRODUCTS = """
