@@ -14,28 +14,29 @@ PACKAGE = Path(__file__).parents[1] / "collm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Room -> what of collm its files may import besides their own room; "envs.base" means that module alone.
-RECORDS = {"types", "errors", "seeds", "settings"}
+RECORDS = {"types", "errors", "machine", "seeds", "settings"}
 MAY = {
     "types": {"errors", "seeds"},
     "errors": set(),
+    "machine": set(),
     "seeds": set(),
     "settings": {"errors"},
     "algorithms": {"errors"},
-    "sandbox": {"errors"},
+    "sandbox": {"errors", "machine"},
     "envs": {"types", "errors", "seeds", "sandbox"},
     "models": {"types", "errors", "settings", "algorithms"},
     "tiny": {"types", "errors", "seeds", "envs", "models"},
     "engines": {"types", "errors", "settings", "algorithms", "models"},
-    "rollout": {"types", "errors", "seeds", "envs.base", "envs.gate", "engines.base"},
+    "rollout": {"types", "errors", "machine", "seeds", "envs.base", "envs.gate", "engines.base"},
     "learning": RECORDS | {"algorithms", "models"},
-    "planning": {"settings", "errors", "envs", "models.blueprint", "models.sources", "models.sharing"},
+    "planning": {"settings", "errors", "machine", "envs", "models.blueprint", "models.sources", "models.sharing"},
     "runs": RECORDS | {"learning", "models"},
     "serving": {"types", "errors", "settings", "algorithms", "models", "engines", "runs"},
     "cluster": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "learning", "planning", "runs"},
     "training": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "learning", "runs", "cluster"},
     "studies": {"types", "errors", "settings", "runs"},  # a run is a process: nothing that trains is imported
     "reports": {"types", "errors", "runs", "studies"},
-    "cli": {"settings", "models.blueprint", "errors", "envs", "reports", "planning", "runs", "studies"},
+    "cli": {"settings", "models.blueprint", "errors", "machine", "envs", "reports", "planning", "runs", "studies"},
     # of cli this is what is imported at module level (none of them imports torch); inside functions everything
     "": set(),  # collm/__init__.py
 }
@@ -47,7 +48,7 @@ INSIDE = {
     "studies/fidelity.py": {"training"},
     "studies/blame.py": {"engines", "rollout", "training"},
 }
-NO_TORCH = ("types", "errors", "seeds", "settings", "sandbox", "envs", "studies", "reports", "planning", "")
+NO_TORCH = ("types", "errors", "machine", "seeds", "settings", "sandbox", "envs", "studies", "reports", "planning", "")
 NO_TORCH_FILES = ("models/blueprint.py", "models/sources.py", "models/sharing.py")
 WORKSHOP = "tiny/workshop/"  # made the shipped model; only its own files import it
 HEAVY = {"torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "vllm"}

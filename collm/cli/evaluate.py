@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from collm.envs.catalogue import make
 from collm.errors import ConfigError, EnvError, RunError
+from collm.machine import usable_cores
 from collm.reports.screen import Screen
 from collm.reports.tables import evaluation_table, held_out
-from collm.runs.directory import run_config, usable_cores
+from collm.runs.directory import run_config
 from collm.runs.weights import find_weights, load_team
 from collm.settings.load import load_config
 from collm.settings.rooms import Config

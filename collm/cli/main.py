@@ -98,7 +98,12 @@ def make_parser() -> argparse.ArgumentParser:
         settings=True,
     )
     evaluate.add_argument("source", type=Path, metavar="RUN|RECIPE", help="a run directory or a TOML recipe")
-    evaluate.add_argument("--episodes", type=int, metavar="N", help="play the first N held-out tasks; default: each once")
+    evaluate.add_argument(
+        "--episodes",
+        type=int,
+        metavar="N",
+        help="held-out episodes, a task each, the first again after the last; default: each once",
+    )
     evaluate.add_argument("--checkpoint", metavar="N|best|final|start", default="final", help="which weights of a run")
     evaluate.add_argument("--show", type=int, metavar="N", help="also print the first N tasks: what each agent read and wrote")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
@@ -230,7 +235,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME=URL",
         help="the endpoint of an agent; URL#MODEL also gives the model's name",
     )
-    play.add_argument("--episodes", type=int, metavar="N", help="play the first N tasks; default: each once")
+    play.add_argument(
+        "--episodes", type=int, metavar="N", help="episodes, a task each, the first again after the last; default: each once"
+    )
     play.add_argument("--split", choices=("eval", "train"), default="eval", help="which tasks; default: eval (held out)")
     play.add_argument("--api-key-env", metavar="NAME", help="send the API key that this environment variable holds")
     play.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for one answer (default: 120)")

@@ -8,7 +8,7 @@ import os
 import sys
 
 from collm.errors import ConfigError
-from collm.runs.directory import usable_cores
+from collm.machine import usable_cores
 from collm.runs.examples import recorded_examples
 from collm.runs.files import append
 from collm.runs.weights import load_agent

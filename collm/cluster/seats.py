@@ -18,8 +18,10 @@ from safetensors.torch import load, save
 from collm.engines.base import Engine
 from collm.errors import CollmError
 from collm.learning.parts import Part
+from collm.machine import memory
 from collm.models.team import Team
-from collm.planning.memory import device_memory, gpu_memories
+from collm.planning.memory import gpu_memories
+from collm.runs.heap import adapt_heap
 from collm.types import Completion, Request
 
 Bytes = dict[str, bytes]
@@ -61,7 +63,7 @@ def machine() -> Machine:
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         source.update(path.read_bytes())
     versions = {"Python": platform.python_version(), "torch": torch.__version__, "collm's source": source.hexdigest()[:12]}
-    return Machine(versions, device_memory("cpu") or 0, gpu_memories())
+    return Machine(versions, memory() or 0, gpu_memories())
 
 
 class Seat:
@@ -118,6 +120,7 @@ class Seat:
 
     def renew(self) -> None:
         """Later answers are those of the present weights."""
+        adapt_heap()
         if self.held.engine is not None and self.held.team is not None:
             self.held.engine.load(self.held.team)
 

@@ -6,13 +6,13 @@ the held part plus the largest phase. docs/planning.md compares plans with measu
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from collm.machine import memory
 from collm.models.blueprint import HISTOGRAM_BINS, MINIBATCH, BaseSpec, Blueprint, CriticSpec, PolicySpec
 from collm.models.sources import is_adapter
 from collm.planning.shapes import Shape, read_adapter, read_shape
@@ -29,7 +29,7 @@ TOKENIZER = 900
 """Bytes of the process per token of a vocabulary, for a byte-pair tokenizer and the heap that loading it leaves: 43 MiB were
 measured for the 49152 tokens of SmolLM2."""
 PRODUCTS = 128 * (283 << 10)
-"""Bytes of the bfloat16 products that a run keeps compiled on a CPU: two caches of 64 (`training/heap.py`)."""
+"""Bytes of the bfloat16 products that a run keeps compiled on a CPU: two caches of 64 (`runs/heap.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,7 +393,4 @@ def device_memory(device: str) -> int | None:
     """Memory in bytes of the device that a run would use; None if it is unknown."""
     if _has_cuda(device):
         return next(iter(gpu_memories()), None)
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
+    return memory()

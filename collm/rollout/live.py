@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +10,12 @@ from typing import Any
 
 from collm import seeds
 from collm.engines.base import Engine
+from collm.machine import usable_cores
 from collm.rollout.plan import Plan
 from collm.rollout.protocols import PROTOCOLS, Play
 from collm.types import Completion, Episode, Request, examples_of
 
-THREADS = max(4, min(32, 2 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2 * (os.cpu_count() or 1)))
+THREADS = max(4, min(32, 2 * usable_cores()))
 """Number of threads for environments that wait for a sandbox or a server."""
 Stop = Callable[[], None]
 """Called between engine calls; raises to leave early."""

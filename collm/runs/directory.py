@@ -64,13 +64,6 @@ class _Settings(TypedDict):
 _SETTINGS: TypeAdapter[Any] = TypeAdapter(_Settings)
 
 
-def usable_cores() -> int:
-    """CPU cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def command(*words: object) -> str:
     """A command line that can be pasted into a shell."""
     return shlex.join(str(word) for word in words)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import os
 import queue
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from concurrent.futures import Future
 from types import TracebackType
 
 from collm.errors import EnvError, SandboxError
+from collm.machine import usable_cores
 from collm.sandbox.box import Box, self_test
 from collm.sandbox.command import command_line
 from collm.sandbox.job import Job, Verdict, key_of, one_line
@@ -47,7 +47,7 @@ class Sandbox:
     """
 
     def __init__(self, workers: int | None = None, *, memory_mb: int = 1024, disk_mb: int = 16, cache: int = 4096) -> None:
-        workers = len(os.sched_getaffinity(0)) if workers is None and sys.platform == "linux" else workers or 1
+        workers = usable_cores() if workers is None else workers
         for name, value, low in (
             ("workers", workers, 1),
             ("memory_mb", memory_mb, 128),

@@ -286,7 +286,8 @@ class EvaluationSettings(Room):
     every: int = Field(20, ge=0)
     """Iterations between held-out evaluations, with one before and one after training; 0 disables evaluation."""
     episodes: int | None = Field(None, ge=1)
-    """Number of held-out tasks played, from the first on; default: all, each once."""
+    """Number of held-out episodes, one per task from the first on, and again from the first after the last; default: each task
+    once."""
     temperature: float = Field(0.0, ge=0)
     """Sampling temperature; 0 is greedy. Above 0, top_p and top_k are those of the rollout."""
 

@@ -24,6 +24,7 @@ from collm.learning.frozen import FrozenPart
 from collm.learning.learner import Learner, PartsLearner
 from collm.learning.parts import CriticPart, Hands, LocalHands, Part, PolicyPart
 from collm.learning.residual import Regressions
+from collm.machine import usable_cores
 from collm.models.adapters import Base
 from collm.models.blueprint import BaseSpec, Blueprint, CriticSpec, Unit
 from collm.models.critic import HEADS, Critic, Head
@@ -32,10 +33,10 @@ from collm.models.team import AnyTeam, Team
 from collm.models.trial import try_critic, try_team
 from collm.rollout.collector import Collector, LocalCollector
 from collm.rollout.plan import Plan
-from collm.runs.directory import usable_cores, with_absolute_data
+from collm.runs.directory import with_absolute_data
+from collm.runs.heap import limit_heap
 from collm.runs.trackers import check_installed
 from collm.settings.rooms import Config, EnvSettings
-from collm.training.heap import limit_heap
 from collm.training.task import check_fit, metric_names, num_tasks, plan_of, trained_agents, training_tasks
 from collm.types import Example, Sampling
 

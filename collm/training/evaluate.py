@@ -23,7 +23,7 @@ class Evaluation:
     """The result of one held-out evaluation."""
 
     episodes: list[Episode]
-    """One episode per held-out task, failed ones included."""
+    """In the order of tasks, failed ones included; a task may be played several times."""
     seconds: float
     """Wall-clock time."""
 
@@ -61,14 +61,15 @@ def evaluate(
     split: str = "eval",
     examples: tuple[Example, ...] | None = None,
 ) -> Evaluation:
-    """Play each held-out task once, or the first `episodes` of them.
+    """Play each held-out task once; or `episodes` of them from the first on, and again from the first after the last.
 
     split: the environment's split of tasks. examples: used instead of those of the config.
     """
     plan = replace(plan_of(config, "eval", examples=examples), split=split)
     wanted = config.evaluation.episodes if episodes is None else episodes
     total = num_tasks(plan)
-    tasks = range(total if wanted is None else min(total, wanted))
+    number = range(total if wanted is None else wanted)
     started = time.monotonic()
-    groups = collector.play(plan, tasks, [seeds.derive(config.run.seed, "evaluation", t) for t in tasks], 0)
+    keys = [seeds.derive(config.run.seed, "evaluation", i) for i in number]
+    groups = collector.play(plan, [i % total for i in number], keys, 0)
     return Evaluation([episode for group in groups for episode in group.episodes], time.monotonic() - started)

@@ -104,7 +104,7 @@ def measure(config: Config) -> Measured:
         tasks,
         iterations=total,
         evaluations=sum(config.evaluation.due(k, total) for k in range(total + 1)),
-        held_out=min(held_out, config.evaluation.episodes or held_out),
+        held_out=config.evaluation.episodes or held_out,
     )
 
 

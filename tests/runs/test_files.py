@@ -166,15 +166,6 @@ def test_another_process_is_named_only_where_there_is_one(tmp_path: Path, monkey
         pass
 
 
-def test_usable_cores_are_those_that_the_process_may_use() -> None:
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(allowed)})
-    try:
-        assert directory.usable_cores() == 1
-    finally:
-        os.sched_setaffinity(0, allowed)
-
-
 def test_sighup_is_heeded_but_not_under_nohup() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -162,6 +162,19 @@ def test_few_tasks_have_no_interval_and_repeated_ones_count_once(run, evaluated)
     assert both["note"].endswith("4 episodes of 2 distinct tasks; each task counts once")
 
 
+def test_more_episodes_than_tasks_play_tasks_again(run, evaluated):
+    """Greedy answers repeat; sampled ones do not."""
+    words = ("--env.eval_strings", '["AT", "DO"]')
+    once, again = evaluated(run, *words), evaluated(run, *words, "--episodes", "5")
+    assert (once["episodes"], again["episodes"]) == (2, 5)
+    assert again["reward"]["mean"] == pytest.approx(once["reward"]["mean"])
+    assert again["note"].endswith("5 episodes of 2 distinct tasks; each task counts once")
+    hot = (*words, "--evaluation.temperature", "3.0", "--show", "4")
+    played = [[turn["agents"] for turn in e["turns"]] for e in evaluated(run, *hot, "--evaluation.episodes", "4")["played"]]
+    assert played[0] != played[2]
+    assert played[1] != played[3]
+
+
 def test_settings_of_evaluation_may_change(run, evaluated):
     greedy = evaluated(run, "--episodes", "2")
     assert evaluated(run, "--evaluation.episodes", "2")["reward"] == greedy["reward"]
