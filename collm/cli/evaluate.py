@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(config.run.threads or usable_cores())
     with Screen(stderr=True).status("playing the held-out tasks"):
         engine = with_remote(make_engine(load_team(config, weights), config.rollout), config)
-        result = evaluate(config, LocalCollector(engine), episodes=arguments.episodes)
+        result = evaluate(config, LocalCollector(engine, shards=config.rollout.shards), episodes=arguments.episodes)
         engine.close()
     failed = [episode for episode in result.episodes if episode.failure]
     if not result.played:

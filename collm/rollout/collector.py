@@ -25,13 +25,34 @@ class Collector(Protocol):
         ...
 
 
-class LocalCollector:
-    """Plays in this process, with one engine."""
+def cut(number: int, shards: int) -> list[slice]:
+    """Cut `number` items into so many contiguous pieces, whose sizes differ by at most 1; into fewer if there are fewer items.
 
-    def __init__(self, engine: Engine, *, stop: Stop = lambda: None):
-        self.engine, self.stop = engine, stop
+    Example: cut(5, 2) -> [slice(0, 2), slice(2, 5)]
+    """
+    shards = max(1, min(shards, number))
+    return [slice(number * i // shards, number * (i + 1) // shards) for i in range(shards)]
+
+
+class LocalCollector:
+    """Plays in this process, with one engine.
+
+    shards: number of pieces that tasks are cut into. Between two pieces the engine rests, so that it has no cache of the former
+    one and each piece is played as if it were alone.
+    """
+
+    def __init__(self, engine: Engine, *, shards: int = 1, stop: Stop = lambda: None):
+        self.engine, self.shards, self.stop = engine, shards, stop
 
     def play(self, plan: Plan, tasks: Sequence[int], keys: Sequence[int], iteration: int = 0) -> list[Group]:
+        groups: list[Group] = []
+        for piece in cut(len(tasks), self.shards):
+            if groups:
+                self.engine.rest()
+            groups += self._play(plan, tasks[piece], keys[piece])
+        return groups
+
+    def _play(self, plan: Plan, tasks: Sequence[int], keys: Sequence[int]) -> list[Group]:
         groups = collect(plan, self.engine, tasks, keys, stop=self.stop)
         episodes = [episode for group in groups for episode in group.episodes]
         if plan.resamples:

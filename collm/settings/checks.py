@@ -96,6 +96,14 @@ def vllm_can_sample(c: Config) -> None:
             )
 
 
+def shards_have_tasks(c: Config) -> None:
+    if c.rollout.shards > c.rollout.tasks:
+        raise ValueError(
+            f"rollout.shards={c.rollout.shards} cuts the tasks of an iteration into more pieces than there are: rollout.tasks="
+            f"{c.rollout.tasks}. Set rollout.shards={c.rollout.tasks} at most, or more tasks."
+        )
+
+
 def critic_settings_have_a_critic(c: Config) -> None:
     if c.algorithm.has_critic:
         return
@@ -221,6 +229,7 @@ def models_fit_on_one_device(c: Config) -> None:
 CONFIG = (
     sampling_varies,
     vllm_can_sample,
+    shards_have_tasks,
     critic_settings_have_a_critic,
     regressions_have_a_source,
     warm_up_ends,

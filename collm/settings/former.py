@@ -35,6 +35,7 @@ NAMES = {
 ADDED: dict[tuple[str, str], Any] = {
     ("env", "wording"): "terse",
     ("rollout", "examples"): 0,
+    ("rollout", "shards"): 1,
     ("algorithm", "max_drop"): None,
     ("critic", "loss"): "mse",
     ("critic", "replay"): None,

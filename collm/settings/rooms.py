@@ -139,6 +139,9 @@ class RolloutSettings(Room):
     """Limits of the engine "vllm"."""
     tasks: int = Field(16, ge=1)
     """Tasks drawn per iteration; each is played as one episode, one group or one turn tree."""
+    shards: int = Field(1, ge=1)
+    """Number of pieces that the tasks of an iteration or an evaluation are cut into. Each is played by itself: answers are
+    batched within a piece, which changes rounding."""
     protocol: Literal["parallel", "pipeline", "discussion"] = "parallel"
     """Order of answers within a turn: "parallel" is decentralized execution; "pipeline" (one agent after the other) and
     "discussion" (a round of messages before the answers) are for evaluation only."""

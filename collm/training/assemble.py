@@ -126,9 +126,8 @@ def assemble(
         seated, away, hands = make_seats(config, agents, blueprint, plan.sampling)
         engine = with_remote(away, config)
         learner = learner_of(hands, config, blueprint, names)
-        return Assembly(
-            seated, engine, collector or LocalCollector(engine, stop=stop), learner, plan, tasks, blueprint.rates(config)
-        )
+        played = LocalCollector(engine, shards=config.rollout.shards, stop=stop)
+        return Assembly(seated, engine, collector or played, learner, plan, tasks, blueprint.rates(config))
     team = team or make_team(config, agents)
     if team.agents != trained:
         raise ConfigError(f"the team plays {team.agents}, but the task's agents are {agents}.")
@@ -140,7 +139,8 @@ def assemble(
         )
     learner = learner or make_learner(team, config, plan.sampling, names)
     rates = Blueprint.around(config, team.agents, team.specs).rates(config)
-    return Assembly(team, engine, collector or LocalCollector(engine, stop=stop), learner, plan, tasks, rates)
+    collector = collector or LocalCollector(engine, shards=config.rollout.shards, stop=stop)
+    return Assembly(team, engine, collector, learner, plan, tasks, rates)
 
 
 def unfiltered(team: AnyTeam, sampling: Sampling) -> dict[str, int]:

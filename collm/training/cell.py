@@ -74,7 +74,8 @@ def play(config: Config, folder: Path) -> None:
     config = config.model_copy(update={"run": config.run.model_copy(update={"device": resolve_device(config.run.device)})})
     torch.set_num_threads(config.run.threads or 1)
     team = make_team(config, check_fit(config))
-    result = evaluate(config, LocalCollector(with_remote(make_engine(team, config.rollout), config)))
+    engine = with_remote(make_engine(team, config.rollout), config)
+    result = evaluate(config, LocalCollector(engine, shards=config.rollout.shards))
     if not (folder / "config.json").is_file():
         begin(folder, config)
     with lock(folder), explained(folder / "final"):

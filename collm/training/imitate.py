@@ -166,7 +166,8 @@ def _held_out(config: Config, engine: Engine, plan: Plan, display: Display, when
     if not config.evaluation.every:
         return None
     with display.phase(f"evaluating {when} imitation", engine):
-        reward = evaluate(config, LocalCollector(engine), examples=plan.examples).summary()["evaluation/reward"]
+        collector = LocalCollector(engine, shards=config.rollout.shards)
+        reward = evaluate(config, collector, examples=plan.examples).summary()["evaluation/reward"]
     engine.rest()
     display.say(f"held-out {when} imitation: reward {reward:.3f}")
     return float(reward)

@@ -373,8 +373,20 @@ def test_trackers_are_a_list_of_known_names():
     assert "'mlflow'" in refused(rooms(run__trackers=["tensorboard", "mlflw"]))
 
 
-def test_there_are_at_most_71_settings():
-    assert len(list(describe())) <= 71
+def test_there_are_at_most_72_settings():
+    assert len(list(describe())) <= 72
+
+
+def test_an_iteration_is_not_cut_into_more_pieces_than_it_has_tasks():
+    assert parse_config(rooms(rollout__shards=3, rollout__tasks=3)).rollout.shards == 3
+    assert "Set rollout.shards=3 at most, or more tasks." in refused(rooms(rollout__shards=4, rollout__tasks=3))
+    assert "rollout.shards" in refused(rooms(rollout__shards=0))
+
+
+def test_runs_of_before_there_were_shards_have_one():
+    kept = parse_config(rooms()).resolved()
+    del kept["rollout"]["shards"]
+    assert parse_resolved(kept).rollout.shards == 1
 
 
 @pytest.mark.parametrize("address", ["local", "auto", "10.0.0.1:6379", "head.cluster-2:6379", "[fe80::1]:6379", "none", None])
