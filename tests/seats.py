@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from collm.cluster import start
 from collm.cluster.places import Device, Place
 from collm.cluster.seats import Failed, Seat
+from collm.errors import PartLost
 
 
 def sent(given: Any) -> Any:
@@ -21,8 +23,9 @@ def sent(given: Any) -> Any:
 class PickledSeat:
     """A seat in this process. Its calls run, in order, when the first result is waited for."""
 
-    def __init__(self, name: str):
-        self.name, self.seat, self.asked = name, Seat(), list[str]()
+    def __init__(self, name: str, kind: type[Seat] = Seat, dies: Callable[[str], bool] = lambda method: False):
+        self.name, self.seat, self.dies, self.asked = name, kind(), dies, list[str]()
+        self.lost = False
         self.waiting: list[Callable[[], None]] = []
 
     def ask(self, method: str, *arguments: Any) -> Callable[[], Any]:
@@ -32,6 +35,9 @@ class PickledSeat:
         self.waiting.append(lambda: answers.append(sent(self.seat.ask(*pickle.loads(call)))))
 
         def wait() -> Any:
+            self.lost = self.lost or self.dies(method)
+            if self.lost:
+                raise PartLost(f"the process of {self.name} was lost during {method!r}.")
             for run in self.waiting:
                 run()
             self.waiting.clear()
@@ -51,13 +57,32 @@ class PickledCluster:
 
     def __init__(self) -> None:
         self.seats, self.closed, self.waiting = {}, False, dict[str, str]()
+        self.deaths = set[tuple[str, int]]()
+        """(method, number): the seat that is asked for this the n-th time, counted over all seats, dies."""
+        self.asked = Counter[str]()
+        self.made = list[str]()
+        """The name of every seat in the order in which it was made."""
+        self.pick: Callable[[int], int] = lambda number: 0
+        """Which of so many calls ends first."""
 
     def devices(self, wanted: str) -> list[Device]:
         return [Device(f"node {number}", "cpu", 64 << 30) for number in range(self.machines)]
 
-    def seat(self, name: str, place: Place) -> PickledSeat:
-        self.seats[name] = PickledSeat(name)
+    def seat(self, name: str, place: Place, kind: type[Seat] = Seat) -> PickledSeat:
+        self.made.append(name)
+        self.seats[name] = PickledSeat(name, kind, self._dies)
         return self.seats[name]
+
+    def _dies(self, method: str) -> bool:
+        self.asked[method] += 1
+        return (method, self.asked[method]) in self.deaths
+
+    def each(self, call: Callable[..., Any], *arguments: Any) -> Iterator[tuple[str, Any]]:
+        for device in self.devices("cpu"):
+            yield device.node, sent(call(*sent(arguments)))
+
+    def first(self, calls: Sequence[Callable[[], Any]]) -> int:
+        return self.pick(len(calls))
 
     def share(self, given: Any) -> Any:
         return given

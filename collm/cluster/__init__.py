@@ -3,9 +3,12 @@
 A seat is one unit of the blueprint in a process of its own: policies with their optimizers and their engine, or a critic.
 Environments, credit assignment, metric regressions and the run directory stay with the driver, the process of `collm train`.
 Requests, episodes and credit travel; weights travel only into checkpoints and final folders.
+With rollout workers, these play the environments and generate, and weights travel to them after every update.
 
     seats.py      what a seat's process holds and does
     hands.py      the driver's side: `SeatHands`, `SeatEngine` and `SeatTeam` in place of hands, engine and team of one process
+    players.py    what a rollout worker's process does
+    sharded.py    the driver's side: `Rollouts`, which hands shards to rollout workers
     heartbeat.py  names what a late iteration waits for
     places.py     which seat is on which device
     outlook.py    what a run in several places needs and gains, by arithmetic

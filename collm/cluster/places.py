@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from collm.errors import ConfigError
 from collm.models.blueprint import Blueprint
 from collm.planning.memory import GIB, Plan, plan
 from collm.planning.work import work_of
 from collm.settings.rooms import Config
+
+ROLLOUTS = "rollouts"
+"""The name of rollout workers in `cluster.devices`, and the first part of each one's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ def needs_of(config: Config, blueprint: Blueprint, plans: Mapping[str, Plan] | N
 
     plans: those of the units by name, if they are known already. Raises ConfigError where `cluster.devices` names no unit.
     """
-    named = dict(config.cluster.devices)
+    named = {name: share for name, share in config.cluster.devices.items() if name != ROLLOUTS or not config.cluster.rollouts}
     needs, plans = [], _plans(config, blueprint) if plans is None else plans
     for unit in blueprint.units:
         names = [agent for policy in unit.policies for agent in policy.agents] or ["critic"]
@@ -80,6 +84,19 @@ def needs_of(config: Config, blueprint: Blueprint, plans: Mapping[str, Plan] | N
             f"or 'critic' for critics that are separate models: {', '.join(known)}."
         )
     return needs
+
+
+def needs_of_workers(config: Config, blueprint: Blueprint) -> list[Need]:
+    """The needs of `cluster.rollouts` workers, each of which holds all policies and generates the answers of a shard."""
+    memory, rollout = 0, config.rollout
+    one = rollout.model_copy(update={"tasks": math.ceil(rollout.tasks / rollout.shards)})
+    with suppress(ConfigError):
+        shard = config.model_copy(update={"rollout": one})
+        found = plan(shard, work_of(shard), replace(blueprint, critics=(), references=()))
+        held = sum(size for part, size in found.held.items() if part != "optimizer")
+        memory = round(held + max(phase.total for phase in found.phases if phase.name.startswith("generation")))
+    share = config.cluster.devices.get(ROLLOUTS)
+    return [Need(f"{ROLLOUTS}/{number}", memory, share) for number in range(config.cluster.rollouts)]
 
 
 def _plans(config: Config, blueprint: Blueprint) -> dict[str, Plan]:

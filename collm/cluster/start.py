@@ -13,8 +13,9 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -166,12 +167,12 @@ class Cluster:
 
         return {node["NodeID"]: node for node in sorted(ray.nodes(), key=lambda node: str(node["NodeID"])) if node["Alive"]}
 
-    def seat(self, name: str, place: Place) -> RaySeat:
-        """A new process for a unit, on its device."""
+    def seat(self, name: str, place: Place, kind: type[Seat] = Seat) -> RaySeat:
+        """A new process for a unit or a rollout worker, on its device."""
         import ray
 
         actor = (
-            ray.remote(Seat)
+            ray.remote(kind)
             .options(
                 num_cpus=0,
                 num_gpus=place.share if place.device.kind == "cuda" else 0,
@@ -185,11 +186,34 @@ class Cluster:
         return RaySeat(actor, name, self.waiting)
 
     @staticmethod
+    def first(calls: Sequence[Call]) -> int:
+        """Wait until one of these calls has ended; returns its number."""
+        import ray
+
+        references = [call.reference for call in calls]
+        while not (ended := ray.wait(references, timeout=1)[0]):  # signals are handled between two waits
+            pass
+        return references.index(ended[0])
+
+    @staticmethod
     def share(given: Any) -> Any:
         """Put an argument where several seats read it."""
         import ray
 
         return ray.put(given)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """A call of a seat that has begun. Called itself, it waits for the result."""
+
+    seat: RaySeat
+    reference: Any
+    """Ray's reference to the result."""
+    method: str
+
+    def __call__(self) -> Any:
+        return self.seat.result(self.reference, self.method)
 
 
 class RaySeat:
@@ -198,13 +222,13 @@ class RaySeat:
     def __init__(self, actor: Any, name: str, waiting: dict[str, Asked]):
         self.actor, self.name, self.waiting, self.begun = actor, name, waiting, False
 
-    def ask(self, method: str, *arguments: Any) -> Callable[[], Any]:
-        """Begin a call; the returned function waits for its result."""
+    def ask(self, method: str, *arguments: Any) -> Call:
+        """Begin a call, which waits for its result when it is called."""
         if not self.begun:
             self._begin()
         reference = self.actor.ask.remote(method, *arguments)
         self.waiting[self.name] = (str(arguments[0]) if method == "parts" else method, time.monotonic())
-        return lambda: self._result(reference, method)
+        return Call(self, reference, method)
 
     def _begin(self) -> None:
         """Wait for the process. Raises ConfigError if it does not start, for example since its GPU is taken."""
@@ -221,12 +245,12 @@ class RaySeat:
             raise ConfigError(f"the process of {self.name} did not start: {_sentence(error)}") from error
         self.begun = True
 
-    def _result(self, reference: Any, method: str) -> Any:
+    def result(self, reference: Any, method: str) -> Any:
+        """Wait for the result of a call. Raises the seat's error as it was raised there, or PartLost."""
         import ray
 
         try:
             answer = ray.get(reference)
-            self.waiting.pop(self.name, None)
         except losses() as error:
             raise PartLost(
                 f"the process of {self.name} was lost during {method!r}: {_sentence(error)} `collm train --resume` continues "
@@ -234,6 +258,8 @@ class RaySeat:
             ) from error
         except ray.exceptions.RayError as error:
             raise EngineError(f"the process of {self.name} could not answer {method!r}: {_sentence(error)}") from error
+        finally:
+            self.waiting.pop(self.name, None)
         if isinstance(answer, Failed):
             raise answer.error
         return answer

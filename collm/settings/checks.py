@@ -217,6 +217,14 @@ def cluster_has_an_address(c: Config) -> None:
     is_address(c.cluster.address, "cluster.address")
 
 
+def rollout_workers_have_shards(c: Config) -> None:
+    if c.cluster.address is not None and c.cluster.rollouts > c.rollout.shards:
+        raise ValueError(
+            f"cluster.rollouts={c.cluster.rollouts} workers would share rollout.shards={c.rollout.shards}, each of which one "
+            f"worker plays. Set cluster.rollouts={c.rollout.shards} at most, or in a new run more shards."
+        )
+
+
 def models_fit_on_one_device(c: Config) -> None:
     for name, share in c.cluster.devices.items():
         if share > 1:
@@ -238,5 +246,6 @@ CONFIG = (
     replay_has_steps,
     histogram_has_its_own_scale,
     cluster_has_an_address,
+    rollout_workers_have_shards,
     models_fit_on_one_device,
 )

@@ -140,8 +140,7 @@ class RolloutSettings(Room):
     tasks: int = Field(16, ge=1)
     """Tasks drawn per iteration; each is played as one episode, one group or one turn tree."""
     shards: int = Field(1, ge=1)
-    """Number of pieces that the tasks of an iteration or an evaluation are cut into. Each is played by itself: answers are
-    batched within a piece, which changes rounding."""
+    """Pieces that tasks are cut into, each played by itself, if wanted by several processes (`cluster.rollouts`)."""
     protocol: Literal["parallel", "pipeline", "discussion"] = "parallel"
     """Order of answers within a turn: "parallel" is decentralized execution; "pipeline" (one agent after the other) and
     "discussion" (a round of messages before the answers) are for evaluation only."""
@@ -301,9 +300,11 @@ class ClusterSettings(Room):
     """Ray cluster that trains every model in a process of its own: "local" starts one here, "auto" is the one that runs here,
     or HOST:PORT; "none" trains in this process. It needs the extra `cluster`."""
     devices: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Agent, or "critic" -> fraction of a device (a GPU, or a machine without one) for its model; default: by memory."""
+    """Agent, "critic" or "rollouts" -> fraction of a device (a GPU, or a machine without one) for each; default: by memory."""
+    rollouts: int = Field(0, ge=0)
+    """Processes with copies of all policies that play the pieces of `rollout.shards`; with 0 the driver plays all of them."""
     restarts: int = Field(3, ge=0)
-    """Number of times that a run continues from its last checkpoint by itself after a process was lost."""
+    """Times that a run continues by itself from its last checkpoint after a loss; lost rollout workers that are made again."""
 
 
 TABLES: dict[str, type[Room]] = {"team.lora": LoraSettings, "rollout.vllm": VllmSettings}

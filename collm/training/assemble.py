@@ -15,8 +15,9 @@ from collm import seeds
 from collm.algorithms.catalogue import group_estimator
 from collm.cluster.hands import SeatEngine, SeatHands, SeatTeam
 from collm.cluster.heartbeat import Heartbeat
-from collm.cluster.places import needs_of, place
+from collm.cluster.places import needs_of, needs_of_workers, place
 from collm.cluster.seats import Contents
+from collm.cluster.sharded import Rollouts, check_everywhere
 from collm.engines.base import Engine
 from collm.engines.catalogue import make_engine
 from collm.errors import ConfigError
@@ -123,11 +124,10 @@ def assemble(
         for agent in trained:
             fetch_adapter(config.team.models.get(agent, config.team.model))
         blueprint = Blueprint.of(config, agents)
-        seated, away, hands = make_seats(config, agents, blueprint, plan.sampling)
-        engine = with_remote(away, config)
-        learner = learner_of(hands, config, blueprint, names)
-        played = LocalCollector(engine, shards=config.rollout.shards, stop=stop)
-        return Assembly(seated, engine, collector or played, learner, plan, tasks, blueprint.rates(config))
+        seated, engine, hands, away = make_seats(config, agents, blueprint, plan)
+        learner, rates = learner_of(hands, config, blueprint, names), blueprint.rates(config)
+        collector = collector or away or LocalCollector(engine, shards=config.rollout.shards, stop=stop)
+        return Assembly(seated, engine, collector, learner, plan, tasks, rates)
     team = team or make_team(config, agents)
     if team.agents != trained:
         raise ConfigError(f"the team plays {team.agents}, but the task's agents are {agents}.")
@@ -289,43 +289,77 @@ def _make_critic(
     return critic
 
 
+def _begin_process(config: Config) -> None:
+    """Threads, heap and device of a process of the cluster. Raises ConfigError for a device that is not available."""
+    torch.set_num_threads(config.run.threads or usable_cores())
+    HEAP.restrict()
+    resolve_device(config.run.device)
+
+
 def make_unit(config: Config, agents: tuple[str, ...], blueprint: Blueprint, unit: Unit, sampling: Sampling) -> Contents:
     """The models, engine and parts of one unit, for the seat whose process this is. They are those of the whole team.
 
     agents: the environment's. blueprint: of the whole team.
     """
-    torch.set_num_threads(config.run.threads or usable_cores())
-    HEAP.restrict()
-    resolve_device(config.run.device)
+    _begin_process(config)
     copied = {critic.policy for critic in unit.critics if critic.body == "copy"}
     names = {policy.name for policy in unit.policies} or copied
     team = make_team(config, agents, only=names) if names else None
     parts = make_parts(team, config, blueprint.alone(unit), sampling)
     if team is None or not unit.policies:
         return Contents(None, None, parts)
-    return Contents(team, make_engine(team, config.rollout), parts)
+    return Contents(team, None if config.cluster.rollouts else make_engine(team, config.rollout), parts)
+
+
+def make_player(config: Config, agents: tuple[str, ...]) -> Contents:
+    """All policies and an engine, for the rollout worker whose process this is. agents: the environment's."""
+    _begin_process(config)
+    team = make_team(config, agents)
+    return Contents(team, with_remote(make_engine(team, config.rollout), config), ())
 
 
 def make_seats(
-    config: Config, agents: tuple[str, ...], blueprint: Blueprint, sampling: Sampling
-) -> tuple[SeatTeam, SeatEngine, SeatHands]:
-    """Team, engine and hands with every unit of the blueprint in a seat of the cluster."""
+    config: Config, agents: tuple[str, ...], blueprint: Blueprint, plan: Plan
+) -> tuple[SeatTeam, Engine, SeatHands, Collector | None]:
+    """Team, engine and hands with every unit of the blueprint in a seat of the cluster, and the collector of rollout workers.
+
+    Raises ConfigError where the cluster does not fit.
+    """
     from collm.cluster.start import Cluster
 
     cluster = Cluster.connect(config.cluster.address or "local")
     try:
         devices = cluster.devices(config.run.device)
         run = config.run.model_copy(update={"device": devices[0].kind})
-        placed = place(needs_of(config.model_copy(update={"run": run}), blueprint), devices)
+        known = config.model_copy(update={"run": run})
+        workers = needs_of_workers(known, blueprint)
+        if workers:
+            check_everywhere(plan.env, cluster)
+        placed = place([*needs_of(known, blueprint), *workers], devices)
         seats = {unit.name: cluster.seat(unit.name, placed[unit.name]) for unit in blueprint.units}
         filled = [
-            seats[unit.name].ask("fill", partial(make_unit, placed[unit.name].adapt(config), agents, blueprint, unit, sampling))
+            seats[unit.name].ask(
+                "fill", partial(make_unit, placed[unit.name].adapt(config), agents, blueprint, unit, plan.sampling)
+            )
             for unit in blueprint.units
         ]
+        homes = {agent: seats[unit.name] for unit in blueprint.units for policy in unit.policies for agent in policy.agents}
+        rollouts = None
+        if workers:
+            rollouts = Rollouts(
+                cluster,
+                {worker.unit: placed[worker.unit] for worker in workers},
+                lambda place: partial(make_player, place.adapt(config), agents),
+                {policy.name: (homes[policy.name], policy.weights_name) for policy in blueprint.policies},
+                shards=config.rollout.shards,
+                restarts=config.cluster.restarts,
+            )
         vocabulary = max(wait() for wait in filled)
     except BaseException:
         cluster.close()
         raise
-    homes = {agent: seats[unit.name] for unit in blueprint.units for policy in unit.policies for agent in policy.agents}
     team = SeatTeam({agent: homes[agent] for agent in blueprint.agents}, vocabulary)
-    return team, SeatEngine(homes, cluster.close, Heartbeat(cluster.waiting)), SeatHands(seats, blueprint, cluster.share)
+    hands = SeatHands(seats, blueprint, cluster.share)
+    if rollouts is not None:
+        return team, rollouts, hands, rollouts
+    return team, with_remote(SeatEngine(homes, cluster.close, Heartbeat(cluster.waiting)), config), hands, None

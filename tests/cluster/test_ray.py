@@ -180,7 +180,7 @@ def test_another_version_on_a_node_is_refused(what):
 
 def command(folder: Path, *more: str) -> list[str]:
     settings = {
-        "env.name": "agree", "env.turns": "1", "env.wording": "terse", "rollout.tasks": "2", "rollout.max_tokens": "3",
+        "env.name": "agree", "env.turns": "1", "env.wording": "terse", "rollout.tasks": "8", "rollout.max_tokens": "3",
         "run.iterations": "4", "run.checkpoint_every": "1", "run.threads": "1", "run.device": "cpu", "evaluation.every": "0",
         "run.folder": str(folder), "run.trackers": "[]", "algorithm.name": "collm-cc",
     }  # fmt: skip
@@ -212,6 +212,23 @@ def test_a_killed_seat_is_made_again_and_the_run_ends_equal(tmp_path):
     assert apart.returncode == 0, said
     assert "was lost" in said
     assert "Restarting (3 left)." in said
+    check_same(tmp_path / "whole", tmp_path / "apart")
+
+
+@pytest.mark.slow
+def test_a_killed_rollout_worker_is_made_again_and_the_run_ends_equal(tmp_path):
+    """Two workers, one of them killed: no restart from a checkpoint, and the run of one process with the same shards."""
+    subprocess.run(command(tmp_path, "--run.name", "whole", "--rollout.shards", "3"), check=True, capture_output=True)
+    words = command(tmp_path, "--run.name", "apart", "--rollout.shards", "3", "--cluster.address", "local")
+    apart = subprocess.Popen([*words, "--cluster.rollouts", "2"], stderr=subprocess.PIPE, text=True)
+    until(lambda: apart.poll() is not None or (tmp_path / "apart" / "checkpoints" / "000001").exists())
+    players = [pid for pid, name in below(apart.pid).items() if name.startswith("ray::Player")]
+    assert len(players) == 2
+    os.kill(players[0], signal.SIGKILL)
+    _, said = apart.communicate(timeout=300)
+    assert apart.returncode == 0, said
+    assert "was lost. It is made again (2 restarts left)." in said
+    assert "Restarting" not in said
     check_same(tmp_path / "whole", tmp_path / "apart")
 
 

@@ -27,7 +27,7 @@ def config_of(name: str, folder: Path, *, address: str = "none", iterations: int
     """A configuration of the fingerprints, smaller, in a run directory of its own."""
     values = settings_of(name, folder, server)
     values["env"] = {**AGREE, "agents": values["env"].get("agents", 2)}
-    for room, settings in {"rollout": {"tasks": 2, "max_tokens": 3}, "cluster": {"address": address}, **rooms}.items():
+    for room, settings in {"rollout": {"tasks": 6, "max_tokens": 3}, "cluster": {"address": address}, **rooms}.items():
         values[room] = {**values.get(room, {}), **settings}
     values["run"] |= {"name": f"{address}-{name.replace(' ', '-').replace(',', '')}", "iterations": iterations}
     return parse_config(values)
@@ -53,7 +53,8 @@ def episodes(run: Path) -> list[Any]:
 
 
 def check_same(one: Path, other: Path) -> None:
-    """Equal metrics, saved episodes, last checkpoints and final folders, to the bit."""
+    """Equal metrics, saved episodes, last checkpoints and final folders, to the bit; and models have changed."""
+    assert any(value > 0 for line in lines(one) for name, value in line.items() if name.endswith("/gradient_norm"))
     assert lines(one) == lines(other)
     assert episodes(one) == episodes(other)
     newest = [max((run / "checkpoints").glob("[0-9]*")) for run in (one, other)]
