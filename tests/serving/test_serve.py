@@ -364,6 +364,13 @@ def test_three_servers_play_the_same_greedy_episodes_as_in_process(run, team):
     assert there == [spoken(episode) for episode in here]
     assert record["failures"] == {}
     assert record["requests"] == len(WORDS) * 3 * 3
+    for agent, cost in record["cost_per_episode"].items():
+        answers = [c for e in here for turn in e.turns for name, c in turn.completions.items() if agent in (name, "team")]
+        assert cost["requests"] == len(answers) / len(WORDS)
+        for kind, ids in (("prompt_tokens", "prompt_ids"), ("sampled_tokens", "token_ids")):
+            assert cost[kind] == pytest.approx(sum(len(getattr(c, ids)) for c in answers) / len(WORDS), abs=1e-3)
+        assert cost["seconds"] > 0
+    assert record["cost_per_episode"].keys() == {*AGENTS, "team"}
     scores = [episode.score for episode in here]
     assert record["reward"]["mean"] == pytest.approx(np.mean(scores), abs=1e-6)
     assert len({str(words) for episode in here for words in spoken(episode)}) > 3  # they do not all say the same
@@ -402,6 +409,8 @@ def test_play_prints_a_table_and_the_episodes(run, team):
     assert code == 0, err
     assert "str_build, 3 agents on separate endpoints: 2 tasks of train, greedy" in " ".join(out.split())
     assert "turn 2, builder_2 wrote:" in out
+    (line,) = (line.split() for line in out.splitlines() if line.split()[:1] == ["team"])
+    assert line[1] == "9.0"  # requests: three agents, three turns
     assert "reward" in out
 
 
