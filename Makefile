@@ -29,9 +29,9 @@ $(BIN)/collm: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".[dev]"
 	@touch $(BIN)/collm
 
-# Ray (250 MB) is for the tests of cluster/ alone.
+# Ray with Ray Serve (350 MB) is for the tests of cluster/ alone.
 $(BIN)/ray: $(BIN)/collm
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".[cluster]"
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".[cluster-serve]"
 	@touch $(BIN)/ray
 
 demo: $(BIN)/collm
