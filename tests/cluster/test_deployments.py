@@ -118,10 +118,11 @@ def test_without_ray_serve_the_extra_is_named(capsys, run, monkeypatch):
 def require_ray_serve() -> None:
     for name in ("ray", "grpc_reflection", "opencensus"):
         if importlib.util.find_spec(name) is None:
-            pytest.skip("Ray Serve is not installed, so nothing was tried on it: pip install 'collm[cluster-serve]'")
+            pytest.skip(f"{name} is not installed here, so nothing was tried on Ray Serve; `make test-clients` has it")
     pytest.importorskip("ray.serve")
 
 
+@pytest.mark.slow
 def test_a_missing_cluster_is_one_sentence_within_five_seconds(capsys, run, monkeypatch):
     require_ray_serve()
     monkeypatch.setattr("ray.is_initialized", lambda: False)
