@@ -3,19 +3,17 @@
     python benchmarks/memory.py
     python benchmarks/memory.py --cases whole adapters --json
 
-Every case is `collm train` on random models, started as a user starts it, but with every freed block returned to the system.
-Their tokens are words, so that their text is tokenized to the ids that were sampled, as a trained model's text nearly always
-is; the words name colours, so that returns differ and every model learns. "Measured" is the process's highest resident memory
-minus that of a process which has imported what training imports and made one pass of the built-in model; "planned" is the
-peak of `collm plan` for the same recipe. "Grown" is the highest resident memory of the last iteration divided by that of the
-second: 1 if nothing accumulates.
+Every case is `collm train` on random models, started as a user starts it. Their tokens are words, so that their text is
+tokenized to the ids that were sampled, as a trained model's text nearly always is; the words name colours, so that returns
+differ and every model learns. "Measured" is the process's highest resident memory minus that of a process which has imported
+what training imports and made one pass of the built-in model; "planned" is the peak of `collm plan` for the same recipe.
+"Grown" is the highest resident memory of the last iteration divided by that of the second: 1 if nothing accumulates.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -122,9 +120,8 @@ def measure(name: str, folder: Path, iterations: int, imported: int) -> dict[str
 def train(words: list[str], metrics: Path) -> list[int]:
     """Run `collm train`; returns the highest resident memory, in bytes, of each iteration (the first includes the start)."""
     command = [sys.executable, "-m", "collm.cli.main", "train", *words]
-    returned = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}  # freed blocks are never kept, as where memory is short
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=returned)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         peaks = [0]
         while process.poll() is None:
             time.sleep(0.02)

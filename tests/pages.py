@@ -1,9 +1,13 @@
-"""The code blocks of the Markdown pages."""
+"""The code blocks of the Markdown pages, and terminal sessions that run them."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,17 +35,34 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-def script(page: Path) -> str:
-    """A page as one terminal session: files are saved, commands and Python run in order; it stops at the first failure."""
-    lines = ["set -euo pipefail", "trap 'kill $(jobs -p) 2> /dev/null || true' EXIT"]
-    for why, file, language, text in blocks(page):
-        if why:
-            continue
-        if file:
-            lines.append(f"cat > {shlex.quote(file)} <<'END_OF_BLOCK'\n{text}END_OF_BLOCK")
-        elif language == "python":
-            lines.append(f"python - <<'END_OF_BLOCK'\n{text}END_OF_BLOCK")
-        else:
-            assert language == "sh", f"{page.name}: a block of {language!r} is neither saved nor run"
-            lines.append(text)
-    return "\n".join(lines)
+BEGIN = "set -euo pipefail\ntrap 'kill $(jobs -p) 2> /dev/null || true' EXIT"
+"""A terminal session stops at the first failure, and ends what it left running."""
+
+
+def typed(block: Block) -> str:
+    """What saves a block, or runs it, in a terminal session."""
+    if block.file:
+        return f"cat > {shlex.quote(block.file)} <<'END_OF_BLOCK'\n{block.text}END_OF_BLOCK"
+    if block.language == "python":
+        return f"python - <<'END_OF_BLOCK'\n{block.text}END_OF_BLOCK"
+    assert block.language == "sh", f"a block of {block.language!r} is neither saved nor run"
+    return block.text
+
+
+def run_session(session: str, folder: Path, *, package: Path = ROOT, seconds: float = 1200) -> subprocess.CompletedProcess[str]:
+    """Run a terminal session in a folder, with this interpreter's commands and the package that lies in another folder.
+
+    What it started ends with it. Raises subprocess.TimeoutExpired.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    variables = {**os.environ, "PATH": path, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command, pipe = ["bash", "-c", f"{BEGIN}\n{session}"], subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=folder, env=variables, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, errors = process.communicate(timeout=seconds)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)

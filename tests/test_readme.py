@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import runpy
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from pages import blocks
 from places import ROOT
+from safetensors import safe_open
 
+from collm.envs.catalogue import make
+from collm.models.sources import TINY
 from collm.planning.apart import apart
 from collm.planning.memory import GIB, plan
 from collm.settings.load import load_config
@@ -21,8 +26,8 @@ REAL = ROOT / "docs" / "results" / "real"
 
 @pytest.mark.parametrize("size", ["0.6B", "1.7B", "4B"])
 def test_memory_is_what_the_plan_says(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path))  # as on a machine without the model, whose tokenizer would be used
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    # as on a machine without the model, whose tokenizer would be used
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
 
     def planned(**more: object) -> tuple[float, float]:
         """GiB on one device, and on the widest device with one unit on each."""
@@ -64,6 +69,25 @@ def test_means_are_those_of_the_grid() -> None:
     assert 10.5 < hour["wall_seconds"] / 60 < 11.5
     assert "eleven minutes" in README
     assert "(11 minutes on one core)" in README
+
+
+def test_counts_are_those_of_the_recipes_and_files() -> None:
+    quote = load_config(ROOT / "recipes" / "real" / "quote.toml")
+    per_run = quote.run.iterations * quote.rollout.tasks * quote.algorithm.group_size
+    assert f"for {per_run:,} joint actions" in README
+    results = json.loads((REAL / "quote" / "results.json").read_text())["tasks"]["quote"]["methods"]
+    assert f"**after {results['collm-cc']['joint_actions']:.0f} joint actions**" in README
+    held_out = make(quote.env.name, split="eval", **quote.env.options).num_tasks
+    assert f"one of {held_out} held-out texts" in README
+    demo = load_config(ROOT / "collm" / "cli" / "demo.toml")
+    words = make(demo.env.name, split="eval", **demo.env.options).num_tasks
+    counts = f"{demo.run.iterations} iterations of {demo.rollout.tasks} joint actions; {words} words are held out"
+    assert f"One run has {counts}." in README
+    with safe_open(TINY / "model.safetensors", "np") as weights:
+        size = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    assert f"Two agents of {size / 1e6:.1f} million parameters" in README
+    (lines,) = re.findall(r"trains a team in (\d+) lines", README)
+    assert len((ROOT / "examples" / "minimal.py").read_text().splitlines()) <= int(lines)
 
 
 def test_numbers_beside_comlrl_are_those_of_the_benchmark() -> None:

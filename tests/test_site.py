@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import shlex
-import signal
 import subprocess
-import sys
 import time
 import tomllib
 from itertools import pairwise
@@ -18,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from pages import PAGES, blocks, script
+from pages import PAGES, blocks, run_session, typed
 from places import ROOT
 from servers import free_port
 
@@ -162,22 +159,11 @@ def test_every_recipe_and_study_has_settings_that_there_are(tmp_path):
 
 
 def run_page(page: Path, folder: Path, *, seconds: float = 1200) -> subprocess.CompletedProcess[str]:
-    """Run a page in an empty folder, with free ports in place of 8000 and 8001. What it started ends with it."""
-    session = script(page)
+    """Run a page in an empty folder, with free ports in place of 8000 and 8001."""
+    session = "\n".join(typed(block) for block in blocks(page) if not block.why)
     for port in ("8000", "8001"):
         session = re.sub(rf"\b{port}\b", str(free_port()), session)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    variables = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command, pipe = ["bash", "-c", session], subprocess.PIPE
-    with subprocess.Popen(
-        command, cwd=folder, env=variables, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    ) as process:
-        try:
-            out, errors = process.communicate(timeout=seconds)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, out, errors)
+    return run_session(session, folder, seconds=seconds)
 
 
 @pytest.mark.slow

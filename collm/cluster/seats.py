@@ -21,7 +21,7 @@ from collm.learning.parts import Part
 from collm.machine import memory
 from collm.models.team import Team
 from collm.planning.memory import gpu_memories
-from collm.runs.heap import adapt_heap
+from collm.runs.heap import HEAP
 from collm.types import Completion, Request
 
 Bytes = dict[str, bytes]
@@ -120,7 +120,7 @@ class Seat:
 
     def renew(self) -> None:
         """Later answers are those of the present weights."""
-        adapt_heap()
+        HEAP.iterated()
         if self.held.engine is not None and self.held.team is not None:
             self.held.engine.load(self.held.team)
 

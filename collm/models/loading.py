@@ -48,8 +48,7 @@ def load_pretrained(auto_class: Any, source: str, **options: Any) -> Any:
         ) from error
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise ConfigError(
-            f"model {source!r} is an adapter, not a whole model. Agents can start from one that lies in a local folder; a "
-            "critic needs a whole model."
+            f"model {source!r} is an adapter, not a whole model. Agents can start from one; a critic needs a whole model."
         )
     return loaded
 

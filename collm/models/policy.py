@@ -21,7 +21,7 @@ from collm.models.adapters import Adapter, Base
 from collm.models.blueprint import BaseSpec, base_of
 from collm.models.chat import Chat
 from collm.models.loading import check_vocabulary, load_pretrained, max_positions_of
-from collm.models.sources import is_adapter, resolve
+from collm.models.sources import adapter_folder, fetch_adapter, resolve
 from collm.models.trees import Tree, hidden_states, reads_trees
 from collm.settings.rooms import LoraSettings
 from collm.types import Sampling
@@ -86,7 +86,7 @@ class Policy:
         system: str | None = None,
         thinking: str | None = None,
     ) -> Policy:
-        """Load a Hugging Face folder or hub name, or "tiny"; a PEFT folder is loaded with the base that it names.
+        """Load a Hugging Face folder or hub name, or "tiny"; a PEFT adapter is loaded with the base that it names.
 
         Raises ConfigError if the model cannot be loaded.
 
@@ -96,16 +96,17 @@ class Policy:
             system, thinking: as `team.system` and `team.thinking`.
         """
         about: dict[str, Any] = {"compute": compute, "system": system, "thinking": thinking}
+        fetch_adapter(source)
         spec = base_of(source, lora, compute)
         if spec is None:
             tokenizer = load_pretrained(AutoTokenizer, source)
             model = load_pretrained(AutoModelForCausalLM, source, dtype=torch.float32)
             return cls(model.to(device), tokenizer, source=resolve(source), **about)
-        bases = {} if bases is None else bases
+        bases, folder = {} if bases is None else bases, adapter_folder(source)
         if spec not in bases:
-            bases[spec] = Base.from_pretrained(spec.model if is_adapter(source) else source, dtype=spec.dtype, device=device)
+            bases[spec] = Base.from_pretrained(source if folder is None else spec.model, dtype=spec.dtype, device=device)
         base = bases[spec]
-        adapter = base.load(Path(source)) if is_adapter(source) or lora is None else base.add(lora, seed)
+        adapter = base.add(lora, seed) if folder is None and lora is not None else base.load(folder or Path(source))
         return cls(base.model, base.tokenizer, adapter=adapter, source=base.source, **about)
 
     @property

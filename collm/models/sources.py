@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from collm.errors import ConfigError
@@ -19,17 +20,53 @@ def resolve(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
+def folder_of(source: str | Path) -> Path | None:
+    """The folder of a model's files on this machine: its own, or its snapshot in the hub's cache. None if there is none."""
+    place = Path(resolve(str(source)))
+    if place.is_dir():
+        return place
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    with suppress(HFValidationError):
+        for name in ("config.json", ADAPTER_CONFIG):
+            if isinstance(found := try_to_load_from_cache(str(source), name), str):
+                return Path(found).parent
+    return None
+
+
+def adapter_folder(source: str | Path) -> Path | None:
+    """The folder of a PEFT adapter on this machine. None for a whole model, and for a hub name that is not in the cache."""
+    folder = folder_of(source)
+    return folder if folder is not None and (folder / ADAPTER_CONFIG).is_file() else None
+
+
 def is_adapter(source: str | Path) -> bool:
-    """Whether this is the folder of a PEFT adapter."""
-    return (Path(source) / ADAPTER_CONFIG).is_file()
+    """Whether `adapter_folder` finds one."""
+    return adapter_folder(source) is not None
 
 
-def base_named_by(folder: str) -> str:
-    """The base model that an adapter's folder names. Raises ConfigError if it names none."""
+def fetch_adapter(source: str) -> None:
+    """Download an adapter with this hub name to the hub's cache, where `adapter_folder` finds it.
+
+    Nothing is raised for any other model, or a name that cannot be reached: whoever loads it reports that.
+    """
+    if Path(resolve(source)).is_dir() or (folder_of(source) is not None and not is_adapter(source)):
+        return
+    from huggingface_hub import hf_hub_download
+
+    with suppress(OSError, ValueError):
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "tokenizer.json", "chat_template.jinja"):  # the last two for plans
+            hf_hub_download(source, name)
+
+
+def base_named_by(source: str) -> str:
+    """The base model that an adapter names, given its folder or hub name. Raises ConfigError if it names none."""
     try:
-        base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        folder = folder_of(source) or Path(source)
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
         if not isinstance(base, str) or not base:
             raise ValueError(f"base_model_name_or_path is {base!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"adapter {folder!r} cannot be read: {ADAPTER_CONFIG} does not name its base ({error!r}).") from error
+        raise ConfigError(f"adapter {source!r} cannot be read: {ADAPTER_CONFIG} does not name its base ({error!r}).") from error
     return base

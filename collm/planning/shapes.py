@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from collm.errors import ConfigError
-from collm.models.sources import ADAPTER_CONFIG, base_named_by, is_adapter, resolve
+from collm.models.sources import ADAPTER_CONFIG, base_named_by, folder_of, is_adapter
 from collm.settings.rooms import LoraSettings
 
 
@@ -105,7 +104,7 @@ def read_shape(source: str) -> Shape:
             f"known. Download its config.json into a folder and name that. Known: {', '.join(KNOWN)}."
         )
     if is_adapter(folder):
-        return read_shape(base_named_by(str(folder)))
+        return read_shape(base_named_by(source))
     config = _read_json(folder / "config.json")
     config = {**config, **config.get("text_config", {})}
     kind = str(config.get("model_type"))
@@ -129,9 +128,9 @@ def read_shape(source: str) -> Shape:
         raise ConfigError(f"model {source!r}: its config.json lacks a number that planning needs ({error!r}).") from error
 
 
-def read_adapter(folder: str) -> LoraSettings:
-    """The settings of the adapter that a PEFT folder holds. Raises ConfigError where it cannot be read."""
-    path = Path(folder) / ADAPTER_CONFIG
+def read_adapter(source: str) -> LoraSettings:
+    """The settings of an adapter, given its folder or hub name. Raises ConfigError where it cannot be read."""
+    path = (folder_of(source) or Path(source)) / ADAPTER_CONFIG
     config = _read_json(path)
     try:
         targets = config["target_modules"]
@@ -139,15 +138,6 @@ def read_adapter(folder: str) -> LoraSettings:
         return LoraSettings(rank=config["r"], targets=targets)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{str(path)!r} lacks what planning needs ({error!r}).") from error
-
-
-def folder_of(source: str) -> Path | None:
-    """The folder of a model's config on this machine, or None."""
-    if Path(resolve(source)).is_dir():
-        return Path(resolve(source))
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{source.replace('/', '--')}" / "snapshots"
-    return next((path.parent for path in sorted(cache.glob("*/config.json"))), None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

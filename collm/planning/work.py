@@ -12,7 +12,7 @@ from typing import Any
 from collm.envs.catalogue import make
 from collm.errors import CollmError, ConfigError
 from collm.models.sharing import joins
-from collm.planning.shapes import folder_of
+from collm.models.sources import folder_of
 from collm.settings.rooms import Config
 
 TEMPLATE = 8

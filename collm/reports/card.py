@@ -127,5 +127,6 @@ def _public(model: str) -> str:
 
     if "/" in model and not Path(model).exists():
         with suppress(HFValidationError):
-            return model if isinstance(try_to_load_from_cache(model, "config.json"), str) else ""
+            files = [try_to_load_from_cache(model, name) for name in ("config.json", "adapter_config.json")]
+            return model if any(isinstance(file, str) for file in files) else ""
     return ""

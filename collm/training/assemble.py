@@ -29,12 +29,13 @@ from collm.models.adapters import Base
 from collm.models.blueprint import BaseSpec, Blueprint, CriticSpec, Unit
 from collm.models.critic import HEADS, Critic, Head
 from collm.models.policy import Policy
+from collm.models.sources import fetch_adapter
 from collm.models.team import AnyTeam, Team
 from collm.models.trial import try_critic, try_team
 from collm.rollout.collector import Collector, LocalCollector
 from collm.rollout.plan import Plan
 from collm.runs.directory import with_absolute_data
-from collm.runs.heap import limit_heap
+from collm.runs.heap import HEAP
 from collm.runs.trackers import check_installed
 from collm.settings.rooms import Config, EnvSettings
 from collm.training.task import check_fit, metric_names, num_tasks, plan_of, trained_agents, training_tasks
@@ -60,7 +61,7 @@ class Assembly:
 
 def prepare(config: Config) -> Config:
     """The config of the run directory, with this machine's threads and device and with absolute data paths; this process uses
-    those threads and a limited heap. On a cluster every process has as many threads, and the device is chosen there.
+    those threads and returns freed memory. On a cluster every process has as many threads, and the device is chosen there.
 
     Raises ConfigError for settings that cannot train, or a device that is not available.
     """
@@ -69,7 +70,7 @@ def prepare(config: Config) -> Config:
     apart = config.cluster.address is not None
     threads, device = config.run.threads or usable_cores(), config.run.device if apart else resolve_device(config.run.device)
     torch.set_num_threads(threads)
-    limit_heap()
+    HEAP.restrict()
     options = with_absolute_data(config.env.options, Path.cwd())
     env = EnvSettings.model_validate({"name": config.env.name, **options})
     if apart:
@@ -119,6 +120,8 @@ def assemble(
                 f"cluster.address={config.cluster.address!r} trains models in processes of their own, but a team, an engine or "
                 "a learner of this process is given. Leave them out, or set cluster.address='none'."
             )
+        for agent in trained:
+            fetch_adapter(config.team.models.get(agent, config.team.model))
         blueprint = Blueprint.of(config, agents)
         seated, away, hands = make_seats(config, agents, blueprint, plan.sampling)
         engine = with_remote(away, config)
@@ -292,7 +295,7 @@ def make_unit(config: Config, agents: tuple[str, ...], blueprint: Blueprint, uni
     agents: the environment's. blueprint: of the whole team.
     """
     torch.set_num_threads(config.run.threads or usable_cores())
-    limit_heap()
+    HEAP.restrict()
     resolve_device(config.run.device)
     copied = {critic.policy for critic in unit.critics if critic.body == "copy"}
     names = {policy.name for policy in unit.policies} or copied

@@ -18,7 +18,7 @@ from collm.runs import checkpoint
 from collm.runs.alarms import PREFIX, Alarms, answer_metrics, sentence
 from collm.runs.directory import begin, checkpoints, lock, resumed_config, write_config
 from collm.runs.examples import recorded_examples, write_examples
-from collm.runs.heap import adapt_heap
+from collm.runs.heap import HEAP
 from collm.runs.log import RunLog, describe
 from collm.settings.rooms import Config
 from collm.training.assemble import assemble, prepare, unfiltered
@@ -122,7 +122,7 @@ class Trainer:
             self.whole = False
             update = self.learner.update(groups, self.iteration)
         self.engine.load(self.team)
-        adapt_heap()
+        HEAP.iterated()
         episodes = [episode for group in groups for episode in group.episodes]
         self.joint_actions += sum(len(episode.turns) - episode.own_from for episode in episodes)
         self.iteration, self.whole = number, True

@@ -13,66 +13,84 @@ from collm.runs.heap import CACHES
 
 BLOCKS = """
 import sys
-from pathlib import Path
+import time
 import torch
-from collm.runs import heap
+from collm.runs.heap import HEAP, resident
 
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+start, stay = resident(), []
 
-if sys.argv[1] != "never limited":
-    heap.limit_heap()
-for gib in sys.argv[2:]:  # of memory, at each call
-    heap.memory = lambda: int(float(gib) * 2**30)
-    heap.adapt_heap()
+def update(size):
+    \"\"\"Blocks between small ones that stay. Returns the MiB taken while they are in use, and after they are freed.\"\"\"
+    large = []
+    for _ in range(100):
+        large.append(torch.ones(size))
+        stay.append(torch.ones(1 << 12))
+    time.sleep(0.3)
+    held = resident()
+    del large
+    return (held - start) >> 20, (resident() - start) >> 20
+
+if sys.argv[1] == "restricted":
+    HEAP.restrict()
 torch.ones(7 << 20)  # freeing this block of 28 MiB raises glibc's own threshold to that
-before = resident()
-stay = []
-large = []
-for n in range(100):
-    large.append(torch.ones((1 << 20) + n))
-    stay.append(torch.ones(1 << 12))
-held = resident() - before
-del large
-print(held, resident() - before)
+print(*update(1 << 20))
+if sys.argv[1] == "restricted":
+    HEAP.iterated()
+    assert HEAP.limit is None
+    HEAP.iterated()
+if sys.argv[2] == "unwatched":
+    HEAP.limit = None
+print(*update(1 << 20))
+print(*update((1 << 20) + (1 << 16)))  # none fits where the blocks before were
+print(HEAP.trims)
 """
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="glibc alone keeps freed blocks")
 @pytest.mark.parametrize(
-    ("words", "kept"),
+    ("kind", "watched", "setting"),
     [
-        (["never limited"], True),
-        (["limited"], False),
-        (["limited", "1000"], True),  # a process of less than 1 GiB
-        (["limited", "0.5"], False),
-        (["limited", "1000", "0.05"], False),  # memory became short
-        (["MALLOC_MMAP_THRESHOLD_=65536", "1000"], False),
-        (["MALLOC_MMAP_THRESHOLD_=33554432"], True),
+        ("free", "unwatched", None),
+        ("free", "unwatched", 1 << 16),
+        ("restricted", "watched", None),
+        ("restricted", "unwatched", None),
+        ("restricted", "watched", 1 << 16),
+        ("restricted", "watched", 1 << 25),
     ],
 )
-def test_freed_tensors_leave_the_process(words: list[str], kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of many sizes between small ones that stay, as in an update. They are kept only where memory allows."""
+def test_freed_blocks_are_kept_within_what_the_first_iterations_took(
+    kind: str, watched: str, setting: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three times 100 blocks of 4 MiB between small ones, as in updates."""
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    if "=" in words[0]:
-        monkeypatch.setenv(*words[0].split("="))
-    done = subprocess.run([sys.executable, "-c", BLOCKS, *words], capture_output=True, text=True, check=True, timeout=120)
-    held, left = map(float, done.stdout.split())
-    assert held > 350
-    assert left > 200 if kept else left < 50, (held, left)
+    if setting:
+        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(setting))
+    words = [sys.executable, "-c", BLOCKS, kind, watched]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
+    *three, trims = ([int(word) for word in line.split()] for line in done.splitlines())
+    (first, _), (second, _), (third, _) = three
+    assert 390 < first < 430, done
+    left = [after > 300 for _, after in three]  # freed blocks are still there
+    own = setting is not None  # the environment decides
+    keeps_first = setting == 1 << 25 if own else kind == "free"
+    keeps_later = setting == 1 << 25 if own else True
+    assert left == [keeps_first, keeps_later, keeps_later], done
+    bounded = not keeps_later or (kind == "restricted" and watched == "watched" and not own)
+    assert max(second, third) < 500 if bounded else third > 750, done
+    assert (trims[0] > 0) == (bounded and keeps_later), done
 
 
 PRODUCTS = """
 import sys
 from pathlib import Path
 import torch
-from collm.runs.heap import limit_heap
+from collm.runs.heap import HEAP
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 if sys.argv[1] == "limited":
-    limit_heap()
+    HEAP.restrict()
 torch.set_num_threads(1)
 weight = torch.randn(64, 64).bfloat16()
 before = resident()

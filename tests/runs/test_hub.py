@@ -14,16 +14,28 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
+from places import ROOT
+from safetensors.torch import load_file
 
 from collm.cli.main import main
 from collm.errors import RunError
+from collm.models.policy import Policy
+from collm.models.sources import TINY
+from collm.models.team import Team
+from collm.planning.memory import plan
 from collm.reports.card import _public, card_of
 from collm.runs.hub import push as upload
+from collm.settings.load import load_config
+from collm.settings.rooms import LoraSettings
 
 COMMIT = "0" * 40
 
@@ -92,7 +104,7 @@ def test_a_pushed_agent_loads_from_the_hub(
 
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        '[env]\nname = "agree"\nwording = "terse"\n[rollout]\nmax_tokens = 4\n'
+        '[run]\nthreads = 1\n[env]\nname = "agree"\nwording = "terse"\n[rollout]\nmax_tokens = 4\n'
         '[team]\nmodel = "me/first"\nmodels = { agent_1 = "tiny" }\n'
     )
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub.cache)}
@@ -100,6 +112,100 @@ def test_a_pushed_agent_loads_from_the_hub(
     done = subprocess.run(words, env=offline, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["episodes"] == 1
+
+
+@pytest.fixture
+def based(hub: type[LocalHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The exported folder of an adapter whose base is owner/base of the hub, and which was pushed to me/first."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub.cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    LocalHub().upload_folder(repo_id="owner/base", folder_path=TINY, commit_message="a whole model")
+    adapter = Policy.from_pretrained("owner/base", lora=LoraSettings(rank=2))
+    with torch.no_grad():
+        for weight in adapter.trained.parameters():
+            weight += 0.01
+    adapter.save(tmp_path / "trained")
+    assert push(tmp_path / "trained", tmp_path / "first") == 0
+    return tmp_path / "first"
+
+
+def test_a_pushed_adapter_is_loaded_on_its_base(based: Path) -> None:
+    team = Team.from_pretrained({"a": "me/first", "b": "owner/base"}, lora=LoraSettings(rank=4))
+    a, b = team.policies.values()
+    assert a.model is b.model
+    assert a.source == "owner/base"
+    assert a.adapter is not None
+    saved = load_file(based / "adapter_model.safetensors")
+    assert all(weight.equal(saved[name]) for name, weight in a.adapter.tensors().items())
+    assert _public("me/first") == "me/first"
+
+
+def test_a_team_with_a_pushed_adapter_is_planned_and_evaluated(based: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ROOT / "recipes" / "tiny" / "agree.toml"
+
+    def peak(**models: str) -> int:
+        return plan(load_config(recipe, {"team.model": "owner/base", "team.models": models})).peak
+
+    assert peak(agent_1="me/first") == peak(agent_1=str(based)) < peak()
+    team = ["--team.model", "owner/base", "--team.models.agent_1", "me/first"]
+    assert main(["evaluate", str(recipe), "--episodes", "1", "--json", *team]) == 0
+    assert json.loads(capsys.readouterr().out)["episodes"] == 1
+
+
+class Repository(BaseHTTPRequestHandler):
+    """The files of one repository, me/first, as the hub answers for them."""
+
+    files: dict[str, bytes]
+
+    def do_HEAD(self) -> None:
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        known = parts[:2] == ["me", "first"] and self.files.get(parts[-1])
+        if not known:
+            self.reply(404, b"", "EntryNotFound" if parts[:2] == ["me", "first"] else "RepoNotFound")
+        else:
+            self.reply(200, known)
+
+    do_GET = do_HEAD
+
+    def reply(self, status: int, body: bytes, error: str = "") -> None:
+        self.send_response(status)
+        headers = {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, "ETag": hashlib.sha256(body).hexdigest()}
+        for name, value in (headers | ({"X-Error-Code": error} if error else {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing is printed."""
+
+
+FETCH = """
+from pathlib import Path
+
+from collm.models.sources import adapter_folder, fetch_adapter
+
+for name in ("me/first", "me/second", "tiny"):
+    fetch_adapter(name)
+    print(name, sorted(path.name for path in (adapter_folder(name) or Path("none")).glob("*")))
+"""
+
+
+def test_an_adapter_is_downloaded_and_another_name_is_left_alone(tmp_path: Path) -> None:
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "training.bin": b"a pickle"}
+    handler = type("Served", (Repository,), {"files": files})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        online = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run([sys.executable, "-c", FETCH], env=online, capture_output=True, text=True, timeout=600)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "me/first ['adapter_config.json', 'adapter_model.safetensors']",
+        "me/second []",
+        "tiny []",
+    ]
 
 
 def test_a_card_has_task_algorithm_seed_results_and_how_to_serve(run: Path, tmp_path: Path) -> None:
