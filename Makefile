@@ -16,7 +16,7 @@ help:
 	@echo "make fuzz       20,000 hostile answers to all environments (make test plays 2,000)"
 	@echo "make test-vllm  the vLLM engine, run on the CPU in an environment of its own (3.5 GB; 5 minutes)"
 	@echo "make test-clients  openai, litellm, langchain and lm-eval against a served agent, wandb, MLflow and Trackio in a run,"
-	@echo "                   in an environment of their own"
+	@echo "                   and a team on Ray Serve, in an environment of their own"
 	@echo "make docs       the site, in build/site, in an environment of its own (170 MB)"
 	@echo "make constraints  pin packages that pyproject.toml names and constraints.txt does not"
 	@echo "make tiny       make the tiny language model again, in build/tiny (about 35 minutes on one core)"
@@ -62,15 +62,16 @@ test-vllm:
 	PYTHON=$(PYTHON) tests/engines/with_vllm/environment.sh .venv-vllm
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 .venv-vllm/bin/python -m pytest tests/engines/with_vllm -v
 
-# Clients and trackers that others use, in an environment of their own: some bring packages that transformers then loads at each
-# start.
+# Clients and trackers that others use, and Ray Serve, in an environment of their own: some bring packages that transformers then
+# loads at each start.
 .venv-clients/made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-clients
-	.venv-clients/bin/python -m pip install --quiet -c constraints.txt -e ".[dev,clients,trackers]"
+	.venv-clients/bin/python -m pip install --quiet -c constraints.txt -e ".[dev,clients,trackers,cluster-serve]"
 	@touch $@
 
 test-clients: .venv-clients/made
-	OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest -m slow tests/serving/test_clients.py tests/runs/test_trackers.py -v -rs
+	OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest -m slow tests/serving/test_clients.py tests/runs/test_trackers.py \
+	  tests/cluster/test_deployments.py -v -rs
 
 # mkdocs reads docstrings from source, so collm itself is not installed there.
 .venv-docs/made: pyproject.toml constraints.txt

@@ -15,6 +15,13 @@ from pathlib import Path
 
 from places import ROOT
 
+from collm.engines.local import LocalEngine
+from collm.rollout.collector import LocalCollector
+from collm.runs.directory import run_config
+from collm.runs.weights import load_team
+from collm.training.evaluate import evaluate
+from collm.types import Episode
+
 
 @dataclass
 class Server:
@@ -65,3 +72,39 @@ def served(folder: Path, run: Path, *agents: str, words: tuple[str, ...] = (), *
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def greedy(run: Path) -> list[Episode]:
+    """The run's held-out episodes, in process."""
+    config = run_config(run, {})
+    return evaluate(config, LocalCollector(LocalEngine(load_team(config, run / "final")))).episodes
+
+
+def spoken(episode: Episode) -> list:
+    return [
+        {agent: (c.text, c.prompt_ids.tolist(), c.token_ids.tolist()) for agent, c in turn.completions.items()}
+        for turn in episode.turns
+    ]
+
+
+def played(*words: str, timeout: float = 120) -> tuple[int, str, str]:
+    """`collm play` in a process of its own, where importing torch is an error: exit code, output, errors."""
+    code = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        assert name.split('.')[0] not in ('torch', 'transformers', 'tokenizers', 'safetensors'), name\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "from collm.cli.main import main\n"
+        "sys.exit(main(['play', *sys.argv[1:]]))\n"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr

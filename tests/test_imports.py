@@ -32,7 +32,7 @@ MAY = {
     "planning": {"settings", "errors", "machine", "envs", "models.blueprint", "models.sources", "models.sharing"},
     "runs": RECORDS | {"learning", "models"},
     "serving": {"types", "errors", "settings", "algorithms", "models", "engines", "runs"},
-    "cluster": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "learning", "planning", "runs"},
+    "cluster": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "learning", "planning", "runs", "serving"},
     "training": RECORDS | {"algorithms", "envs", "models", "engines", "rollout", "learning", "runs", "cluster"},
     "studies": {"types", "errors", "settings", "runs"},  # a run is a process: nothing that trains is imported
     "reports": {"types", "errors", "runs", "studies"},

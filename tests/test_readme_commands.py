@@ -78,6 +78,7 @@ OTHERWISE = {
         f"collm serve runs/demo --agent builder_1 --port {SECOND} > second.log 2>&1 &\n"
         + answers(f"{FIRST}/health", f"{SECOND}/health")
     ),
+    "collm serve RUN --all --cluster.address ADDRESS": Instead("tests/cluster/test_deployments.py calls it, on Ray Serve"),
     "collm play TASK|RUN --agent NAME=URL ...": example(
         f"collm play runs/demo --episodes 2 --agent builder_0=http://127.0.0.1:{FIRST}/v1 "
         f"--agent builder_1=http://127.0.0.1:{SECOND}/v1\n{STOP}"

@@ -203,13 +203,23 @@ def make_parser() -> argparse.ArgumentParser:
 
     serve = command(
         "serve",
-        "Serve one agent of a run, or an exported folder, as an OpenAI-compatible endpoint until SIGTERM or Ctrl-C.",
-        "collm serve runs/demo --agent builder_0 --port 8000",
+        "Serve one agent of a run, or an exported folder, as an OpenAI-compatible endpoint until SIGTERM or Ctrl-C; with --all "
+        "every agent of a run, on Ray Serve.",
+        "collm serve runs/demo --agent builder_0 --port 8000\n"
+        "  collm serve runs/demo --all --cluster.address local --replicas builder_0=2",
         "collm.cli.serve:run",
+        settings=True,
     )
     serve.add_argument("run", type=Path, metavar="RUN|DIR", help="a run directory or an exported folder")
+    which = serve.add_mutually_exclusive_group(required=True)
+    which.add_argument("--agent", metavar="NAME", help="which agent of the team; clients send it as the model's name")
+    which.add_argument("--all", action="store_true", help="every agent, on the Ray cluster of --cluster.address")
     serve.add_argument(
-        "--agent", required=True, metavar="NAME", help="which agent of the team; clients send it as the model's name"
+        "--replicas",
+        action="append",
+        default=[],
+        metavar="AGENT=N|N-M",
+        help="with --all: number of processes that serve an agent (default: 1); N-M: by load",
     )
     serve.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free port and prints it")
     serve.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only; 0.0.0.0: the network")

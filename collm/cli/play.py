@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,13 @@ from collm.cli.evaluate import as_record, name_of, plain, show_table, told
 from collm.envs.catalogue import make
 from collm.errors import ConfigError
 from collm.reports.screen import Screen
+from collm.reports.tables import cost_table
 from collm.runs.directory import run_config
 from collm.settings.load import load_config
 from collm.settings.rooms import Config
 
 if TYPE_CHECKING:
-    from collm.engines.http import Endpoint
+    from collm.engines.http import Cost, Endpoint
 
 CHANGEABLE = ("env.", "evaluation.", "rollout.", "run.seed", "team.thinking")
 """Settings, or prefixes of settings, that apply without training and without a loaded model."""
@@ -52,10 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         engine.close()
     failed = [episode for episode in result.episodes if episode.failure]
+    costs = cost_per_episode({agent: engine.costs[agent] for agent in places}, result.seconds, len(result.episodes))
     if arguments.json:
         record: dict[str, Any] = as_record(result) if result.played else {"episodes": 0, "failed": len(failed)}
         record |= {
             "requests": engine.sent,
+            "cost_per_episode": costs,
             "failures": {episode.label or str(episode.task): episode.failure for episode in failed},
         }
         if arguments.show:
@@ -70,11 +74,27 @@ def run(arguments: argparse.Namespace) -> int:
         max_reward = getattr(env, "max_reward", None)
         title = f"{config.env.name}, {len(places)} agents on separate endpoints"
         show_table(title, result, config, max_reward, split=arguments.split)
+    console.print(cost_table(costs))
     for episode in failed:
         console.print(f"failed: {name_of(episode)}: {episode.failure}")
     if not result.played:
         console.print("No episode was played to its end.")
     return 1 if failed else 0
+
+
+def cost_per_episode(costs: Mapping[str, Cost], seconds: float, num_episodes: int) -> dict[str, dict[str, float | None]]:
+    """Agent, and "team" for all -> means over episodes: requests, tokens read and sampled (None if unknown), seconds.
+
+    An agent's seconds are those of its answers; the team's are `seconds`, the wall-clock time of all episodes, which are played
+    at the same time.
+    """
+    found = {agent: asdict(cost) for agent, cost in costs.items()}
+    columns = {name: [cost[name] for cost in found.values()] for name in ("requests", "prompt_tokens", "sampled_tokens")}
+    found["team"] = {**{name: None if None in column else sum(column) for name, column in columns.items()}, "seconds": seconds}
+    return {
+        who: {name: None if total is None else round(total / num_episodes, 4) for name, total in cost.items()}
+        for who, cost in found.items()
+    }
 
 
 def settings(task: str, overrides: Mapping[str, Any]) -> Config:

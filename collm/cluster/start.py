@@ -167,6 +167,14 @@ class Cluster:
 
         return {node["NodeID"]: node for node in sorted(ray.nodes(), key=lambda node: str(node["NodeID"])) if node["Alive"]}
 
+    def head(self) -> tuple[str, bool]:
+        """(address of the head node, whether this process is on it)."""
+        import ray
+
+        mine = ray.get_runtime_context().get_node_id()
+        (head,) = (node for node in self.alive().values() if "node:__internal_head__" in node["Resources"])
+        return str(head["NodeManagerAddress"]), head["NodeID"] == mine
+
     def seat(self, name: str, place: Place, kind: type[Seat] = Seat) -> RaySeat:
         """A new process for a unit or a rollout worker, on its device."""
         import ray

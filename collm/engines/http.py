@@ -13,10 +13,11 @@ import os
 import random
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -86,6 +87,34 @@ def endpoint(agent: str, address: str, *, key_env: str = "", token_ids: bool = F
     return Endpoint(f"{parts.scheme}://{parts.netloc}{path or '/v1'}", model or agent, key, token_ids)
 
 
+class Usage(NamedTuple):
+    """Tokens of one answer as its server reports them; None for a number that it does not report."""
+
+    prompt_tokens: int | None
+    sampled_tokens: int | None
+
+
+@dataclass(slots=True)
+class Cost:
+    """What the answers of one agent cost."""
+
+    requests: int = 0
+    """HTTP requests, retries included."""
+    prompt_tokens: int | None = 0
+    """Tokens read; None if the server did not report them for every answer."""
+    sampled_tokens: int | None = 0
+    """Likewise."""
+    seconds: float = 0.0
+    """Sum over answers of the time from a request to its answer, retries and waits included."""
+
+    def add(self, usage: Usage, seconds: float) -> None:
+        """Add one answer."""
+        for name, tokens in usage._asdict().items():
+            total = getattr(self, name)
+            setattr(self, name, None if tokens is None or total is None else total + tokens)
+        self.seconds += seconds
+
+
 class HttpEngine:
     """Answers each agent's requests with its server; all requests of a call are sent concurrently.
 
@@ -121,7 +150,8 @@ class HttpEngine:
         self.connect, self.read, self.retries, self.backoff = connect, read, retries, backoff
         self.longest_wait, self.max_requests, self.concurrency = longest_wait, max_requests, concurrency
         self.shown = thinking == "shown"
-        self.sent = 0
+        self.costs = defaultdict[str, Cost](Cost)
+        """Agent -> what its answers cost so far."""
         self._count = threading.Lock()
         here = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}  # no proxy for this machine
         self._client = httpx.Client(
@@ -140,6 +170,11 @@ class HttpEngine:
     def close(self) -> None:
         self._client.close()
 
+    @property
+    def sent(self) -> int:
+        """Number of HTTP requests, retries included."""
+        return sum(cost.requests for cost in self.costs.values())
+
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         if not requests:
             return []
@@ -147,10 +182,14 @@ class HttpEngine:
             return list(pool.map(self._answer, requests))
 
     def _answer(self, request: Request) -> Completion:
+        began, usage = time.monotonic(), Usage(0, 0)
         try:
-            completion = read_answer(request.agent, self._ask(request))
+            body = self._ask(request)
+            completion, usage = read_answer(request.agent, body), read_usage(body)
         except EngineError as error:
-            return Completion(request.agent, "", finish_reason="error", error=str(error))
+            completion = Completion(request.agent, "", finish_reason="error", error=str(error))
+        with self._count:
+            self.costs[request.agent].add(usage, time.monotonic() - began)
         text = completion.text if self.shown else without_thoughts(completion.text)
         return completion if text == completion.text else replace(completion, text=text, written=completion.text)
 
@@ -167,7 +206,7 @@ class HttpEngine:
         for attempt in range(self.retries + 1):
             wait = self.backoff * 2**attempt * (1 - 0.5 * jitter.random())
             try:
-                status, headers, text = self._post(place, body, room)
+                status, headers, text = self._post(request.agent, place, body, room)
             except (httpx.ConnectError, httpx.ConnectTimeout, httpx.NetworkError, httpx.RemoteProtocolError) as error:
                 reason = f"cannot be reached: {_first_line(error)}"
             except httpx.TimeoutException as error:
@@ -191,13 +230,13 @@ class HttpEngine:
         attempts = f" ({self.retries + 1} attempts)" if self.retries else ""
         raise EngineError(f"{place.url} {reason}{attempts}")
 
-    def _post(self, place: Endpoint, body: bytes, room: int) -> tuple[int, httpx.Headers, bytes]:
+    def _post(self, agent: str, place: Endpoint, body: bytes, room: int) -> tuple[int, httpx.Headers, bytes]:
         """Send one HTTP request; returns status, headers and a body of at most `room` bytes. An answer that takes longer than
         `read` seconds in total is aborted."""
         with self._count:
             if self.max_requests is not None and self.sent >= self.max_requests:
                 raise EngineError(f"the budget of {self.max_requests} requests is spent")
-            self.sent += 1
+            self.costs[agent].requests += 1
         headers = {"content-type": "application/json"}
         if place.key:
             headers["authorization"] = f"Bearer {place.key}"
@@ -262,6 +301,13 @@ def read_answer(agent: str, body: bytes) -> Completion:
         raise EngineError(f"the server's answer cannot be read: {_first_line(error)}") from error
     finish = "length" if choice.get("finish_reason") == "length" else "stop"
     return Completion(agent, text or "", prompt_ids, token_ids, logprobs, finish)  # type: ignore[arg-type]
+
+
+def read_usage(body: bytes) -> Usage:
+    """The numbers of tokens in an HTTP answer that `read_answer` has parsed."""
+    usage = json.loads(body).get("usage")
+    found = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
+    return Usage(*(number if type(number) is int and 0 <= number < 1 << 31 else None for number in found))
 
 
 def _ids(values: Any) -> Ids | None:

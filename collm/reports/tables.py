@@ -61,6 +61,22 @@ def evaluation_table(title: str, intervals: Mapping[str, Interval], notes: Seque
     return framed(title, table, notes)
 
 
+def cost_table(costs: Mapping[str, Mapping[str, float | None]]) -> Group:
+    """Mean cost of an episode: one line per agent, and one of the team."""
+    table = table_of("agent", "requests", "tokens read", "tokens sampled", "seconds")
+    for who, cost in costs.items():
+        cells = [
+            f"{cost[name]:,.1f}" if cost[name] is not None else "unknown"
+            for name in ("requests", "prompt_tokens", "sampled_tokens")
+        ]
+        table.add_row(Text(who), *cells, f"{cost['seconds']:.3f}", style="bold" if who == "team" else "")
+    notes = [
+        "requests: HTTP requests, retries included; an agent's seconds: waiting for its answers; the team's: wall clock of all "
+        "episodes, played at the same time, divided by their number"
+    ]
+    return framed("cost per episode", table, notes)
+
+
 def blame_table(name: str, found: Blame) -> Group:
     """One line per failed episode and method: the answer that cost most."""
     table = table_of("iteration", "task", "return", "by", "agent", "turn", "cost", "the answer's first line")

@@ -16,6 +16,10 @@ from collm.types import Completion, Request
 
 WINDOW = 0.003
 """Seconds that the first request of a batch waits for more requests."""
+BATCH = 64
+"""Greatest number of requests in one engine call."""
+QUEUE = 1024
+"""Greatest number of waiting requests; further ones are refused with status 503."""
 REMEMBERED = 1 << 21
 """Characters of text after which the chat template's cache of encoded texts is cleared."""
 
@@ -23,13 +27,9 @@ Waiting = tuple[Request, Observer | None, "asyncio.Future[Completion]"]
 
 
 class Batcher:
-    """Answers requests for one policy.
+    """Answers requests for one policy. most, queue: as BATCH and QUEUE."""
 
-    most: greatest number of requests in one engine call. queue: greatest number of waiting requests; further ones are refused
-    with status 503.
-    """
-
-    def __init__(self, engine: LocalEngine, policy: Policy, *, most: int = 64, queue: int = 1024):
+    def __init__(self, engine: LocalEngine, policy: Policy, *, most: int = BATCH, queue: int = QUEUE):
         self.engine, self.policy, self.most = engine, policy, most
         self._queue: asyncio.Queue[Waiting] = asyncio.Queue(queue)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collm-engine")

@@ -78,7 +78,8 @@ class Counted:
         self.app, self.metrics, self.record = app, metrics, record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (scope["type"], scope.get("method"), scope.get("path")) != ("http", "POST", PATH):
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if (scope["type"], scope.get("method"), path) != ("http", "POST", PATH):
             await self.app(scope, receive, send)
             return
         noted = scope["noted"] = Noted(began=time.time())

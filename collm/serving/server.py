@@ -16,13 +16,16 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch
 
 from collm.engines.local import LocalEngine
 from collm.errors import ConfigError
 from collm.models.policy import Policy
 from collm.models.team import Team
-from collm.runs.examples import with_examples
+from collm.runs.examples import recorded_examples, with_examples
+from collm.runs.weights import load_agent
 from collm.serving import wire
 from collm.serving.answers import Form
 from collm.serving.batcher import Batcher
@@ -61,6 +64,16 @@ PLACES = f"there is nothing here; ask for POST {PATH}, or GET /v1/models, /v1/mo
 """Refusal of other paths and methods."""
 GRACE = 60
 """Seconds that running requests have to finish after a signal to stop."""
+
+
+def load_app(run: Path, agent: str, *, checkpoint: str, device: str, threads: int, **options: Any) -> tuple[FastAPI, str]:
+    """(application, description of the weights) of an agent of a run directory, or of an exported folder.
+
+    threads: CPU threads of this process. options: those of `make_app`. Raises RunError or ConfigError.
+    """
+    torch.set_num_threads(threads)
+    policy, what = load_agent(run, agent, checkpoint, device=device)
+    return make_app(policy, agent, examples=recorded_examples(run), **options), what
 
 
 def make_app(

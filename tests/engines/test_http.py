@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from email.utils import formatdate
 
 import numpy as np
@@ -15,7 +16,8 @@ from learners import critic_parts
 from servers import completion, free_port, http, serve
 
 from collm.cli.main import main
-from collm.engines.http import Endpoint, HttpEngine, endpoint, read_answer, retry_after
+from collm.cli.play import cost_per_episode
+from collm.engines.http import Endpoint, HttpEngine, Usage, endpoint, read_answer, read_usage, retry_after
 from collm.engines.mixed import MixedEngine
 from collm.engines.scripted import ScriptedEngine
 from collm.envs.catalogue import EnvSpec
@@ -304,6 +306,43 @@ def test_an_episode_fails_with_its_reason_and_the_others_finish():
     assert len(good.turns) == 2
     assert bad.failure == f"agent_0, turn 1: {served.url} answered 400: no more"
     assert len(bad.turns) == 1
+
+
+USAGES = [
+    ({"prompt_tokens": 9, "completion_tokens": 2}, (9, 2)), ({"prompt_tokens": 9}, (9, None)), (None, (None, None)),
+    ([9, 2], (None, None)), ({"prompt_tokens": True, "completion_tokens": 10**400}, (None, None)),
+    ({"prompt_tokens": -1, "completion_tokens": 0}, (None, 0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("usage", "expected"), USAGES)
+def test_tokens_are_those_that_the_server_reports(usage, expected):
+    assert read_usage(completion("red") if usage is None else with_usage(usage)) == expected
+
+
+def with_usage(usage) -> bytes:
+    return json.dumps({**json.loads(completion("red")), "usage": usage}).encode()
+
+
+def test_the_cost_of_an_agents_answers_is_requests_tokens_and_seconds():
+    """By hand: one answer after one refusal (2 requests), one failed answer (3 requests), each for the agent alone."""
+    answers = [http(b"{}", "503 Busy"), http(with_usage({"prompt_tokens": 9, "completion_tokens": 2}))]
+    with serve(lambda _, number, *__: answers[number]) as good, serve(lambda *_: http(b"{}", "500 Bug")) as bad:
+        engine = engine_for(good.url, bad.url, retries=2)
+        began = time.monotonic()
+        engine.generate([HELLO, replace(HELLO, agent="b")])
+        spent = time.monotonic() - began
+    assert engine.sent == 5
+    a, b = engine.costs["a"], engine.costs["b"]
+    assert (a.requests, a.prompt_tokens, a.sampled_tokens) == (2, 9, 2)
+    assert (b.requests, b.prompt_tokens, b.sampled_tokens) == (3, 0, 0)
+    assert all(0 < cost.seconds <= spent for cost in (a, b))
+    per_episode = cost_per_episode(engine.costs, seconds=8.0, num_episodes=4)
+    assert per_episode["a"].items() >= {"requests": 0.5, "prompt_tokens": 2.25, "sampled_tokens": 0.5}.items()
+    assert per_episode["team"] == {"requests": 1.25, "prompt_tokens": 2.25, "sampled_tokens": 0.5, "seconds": 2.0}
+    a.add(Usage(1, None), 0.0)  # a server that does not report what it sampled
+    assert (a.prompt_tokens, a.sampled_tokens) == (10, None)
+    assert cost_per_episode(engine.costs, 8.0, 4)["team"]["sampled_tokens"] is None
 
 
 def test_a_mixed_engine_asks_both_at_once():

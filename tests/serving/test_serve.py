@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import json
-import os
 import random
 import signal
 import socket
@@ -22,24 +21,21 @@ import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from places import ROOT
-from served import Server, served
+from served import Server, greedy, played, served, spoken
 
 from collm.cli.main import main
 from collm.engines.http import HttpEngine, endpoint
 from collm.engines.local import LocalEngine
 from collm.models.policy import Policy
 from collm.models.team import Team
-from collm.rollout.collector import LocalCollector
 from collm.runs.directory import run_config
 from collm.runs.weights import load_team
 from collm.serving.batcher import Batcher
 from collm.serving.server import make_app
 from collm.serving.wire import Refused
 from collm.settings.load import parse_config
-from collm.training.evaluate import evaluate
 from collm.training.trainer import Trainer
-from collm.types import Episode, Message, Request, Sampling
+from collm.types import Message, Request, Sampling
 
 AGENTS = ("builder_0", "builder_1", "builder_2")
 WORDS = ["AN", "AT", "BE", "DO", "GO", "IN"]
@@ -72,19 +68,6 @@ def team(run, tmp_path_factory) -> Iterator[dict[str, Server]]:
 @pytest.fixture(scope="module")
 def one(team) -> Server:
     return team["builder_0"]
-
-
-def greedy(run: Path) -> list[Episode]:
-    """The run's held-out episodes, in process."""
-    config = run_config(run, {})
-    return evaluate(config, LocalCollector(LocalEngine(load_team(config, run / "final")))).episodes
-
-
-def spoken(episode: Episode) -> list:
-    return [
-        {agent: (c.text, c.prompt_ids.tolist(), c.token_ids.tolist()) for agent, c in turn.completions.items()}
-        for turn in episode.turns
-    ]
 
 
 CLIENT = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
@@ -171,6 +154,14 @@ def test_what_cannot_be_answered_is_refused_by_name(one, status, param, change):
     assert error["param"] == param
     assert ";" in error["message"]  # the reason; the way out
     assert len(response.content) < 600
+
+
+def test_an_application_below_a_prefix_answers_and_counts(tiny):
+    """Ray Serve gives each agent such a prefix."""
+    with TestClient(make_app(tiny, "a"), root_path="/team/a") as client:
+        hello = {"messages": HELLO["messages"], "max_tokens": 2}
+        assert client.post("/team/a/v1/chat/completions", json=hello).status_code == 200
+        assert 'collm_requests_total{agent="a",status="200"} 1.0' in client.get("/team/a/metrics").text
 
 
 def test_places_that_do_not_exist(one):
@@ -321,29 +312,6 @@ def test_a_port_is_held_before_the_model_is_loaded(capsys, run):
 # --- a team apart --------------------------------------------------------------------------------------------------------
 
 
-def played(*words: str, timeout: float = 120) -> tuple[int, str, str]:
-    """`collm play` in a process of its own, where importing torch is an error: exit code, output, errors."""
-    code = (
-        "import sys\n"
-        "class Block:\n"
-        "    def find_spec(self, name, *rest):\n"
-        "        assert name.split('.')[0] not in ('torch', 'transformers', 'tokenizers', 'safetensors'), name\n"
-        "sys.meta_path.insert(0, Block())\n"
-        "from collm.cli.main import main\n"
-        "sys.exit(main(['play', *sys.argv[1:]]))\n"
-    )
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, done.stderr
-
-
 def where(servers: dict[str, Server]) -> list[str]:
     return [word for agent, server in servers.items() for word in ("--agent", f"{agent}={server.url}")]
 
@@ -364,6 +332,13 @@ def test_three_servers_play_the_same_greedy_episodes_as_in_process(run, team):
     assert there == [spoken(episode) for episode in here]
     assert record["failures"] == {}
     assert record["requests"] == len(WORDS) * 3 * 3
+    for agent, cost in record["cost_per_episode"].items():
+        answers = [c for e in here for turn in e.turns for name, c in turn.completions.items() if agent in (name, "team")]
+        assert cost["requests"] == len(answers) / len(WORDS)
+        for kind, ids in (("prompt_tokens", "prompt_ids"), ("sampled_tokens", "token_ids")):
+            assert cost[kind] == pytest.approx(sum(len(getattr(c, ids)) for c in answers) / len(WORDS), abs=1e-3)
+        assert cost["seconds"] > 0
+    assert record["cost_per_episode"].keys() == {*AGENTS, "team"}
     scores = [episode.score for episode in here]
     assert record["reward"]["mean"] == pytest.approx(np.mean(scores), abs=1e-6)
     assert len({str(words) for episode in here for words in spoken(episode)}) > 3  # they do not all say the same
@@ -402,6 +377,8 @@ def test_play_prints_a_table_and_the_episodes(run, team):
     assert code == 0, err
     assert "str_build, 3 agents on separate endpoints: 2 tasks of train, greedy" in " ".join(out.split())
     assert "turn 2, builder_2 wrote:" in out
+    (line,) = (line.split() for line in out.splitlines() if line.split()[:1] == ["team"])
+    assert line[1] == "9.0"  # requests: three agents, three turns
     assert "reward" in out
 
 
