@@ -126,24 +126,51 @@ def test_every_grid_is_whole_and_told_of() -> None:
         assert (RESULTS / grid / "recipe.toml").read_text() == (RESULTS.parents[1] / f"recipes/compare/{grid}.toml").read_text()
 
 
-REAL = sorted(path.parent for path in RESULTS.glob("real/*/results.json"))
+PAGES = sorted(path.parent for page in ("real", "credit") for path in RESULTS.glob(f"{page}/*/results.json"))
+"""Folders of the grids that have a section on a page of their own."""
 
 
-@pytest.mark.parametrize("folder", REAL, ids=lambda folder: folder.name)
-def test_the_page_of_real_models_says_what_its_grids_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def recipe_of(folder: Path) -> Path:
+    return ROOT / "recipes" / "compare" / f"{'real_' if folder.parent.name == 'real' else ''}{folder.name}.toml"
+
+
+@pytest.mark.parametrize("folder", PAGES, ids=lambda folder: folder.name)
+def test_a_page_of_its_own_says_what_its_grids_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every grid is whole, made by the recipe in recipes/compare, and shown as docs/results/table.py writes it."""
     monkeypatch.syspath_prepend(str(RESULTS))
     table = import_module("table")
-    page, recipe = (RESULTS / "real" / "README.md").read_text(), (folder / "recipe.toml").read_text()
-    assert recipe == (ROOT / "recipes" / "compare" / f"real_{folder.name}.toml").read_text()
+    page, recipe = (folder.parent / "README.md").read_text(), (folder / "recipe.toml").read_text()
+    assert recipe == recipe_of(folder).read_text()
     assert json.loads((folder / "results.json").read_text())["missing"] == 0
     assert "\n".join(table.rows(folder, tomllib.loads(recipe)["compare"].get("against", "collm-cc"))) in page
 
 
-@pytest.mark.parametrize("folder", REAL, ids=lambda folder: folder.name)
-def test_a_grid_of_real_models_goes_on_from_its_results(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", PAGES, ids=lambda folder: folder.name)
+def test_a_grid_goes_on_from_its_results(folder: Path, tmp_path: Path) -> None:
     """Its runs count as runs of the recipe, also after settings were added."""
-    _, jobs = read_plan(ROOT / "recipes" / "compare" / f"real_{folder.name}.toml", tmp_path)
+    _, jobs = read_plan(recipe_of(folder), tmp_path)
     runs = json.loads((folder / "results.json").read_text())["runs"]
     recorded = {(run["task"], run["method"], run["learning_rate"], run["seed"]): run["settings"] for run in runs}
     assert recorded == {job.cell.name: job.cell.settings for job in jobs}
+
+
+CREDIT = sorted(path.parent for path in RESULTS.glob("credit/*/results.json"))
+
+
+@pytest.mark.parametrize("folder", CREDIT, ids=lambda folder: folder.name)
+def test_the_page_of_credit_says_what_critics_explain(folder: Path) -> None:
+    """Before the last turn, in the second half of training: of every run, and of the ceiling on average."""
+    page, runs = (folder.parent / "README.md").read_text(), json.loads((folder / "results.json").read_text())["runs"]
+    for method in {run["method"]: None for run in runs if run["explained_variance"]}:
+        own = [run for run in runs if run["method"] == method]
+        last = max(own[0]["explained_variance"], key=int)
+        explained, ceiling = ([run[name][last] for run in own] for name in ("explained_variance", "ceiling"))
+        shown = [" ".join(f"{value:.3f}" for value in values).replace("-0.000", "0.000") for values in (explained, ceiling)]
+        assert f"| `{method}` | {shown[0]} | {shown[1]} | {max(sum(explained) / sum(ceiling), 0):.2f} |" in page
+
+
+def test_the_page_of_stability_says_what_its_runs_say() -> None:
+    table = runpy.run_path(str(ROOT / "benchmarks" / "stability.py"))["table"]
+    folder = RESULTS / "stability"
+    for line in table(json.loads((folder / "stability.json").read_text())).splitlines():
+        assert line in (folder / "README.md").read_text()
