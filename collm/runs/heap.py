@@ -6,9 +6,8 @@ import ctypes
 import os
 import resource
 import sys
-import time
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 SMALL, LARGE = 1 << 16, 1 << 25
@@ -75,8 +74,8 @@ class Heap:
 
     def _watch(self) -> None:
         assert self.libc is not None
-        while True:
-            time.sleep(SECONDS)
+        never = Event()
+        while not never.wait(SECONDS):
             if self.limit is not None and resident() > self.limit:
                 self.libc.malloc_trim(0)
                 self.trims += 1
