@@ -84,7 +84,7 @@ CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "newest observation, evaluation": {
         "algorithm": {"name": "magrpo"},
         "rollout": {"history": "newest"},
-        "evaluation": {"every": 2, "episodes": 4},
+        "evaluation": {"every": 2, "episodes": 1},
     },
     "frozen team-mate on a server": {"algorithm": {"name": "collm-cc"}, "team": {"models": {"agent_1": "SERVER"}}},
 }

@@ -16,7 +16,7 @@ UNTRIMMED = 1 << 30
 """Bytes that may be free at the heap's end before they are returned."""
 MEASURED = 2
 """Iterations in which freed blocks are returned; in the first, no optimizer has a state before its step."""
-SLACK = 1.05
+SLACK = 1.02
 """Freed blocks are kept up to this many times the memory that these iterations took."""
 SECONDS = 0.02
 """Between two looks at the memory."""

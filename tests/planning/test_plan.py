@@ -448,7 +448,7 @@ def test_the_plan_is_within_15_percent_of_what_training_takes() -> None:
     for name, numbers in found.items():
         assert numbers["measured_gib"] > 0.5, (name, numbers)
         assert abs(numbers["ratio"] - 1) <= 0.15, (name, numbers)
-        assert numbers["grown"] <= 1.05, (name, numbers)
+        assert numbers["grown"] <= 1.08, (name, numbers)  # freed blocks are kept up to 1.02 times the whole process
 
 
 def test_examples_lengthen_every_sequence(tmp_path: Path) -> None:
