@@ -51,11 +51,12 @@ def fetch_adapter(source: str) -> None:
 
     Nothing is raised for any other model, or a name that cannot be reached: whoever loads it reports that.
     """
-    if Path(resolve(source)).is_dir() or (folder_of(source) is not None and not is_adapter(source)):
+    folder = folder_of(source)
+    if folder is not None and (not is_adapter(source) or (folder / ADAPTER_WEIGHTS).is_file()):
         return
     from huggingface_hub import hf_hub_download
 
-    with suppress(OSError, ValueError):
+    with suppress(Exception):  # of the hub's client and of its network library alike
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "tokenizer.json", "chat_template.jinja"):  # the last two for plans
             hf_hub_download(source, name)
 
