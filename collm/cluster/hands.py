@@ -27,6 +27,40 @@ class RemoteSeat(Protocol):
         ...
 
 
+OF_ONE = ("files", "generate", "rest", "renew", "saved", "tensors")
+"""Methods of a seat that one of several whole copies carries out."""
+
+
+class WideSeat:
+    """A seat of several processes, the ranks, which are asked together; the answer is that of the first one.
+
+    Args:
+        ranks: at least two.
+        split: whether the unit's models are split over them, so that all of them take part in every call.
+        first: waits until one of these calls has ended, and returns its number.
+    """
+
+    def __init__(self, ranks: Sequence[RemoteSeat], *, split: bool, first: Callable[[Sequence[Any]], int]):
+        self.ranks, self.split, self.first = ranks, split, first
+
+    def ask(self, method: str, *arguments: Any) -> Callable[[], Any]:
+        """Begin a call. The first error of any rank is raised, while others may still wait for the rank that failed."""
+        head, *others = self.ranks
+        calls: list[Any] = [head.ask(method, *arguments)]
+        if self.split or method not in OF_ONE:
+            calls += [rank.ask("follow", method, *arguments) for rank in others]
+
+        def wait() -> Any:
+            left, answer = list(calls), None
+            while left:
+                call = left.pop(self.first(left))
+                found = call()
+                answer = found if call is calls[0] else answer
+            return answer
+
+        return wait
+
+
 class SeatHands:
     """Calls the parts of all seats at once.
 

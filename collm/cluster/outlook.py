@@ -10,7 +10,7 @@ from collm.cluster.places import Device, fewest, needs_of, place
 from collm.errors import ConfigError
 from collm.models.blueprint import Blueprint
 from collm.planning.advise import advise, remedies, with_settings
-from collm.planning.apart import Costs, apart, costs, iteration
+from collm.planning.apart import Costs, apart, costs, iteration, of_a_rank
 from collm.planning.memory import GIB, Plan
 from collm.planning.work import Work, work_of
 from collm.settings.rooms import Config
@@ -23,14 +23,18 @@ class Outlook:
     """A run on the fewest devices of one size that hold it."""
 
     plans: Mapping[str, Plan]
-    """Unit -> its plan."""
+    """Unit -> its plan; of a unit in several processes, the name of each -> its plan."""
     devices: tuple[tuple[str, ...], ...]
     """The units on each device; empty if one of them fits on none."""
+    ranks: Mapping[str, int]
+    """Name as in `plans` -> number of processes that hold the unit together."""
+    alone: Mapping[str, Plan]
+    """Unit -> its plan in one process."""
 
     @property
     def costs(self) -> dict[str, Costs]:
-        """Unit -> its operations in an iteration, by phase."""
-        return {unit: costs(found) for unit, found in self.plans.items()}
+        """Name as in `plans` -> operations in an iteration, by phase."""
+        return {name: costs(found, self.ranks[name]) for name, found in self.plans.items()}
 
     @property
     def widest(self) -> tuple[str, str, float]:
@@ -50,7 +54,7 @@ class Outlook:
     def speed_ups(self) -> tuple[float, float]:
         """Operations on one device over those one after another: on these devices, and on one for every unit."""
         own = self.costs
-        alone = iteration([list(own.values())])
+        alone = iteration([[costs(found) for found in self.alone.values()]])
         return alone / self.duration, alone / iteration([[one] for one in own.values()])
 
 
@@ -59,14 +63,20 @@ def outlook(config: Config, limit: int, work: Work | None = None) -> Outlook:
     `cluster.devices` puts more on a device than it holds."""
     work = work or work_of(config)
     blueprint = Blueprint.of(config, work.agents)
-    plans = dict(zip((unit.name for unit in blueprint.units), apart(config, work), strict=True))
-    needs, device = needs_of(config, blueprint, plans), Device("", "cuda", limit)
+    alone = dict(zip((unit.name for unit in blueprint.units), apart(config, work), strict=True))
+    device = Device("", "cuda", limit)
+    needs = needs_of(config, blueprint, device, alone)
+    plans, ranks = dict[str, Plan](), dict[str, int]()
+    for need in needs:
+        each = of_a_rank(alone[need.unit], need.ranks) if need.split else alone[need.unit]
+        plans |= dict.fromkeys(need.names, each)
+        ranks |= dict.fromkeys(need.names, need.ranks)
     if any(need.on(device) > 1 for need in needs):
-        return Outlook(plans, ())
+        return Outlook(plans, (), ranks, alone)
     devices = [Device(str(number), "cuda", limit) for number in range(fewest(needs, device))]
     found = place(needs, devices)
     placed = tuple(tuple(unit for unit in plans if found[unit].device == one) for one in devices)
-    shares = {need.unit: need.share for need in needs if need.share is not None}
+    shares = {name: need.share for need in needs if need.share is not None for name in need.names}
     for units in placed:
         if (size := sum(plans[unit].peak for unit in units)) > limit:
             named = ", ".join(f"{unit} {shares[unit]:g}" for unit in units if unit in shares)
@@ -74,7 +84,7 @@ def outlook(config: Config, limit: int, work: Work | None = None) -> Outlook:
                 f"cluster.devices ({named}) puts {' and '.join(units)} on one device, which need {size / GIB:.1f} of its "
                 f"{limit / GIB:.1f} GiB. Name larger shares, or leave them out to place units by their memory."
             )
-    return Outlook(plans, placed)
+    return Outlook(plans, placed, ranks, alone)
 
 
 def way_out(config: Config, limit: int) -> Settings | None:

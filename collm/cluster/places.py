@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from collm.errors import ConfigError
-from collm.models.blueprint import Blueprint
+from collm.models.blueprint import Blueprint, Unit
+from collm.planning.apart import of_a_rank
 from collm.planning.memory import GIB, Plan, plan
 from collm.planning.work import work_of
 from collm.settings.rooms import Config
@@ -31,13 +32,22 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a unit needs of a device."""
+    """What a unit needs of a device; one that is in several processes needs it once for each."""
 
     unit: str
     memory: int
     """Bytes at the peak; 0 if unknown."""
     share: float | None = None
     """Fraction of the device, where the settings name one."""
+    ranks: int = 1
+    """Number of processes that hold the unit together."""
+    split: bool = False
+    """Whether its models are split over them, since one device does not hold them."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its processes."""
+        return (self.unit,) if self.ranks == 1 else tuple(f"{self.unit}, rank {number}" for number in range(self.ranks))
 
     def on(self, device: Device) -> float:
         """Fraction of a device that it takes; 0 if unknown."""
@@ -64,10 +74,16 @@ class Place:
         return config.model_copy(update={"run": run, "rollout": rollout})
 
 
-def needs_of(config: Config, blueprint: Blueprint, plans: Mapping[str, Plan] | None = None) -> list[Need]:
+def needs_of(config: Config, blueprint: Blueprint, largest: Device, plans: Mapping[str, Plan] | None = None) -> list[Need]:
     """The needs of a blueprint's units, in order. Memory is unknown for a model whose shape planning does not know.
 
-    plans: those of the units by name, if they are known already. Raises ConfigError where `cluster.devices` names no unit.
+    A unit to which `cluster.devices` gives several devices is split over them if the largest does not hold it; else each of its
+    processes has a whole copy. A rank has a GPU of its own.
+
+    Args:
+        largest: the device with the most memory.
+        plans: those of the units by name, if they are known already.
+    Raises ConfigError where `cluster.devices` names no unit, or a unit that cannot be in several processes.
     """
     named = {name: share for name, share in config.cluster.devices.items() if name != ROLLOUTS or not config.cluster.rollouts}
     needs, plans = [], _plans(config, blueprint) if plans is None else plans
@@ -75,8 +91,15 @@ def needs_of(config: Config, blueprint: Blueprint, plans: Mapping[str, Plan] | N
         names = [agent for policy in unit.policies for agent in policy.agents] or ["critic"]
         shares = [config.cluster.devices[name] for name in names if name in config.cluster.devices]
         named = {name: share for name, share in named.items() if name not in names}
-        memory = round(plans[unit.name].peak) if unit.name in plans else 0
-        needs.append(Need(unit.name, memory, max(shares, default=None)))
+        share, found = max(shares, default=None), plans.get(unit.name)
+        ranks = max(1, int(share or 1))
+        split = ranks > 1 and found is not None and 0 < largest.memory < found.peak
+        if ranks > 1:
+            _check_wide(unit, ranks, config, split=split)
+            share = 1.0 if largest.kind == "cuda" else None
+        if found is not None and split:
+            found = of_a_rank(found, ranks)
+        needs.append(Need(unit.name, 0 if found is None else round(found.peak), share, ranks, split))
     if named:
         known = sorted({need.unit.rpartition("/")[2] for need in needs})
         raise ConfigError(
@@ -84,6 +107,26 @@ def needs_of(config: Config, blueprint: Blueprint, plans: Mapping[str, Plan] | N
             f"or 'critic' for critics that are separate models: {', '.join(known)}."
         )
     return needs
+
+
+def _check_wide(unit: Unit, ranks: int, config: Config, *, split: bool) -> None:
+    """Raises ConfigError for a unit that cannot be in several processes."""
+    if any(critic.body == "frozen" for critic in unit.critics):
+        raise ConfigError(
+            f"cluster.devices gives {unit.name} {ranks} devices, but a critic with critic.body='frozen' learns in one process. "
+            "Give it one device."
+        )
+    if split and (unit.base is not None or any(critic.body == "policy" for critic in unit.critics)):
+        what = "adapters on one base" if unit.base is not None else "value heads (critic.body='policy')"
+        raise ConfigError(
+            f"{unit.name} does not fit on one device, and {what} cannot be split over {ranks}. Make the model or its batches "
+            "smaller: `collm plan` names settings."
+        )
+    if split and config.rollout.engine == "vllm" and unit.policies and not config.cluster.rollouts:
+        raise ConfigError(
+            f"{unit.name} is split over {ranks} devices, and vLLM needs the whole model on one. Set rollout.engine='local', or "
+            "cluster.rollouts for workers with whole copies."
+        )
 
 
 def needs_of_workers(config: Config, blueprint: Blueprint) -> list[Need]:
@@ -111,8 +154,9 @@ def _plans(config: Config, blueprint: Blueprint) -> dict[str, Plan]:
 
 
 def place(needs: Sequence[Need], devices: Sequence[Device]) -> dict[str, Place]:
-    """Unit -> its place. Units are spread, the largest first, over the emptiest devices; if they do not fit so, each is put on
-    the first device that has room. Raises ConfigError with the smallest change with which they would fit."""
+    """Process of a unit -> its place. They are spread, the largest first, over the emptiest devices; if they do not fit so,
+    each is on the first device that has room. Raises ConfigError with the smallest change with which they would fit."""
+    needs = [replace(need, unit=name, ranks=1) for need in needs for name in need.names]
     found = _spread(needs, devices) or _packed(needs, devices)
     if found is None:
         raise ConfigError(_way_out(needs, devices))
@@ -158,7 +202,7 @@ def _fill(
 def fewest(needs: Sequence[Need], device: Device, beside: Sequence[Device] = ()) -> int:
     """The number of devices like this one, beside others, on which first-fit, the largest unit first, puts all units. Each unit
     must fit on one."""
-    number = 0
+    needs, number = [replace(need, unit=name, ranks=1) for need in needs for name in need.names], 0
     while _packed(needs, [*beside, *[device] * number]) is None:
         number += 1
     return number

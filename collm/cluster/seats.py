@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -81,6 +82,16 @@ class Seat:
             if not isinstance(error, CollmError):
                 error.add_note(f"in the process of a seat:\n{traceback.format_exc()}")
             return Failed(error.with_traceback(None))
+
+    def follow(self, method: str, *arguments: Any) -> None:
+        """Call a method of a rank whose result is that of the first rank."""
+        getattr(self, method)(*arguments)
+
+    def free_port(self) -> int:
+        """The number of a port on which the ranks of a unit can meet."""
+        with socket.socket() as found:
+            found.bind(("", 0))
+            return int(found.getsockname()[1])
 
     def started(self) -> int:
         """The number of the process, once it runs."""

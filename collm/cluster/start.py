@@ -175,6 +175,10 @@ class Cluster:
         (head,) = (node for node in self.alive().values() if "node:__internal_head__" in node["Resources"])
         return str(head["NodeManagerAddress"]), head["NodeID"] == mine
 
+    def meeting_point(self, seat: RaySeat, place: Place) -> str:
+        """HOST:PORT on the node of a seat, where the ranks of its unit meet."""
+        return f"{self.alive()[place.device.node]['NodeManagerAddress']}:{seat.ask('free_port')()}"
+
     def seat(self, name: str, place: Place, kind: type[Seat] = Seat) -> RaySeat:
         """A new process for a unit or a rollout worker, on its device."""
         import ray

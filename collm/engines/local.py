@@ -67,9 +67,13 @@ class LocalEngine:
     def close(self) -> None:
         self.rest()
 
-    @torch.inference_mode()
     def generate(self, requests: Sequence[Request], observers: Sequence[Observer | None] = ()) -> list[Completion]:
         """As `Engine.generate`. observers: one per request, or None for a request that has none."""
+        split = any(policy.split for policy in self.team.policies.values())  # its buffers are also those of an update
+        with torch.no_grad() if split else torch.inference_mode():
+            return self._generate(requests, observers)
+
+    def _generate(self, requests: Sequence[Request], observers: Sequence[Observer | None]) -> list[Completion]:
         completions: dict[int, Completion] = {}
         policies = [self.team.policies[request.agent] for request in requests]
         distinct = list({id(policy): policy for policy in self.team.policies.values()}.values())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from collm.learning.batch import Batch
 from collm.learning.pack import MicroBatch, Packed, micro_batches, pack_readings
+from collm.learning.ranks import ALONE, Ranks
 from collm.models.blueprint import CRITIC
 from collm.models.critic import Critic, Head
 from collm.models.trees import Tree
@@ -95,7 +96,15 @@ class TextCritic:
 
 
 def read(
-    body: Body, head: Head, packed: Sequence[Packed], batch: Batch, agents: Sequence[str], limit: int, kind: str
+    body: Body,
+    head: Head,
+    packed: Sequence[Packed],
+    batch: Batch,
+    agents: Sequence[str],
+    limit: int,
+    kind: str,
+    *,
+    ranks: Ranks = ALONE,
 ) -> Values:
     """Values at the markers of sequences.
 
@@ -103,9 +112,10 @@ def read(
         agents: those that get these values; the markers' slots are of the first one.
         limit: maximum tokens in one forward pass.
         kind: "V" (T + 1 slots per agent) or "Q" (T slots).
+        ranks: the processes that share the work; all get all values.
     """
     E, N, T = batch.shape
-    values_X, num_tokens = values_at(body, head, packed, E * N * (T + (kind == "V")), limit)
+    values_X, num_tokens = values_at(body, head, packed, E * N * (T + (kind == "V")), limit, ranks)
     return shared(values_X, packed, batch, agents, num_tokens)
 
 
@@ -123,14 +133,18 @@ def shared(values_X: Tensor, packed: Sequence[Packed], batch: Batch, agents: Seq
 
 
 @torch.no_grad()
-def values_at(body: Body, head: Head, packed: Sequence[Packed], num: int, limit: int) -> tuple[Tensor, int]:
+def values_at(
+    body: Body, head: Head, packed: Sequence[Packed], num: int, limit: int, ranks: Ranks = ALONE
+) -> tuple[Tensor, int]:
     """Values (num,) at the markers' slots, 0 at slots without a marker; and the number of tokens read."""
     values_X, num_tokens = torch.zeros(num), 0
-    for micro in micro_batches(packed, limit, body.device, trees=body.reads_trees):
+    micros = micro_batches(packed, limit, body.device, trees=body.reads_trees)
+    for micro, counts in ranks.deal(micros):
         hidden_MD = body.hidden(micro.ids_BL, micro.tree)[micro.row_M, micro.column_M]
-        values_X[micro.slot_M.cpu()] = head(hidden_MD).cpu()
-        num_tokens += micro.num_tokens
-    return values_X, num_tokens
+        if counts:
+            values_X[micro.slot_M.cpu()] = head(hidden_MD).cpu()
+            num_tokens += micro.num_tokens
+    return ranks.add(values_X), int(ranks.total({"read": num_tokens})["read"])
 
 
 def targeted(batch: Batch, *, kind: str, own_turns: bool) -> Tensor:

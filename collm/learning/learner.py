@@ -15,7 +15,8 @@ from collm.learning.credit import Assignment, assign_returns, assign_values
 from collm.learning.parts import Hands
 from collm.learning.residual import Regressions
 from collm.learning.steps import require_finite
-from collm.learning.tensors import Read, Tensors, restore, weights_of
+from collm.learning.tensors import Read, Tensors, restore
+from collm.models.split import whole_weights
 from collm.settings.rooms import Config
 from collm.types import Annotation, Group, Metrics
 
@@ -115,7 +116,7 @@ class PartsLearner:
 
     def tensors(self) -> Mapping[str, Tensors]:
         """File name -> tensors of a checkpoint; those of parts elsewhere are fetched when they are read, one file at a time."""
-        regressions = {name: weights_of(module) for name, module in self.regressions.modules().items()}
+        regressions = {name: whole_weights(module) for name, module in self.regressions.modules().items()}
         return ChainMap(regressions, *self.hands.all("tensors"))
 
     def restore(self, read: Read) -> None:

@@ -22,6 +22,7 @@ from collm.learning.batch import Batch
 from collm.learning.credit import Credit
 from collm.learning.critics import TextCritic, Values, by_slot, merge, read, value_loss, values_at
 from collm.learning.pack import MicroBatch, Packed, micro_batches, pack_alternatives, pack_answers
+from collm.learning.ranks import ALONE, Ranks
 from collm.learning.recent import Recent, flattened, minibatches
 from collm.learning.steps import (
     check_loss,
@@ -33,11 +34,12 @@ from collm.learning.steps import (
     step,
     zero_gradients,
 )
-from collm.learning.tensors import Read, Tensors, restore, restore_optimizer, state_of, weights_of
+from collm.learning.tensors import Read, Tensors, restore, restore_optimizer, state_of
 from collm.models.blueprint import CRITIC, OPTIMIZER, REPLAY
 from collm.models.critic import Critic, Head
 from collm.models.policy import Policy
 from collm.models.recompute import recompute_layers
+from collm.models.split import split_body, split_policies, whole_weights
 from collm.settings.rooms import Config
 from collm.types import Metrics, Sampling
 
@@ -86,7 +88,7 @@ class LocalHands:
 
 
 class PolicyPart:
-    """A policy, the agents that use it, and the value heads on it (agent -> head)."""
+    """A policy, the agents that use it, and the value heads on it (agent -> head). ranks: the processes that it is in."""
 
     def __init__(
         self,
@@ -99,10 +101,13 @@ class PolicyPart:
         *,
         lr: float,
         head_lr: float,
+        ranks: Ranks = ALONE,
     ):
         self.name, self.policy, self.agents, self.heads = name, policy, tuple(agents), heads
-        self.config, self.sampling = config, sampling
+        self.config, self.sampling, self.ranks, self.limit = config, sampling, ranks, config.learner.micro_batch_tokens
         self.reference = policy.frozen_copy() if config.algorithm.kl_coef > 0 else None
+        if ranks.split:
+            split_policies([policy, *filter(None, [self.reference])], ranks.mesh)
         groups = [(policy.trained.parameters(), lr)]
         groups += [(head.parameters(), head_lr) for head in heads.values()]
         self.optimizer = make_optimizer(groups)
@@ -116,7 +121,7 @@ class PolicyPart:
         return {f"policy-{self.name}": self.policy.trained, **heads}
 
     def tensors(self) -> dict[str, Tensors]:
-        files = {name: weights_of(module) for name, module in self.modules.items()}
+        files = {name: whole_weights(module) for name, module in self.modules.items()}
         return {**files, OPTIMIZER + self.name: state_of(self.optimizer)}
 
     def restore(self, read: Read) -> None:
@@ -128,7 +133,7 @@ class PolicyPart:
         found = []
         for agent, head in self.heads.items():
             packed = pack_answers(batch, agent, self.policy, values=True, history=self.config.rollout.history)
-            found.append(read(self.policy, head, packed, batch, [agent], self.config.learner.micro_batch_tokens, "V"))
+            found.append(read(self.policy, head, packed, batch, [agent], self.limit, "V", ranks=self.ranks))
         return merge(found) if found else None
 
     def learn(self, batch: Batch, iteration: int, credit: Credit) -> Metrics:
@@ -143,36 +148,42 @@ class PolicyPart:
             return {}
         set_rates(self.optimizer, self.config, iteration)
         settings, history = self.config.algorithm, self.config.rollout.history
-        limit = self.config.learner.micro_batch_tokens
+        all_move = self.reference is not None or self.ranks.split
         packed = {a: pack_answers(batch, a, self.policy, values=a in self.heads, history=history) for a in self.agents}
         num = sum(len(sequence.answers) for rows in packed.values() for sequence in rows)
-        before_X = None if settings.max_drop is None else torch.zeros(math.prod(batch.shape))
         metrics: Metrics = defaultdict(float)
         for epoch in range(self.config.critic.epochs if warming_up else settings.epochs):
+            before_X = None if settings.max_drop is None else torch.zeros(math.prod(batch.shape))
             totals: Metrics = defaultdict(float)
             for agent in self.agents:
-                for micro in micro_batches(packed[agent], limit, self.policy.device, trees=self.policy.reads_trees):
+                micros = micro_batches(packed[agent], self.limit, self.policy.device, trees=self.policy.reads_trees)
+                for micro, counts in self.ranks.deal(micros):
+                    sums = totals if counts else defaultdict(float)
                     advantages_S = credit.advantages_ENT.flatten()[micro.slot_S.cpu()]
-                    moves = not warming_up and (self.reference is not None or bool(advantages_S.any()))
-                    totals["zero_advantages"] += (advantages_S == 0).sum().item()
+                    moves = not warming_up and (all_move or bool(advantages_S.any()))
+                    sums["zero_advantages"] += (advantages_S == 0).sum().item()
                     shares = []
                     with torch.set_grad_enabled(moves or (agent in self.heads and not warming_up)):
                         hidden_BLD = self.policy.hidden(micro.ids_BL, micro.tree)
                         if not warming_up and len(micro.token_K):
-                            shares.append(self._policy_loss(agent, micro, hidden_BLD, advantages_S, num, totals, before_X))
+                            before = before_X if counts else None
+                            shares.append(self._policy_loss(agent, micro, hidden_BLD, advantages_S, num, sums, before))
                     if agent in self.heads:
                         error = self._value_loss(agent, micro, hidden_BLD, batch, credit)
                         if error is not None:
-                            totals[f"{agent}/critic"] += error.item()
+                            sums[f"{agent}/critic"] += error.item()
                             shares.append(VALUE_WEIGHT * error)
                             moves = moves or warming_up or error.item() != 0
                     if shares:
-                        loss = torch.stack(shares).sum()
+                        loss = torch.stack(shares).sum() * counts
                         check_loss(loss, agent, iteration, batch, batch.episodes_of(micro.slot_S))
-                        totals["learned" if moves else "skipped"] += len(micro.slot_S)
+                        sums["learned" if moves else "skipped"] += len(micro.slot_S)
                         if moves:
                             loss.backward()
-                        metrics["tokens/policy"] += micro.num_tokens
+                        sums["read"] += micro.num_tokens
+            totals = self.ranks.total(totals)
+            self.ranks.add_gradients(self.optimizer)
+            metrics["tokens/policy"] += totals["read"]
             if totals["skipped"] and not totals["learned"]:
                 zero_gradients(self.optimizer)
             moved = [] if before_X is None else [p for p in self.policy.trained.parameters() if p.grad is not None]
@@ -181,6 +192,7 @@ class PolicyPart:
                 metrics[f"{agent}/critic/loss"] = totals[f"{agent}/critic"]
             if not warming_up:
                 if before_X is not None and settings.max_drop is not None:
+                    self.ranks.add(before_X)
                     good_X = good_answers(batch, credit, gamma=settings.gamma).flatten()
                     sequences = [sequence for rows in packed.values() for sequence in rows]
                     metrics[f"{self.name}/step_fraction"] = self._shorten(sequences, moved, before_X, good_X, settings.max_drop)
@@ -211,17 +223,19 @@ class PolicyPart:
     @torch.no_grad()
     def _drop(self, packed: Sequence[Packed], before_X: Tensor, good_X: Tensor) -> float:
         """Mean drop of the log-prob of good answers, in nats per answer; 0 if there is none."""
-        total, num, limit = 0.0, 0, self.config.learner.micro_batch_tokens
+        sums = {"drop": 0.0, "num": 0.0}
         chosen = [sequence for sequence in packed if any(good_X[slot] for slot, _, _ in sequence.answers)]
-        for micro in micro_batches(chosen, limit, self.policy.device, trees=self.policy.reads_trees):
+        micros = micro_batches(chosen, self.limit, self.policy.device, trees=self.policy.reads_trees)
+        for micro, counts in self.ranks.deal(micros):
             hidden_KD = self.policy.hidden(micro.ids_BL, micro.tree)[micro.row_K, micro.column_K]
             logp_S = losses.answer_sums(
                 self.policy.score(hidden_KD, micro.token_K, self.sampling), micro.answer_K, len(micro.slot_S)
             ).cpu()
             slot_S = micro.slot_S.cpu()
-            total += ((before_X[slot_S] - logp_S) * good_X[slot_S]).sum().item()
-            num += int(good_X[slot_S].sum())
-        return total / max(num, 1)
+            sums["drop"] += counts * ((before_X[slot_S] - logp_S) * good_X[slot_S]).sum().item()
+            sums["num"] += counts * int(good_X[slot_S].sum())
+        sums = self.ranks.total(sums)
+        return sums["drop"] / max(sums["num"], 1)
 
     def _summary(self, totals: Metrics, num: int) -> Metrics:
         """Metrics of one pass over `num` answers."""
@@ -292,18 +306,33 @@ class PolicyPart:
 class CriticPart(TextCritic):
     """A critic that is a separate model with its optimizer.
 
-    replay: number of recent iterations that it learns from; 1 for the present one alone.
+    Args:
+        replay: number of recent iterations that it learns from; 1 for the present one alone.
+        ranks: the processes that it is in.
     """
 
-    def __init__(self, name: str, critic: Critic, agents: Sequence[str], config: Config, *, lr: float, replay: int = 1):
+    def __init__(
+        self,
+        name: str,
+        critic: Critic,
+        agents: Sequence[str],
+        config: Config,
+        *,
+        lr: float,
+        replay: int = 1,
+        ranks: Ranks = ALONE,
+    ):
         super().__init__(name, critic, agents, config)
-        self.optimizer = make_optimizer([(critic.parameters(), lr)])
+        self.ranks = ranks
+        if ranks.split:
+            split_body(critic.body, ranks.mesh)
+        self.optimizer = make_optimizer([(critic.body.parameters(), lr), (critic.value.parameters(), lr)])
         self.recent = Recent(replay) if replay > 1 else None
         if config.learner.gradient_checkpointing:
             recompute_layers(critic.body)
 
     def tensors(self) -> dict[str, Tensors]:
-        files = {self.name: weights_of(self.critic), OPTIMIZER + self.name: state_of(self.optimizer)}
+        files = {self.name: whole_weights(self.critic), OPTIMIZER + self.name: state_of(self.optimizer)}
         return files if self.recent is None else {**files, REPLAY + self.name: self.recent.tensors()}
 
     def restore(self, read: Read) -> None:
@@ -315,12 +344,12 @@ class CriticPart(TextCritic):
     def values(self, batch: Batch) -> Values:
         kind, limit = self.config.algorithm.critic_kind, self.config.learner.micro_batch_tokens
         packed, num_cut = self.pack(batch)
-        values = read(self.critic, self.critic.value, packed, batch, self.agents, limit, kind)
+        values = read(self.critic, self.critic.value, packed, batch, self.agents, limit, kind, ranks=self.ranks)
         values.num_cut = num_cut
         if kind == "Q":
             packed, slots = pack_alternatives(batch, self.critic, self.view(batch), **self.reads)
             if slots:
-                q_M, num_tokens = values_at(self.critic, self.critic.value, packed, len(slots), limit)
+                q_M, num_tokens = values_at(self.critic, self.critic.value, packed, len(slots), limit, self.ranks)
                 q_MK = q_M.view(-1, self.config.algorithm.resamples)
                 values.alternatives.append((torch.tensor(slots).view(q_MK.shape)[:, 0], q_MK))
                 values.num_tokens += num_tokens
@@ -333,22 +362,28 @@ class CriticPart(TextCritic):
         set_rates(self.optimizer, self.config, iteration)
         metrics: Metrics = defaultdict(float)
         for packed, targets_X, wanted_X, num in self._passes(batch, iteration, credit):
-            total = 0.0
-            for micro in micro_batches(packed, limit, self.critic.device, trees=self.critic.reads_trees):
+            totals: Metrics = defaultdict(float)
+            micros = micro_batches(packed, limit, self.critic.device, trees=self.critic.reads_trees)
+            for micro, counts in self.ranks.deal(micros):
                 hidden_BLD = self.critic.hidden(micro.ids_BL, micro.tree)
                 loss = value_loss(self.critic.value, micro, hidden_BLD, targets_X, wanted_X, num=num)
-                if loss is None:
+                if loss is None or not counts:
+                    if self.ranks.split:
+                        (0 * hidden_BLD).sum().backward()
                     continue
                 episodes = batch.episodes_of(micro.slot_M, kind == "V") if self.recent is None else ()
                 check_loss(loss, self.label, iteration, batch, episodes)
-                total += loss.item()
-                if loss.item() > 0:
+                totals["loss"] += loss.item()
+                if loss.item() > 0 or self.ranks.split:
                     (VALUE_WEIGHT * loss).backward()
-                metrics["tokens/critic"] += micro.num_tokens
-            if metrics["tokens/critic"] and total == 0:
+                totals["read"] += micro.num_tokens
+            totals = self.ranks.total(totals)
+            self.ranks.add_gradients(self.optimizer)
+            metrics["tokens/critic"] += totals["read"]
+            if metrics["tokens/critic"] and totals["loss"] == 0:
                 zero_gradients(self.optimizer)
             metrics[f"{self.label}/gradient_norm"] = step(self.optimizer, self.label, iteration, self.config.learner)
-            metrics[f"{self.label}/loss"] = total
+            metrics[f"{self.label}/loss"] = totals["loss"]
         return dict(metrics)
 
     def _passes(self, batch: Batch, iteration: int, credit: Credit) -> Iterator[tuple[list[Packed], Tensor, Tensor, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from collm.errors import TrainingError
 from collm.learning.batch import Batch
 from collm.learning.credit import Credit
 from collm.models.critic import Head
+from collm.models.split import is_split, whole
 from collm.settings.rooms import Config, LearnerSettings
 
 
@@ -33,7 +34,7 @@ def set_rates(optimizer: torch.optim.Optimizer, config: Config, iteration: int) 
 def step(optimizer: torch.optim.Optimizer, label: str, iteration: int, settings: LearnerSettings) -> float:
     """Clip the gradient and take a step; returns the norm before clipping. Raises TrainingError if that is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf).item()
+    norm = clip(parameters, settings.clip_norm or math.inf)
     if not math.isfinite(norm):
         raise TrainingError(
             f"iteration {iteration}: the gradient of {label} is {norm}; no step was taken. The last checkpoint is intact: "
@@ -41,6 +42,23 @@ def step(optimizer: torch.optim.Optimizer, label: str, iteration: int, settings:
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+@torch.no_grad()
+def clip(parameters: Sequence[nn.Parameter], limit: float) -> float:
+    """Scale the gradient to a norm of at most `limit`; returns its norm before. Parameters of a split model have a norm over
+    all processes."""
+    split = [parameter for parameter in parameters if is_split(parameter)]
+    if not split:
+        return float(nn.utils.clip_grad_norm_(parameters, limit))
+    own = [parameter for parameter in parameters if not is_split(parameter)]
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])) for some in (split, own)]
+    norm = math.hypot(*(norm.item() for norm in norms))
+    factor = min(1.0, limit / (norm + 1e-6))
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
     return norm
 
 

@@ -7,25 +7,17 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from collm.models.split import piece_like, whole, whole_weights
+
 Tensors = dict[str, Tensor]
 Read = Callable[[str], Tensors]
 """read(file name without extension) -> tensors by name."""
 
 
-def weights_of(module: nn.Module) -> Tensors:
-    """Every tensor of a module once; tied weights under their first name."""
-    seen: dict[tuple[int, torch.Size], str] = {}
-    weights = {}
-    for name, tensor in module.state_dict().items():
-        if seen.setdefault((tensor.data_ptr(), tensor.shape), name) == name or tensor.numel() < 2:
-            weights[name] = tensor.detach().contiguous()
-    return weights
-
-
 def state_of(optimizer: torch.optim.Optimizer) -> Tensors:
     """AdamW's averages and step counts. Learning rates are not included: they follow from the iteration."""
     return {
-        f"{index}.{key}": torch.as_tensor(value).contiguous()
+        f"{index}.{key}": whole(torch.as_tensor(value)).contiguous()
         for index, entry in optimizer.state_dict()["state"].items()
         for key, value in entry.items()
     }
@@ -33,15 +25,17 @@ def state_of(optimizer: torch.optim.Optimizer) -> Tensors:
 
 def restore(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load weights into a module. Raises ValueError if their names are not those of the module."""
-    expected = set(weights_of(module))
+    expected = set(whole_weights(module))
     if expected != set(weights):
         raise ValueError(f"it holds other tensors than this team: {sorted(expected ^ set(weights))[:3]}")
-    module.load_state_dict(dict(weights), strict=False)
+    kept = module.state_dict()
+    module.load_state_dict({name: piece_like(kept[name], tensor) for name, tensor in weights.items()}, strict=False)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, Tensors] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
+        state.setdefault(int(index), {})[key] = piece_like(parameters[int(index)], tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

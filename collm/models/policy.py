@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from collm.models.blueprint import BaseSpec, base_of
 from collm.models.chat import Chat
 from collm.models.loading import check_vocabulary, load_pretrained, max_positions_of
 from collm.models.sources import adapter_folder, fetch_adapter, resolve
+from collm.models.split import whole_weights
 from collm.models.trees import Tree, hidden_states, reads_trees
 from collm.settings.rooms import LoraSettings
 from collm.types import Sampling
@@ -65,6 +67,8 @@ class Policy:
         self.tokenizer = tokenizer
         self.compute = compute
         self.source = source
+        self.split = False
+        """Whether this process has only a piece of each parameter (`models/split.py`)."""
         self.head: Any = model.get_output_embeddings()
         self.scale, self.softcap = logit_rule(model)
         stops = model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -143,17 +147,28 @@ class Policy:
         with compute_in(self.compute, self.device):
             return hidden_states(self.body, ids_BL, tree)
 
-    def logits(self, hidden_KD: Tensor) -> Tensor:
-        """Vocabulary logits (K, V) of chosen hidden states (K, D)."""
+    def logits(self, hidden_KD: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Vocabulary logits (K, V) of chosen hidden states (K, D). head: the whole one, if it has been fetched."""
         with compute_in(self.compute, self.device):
-            logits_KV = self.head(hidden_KD)
+            logits_KV = (head or self.whole_head())(hidden_KD)
         return shaped(logits_KV, self.scale, self.softcap)
+
+    def whole_head(self) -> Callable[[Tensor], Tensor]:
+        """The vocabulary head, hidden states -> logits. That of a split model is fetched from all processes."""
+        if not self.split:
+            head: Callable[[Tensor], Tensor] = self.head
+            return head
+        from torch.distributed.tensor import Partial
+
+        weight = self.head.weight.full_tensor(grad_placements=[Partial()])
+        return partial(torch.func.functional_call, self.head, {"weight": weight})
 
     def score(self, hidden_KD: Tensor, tokens_K: Tensor, sampling: Sampling) -> Tensor:
         """Log-probs (K,) of tokens from the hidden states that predict them, under the sampling distribution."""
+        head = self.whole_head()
 
         def chunk(hidden: Tensor, tokens: Tensor) -> Tensor:
-            return token_logprobs(self.logits(hidden), tokens, **sampling.distribution())
+            return token_logprobs(self.logits(hidden, head), tokens, **sampling.distribution())
 
         rows = max(1, LOGITS_AT_ONCE // self.head.weight.shape[0])
         if len(tokens_K) <= rows:
@@ -170,7 +185,7 @@ class Policy:
         Autocast casts float32 weights at every token. The result is valid until the weights change; it shares all weights but
         the cast ones. A policy without such weights is returned as it is.
         """
-        if self.compute != "bfloat16" or self.adapter is not None:
+        if self.compute != "bfloat16" or self.adapter is not None or self.split:
             return self
         ready = copy.copy(self)
         ready.model = copy.deepcopy(self.model, {id(weight): weight for weight in self.model.parameters()})
@@ -191,7 +206,7 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder: model or PEFT adapter, tokenizer and chat template."""
         if self.adapter is None:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, **({"state_dict": whole_weights(self.model)} if self.split else {}))
         else:
             self.adapter.save(folder)
         self.chat.save(folder)

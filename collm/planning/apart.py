@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from collm.models.blueprint import Blueprint
-from collm.planning.memory import Plan, plan
+from collm.planning.memory import Phase, Plan, plan
 from collm.planning.work import Work
 from collm.settings.rooms import Config
 
@@ -28,18 +29,32 @@ def apart(config: Config, work: Work) -> list[Plan]:
     return [plan(config, work, blueprint.alone(unit)) for unit in blueprint.units]
 
 
-def costs(found: Plan) -> Costs:
-    """What one unit computes in an iteration."""
+def of_a_rank(found: Plan, ranks: int) -> Plan:
+    """The plan of one of the processes over which a unit's models are split. Loading a whole model comes first."""
+    split = {"weights", "optimizer", "reference policies"}
+
+    def piece(parts: Mapping[str, float]) -> dict[str, float]:
+        return {name: size / ranks if name in split or name == "gradient" else size for name, size in parts.items()}
+
+    phases = [Phase(phase.name, piece(phase.parts)) for phase in found.phases]
+    whole = max(4 * passes.model.trained for passes in found.passes)
+    phases.append(Phase("loading", {"a whole model": whole}))
+    return replace(found, held=piece(found.held), phases=phases)
+
+
+def costs(found: Plan, ranks: int = 1) -> Costs:
+    """What one unit computes in an iteration, or the first of its ranks, which share all but generation."""
     generated = _generated(found)
     backward = {passes.model.name: 2 if passes.model.lora is None else 1 for passes in found.passes}
     again = int(found.config.learner.gradient_checkpointing)
     counted = [(passes, 2 * passes.model.products * passes.tokens) for passes in found.passes]
     return {
         "generation": generated,
-        "values": sum(passes.read * size for passes, size in counted),
+        "values": sum(passes.read * size for passes, size in counted) / ranks,
         "update": sum(
             size * (passes.referred + passes.learned * (1 + backward[passes.model.name] + again)) for passes, size in counted
-        ),
+        )
+        / ranks,
     }
 
 

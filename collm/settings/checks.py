@@ -225,13 +225,11 @@ def rollout_workers_have_shards(c: Config) -> None:
         )
 
 
-def models_fit_on_one_device(c: Config) -> None:
+def devices_are_parts_or_whole(c: Config) -> None:
     for name, share in c.cluster.devices.items():
-        if share > 1:
-            raise ValueError(
-                f"cluster.devices: {name}={share:g}, but a model is trained on one device. Set at most 1; to make it smaller, "
-                "see `collm plan`."
-            )
+        if share > 1 and (share != int(share) or name == "rollouts"):
+            kind = "a rollout worker is on one device. Set at most 1" if name == "rollouts" else "devices are whole. Round it"
+            raise ValueError(f"cluster.devices: {name}={share:g}, but {kind}.")
 
 
 CONFIG = (
@@ -247,5 +245,5 @@ CONFIG = (
     histogram_has_its_own_scale,
     cluster_has_an_address,
     rollout_workers_have_shards,
-    models_fit_on_one_device,
+    devices_are_parts_or_whole,
 )

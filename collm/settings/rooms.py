@@ -300,7 +300,7 @@ class ClusterSettings(Room):
     """Ray cluster that trains every model in a process of its own: "local" starts one here, "auto" is the one that runs here,
     or HOST:PORT; "none" trains in this process. It needs the extra `cluster`."""
     devices: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Agent, "critic" or "rollouts" -> fraction of a device (a GPU, or a machine without one) for each; default: by memory."""
+    """Agent, "critic" or "rollouts" -> fraction or number of devices (GPUs or machines) for each; default: by memory."""
     rollouts: int = Field(0, ge=0)
     """Processes with copies of all policies that play the pieces of `rollout.shards`; with 0 the driver plays all of them."""
     restarts: int = Field(3, ge=0)

@@ -13,7 +13,7 @@ import torch
 
 from collm import seeds
 from collm.algorithms.catalogue import group_estimator
-from collm.cluster.hands import SeatEngine, SeatHands, SeatTeam
+from collm.cluster.hands import RemoteSeat, SeatEngine, SeatHands, SeatTeam, WideSeat
 from collm.cluster.heartbeat import Heartbeat
 from collm.cluster.places import needs_of, needs_of_workers, place
 from collm.cluster.seats import Contents
@@ -24,6 +24,7 @@ from collm.errors import ConfigError
 from collm.learning.frozen import FrozenPart
 from collm.learning.learner import Learner, PartsLearner
 from collm.learning.parts import CriticPart, Hands, LocalHands, Part, PolicyPart
+from collm.learning.ranks import ALONE, Ranks
 from collm.learning.residual import Regressions
 from collm.machine import usable_cores
 from collm.models.adapters import Base
@@ -225,7 +226,7 @@ def learner_of(hands: Hands, config: Config, blueprint: Blueprint, metric_names:
     return PartsLearner(hands, blueprint.agents, blueprint.labels, regressions, config)
 
 
-def make_parts(team: Team | None, config: Config, blueprint: Blueprint, sampling: Sampling) -> list[Part]:
+def make_parts(team: Team | None, config: Config, blueprint: Blueprint, sampling: Sampling, ranks: Ranks = ALONE) -> list[Part]:
     """The parts of a blueprint, in the order of `Blueprint.parts`.
 
     team: it has the blueprint's policies. A critic that shares with none of them may take over the model of a policy that is
@@ -246,12 +247,12 @@ def make_parts(team: Team | None, config: Config, blueprint: Blueprint, sampling
             parts.append(FrozenPart(critic.name, model, critic.agents, config, replay=critic.replay))
         else:
             lr = critic.rate(config)
-            parts.append(CriticPart(critic.name, model, critic.agents, config, lr=lr, replay=critic.replay))
+            parts.append(CriticPart(critic.name, model, critic.agents, config, lr=lr, replay=critic.replay, ranks=ranks))
     for spec in blueprint.policies:
         assert team is not None
-        rates = {"lr": spec.rate(config), "head_lr": spec.head_rate(config)}
+        rates: dict[str, Any] = {"lr": spec.rate(config), "head_lr": spec.head_rate(config)}
         own = heads[spec.name]
-        parts.append(PolicyPart(spec.name, team.policies[spec.name], spec.agents, own, config, sampling, **rates))
+        parts.append(PolicyPart(spec.name, team.policies[spec.name], spec.agents, own, config, sampling, ranks=ranks, **rates))
     return parts
 
 
@@ -296,19 +297,31 @@ def _begin_process(config: Config) -> None:
     resolve_device(config.run.device)
 
 
-def make_unit(config: Config, agents: tuple[str, ...], blueprint: Blueprint, unit: Unit, sampling: Sampling) -> Contents:
+def make_unit(
+    config: Config,
+    agents: tuple[str, ...],
+    blueprint: Blueprint,
+    unit: Unit,
+    sampling: Sampling,
+    join: Callable[[], Ranks] = lambda: ALONE,
+) -> Contents:
     """The models, engine and parts of one unit, for the seat whose process this is. They are those of the whole team.
 
-    agents: the environment's. blueprint: of the whole team.
+    Args:
+        agents: the environment's.
+        blueprint: of the whole team.
+        join: connects the processes of a unit that is in several.
     """
     _begin_process(config)
+    ranks = join()
     copied = {critic.policy for critic in unit.critics if critic.body == "copy"}
     names = {policy.name for policy in unit.policies} or copied
     team = make_team(config, agents, only=names) if names else None
-    parts = make_parts(team, config, blueprint.alone(unit), sampling)
+    parts = make_parts(team, config, blueprint.alone(unit), sampling, ranks)
     if team is None or not unit.policies:
         return Contents(None, None, parts)
-    return Contents(team, None if config.cluster.rollouts else make_engine(team, config.rollout), parts)
+    plays = not config.cluster.rollouts and (ranks.number == 0 or ranks.split)
+    return Contents(team, make_engine(team, config.rollout) if plays else None, parts)
 
 
 def make_player(config: Config, agents: tuple[str, ...]) -> Contents:
@@ -335,14 +348,22 @@ def make_seats(
         workers = needs_of_workers(known, blueprint)
         if workers:
             check_everywhere(plan.env, cluster)
-        placed = place([*needs_of(known, blueprint), *workers], devices)
-        seats = {unit.name: cluster.seat(unit.name, placed[unit.name]) for unit in blueprint.units}
-        filled = [
-            seats[unit.name].ask(
-                "fill", partial(make_unit, placed[unit.name].adapt(config), agents, blueprint, unit, plan.sampling)
-            )
-            for unit in blueprint.units
-        ]
+        needs = needs_of(known, blueprint, max(devices, key=lambda device: device.memory))
+        placed = place([*needs, *workers], devices)
+        seats, filled = dict[str, RemoteSeat](), list[Callable[[], Any]]()
+        for unit, need in zip(blueprint.units, needs, strict=True):
+            own = [cluster.seat(name, placed[name]) for name in need.names]
+            settings = placed[need.names[0]].adapt(config)
+            make = partial(make_unit, settings, agents, blueprint, unit, plan.sampling)
+            if need.ranks == 1:
+                seats[unit.name] = own[0]
+                filled.append(own[0].ask("fill", make))
+                continue
+            where = cluster.meeting_point(own[0], placed[need.names[0]])
+            join = partial(Ranks.join, count=need.ranks, address=where, split=need.split, device=settings.run.device)
+            seats[unit.name] = WideSeat(own, split=need.split, first=cluster.first)
+            fills = [seat.ask("fill", partial(make, join=partial(join, number))) for number, seat in enumerate(own)]
+            filled += fills
         homes = {agent: seats[unit.name] for unit in blueprint.units for policy in unit.policies for agent in policy.agents}
         rollouts = None
         if workers:

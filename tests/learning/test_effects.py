@@ -9,7 +9,8 @@ import torch
 from collm.learning import effects as effects_module
 from collm.learning.batch import Batch
 from collm.learning.effects import BYTES, Effects, laid_out, lines_of, redrawn
-from collm.learning.tensors import restore, weights_of
+from collm.learning.tensors import restore
+from collm.models.split import whole_weights
 from collm.types import Completion, Episode, Group, Turn
 
 TEAM = ("a", "b")
@@ -121,11 +122,11 @@ def test_memory_is_bounded_and_frequent_lines_stay(monkeypatch: pytest.MonkeyPat
 def test_a_checkpoint_holds_all_of_it() -> None:
     effects, again = Effects(TEAM), Effects(TEAM)
     effects.learn(batch_of(*TWO))
-    restore(again.observers, weights_of(effects.observers))
+    restore(again.observers, whole_weights(effects.observers))
     effects.learn(batch_of(*TWO))
     again.learn(batch_of(*TWO))
-    for name, tensor in weights_of(effects.observers).items():
-        assert torch.equal(tensor, weights_of(again.observers)[name])
+    for name, tensor in whole_weights(effects.observers).items():
+        assert torch.equal(tensor, whole_weights(again.observers)[name])
     assert shown(effects, *TWO) == shown(again, *TWO)
 
 
