@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -55,7 +56,8 @@ class ProcessSeat:
         there.close()
 
     def ask(self, method: str, *arguments: Any) -> ProcessCall:
-        self.pipe.send((method, *arguments))
+        with suppress(BrokenPipeError):  # the call itself says that the process is lost
+            self.pipe.send((method, *arguments))
         return ProcessCall(self)
 
 

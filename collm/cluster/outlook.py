@@ -101,7 +101,7 @@ def helpful(config: Config, limit: int, now: Outlook) -> tuple[Change | None, Ch
     its outlook; None where no setting helps (by a twentieth, for time). Of those that need as few devices, the first of
     `remedies`."""
     found = []
-    for overrides in _candidates(config, next(iter(now.plans.values())).work):
+    for overrides in _candidates(config, now):
         try:
             other = outlook(with_settings(config, overrides), limit)
         except ConfigError:
@@ -116,7 +116,11 @@ def helpful(config: Config, limit: int, now: Outlook) -> tuple[Change | None, Ch
     )
 
 
-def _candidates(config: Config, work: Work) -> Iterator[dict[str, Any]]:
+def _candidates(config: Config, now: Outlook) -> Iterator[dict[str, Any]]:
+    work, (name, phase, _) = next(iter(now.plans.values())).work, now.widest
+    if phase != "generation":
+        unit = name.partition(", rank")[0]
+        yield {f"cluster.devices.{unit.rpartition('/')[2]}": 2 * now.ranks[name]}
     yield from remedies(config, max(work.sequence(agent) for agent in work.agents))
     for name, value in (("critic.epochs", config.critic.epochs), ("algorithm.epochs", config.algorithm.epochs)):
         if value > 1:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +35,7 @@ from collm.learning.steps import (
     step,
     zero_gradients,
 )
-from collm.learning.tensors import Read, Tensors, restore, restore_optimizer, state_of
+from collm.learning.tensors import Files, Read, Tensors, restore, restore_optimizer, state_of
 from collm.models.blueprint import CRITIC, OPTIMIZER, REPLAY
 from collm.models.critic import Critic, Head
 from collm.models.policy import Policy
@@ -60,7 +61,7 @@ class Part(Protocol):
         """One optimizer step per pass. Raises TrainingError if a number is not finite, before the step."""
         ...
 
-    def tensors(self) -> dict[str, Tensors]:
+    def tensors(self) -> Mapping[str, Tensors]:
         """File name -> tensors of a checkpoint."""
         ...
 
@@ -120,9 +121,9 @@ class PolicyPart:
         heads: dict[str, nn.Module] = {CRITIC + agent: head for agent, head in self.heads.items()}
         return {f"policy-{self.name}": self.policy.trained, **heads}
 
-    def tensors(self) -> dict[str, Tensors]:
-        files = {name: whole_weights(module) for name, module in self.modules.items()}
-        return {**files, OPTIMIZER + self.name: state_of(self.optimizer)}
+    def tensors(self) -> Files:
+        files = {name: partial(whole_weights, module) for name, module in self.modules.items()}
+        return Files({**files, OPTIMIZER + self.name: partial(state_of, self.optimizer)})
 
     def restore(self, read: Read) -> None:
         for name, module in self.modules.items():
@@ -234,8 +235,7 @@ class PolicyPart:
             slot_S = micro.slot_S.cpu()
             sums["drop"] += counts * ((before_X[slot_S] - logp_S) * good_X[slot_S]).sum().item()
             sums["num"] += counts * int(good_X[slot_S].sum())
-        sums = self.ranks.total(sums)
-        return sums["drop"] / max(sums["num"], 1)
+        return (sums := self.ranks.total(sums))["drop"] / max(sums["num"], 1)
 
     def _summary(self, totals: Metrics, num: int) -> Metrics:
         """Metrics of one pass over `num` answers."""
@@ -304,11 +304,9 @@ class PolicyPart:
 
 
 class CriticPart(TextCritic):
-    """A critic that is a separate model with its optimizer.
+    """A critic that is a separate model with its optimizer. ranks: the processes that it is in.
 
-    Args:
-        replay: number of recent iterations that it learns from; 1 for the present one alone.
-        ranks: the processes that it is in.
+    replay: number of recent iterations that it learns from; 1 for the present one alone.
     """
 
     def __init__(
@@ -331,9 +329,10 @@ class CriticPart(TextCritic):
         if config.learner.gradient_checkpointing:
             recompute_layers(critic.body)
 
-    def tensors(self) -> dict[str, Tensors]:
-        files = {self.name: whole_weights(self.critic), OPTIMIZER + self.name: state_of(self.optimizer)}
-        return files if self.recent is None else {**files, REPLAY + self.name: self.recent.tensors()}
+    def tensors(self) -> Files:
+        kept = {} if self.recent is None else {REPLAY + self.name: self.recent.tensors}
+        own = {self.name: partial(whole_weights, self.critic), OPTIMIZER + self.name: partial(state_of, self.optimizer)}
+        return Files({**own, **kept})
 
     def restore(self, read: Read) -> None:
         restore(self.critic, read(self.name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,22 @@ from collm.models.split import piece_like, whole, whole_weights
 Tensors = dict[str, Tensor]
 Read = Callable[[str], Tensors]
 """read(file name without extension) -> tensors by name."""
+
+
+class Files(Mapping[str, Tensors]):
+    """File name -> tensors of a checkpoint, which are made when they are read."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensors]]):
+        self.makers = makers
+
+    def __getitem__(self, name: str) -> Tensors:
+        return self.makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        return len(self.makers)
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> Tensors:

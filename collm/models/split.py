@@ -56,9 +56,9 @@ def is_split(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be split; every rank calls it."""
+    """The whole of a tensor, on the CPU if it was split; every rank calls it."""
     split: Any = tensor
-    return split.full_tensor() if is_split(tensor) else tensor
+    return split.full_tensor().cpu() if is_split(tensor) else tensor
 
 
 def piece_like(other: Tensor, tensor: Tensor) -> Tensor:

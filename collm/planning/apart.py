@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from collm.models.blueprint import Blueprint
-from collm.planning.memory import Phase, Plan, plan
+from collm.planning.memory import SAVING, Phase, Plan, plan
 from collm.planning.work import Work
 from collm.settings.rooms import Config
 
@@ -30,13 +30,14 @@ def apart(config: Config, work: Work) -> list[Plan]:
 
 
 def of_a_rank(found: Plan, ranks: int) -> Plan:
-    """The plan of one of the processes over which a unit's models are split. Loading a whole model comes first."""
+    """The plan of one of the processes over which a unit's models are split. Loading a whole model comes first; what is saved
+    is put together in the machine's memory."""
     split = {"weights", "optimizer", "reference policies"}
 
     def piece(parts: Mapping[str, float]) -> dict[str, float]:
         return {name: size / ranks if name in split or name == "gradient" else size for name, size in parts.items()}
 
-    phases = [Phase(phase.name, piece(phase.parts)) for phase in found.phases]
+    phases = [Phase(phase.name, piece(phase.parts)) for phase in found.phases if phase.name != SAVING]
     whole = max(4 * passes.model.trained for passes in found.passes)
     phases.append(Phase("loading", {"a whole model": whole}))
     return replace(found, held=piece(found.held), phases=phases)

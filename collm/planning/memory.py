@@ -32,6 +32,9 @@ PRODUCTS = 128 * (283 << 10)
 """Bytes of the bfloat16 products that a run keeps compiled on a CPU: two caches of 64 (`runs/heap.py`)."""
 
 
+SAVING = "saving a checkpoint"
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """One set of weights of a policy or critic: a whole model, or an adapter on a base that is counted elsewhere."""
@@ -194,7 +197,7 @@ def plan(config: Config, work: Work | None = None, blueprint: Blueprint | None =
         longest = max((rows[agent] for agent in policy.agents), key=_tokens)
         phases.append(_update(config, model, longest, work.answer))
     written = max(4 * model.trained for model in models)
-    phases.append(Phase("saving a checkpoint", {"a copy of one model's weights": written}))
+    phases.append(Phase(SAVING, {"a copy of one model's weights": written}))
     epochs, headed = config.algorithm.epochs, {critic.policy for critic in blueprint.critics if critic.body == "policy"}
     passes = [
         Passes(model, _tokens(rows[agent]), int(policy.name in headed), epochs, epochs * (policy.name in referred))

@@ -104,7 +104,7 @@ def test_the_needs_of_units_are_their_plans():
     }
     config = parse_config(values)
     blueprint = Blueprint.of(config, ("agent_0", "agent_1"))
-    found = needs_of(config, blueprint)
+    found = needs_of(config, blueprint, Device("node", "cpu", 0))
     assert [(need.unit, need.share) for need in found] == [("agent_0", None), ("agent_1", 0.25), ("critic", 0.5)]
     whole = plan(config)
     assert all(0 < need.memory < whole.peak for need in found)
@@ -114,7 +114,9 @@ def test_the_needs_of_units_are_their_plans():
 
 def test_models_that_planning_does_not_know_can_be_placed():
     config = parse_config({"env": {"name": "agree", "wording": "terse"}, "team": {"model": "somebody/unknown"}})
-    assert [need.memory for need in needs_of(config, Blueprint.of(config, ("agent_0", "agent_1")))] == [0, 0, 0]
+    assert [
+        need.memory for need in needs_of(config, Blueprint.of(config, ("agent_0", "agent_1")), Device("node", "cpu", 0))
+    ] == [0, 0, 0]
 
 
 def test_a_process_has_its_device_and_its_part_of_vllm_memory():
@@ -127,7 +129,7 @@ def test_a_process_has_its_device_and_its_part_of_vllm_memory():
 def test_the_paper_team_needs_three_gpus():
     """2 x Qwen3-1.7B and a joint critic: more than one H100 holds."""
     config = load_config(ROOT / "recipes" / "paper" / "str_build" / "collm-cc-paper.toml", {"run.device": "cuda"})
-    asked = needs_of(config, Blueprint.of(config, ("builder_0", "builder_1")))
+    asked = needs_of(config, Blueprint.of(config, ("builder_0", "builder_1")), *gpus(80))
     with pytest.raises(ConfigError, match="Add 2 GPUs"):
         place(asked, gpus(80))
     devices = gpus(80, 80, 80)

@@ -12,7 +12,7 @@ from seats import PickledCluster, pickled  # noqa: F401
 from servers import completion, http, serve
 from test_seats import check_same, config_of, trained
 
-from collm.cluster.places import needs_of, needs_of_workers
+from collm.cluster.places import Device, needs_of, needs_of_workers
 from collm.cluster.players import missing
 from collm.engines.local import LocalEngine
 from collm.envs.catalogue import EnvSpec
@@ -176,7 +176,7 @@ def test_a_worker_needs_all_policies_without_optimizers_and_one_shards_answers()
         values["rollout"] = {"tasks": 16, "max_tokens": 64, "shards": more.pop("shards", 1)}
         config = parse_config({**values, "cluster": {"address": "local", **more}})
         blueprint = Blueprint.of(config, ("agent_0", "agent_1"))
-        return needs_of(config, blueprint), needs_of_workers(config, blueprint)
+        return needs_of(config, blueprint, Device("node", "cpu", 0)), needs_of_workers(config, blueprint)
 
     assert needs()[1] == []
     units, workers = needs(rollouts=2, shards=2)
