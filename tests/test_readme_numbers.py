@@ -380,7 +380,7 @@ def test_a_sentence_says_what_its_source_says(number: int) -> None:
 NUMBER = re.compile(rf"\d[\d.,]*\d|\d|\b(?:{'|'.join(WORDS[2:])})\b", re.IGNORECASE)
 """Words from two on: "one" is an article more often than a number."""
 NAMES = re.compile(
-    r"\(https:[^)]*\)|smollm2(-135M)?|Qwen3|arXiv:2601\.21972|Apache-2\.0|float32|bfloat16|\bC3\b|"
+    r"\(https:[^)]*\)|smollm2(-135M)?|Qwen3|arXiv:2601\.21972|Apache-2\.0|float32|bfloat16|\bC3\b|FSDP2|"
     r"@misc\{collm2026|year = \{2026\}",
     re.IGNORECASE,
 )

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from collm.cluster.places import Device, fewest, needs_of, place
+from collm.cluster.places import Device, fewest, needs_of, needs_of_workers, place, plan_of_worker
 from collm.errors import ConfigError
 from collm.models.blueprint import Blueprint
 from collm.planning.advise import advise, remedies, with_settings
-from collm.planning.apart import Costs, apart, costs, iteration, of_a_rank
+from collm.planning.apart import Costs, apart, costs, costs_of_worker, iteration, of_a_rank
 from collm.planning.memory import GIB, Plan
 from collm.planning.work import Work, work_of
 from collm.settings.rooms import Config
@@ -28,13 +28,10 @@ class Outlook:
     """The units on each device; empty if one of them fits on none."""
     ranks: Mapping[str, int]
     """Name as in `plans` -> number of processes that hold the unit together."""
-    alone: Mapping[str, Plan]
-    """Unit -> its plan in one process."""
-
-    @property
-    def costs(self) -> dict[str, Costs]:
-        """Name as in `plans` -> operations in an iteration, by phase."""
-        return {name: costs(found, self.ranks[name]) for name, found in self.plans.items()}
+    costs: Mapping[str, Costs]
+    """Name as in `plans` -> operations in an iteration, by phase."""
+    alone: float
+    """Operations of an iteration on one device, without rollout workers."""
 
     @property
     def widest(self) -> tuple[str, str, float]:
@@ -54,8 +51,7 @@ class Outlook:
     def speed_ups(self) -> tuple[float, float]:
         """Operations on one device over those one after another: on these devices, and on one for every unit."""
         own = self.costs
-        alone = iteration([[costs(found) for found in self.alone.values()]])
-        return alone / self.duration, alone / iteration([[one] for one in own.values()])
+        return self.alone / self.duration, self.alone / iteration([[one] for one in own.values()])
 
 
 def outlook(config: Config, limit: int, work: Work | None = None) -> Outlook:
@@ -66,13 +62,20 @@ def outlook(config: Config, limit: int, work: Work | None = None) -> Outlook:
     alone = dict(zip((unit.name for unit in blueprint.units), apart(config, work), strict=True))
     device = Device("", "cuda", limit)
     needs = needs_of(config, blueprint, device, alone)
-    plans, ranks = dict[str, Plan](), dict[str, int]()
+    plans, ranks, spent = dict[str, Plan](), dict[str, int](), dict[str, Costs]()
     for need in needs:
         each = of_a_rank(alone[need.unit], need.ranks) if need.split else alone[need.unit]
         plans |= dict.fromkeys(need.names, each)
         ranks |= dict.fromkeys(need.names, need.ranks)
+        spent |= dict.fromkeys(need.names, costs(each, need.ranks))
+    for number, need in enumerate(workers := needs_of_workers(config, blueprint)):
+        plans[need.unit], ranks[need.unit] = plan_of_worker(config, blueprint), 1
+        shards = len(range(number, config.rollout.shards, config.cluster.rollouts))
+        spent[need.unit] = costs_of_worker(plans[need.unit], shards)
+    needs += workers
+    whole = iteration([[costs(found) for found in apart(with_settings(config, {"cluster.rollouts": 0}), work)]])
     if any(need.on(device) > 1 for need in needs):
-        return Outlook(plans, (), ranks, alone)
+        return Outlook(plans, (), ranks, spent, whole)
     devices = [Device(str(number), "cuda", limit) for number in range(fewest(needs, device))]
     found = place(needs, devices)
     placed = tuple(tuple(unit for unit in plans if found[unit].device == one) for one in devices)
@@ -84,7 +87,7 @@ def outlook(config: Config, limit: int, work: Work | None = None) -> Outlook:
                 f"cluster.devices ({named}) puts {' and '.join(units)} on one device, which need {size / GIB:.1f} of its "
                 f"{limit / GIB:.1f} GiB. Name larger shares, or leave them out to place units by their memory."
             )
-    return Outlook(plans, placed, ranks, alone)
+    return Outlook(plans, placed, ranks, spent, whole)
 
 
 def way_out(config: Config, limit: int) -> Settings | None:

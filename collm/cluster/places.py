@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from collm.errors import ConfigError
 from collm.models.blueprint import Blueprint, Unit
 from collm.planning.apart import of_a_rank
-from collm.planning.memory import GIB, Plan, plan
+from collm.planning.memory import GENERATION, GIB, Plan, plan
 from collm.planning.work import work_of
 from collm.settings.rooms import Config
 
@@ -130,16 +130,21 @@ def _check_wide(unit: Unit, ranks: int, config: Config, *, split: bool) -> None:
 
 
 def needs_of_workers(config: Config, blueprint: Blueprint) -> list[Need]:
-    """The needs of `cluster.rollouts` workers, each of which holds all policies and generates the answers of a shard."""
-    memory, rollout = 0, config.rollout
-    one = rollout.model_copy(update={"tasks": math.ceil(rollout.tasks / rollout.shards)})
+    """The needs of `cluster.rollouts` workers."""
+    memory, share = 0, config.cluster.devices.get(ROLLOUTS)
     with suppress(ConfigError):
-        shard = config.model_copy(update={"rollout": one})
-        found = plan(shard, work_of(shard), replace(blueprint, critics=(), references=()))
-        held = sum(size for part, size in found.held.items() if part != "optimizer")
-        memory = round(held + max(phase.total for phase in found.phases if phase.name.startswith("generation")))
-    share = config.cluster.devices.get(ROLLOUTS)
+        memory = round(plan_of_worker(config, blueprint).peak)
     return [Need(f"{ROLLOUTS}/{number}", memory, share) for number in range(config.cluster.rollouts)]
+
+
+def plan_of_worker(config: Config, blueprint: Blueprint) -> Plan:
+    """The plan of a rollout worker, which holds all policies and generates the answers of a shard."""
+    rollout = config.rollout
+    one = rollout.model_copy(update={"tasks": math.ceil(rollout.tasks / rollout.shards)})
+    shard = config.model_copy(update={"rollout": one})
+    found = plan(shard, work_of(shard), replace(blueprint, critics=(), references=()))
+    held = {part: size for part, size in found.held.items() if part != "optimizer"}
+    return replace(found, held=held, phases=[phase for phase in found.phases if phase.name.startswith(GENERATION)])
 
 
 def _plans(config: Config, blueprint: Blueprint) -> dict[str, Plan]:

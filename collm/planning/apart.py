@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from collm.models.blueprint import Blueprint
+from collm.models.blueprint import Blueprint, PolicySpec
 from collm.planning.memory import SAVING, Phase, Plan, plan
 from collm.planning.work import Work
 from collm.settings.rooms import Config
@@ -44,8 +44,9 @@ def of_a_rank(found: Plan, ranks: int) -> Plan:
 
 
 def costs(found: Plan, ranks: int = 1) -> Costs:
-    """What one unit computes in an iteration, or the first of its ranks, which share all but generation."""
-    generated = _generated(found)
+    """What one unit computes in an iteration, or the first of its ranks, which share all but generation. With rollout workers
+    it does not generate."""
+    generated = 0.0 if found.config.cluster.rollouts else _generated(found, found.blueprint.policies)
     backward = {passes.model.name: 2 if passes.model.lora is None else 1 for passes in found.passes}
     again = int(found.config.learner.gradient_checkpointing)
     counted = [(passes, 2 * passes.model.products * passes.tokens) for passes in found.passes]
@@ -59,10 +60,16 @@ def costs(found: Plan, ranks: int = 1) -> Costs:
     }
 
 
-def _generated(found: Plan) -> float:
-    """Operations of generation: every prompt is read once, and the agents of a unit decode together."""
+def costs_of_worker(found: Plan, shards: int) -> Costs:
+    """What a rollout worker computes in an iteration in which it plays so many shards. found: its plan, for one of them."""
+    played = sum(_generated(found, unit.policies) for unit in found.blueprint.units)
+    return {"generation": shards * played, "values": 0.0, "update": 0.0}
+
+
+def _generated(found: Plan, policies: Sequence[PolicySpec]) -> float:
+    """Operations of generation by a unit's policies: every prompt is read once, and their agents decode together."""
     work, config = found.work, found.config
-    agents = [agent for policy in found.blueprint.policies for agent in policy.agents]
+    agents = [agent for policy in policies for agent in policy.agents]
     if not agents:
         return 0.0
     least = 1 if config.run.device == "cpu" else DECODING
@@ -73,8 +80,7 @@ def _generated(found: Plan) -> float:
         tokens += episodes * sum(work.prompts[agent][turn] for agent in agents)
         rows = episodes * len(agents)
         tokens += work.answer * max(rows, least * math.ceil(rows / batch))
-    policy = found.blueprint.policies[0].name
-    products = next(passes.model.products for passes in found.passes if passes.model.name == policy)
+    products = next(passes.model.products for passes in found.passes if passes.model.name == policies[0].name)
     return 2.0 * products * tokens
 
 

@@ -32,7 +32,8 @@ PRODUCTS = 128 * (283 << 10)
 """Bytes of the bfloat16 products that a run keeps compiled on a CPU: two caches of 64 (`runs/heap.py`)."""
 
 
-SAVING = "saving a checkpoint"
+GENERATION, SAVING = "generation", "saving a checkpoint"
+"""How the names of these phases begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +257,7 @@ def _generation(config: Config, work: Work, batch: Sequence[tuple[PolicySpec, Mo
     batch: a whole model, or the adapters of one base, whose prompts are read one after another and tokens decoded together.
     kept: bytes of the caches that all batches keep for the next turn.
     """
-    name = f"generation ({', '.join(model.name for _, model in batch)})"
+    name = f"{GENERATION} ({', '.join(model.name for _, model in batch)})"
     if config.rollout.engine == "vllm":
         return Phase(name, {})
     shape, c = batch[0][1].shape, _compute_bytes(config)

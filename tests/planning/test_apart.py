@@ -122,6 +122,31 @@ def test_the_paper_team_needs_three_devices_where_one_is_refused(capsys: pytest.
     assert 1.9 < plain["speed_up_by_arithmetic"] == plain["speed_up_with_a_device_each"] <= 3
 
 
+def test_units_on_several_devices_and_rollout_workers_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", str(PAPER), "--run.device", "cuda", "--cluster", "--json", "--cluster.address", "auto"]
+    wide = [f"--cluster.devices.{name}=2" for name in ("critic", "builder_0", "builder_1")]
+
+    def planned(*more: str) -> dict[str, Any]:
+        main([*words, *more])
+        return dict(json.loads(capsys.readouterr().out))
+
+    whole, copied = planned("--memory", "80GB"), planned("--memory", "80GB", wide[0])
+    assert len(copied["devices"]) == 4
+    assert copied["units"]["critic, rank 1"]["peak_bytes"] == whole["units"]["critic"]["peak_bytes"]
+    split = planned("--memory", "48GB", *wide)
+    assert len(split["devices"]) == 6
+    held = split["units"]["builder_0, rank 0"]["held_bytes"]
+    assert held["optimizer"] == whole["units"]["builder_0"]["held_bytes"]["optimizer"] / 2
+    shards = ["--rollout.tasks", "8", "--rollout.shards", "4"]
+    away = planned("--memory", "80GB", *shards, "--cluster.rollouts", "2")
+    assert len(away["devices"]) == 5
+    assert "optimizer" not in away["units"]["rollouts/1"]["held_bytes"]
+    assert away["bound"]["unit"].startswith("rollouts/")
+    assert planned("--memory", "80GB", *shards, "--cluster.rollouts", "4")["speed_up_by_arithmetic"] == pytest.approx(
+        2 * away["speed_up_by_arithmetic"], rel=0.1
+    )
+
+
 def test_a_unit_larger_than_a_device_is_refused_with_a_setting_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", str(PAPER), "--cluster", "--memory", "40GB"]
     assert main(words) == 1
