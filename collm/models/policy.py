@@ -39,6 +39,11 @@ def compute_in(dtype: str, device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for PyTorch's bfloat16 products, or it is unknown; without them they are slow."""
+    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class Policy:
     """One model and its tokenizer. Several agents may share one policy.
 

@@ -30,7 +30,7 @@ from collm.machine import usable_cores
 from collm.models.adapters import Base
 from collm.models.blueprint import BaseSpec, Blueprint, CriticSpec, Unit
 from collm.models.critic import HEADS, Critic, Head
-from collm.models.policy import Policy
+from collm.models.policy import Policy, multiplies_bfloat16
 from collm.models.sources import fetch_adapter
 from collm.models.team import AnyTeam, Team
 from collm.models.trial import try_critic, try_team
@@ -38,6 +38,7 @@ from collm.rollout.collector import Collector, LocalCollector
 from collm.rollout.plan import Plan
 from collm.runs.directory import with_absolute_data
 from collm.runs.heap import HEAP
+from collm.runs.output import complain
 from collm.runs.trackers import check_installed
 from collm.settings.rooms import Config, EnvSettings
 from collm.training.task import check_fit, metric_names, num_tasks, plan_of, trained_agents, training_tasks
@@ -173,6 +174,11 @@ def make_team(config: Config, agents: tuple[str, ...], *, only: Collection[str] 
     Raises ConfigError if no agent is left, or a model cannot be trained.
     """
     settings = config.team
+    if settings.compute == "bfloat16" and config.run.device == "cpu" and not multiplies_bfloat16():
+        complain(
+            "collm: team.compute='bfloat16' takes up to eight times as long as 'float32' on this processor, which has no "
+            "instructions for it. Set team.compute='float32'."
+        )
     team = Team.from_pretrained(
         {agent: settings.models.get(agent, settings.model) for agent in trained_agents(config, agents)},
         lora=settings.lora,

@@ -31,7 +31,7 @@ TOLERANCE = 2e-5
 
 def config_of(folder: Path, name: str, *, address: str = "local", **rooms: dict[str, Any]) -> Config:
     values: dict[str, dict[str, Any]] = {
-        "run": {"name": name, "folder": str(folder), "iterations": 2, "threads": 1, "device": "cpu", "trackers": []},
+        "run": {"name": name, "folder": str(folder), "iterations": 1, "threads": 1, "device": "cpu", "trackers": []},
         "env": {"name": "agree", "agents": 2, "turns": 2, "wording": "terse"},
         "rollout": {"tasks": 6, "max_tokens": 3, "temperature": 1.0},
         "algorithm": {"name": "collm-cc"},
@@ -136,7 +136,6 @@ def test_a_split_team_is_one_process(tmp_path, processes: ProcessCluster, tied):
         "team": {"model": model},
         "algorithm": {"name": "collm-cc", "kl_coef": 0.01, "max_drop": 0.03},
         "learner": {"gradient_checkpointing": not tied},
-        "run": {"iterations": 1},
         "env": {"name": "worlds:Echo"},  # the tied model says nothing that earns a reward elsewhere
     }
     devices = {"critic": 2, "agent_0": 2, "agent_1": 2}
@@ -163,6 +162,13 @@ def test_the_error_of_one_rank_ends_the_wait_for_the_others(tmp_path, processes:
     with pytest.raises(PartLost, match="critic, rank 1"):
         trainer.run()
     trainer.engine.close()
+
+
+@pytest.mark.slow
+def test_the_ranks_of_a_critic_meet_on_a_real_cluster(tmp_path):
+    pytest.importorskip("ray")
+    wide = trained(config_of(tmp_path, "wide", cluster={"devices": {"critic": 2}}))
+    check_close(trained(config_of(tmp_path, "one", address="none")), wide)
 
 
 @pytest.fixture
