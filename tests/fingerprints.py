@@ -35,6 +35,7 @@ DEFAULT: dict[str, dict[str, Any]] = {
 CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "collm-cc": {"algorithm": {"name": "collm-cc"}, "env": BUILD, "rollout": {"max_tokens": 24}},
     "collm-cc-paper": {"algorithm": {"name": "collm-cc-paper"}},
+    "limited steps": {"algorithm": {"name": "collm-cc", "max_drop": 0.001}},
     "collm-dc": {"algorithm": {"name": "collm-dc"}, "env": BUILD, "rollout": {"max_tokens": 24}},
     "magrpo": {"algorithm": {"name": "magrpo"}},
     "marloo": {"algorithm": {"name": "marloo"}},
@@ -95,6 +96,7 @@ def settings_of(name: str, folder: Path, server: str) -> dict[str, dict[str, Any
     values = {room: dict(settings) for room, settings in DEFAULT.items()}
     for room, settings in CONFIGURATIONS[name].items():
         values[room] = dict(settings) if room == "env" else {**values.get(room, {}), **settings}
+    values["algorithm"].setdefault("max_drop", "none")
     if values["algorithm"]["name"] in ("magrpo", "marloo", "maremax", "mareinforce", "grpo"):
         values["critic"] = {}
     if "models" in values.get("team", {}):

@@ -193,7 +193,7 @@ class AlgorithmSettings(Room):
     max_drop: Annotated[float | None, OFF] = Field(None, gt=0)
     """Maximum mean drop of the log-prob of good answers (neither return nor advantage below the iteration's mean) by one policy
     update, in nats per answer; a larger step is halved until it is within this, at most to 1/64. "none" takes every step whole.
-    With 0.03 a team that has solved its task stays solved (docs/results/stability)."""
+    With 0.03 (collm-cc, collm-dc, ac) a team that has solved its task stays solved (docs/results/stability)."""
     normalize: Literal["none", "agent", "group"] = "none"
     """"agent": divide advantages by each agent's standard deviation over the iteration (with a critic: z-score); "group": by
     each group's standard deviation of returns."""

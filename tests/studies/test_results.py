@@ -174,3 +174,28 @@ def test_the_page_of_stability_says_what_its_runs_say() -> None:
     folder = RESULTS / "stability"
     for line in table(json.loads((folder / "stability.json").read_text())).splitlines():
         assert line in (folder / "README.md").read_text()
+    assert all(line in (folder / "README.md").read_text() for line in [*limited_rows(folder), *area_rows(folder)])
+
+
+def limited_rows(folder: Path) -> list[str]:
+    """`agree.toml` with the limit as the default: a row per task and method."""
+    runs = json.loads((folder / "agree.json").read_text())
+    rows = []
+    for task, method in dict.fromkeys((run["task"], run["method"]) for run in runs):
+        own = sorted((run for run in runs if (run["task"], run["method"]) == (task, method)), key=lambda run: run["seed"])
+        last, lowest = (" ".join(f"{run[name]:.2f}" for run in own) for name in ("last", "lowest_once_solved"))
+        share = f"{sum(run['shortened'] for run in own)} of {steps}" if (steps := sum(run["steps"] for run in own)) else ""
+        rows.append(f"| {method}, {task} agents | {last} | {lowest} | {share} |")
+    return rows
+
+
+def area_rows(folder: Path) -> list[str]:
+    """Areas with and without the limit: a row per task and seed."""
+    runs = {(run["task"], run["seed"], run["method"]): run for run in json.loads((folder / "max_drop.json").read_text())}
+    rows = []
+    for task, seed in dict.fromkeys((task, seed) for task, seed, _ in runs):
+        found = [runs.get((task, seed, method)) for method in ("whole", "limited")]
+        areas = " | ".join("" if run is None else f"{run['area']:.3f}" for run in found)
+        share = f"{found[1]['shortened']} of {found[1]['steps']}" if found[1] else ""
+        rows.append(f"| {task} | {seed} | {areas} | {share} |")
+    return rows
