@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import importlib.util
+import math
 import os
 import re
 import secrets
@@ -151,7 +152,7 @@ class Cluster:
         asked = {name: run.options(scheduling_strategy=only(name)).remote(*arguments) for name in alive if name != mine}
         for name, node in alive.items():
             try:
-                yield node, call(*arguments) if name == mine else ray.get(asked[name], timeout=START)
+                yield node, call(*arguments) if name == mine else _get(asked[name], START)
             except (ray.exceptions.RayError, ImportError) as error:
                 if name not in self.alive():
                     continue  # it has just been lost
@@ -196,12 +197,8 @@ class Cluster:
     @staticmethod
     def first(calls: Sequence[Call]) -> int:
         """Wait until one of these calls has ended; returns its number."""
-        import ray
-
         references = [call.reference for call in calls]
-        while not (ended := ray.wait(references, timeout=1)[0]):  # signals are handled between two waits
-            pass
-        return references.index(ended[0])
+        return references.index(_first(references))
 
     @staticmethod
     def share(given: Any) -> Any:
@@ -243,7 +240,7 @@ class RaySeat:
         import ray
 
         try:
-            ray.get(self.actor.ask.remote("started"), timeout=START)
+            _get(self.actor.ask.remote("started"), START)
         except ray.exceptions.GetTimeoutError as error:
             raise ConfigError(
                 f"the process of {self.name} did not start within {START:.0f} s: its device is taken by other work of the "
@@ -258,7 +255,7 @@ class RaySeat:
         import ray
 
         try:
-            answer = ray.get(reference)
+            answer = _get(reference)
         except losses() as error:
             raise PartLost(
                 f"the process of {self.name} was lost during {method!r}: {_sentence(error)} `collm train --resume` continues "
@@ -271,6 +268,30 @@ class RaySeat:
         if isinstance(answer, Failed):
             raise answer.error
         return answer
+
+
+def _first(references: Sequence[Any], seconds: float = math.inf) -> Any:
+    """Wait until one of these results is there; returns its reference, or None after so many seconds.
+
+    What the handler of a signal raises is raised within a second. Ray itself loses it, and raises a SystemError that it caused.
+    """
+    import ray
+
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            if ended := ray.wait(list(references), timeout=1)[0]:
+                return ended[0]
+    except SystemError as error:
+        raise (error.__cause__ or error) from None
+    return None
+
+
+def _get(reference: Any, seconds: float = math.inf) -> Any:
+    """As `ray.get`, with the signals of `_first`."""
+    import ray
+
+    return ray.get(reference, timeout=0 if _first([reference], seconds) is None else None)
 
 
 def losses() -> tuple[type[Exception], ...]:

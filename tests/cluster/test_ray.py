@@ -14,14 +14,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from test_seats import check_same, config_of, trained
 
 from collm.cluster import start
-from collm.cluster.seats import Machine, machine
+from collm.cluster.places import Device, Place
+from collm.cluster.seats import Machine, Seat, machine
 from collm.cluster.start import Cluster
 from collm.errors import ConfigError, PartLost
+from collm.training.signals import Interrupted, Signals
 from collm.training.trainer import Trainer
 
 pytest.importorskip("ray", reason="ray is not installed, so nothing was tried on it: pip install 'collm[cluster]'")
@@ -111,6 +114,35 @@ def test_errors_of_seats_are_our_own_and_a_lost_seat_is_named(tmp_path, cluster)
     with pytest.raises(PartLost, match=r"^the process of agent_1 was lost"):
         trainer.run()
     trainer.engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["result", "first"])
+def test_a_signal_while_a_seat_works_is_an_interrupted_run(cluster, way):
+    """The seat works for longer than the second after which Ray looks for signals, and then answers."""
+
+    class Slow(Seat):
+        def work(self) -> str:
+            time.sleep(5)
+            return "done"
+
+    seat, signals = cluster.seat("slow", Place(here(), 0.0), Slow), Signals()
+    seat.ask("started")()
+    with signals.listen():
+        call = seat.ask("work")
+        Timer(1.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        begun = time.monotonic()
+        with pytest.raises(Interrupted), signals.at_once():
+            cluster.first([call]) if way == "first" else call()
+        assert time.monotonic() - begun < 4
+    assert call() == "done"
+
+
+def here() -> Device:
+    """The node of this process."""
+    import ray
+
+    return Device(ray.get_runtime_context().get_node_id(), "cpu", 0)
 
 
 def unused_port() -> int:
