@@ -202,10 +202,16 @@ class Cluster:
 
     @staticmethod
     def share(given: Any) -> Any:
-        """Put an argument where several seats read it."""
+        """Put an argument where several seats read it. Raises EngineError where there is no room for it."""
         import ray
 
-        return ray.put(given)
+        try:
+            return ray.put(given)
+        except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+            raise EngineError(
+                f"the cluster has no room for what its processes are to read: {_sentence(error)} Free the disk of /tmp, or make "
+                "/dev/shm larger (docker run --shm-size 8g)."
+            ) from error
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -304,6 +310,7 @@ def losses() -> tuple[type[Exception], ...]:
         exceptions.NodeDiedError,
         exceptions.LocalRayletDiedError,
         exceptions.WorkerCrashedError,
+        exceptions.OutOfMemoryError,  # ended by Ray's memory monitor
         exceptions.ActorUnschedulableError,
         exceptions.TaskUnschedulableError,
         exceptions.RaySystemError,

@@ -23,7 +23,7 @@ from collm.cluster import start
 from collm.cluster.places import Device, Place
 from collm.cluster.seats import Machine, Seat, machine
 from collm.cluster.start import Cluster
-from collm.errors import ConfigError, PartLost
+from collm.errors import ConfigError, EngineError, PartLost
 from collm.training.signals import Interrupted, Signals
 from collm.training.trainer import Trainer
 
@@ -205,6 +205,25 @@ def test_another_version_on_a_node_is_refused(what):
         ConfigError, match=rf"^the cluster's node n7 has {what} 1\.0, and this process has .*\. Install the same"
     ):
         start.check_versions(here, there, "n7")
+
+
+def test_a_process_that_the_memory_monitor_ended_is_lost():
+    from ray import exceptions
+
+    assert issubclass(exceptions.OutOfMemoryError, start.losses())
+    assert not issubclass(exceptions.ObjectStoreFullError, start.losses())
+
+
+@pytest.mark.parametrize("kind", ["ObjectStoreFullError", "OutOfDiskError"])
+def test_no_room_for_what_travels_is_one_sentence(monkeypatch, kind):
+    import ray
+
+    def full(given):
+        raise getattr(ray.exceptions, kind)("Failed to put object.\nIts size is 9 bytes.")
+
+    monkeypatch.setattr(ray, "put", full)
+    with pytest.raises(EngineError, match=r"^the cluster has no room .*Its size is 9 bytes\. .*Free the disk of /tmp, or make"):
+        Cluster.share(b"episodes")
 
 
 # --- commands ------------------------------------------------------------------------------------------------------------
