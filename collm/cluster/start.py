@@ -51,6 +51,7 @@ class Cluster:
     def __init__(self, *, started: bool, folder: Path | None = None):
         self.started, self.folder = started, folder
         """Whether this object started or joined Ray, and its temporary folder."""
+        self.closed = False
         self.actors: list[Any] = []
         self.waiting: dict[str, Asked] = {}
         """Seat -> what it was asked for last and has not answered, and since when (`time.monotonic`)."""
@@ -108,7 +109,10 @@ class Cluster:
         return cls(started=True, folder=folder)
 
     def close(self) -> None:
-        """End all seats, and Ray if it was started or joined here."""
+        """End all seats, and Ray if it was started or joined here. A second call does nothing."""
+        if self.closed:  # a call of Ray's would start it again
+            return
+        self.closed = True
         import ray
 
         atexit.unregister(self.close)
@@ -120,7 +124,6 @@ class Cluster:
         self.actors.clear()
         if self.started:
             ray.shutdown()
-            self.started = False
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 

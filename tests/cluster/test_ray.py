@@ -207,6 +207,19 @@ def test_another_version_on_a_node_is_refused(what):
         start.check_versions(here, there, "n7")
 
 
+def test_a_second_close_does_not_call_ray(monkeypatch):
+    import ray
+
+    called = []
+    for name in ("init", "wait", "shutdown"):
+        monkeypatch.setattr(ray, name, lambda *arguments, **more: called.append(arguments))
+    one = Cluster(started=False)
+    one.close()
+    assert len(called) == 1
+    one.close()
+    assert len(called) == 1
+
+
 def test_a_process_that_the_memory_monitor_ended_is_lost():
     from ray import exceptions
 
