@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import importlib.util
+import math
 import os
 import re
 import secrets
@@ -50,6 +51,7 @@ class Cluster:
     def __init__(self, *, started: bool, folder: Path | None = None):
         self.started, self.folder = started, folder
         """Whether this object started or joined Ray, and its temporary folder."""
+        self.closed = False
         self.actors: list[Any] = []
         self.waiting: dict[str, Asked] = {}
         """Seat -> what it was asked for last and has not answered, and since when (`time.monotonic`)."""
@@ -107,7 +109,10 @@ class Cluster:
         return cls(started=True, folder=folder)
 
     def close(self) -> None:
-        """End all seats, and Ray if it was started or joined here."""
+        """End all seats, and Ray if it was started or joined here. A second call does nothing."""
+        if self.closed:  # a call of Ray's would start it again
+            return
+        self.closed = True
         import ray
 
         atexit.unregister(self.close)
@@ -119,7 +124,6 @@ class Cluster:
         self.actors.clear()
         if self.started:
             ray.shutdown()
-            self.started = False
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -151,7 +155,7 @@ class Cluster:
         asked = {name: run.options(scheduling_strategy=only(name)).remote(*arguments) for name in alive if name != mine}
         for name, node in alive.items():
             try:
-                yield node, call(*arguments) if name == mine else ray.get(asked[name], timeout=START)
+                yield node, call(*arguments) if name == mine else _get(asked[name], START)
             except (ray.exceptions.RayError, ImportError) as error:
                 if name not in self.alive():
                     continue  # it has just been lost
@@ -200,19 +204,21 @@ class Cluster:
     @staticmethod
     def first(calls: Sequence[Call]) -> int:
         """Wait until one of these calls has ended; returns its number."""
-        import ray
-
         references = [call.reference for call in calls]
-        while not (ended := ray.wait(references, timeout=1)[0]):  # signals are handled between two waits
-            pass
-        return references.index(ended[0])
+        return references.index(_first(references))
 
     @staticmethod
     def share(given: Any) -> Any:
-        """Put an argument where several seats read it."""
+        """Put an argument where several seats read it. Raises EngineError where there is no room for it."""
         import ray
 
-        return ray.put(given)
+        try:
+            return ray.put(given)
+        except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+            raise EngineError(
+                f"the cluster has no room for what its processes are to read: {_sentence(error)} Free the disk of /tmp, or make "
+                "/dev/shm larger (docker run --shm-size 8g)."
+            ) from error
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -247,7 +253,7 @@ class RaySeat:
         import ray
 
         try:
-            ray.get(self.actor.ask.remote("started"), timeout=START)
+            _get(self.actor.ask.remote("started"), START)
         except ray.exceptions.GetTimeoutError as error:
             raise ConfigError(
                 f"the process of {self.name} did not start within {START:.0f} s: its device is taken by other work of the "
@@ -262,7 +268,7 @@ class RaySeat:
         import ray
 
         try:
-            answer = ray.get(reference)
+            answer = _get(reference)
         except losses() as error:
             raise PartLost(
                 f"the process of {self.name} was lost during {method!r}: {_sentence(error)} `collm train --resume` continues "
@@ -277,6 +283,30 @@ class RaySeat:
         return answer
 
 
+def _first(references: Sequence[Any], seconds: float = math.inf) -> Any:
+    """Wait until one of these results is there; returns its reference, or None after so many seconds.
+
+    What the handler of a signal raises is raised within a second. Ray itself loses it, and raises a SystemError that it caused.
+    """
+    import ray
+
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            if ended := ray.wait(list(references), timeout=1)[0]:
+                return ended[0]
+    except SystemError as error:
+        raise (error.__cause__ or error) from None
+    return None
+
+
+def _get(reference: Any, seconds: float = math.inf) -> Any:
+    """As `ray.get`, with the signals of `_first`."""
+    import ray
+
+    return ray.get(reference, timeout=0 if _first([reference], seconds) is None else None)
+
+
 def losses() -> tuple[type[Exception], ...]:
     """Ray's errors for a process, a node or what they held that is gone."""
     from ray import exceptions
@@ -287,6 +317,7 @@ def losses() -> tuple[type[Exception], ...]:
         exceptions.NodeDiedError,
         exceptions.LocalRayletDiedError,
         exceptions.WorkerCrashedError,
+        exceptions.OutOfMemoryError,  # ended by Ray's memory monitor
         exceptions.ActorUnschedulableError,
         exceptions.TaskUnschedulableError,
         exceptions.RaySystemError,

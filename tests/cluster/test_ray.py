@@ -14,14 +14,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from test_seats import check_same, config_of, trained
 
 from collm.cluster import start
-from collm.cluster.seats import Machine, machine
+from collm.cluster.places import Device, Place
+from collm.cluster.seats import Machine, Seat, machine
 from collm.cluster.start import Cluster
-from collm.errors import ConfigError, PartLost
+from collm.errors import ConfigError, EngineError, PartLost
+from collm.training.signals import Interrupted, Signals
 from collm.training.trainer import Trainer
 
 pytest.importorskip("ray", reason="ray is not installed, so nothing was tried on it: pip install 'collm[cluster]'")
@@ -113,6 +116,35 @@ def test_errors_of_seats_are_our_own_and_a_lost_seat_is_named(tmp_path, cluster)
     trainer.engine.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["result", "first"])
+def test_a_signal_while_a_seat_works_is_an_interrupted_run(cluster, way):
+    """The seat works for longer than the second after which Ray looks for signals, and then answers."""
+
+    class Slow(Seat):
+        def work(self) -> str:
+            time.sleep(5)
+            return "done"
+
+    seat, signals = cluster.seat("slow", Place(here(), 0.0), Slow), Signals()
+    seat.ask("started")()
+    with signals.listen():
+        call = seat.ask("work")
+        Timer(1.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        begun = time.monotonic()
+        with pytest.raises(Interrupted), signals.at_once():
+            cluster.first([call]) if way == "first" else call()
+        assert time.monotonic() - begun < 4
+    assert call() == "done"
+
+
+def here() -> Device:
+    """The node of this process."""
+    import ray
+
+    return Device(ray.get_runtime_context().get_node_id(), "cpu", 0)
+
+
 def unused_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -173,6 +205,38 @@ def test_another_version_on_a_node_is_refused(what):
         ConfigError, match=rf"^the cluster's node n7 has {what} 1\.0, and this process has .*\. Install the same"
     ):
         start.check_versions(here, there, "n7")
+
+
+def test_a_second_close_does_not_call_ray(monkeypatch):
+    import ray
+
+    called = []
+    for name in ("init", "wait", "shutdown"):
+        monkeypatch.setattr(ray, name, lambda *arguments, **more: called.append(arguments))
+    one = Cluster(started=False)
+    one.close()
+    assert len(called) == 1
+    one.close()
+    assert len(called) == 1
+
+
+def test_a_process_that_the_memory_monitor_ended_is_lost():
+    from ray import exceptions
+
+    assert issubclass(exceptions.OutOfMemoryError, start.losses())
+    assert not issubclass(exceptions.ObjectStoreFullError, start.losses())
+
+
+@pytest.mark.parametrize("kind", ["ObjectStoreFullError", "OutOfDiskError"])
+def test_no_room_for_what_travels_is_one_sentence(monkeypatch, kind):
+    import ray
+
+    def full(given):
+        raise getattr(ray.exceptions, kind)("Failed to put object.\nIts size is 9 bytes.")
+
+    monkeypatch.setattr(ray, "put", full)
+    with pytest.raises(EngineError, match=r"^the cluster has no room .*Its size is 9 bytes\. .*Free the disk of /tmp, or make"):
+        Cluster.share(b"episodes")
 
 
 # --- commands ------------------------------------------------------------------------------------------------------------
