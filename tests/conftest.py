@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -14,6 +16,10 @@ from collm.rollout.plan import Plan
 from collm.types import Group, Sampling
 
 torch.set_num_threads(1)
+
+PASSED_BY = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (PASSED_BY, "127.0.0.1", "localhost")))
+"""A machine's HTTP proxy does not reach the servers that tests start."""
 
 LONGEST_FIRST = (
     "test_the_plan_is_within_15_percent_of_what_training_takes",

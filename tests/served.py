@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from places import ROOT
+from processes import line_of
 
 from collm.engines.local import LocalEngine
 from collm.rollout.collector import LocalCollector
@@ -51,9 +51,7 @@ def start(run: Path, agent: str, errors: Path, *words: str, env: dict[str, str] 
 
 def address(process: subprocess.Popen[str]) -> str:
     """Where a server says that it answers."""
-    assert process.stdout is not None
-    assert select.select([process.stdout], [], [], 300)[0], "the server said nothing"
-    line = process.stdout.readline()
+    line = line_of(process)
     assert "answers at http://127.0.0.1:" in line, line
     return line.split()[-1]
 

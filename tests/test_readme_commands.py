@@ -12,7 +12,6 @@ from typing import NamedTuple
 import pytest
 from pages import BLOCK, Block, run_session, typed
 from places import ROOT
-from servers import free_port
 
 SMOLLM2 = ROOT / "build" / "smollm2"
 INLINE = re.compile(r"`((?:\w+=\S+ )?(?:collm|curl|docker|git|make|pip|python3?|source|uv|\.) [^`\n]+)`")
@@ -35,13 +34,15 @@ def example(line: str) -> Instead:
     return Instead("words in it stand for others", line)
 
 
-def answers(*addresses: str) -> str:
-    """Waits until every server answers."""
-    ask = "curl --silent --fail --output /dev/null --retry 120 --retry-delay 1 --retry-connrefused"
-    return "\n".join(f"{ask} http://127.0.0.1:{address}" for address in addresses)
+def answers(*logs: str) -> str:
+    """Waits until servers have written their addresses to these files, as they do when they answer."""
+    return "\n".join(f"timeout 300 sh -c 'until grep -q http://127 {log}; do sleep 1; done'" for log in logs)
 
 
-FIRST, SECOND, LIVE = (free_port() for _ in range(3))
+def address(log: str) -> str:
+    return f"$(grep -o 'http://127.*' {log})"
+
+
 STOP = "kill $(jobs -p)\nwait"
 SHORT = "--run.iterations 2"
 
@@ -74,14 +75,14 @@ OTHERWISE = {
         "collm export runs/demo --agent builder_0 exported/builder_0",
     ),
     "collm serve RUN --agent NAME --port P": example(
-        f"collm serve exported/builder_0 --agent builder_0 --port {FIRST} > first.log 2>&1 &\n"
-        f"collm serve runs/demo --agent builder_1 --port {SECOND} > second.log 2>&1 &\n"
-        + answers(f"{FIRST}/health", f"{SECOND}/health")
+        "collm serve exported/builder_0 --agent builder_0 --port 0 > first.log 2>&1 &\n"
+        "collm serve runs/demo --agent builder_1 --port 0 > second.log 2>&1 &\n"
+        f"{answers('first.log', 'second.log')}"
     ),
     "collm serve RUN --all --cluster.address ADDRESS": Instead("tests/cluster/test_deployments.py calls it, on Ray Serve"),
     "collm play TASK|RUN --agent NAME=URL ...": example(
-        f"collm play runs/demo --episodes 2 --agent builder_0=http://127.0.0.1:{FIRST}/v1 "
-        f"--agent builder_1=http://127.0.0.1:{SECOND}/v1\n{STOP}"
+        f"collm play runs/demo --episodes 2 --agent builder_0={address('first.log')} "
+        f"--agent builder_1={address('second.log')}\n{STOP}"
     ),
     "collm compare RECIPE.toml [--cluster ADDRESS]": Instead(
         "words in it stand for others, and the shortest study takes minutes (docs/tutorials/comparing.md is run)",
@@ -89,7 +90,8 @@ OTHERWISE = {
     ),
     "collm report RUN... [--watch]": example(
         "collm report runs/demo runs/agree-collm-cc-seed0\n"
-        f"collm report runs/demo --watch --port {LIVE} > live.log 2>&1 &\n{answers(f'{LIVE}/')}\n{STOP}"
+        f"collm report runs/demo --watch > live.log 2>&1 &\n{answers('live.log')}\n"
+        f"curl --silent --fail --output /dev/null --max-time 60 {address('live.log')}\n{STOP}"
     ),
     "collm blame RUN [--resample K]": example("collm blame runs/demo --resample 2"),
     "collm imitate RECIPE.toml": example("collm imitate recipes/tiny/agree.toml --steps 2"),

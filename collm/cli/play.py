@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         engine.close()
     failed = [episode for episode in result.episodes if episode.failure]
-    costs = cost_per_episode({agent: engine.costs[agent] for agent in places}, result.seconds, len(result.episodes))
+    costs = cost_per_episode(engine.costs, result.seconds, len(result.episodes))
     if arguments.json:
         record: dict[str, Any] = as_record(result) if result.played else {"episodes": 0, "failed": len(failed)}
         record |= {

@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import atexit
-import importlib
-import importlib.util
 import math
-import os
 import re
 import secrets
 import shutil
-import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from collm.cluster.heartbeat import Asked
 from collm.cluster.places import Device, Place
+from collm.cluster.reach import environment, probe, read_environment, require_ray, running, shared_memory
 from collm.cluster.seats import Failed, Machine, Seat, machine
 from collm.errors import ConfigError, EngineError, PartLost
 from collm.runs.output import complain
 
-PROBE = 2.0
-"""Seconds that an address has to accept a connection; without a probe Ray itself waits for 204 s."""
 START = 120.0
 """Seconds that a process of the cluster has to start."""
 END = 3.0
 """Seconds that seats have to close their engines before they are killed."""
-STORE = 2 << 30
-"""Most bytes of shared memory for what travels between processes of a cluster that is started here; more goes to the disk."""
-LEAST_STORE = 80 << 20
 SETTINGS = {
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on every system: listen on 127.0.0.1 alone
@@ -71,9 +62,9 @@ class Cluster:
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         if address == "local":
             return cls._start(quiet, setting)
-        where = _running(setting) if address == "auto" else address
-        _probe(where, setting)
-        _read_environment()
+        where = running(setting) if address == "auto" else address
+        probe(where, setting)
+        read_environment()
         try:
             page = ray.init(address=where, **quiet).dashboard_url
         except (RuntimeError, ConnectionError, ValueError, ray.exceptions.RayError) as error:
@@ -86,11 +77,11 @@ class Cluster:
     def _start(cls, quiet: Mapping[str, Any], setting: str) -> Self:
         import ray
 
-        store = _shared_memory(setting)
+        store = shared_memory(setting)
         folder = Path(tempfile.mkdtemp(prefix="collm-ray-", dir="/tmp"))  # sockets are there: their paths must be short
         try:
-            with _environment({**SETTINGS, "RAY_AUTH_TOKEN": _TOKEN}):
-                _read_environment()
+            with environment({**SETTINGS, "RAY_AUTH_TOKEN": _TOKEN}):
+                read_environment()
                 ray.init(
                     address="local",
                     num_cpus=1,  # processes that Ray starts in advance; seats take none
@@ -216,8 +207,8 @@ class Cluster:
             return ray.put(given)
         except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
             raise EngineError(
-                f"the cluster has no room for what its processes are to read: {_sentence(error)} Free the disk of /tmp, or make "
-                "/dev/shm larger (docker run --shm-size 8g)."
+                f"the cluster has no room for what its processes are to read: {_sentence(error)} Free the disk of /tmp, or "
+                "make /dev/shm larger (docker run --shm-size 8g)."
             ) from error
 
 
@@ -339,77 +330,6 @@ def only(node: str) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(node, soft=False)
-
-
-def require_ray(setting: str) -> None:
-    """Raises ConfigError if the package is missing."""
-    found = importlib.util.find_spec("ray")
-    if found is None or found.origin is None:  # without an origin it is only a folder with this name
-        raise ConfigError(
-            f"{setting} needs the package ray, which is not installed. Install the extra `cluster` "
-            f"(pip install 'collm[cluster]'), or set {setting}='none'."
-        )
-
-
-def _running(setting: str) -> str:
-    """HOST:PORT of the Ray cluster that this machine belongs to, or that RAY_ADDRESS names. Raises ConfigError."""
-    from ray._private.services import canonicalize_bootstrap_address
-
-    try:
-        found = canonicalize_bootstrap_address("auto")
-    except (ConnectionError, ValueError) as error:
-        raise ConfigError(
-            f"{setting}='auto': no Ray cluster runs here, and RAY_ADDRESS names none. Start one with `ray start --head`, or "
-            f"set {setting}='local'."
-        ) from error
-    return str(found)
-
-
-def _probe(address: str, setting: str) -> None:
-    """Raises ConfigError where an address accepts no connection."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE).close()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"no Ray cluster answers at {address} ({error}). Start one there with `ray start --head`, or set {setting}='local'."
-        ) from error
-
-
-def _shared_memory(setting: str) -> int:
-    """Bytes of the store for what travels. Raises ConfigError where there is too little."""
-    shared = Path("/dev/shm")
-    free = shutil.disk_usage(shared).free if sys.platform == "linux" and shared.is_dir() else STORE
-    if free < 2 * LEAST_STORE:
-        raise ConfigError(
-            f"{setting}='local' needs {2 * LEAST_STORE >> 20} MiB of shared memory, and /dev/shm has {free >> 20} MiB free. "
-            f"Make it larger (docker run --shm-size 2g), or set {setting}='none'."
-        )
-    return max(LEAST_STORE, min(STORE, free // 2))
-
-
-def _read_environment() -> None:
-    """Make Ray read its settings and token from the environment again; it reads them once, when it is imported."""
-    raylet: Any = importlib.import_module("ray._raylet")
-    raylet.Config.initialize("")
-    raylet.AuthenticationTokenLoader.instance().reset_cache()
-    constants: Any = importlib.import_module("ray._private.ray_constants")
-    constants.ENABLE_RAY_CLUSTER = constants.env_bool(constants.ENABLE_RAY_CLUSTERS_ENV_VAR, sys.platform == "linux")
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables in this context."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _sentence(error: BaseException) -> str:

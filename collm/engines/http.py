@@ -13,7 +13,6 @@ import os
 import random
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -94,6 +93,10 @@ class Usage(NamedTuple):
     sampled_tokens: int | None
 
 
+class Unsent(EngineError):
+    """No server has received the request, so it cost no tokens."""
+
+
 @dataclass(slots=True)
 class Cost:
     """What the answers of one agent cost."""
@@ -101,7 +104,7 @@ class Cost:
     requests: int = 0
     """HTTP requests, retries included."""
     prompt_tokens: int | None = 0
-    """Tokens read; None if the server did not report them for every answer."""
+    """Tokens read; None if the server did not report them for every request that it received, failed ones included."""
     sampled_tokens: int | None = 0
     """Likewise."""
     seconds: float = 0.0
@@ -150,7 +153,7 @@ class HttpEngine:
         self.connect, self.read, self.retries, self.backoff = connect, read, retries, backoff
         self.longest_wait, self.max_requests, self.concurrency = longest_wait, max_requests, concurrency
         self.shown = thinking == "shown"
-        self.costs = defaultdict[str, Cost](Cost)
+        self.costs = {agent: Cost() for agent in self.endpoints}
         """Agent -> what its answers cost so far."""
         self._count = threading.Lock()
         here = {f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")}  # no proxy for this machine
@@ -182,33 +185,39 @@ class HttpEngine:
             return list(pool.map(self._answer, requests))
 
     def _answer(self, request: Request) -> Completion:
-        began, usage = time.monotonic(), Usage(0, 0)
+        place = self.endpoints.get(request.agent)
+        if place is None:
+            known = ", ".join(self.endpoints) or "nobody"
+            return failed(request.agent, f"no server is known for {request.agent}; there is one for {known}")
+        began, usage = time.monotonic(), Usage(None, None)
         try:
-            body = self._ask(request)
-            completion, usage = read_answer(request.agent, body), read_usage(body)
+            body = self._ask(request, place)
+            usage = read_usage(body)
+            completion = read_answer(request.agent, body)
+        except Unsent as error:
+            usage, completion = Usage(0, 0), failed(request.agent, str(error))
         except EngineError as error:
-            completion = Completion(request.agent, "", finish_reason="error", error=str(error))
+            completion = failed(request.agent, str(error))
         with self._count:
             self.costs[request.agent].add(usage, time.monotonic() - began)
         text = completion.text if self.shown else without_thoughts(completion.text)
         return completion if text == completion.text else replace(completion, text=text, written=completion.text)
 
-    def _ask(self, request: Request) -> bytes:
-        """The body of an HTTP answer with status 200, after retries. Raises EngineError."""
-        place = self.endpoints.get(request.agent)
-        if place is None:
-            raise EngineError(
-                f"no server is known for {request.agent}; there is one for {', '.join(self.endpoints) or 'nobody'}"
-            )
+    def _ask(self, request: Request, place: Endpoint) -> bytes:
+        """The body of an HTTP answer with status 200, after retries. Raises EngineError, Unsent where no server was reached."""
         body = json.dumps(payload(request, place)).encode()
         room = LEAST_ROOM + TOKEN_ROOM * request.sampling.max_tokens + SENT_ROOM * len(body)
         jitter = random.Random(request.seed)
+        failure: type[EngineError] = Unsent
         for attempt in range(self.retries + 1):
             wait = self.backoff * 2**attempt * (1 - 0.5 * jitter.random())
             try:
                 status, headers, text = self._post(request.agent, place, body, room)
+            except Unsent as error:
+                raise failure(str(error)) from None  # an attempt before may have been received
             except (httpx.ConnectError, httpx.ConnectTimeout, httpx.NetworkError, httpx.RemoteProtocolError) as error:
                 reason = f"cannot be reached: {_first_line(error)}"
+                failure = failure if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) else EngineError
             except httpx.TimeoutException as error:
                 raise EngineError(f"{place.url} gave no answer within {self.read:g} s") from error
             except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
@@ -216,7 +225,7 @@ class HttpEngine:
             else:
                 if status == 200:
                     return text
-                reason = f"answered {status}: {_reason(text)}"
+                reason, failure = f"answered {status}: {_reason(text)}", EngineError
                 if status not in RETRIED:
                     raise EngineError(f"{place.url} {reason}")
                 named = retry_after(headers.get("retry-after", ""))
@@ -228,14 +237,14 @@ class HttpEngine:
             if attempt < self.retries:
                 time.sleep(min(wait, self.longest_wait))
         attempts = f" ({self.retries + 1} attempts)" if self.retries else ""
-        raise EngineError(f"{place.url} {reason}{attempts}")
+        raise failure(f"{place.url} {reason}{attempts}")
 
     def _post(self, agent: str, place: Endpoint, body: bytes, room: int) -> tuple[int, httpx.Headers, bytes]:
         """Send one HTTP request; returns status, headers and a body of at most `room` bytes. An answer that takes longer than
         `read` seconds in total is aborted."""
         with self._count:
             if self.max_requests is not None and self.sent >= self.max_requests:
-                raise EngineError(f"the budget of {self.max_requests} requests is spent")
+                raise Unsent(f"the budget of {self.max_requests} requests is spent")
             self.costs[agent].requests += 1
         headers = {"content-type": "application/json"}
         if place.key:
@@ -252,6 +261,10 @@ class HttpEngine:
                 if time.monotonic() > late:
                     raise httpx.ReadTimeout("it drips")
             return response.status_code, response.headers, bytes(text)
+
+
+def failed(agent: str, reason: str) -> Completion:
+    return Completion(agent, "", finish_reason="error", error=reason)
 
 
 def payload(request: Request, place: Endpoint) -> dict[str, Any]:
@@ -304,8 +317,11 @@ def read_answer(agent: str, body: bytes) -> Completion:
 
 
 def read_usage(body: bytes) -> Usage:
-    """The numbers of tokens in an HTTP answer that `read_answer` has parsed."""
-    usage = json.loads(body).get("usage")
+    """The numbers of tokens in an HTTP answer."""
+    try:
+        usage = json.loads(body)["usage"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        usage = None
     found = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
     return Usage(*(number if type(number) is int and 0 <= number < 1 << 31 else None for number in found))
 

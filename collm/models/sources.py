@@ -21,7 +21,10 @@ def resolve(source: str) -> str:
 
 
 def folder_of(source: str | Path) -> Path | None:
-    """The folder of a model's files on this machine: its own, or its snapshot in the hub's cache. None if there is none."""
+    """The folder of a model's files on this machine: its own, or the snapshot of its branch main in the hub's cache.
+
+    None if there is none. Another revision of a hub's model is named by its folder.
+    """
     place = Path(resolve(str(source)))
     if place.is_dir():
         return place
@@ -62,12 +65,22 @@ def fetch_adapter(source: str) -> None:
 
 
 def base_named_by(source: str) -> str:
-    """The base model that an adapter names, given its folder or hub name. Raises ConfigError if it names none."""
+    """The base model that an adapter names, given its folder or hub name.
+
+    Raises ConfigError if it names none, or a revision of one other than the branch main, which is what is loaded.
+    """
     try:
         folder = folder_of(source) or Path(source)
-        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base, revision = config["base_model_name_or_path"], config.get("revision")
         if not isinstance(base, str) or not base:
             raise ValueError(f"base_model_name_or_path is {base!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"adapter {source!r} cannot be read: {ADAPTER_CONFIG} does not name its base ({error!r}).") from error
+    if revision not in (None, "", "main") and not Path(base).is_dir():
+        raise ConfigError(
+            f"adapter {source!r} is for revision {revision!r} of its base {base!r}, and a name loads the branch main. "
+            f"Download that revision (`hf download {base} --revision {revision} --local-dir DIR`), and name DIR as "
+            f"base_model_name_or_path in a copy of the adapter's {ADAPTER_CONFIG}."
+        )
     return base

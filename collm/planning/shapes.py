@@ -100,8 +100,9 @@ def read_shape(source: str) -> Shape:
         if source in KNOWN:
             return KNOWN[source]
         raise ConfigError(
-            f"model {source!r} cannot be planned: it is neither a folder here nor in the hub's cache, and its shape is not "
-            f"known. Download its config.json into a folder and name that. Known: {', '.join(KNOWN)}."
+            f"model {source!r} cannot be planned: it is neither a folder here nor the branch main of a model in the hub's "
+            f"cache, and its shape is not known. Download its settings (`hf download {source} --include '*.json'`), or name a "
+            f"folder. Known: {', '.join(KNOWN)}."
         )
     if is_adapter(folder):
         return read_shape(base_named_by(source))

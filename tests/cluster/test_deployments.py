@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from processes import below, kill_all, line_of, until
 from served import greedy, played, spoken
-from test_ray import below, until, unused_port
+from servers import free_port
 
 from collm.cli.main import main
 from collm.cli.serve_team import replicas_of
@@ -126,7 +127,7 @@ def require_ray_serve() -> None:
 def test_a_missing_cluster_is_one_sentence_within_five_seconds(capsys, run, monkeypatch):
     require_ray_serve()
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    error = refusal(capsys, str(run), "--all", "--cluster.address", f"127.0.0.1:{unused_port()}")
+    error = refusal(capsys, str(run), "--all", "--cluster.address", f"127.0.0.1:{free_port()}")
     assert "no Ray cluster answers at 127.0.0.1:" in error
 
 
@@ -143,11 +144,11 @@ def team_served(run: Path, errors: Path, *words: str) -> Iterator[tuple[subproce
             process_group=0,
         )
     try:
-        lines = [process.stdout.readline() for _ in AGENTS]
+        lines = [line_of(process) for _ in AGENTS]
         assert all("answers at http://127.0.0.1:" in line for line in lines), errors.read_text()
         yield process, {agent: line.split()[-1] for agent, line in zip(AGENTS, lines, strict=True)}
     finally:
-        process.kill()
+        kill_all(process)
         process.communicate()
 
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
+from processes import below, kill_all, line_of, running, until
+from servers import free_port
 from test_seats import check_same, config_of, trained
 
-from collm.cluster import start
+from collm.cluster import reach, start
 from collm.cluster.places import Device, Place
 from collm.cluster.seats import Machine, Seat, machine
 from collm.cluster.start import Cluster
@@ -28,27 +30,6 @@ from collm.training.signals import Interrupted, Signals
 from collm.training.trainer import Trainer
 
 pytest.importorskip("ray", reason="ray is not installed, so nothing was tried on it: pip install 'collm[cluster]'")
-
-
-def below(parent: int) -> dict[int, str]:
-    """Number and command line of every process that `parent` began, directly or not."""
-    parents, commands = {}, {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            above = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            commands[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ").strip()
-            parents[int(path.name)] = above
-        except OSError:
-            continue  # it has ended
-    found: set[int] = {parent}
-    while more := {pid for pid, above in parents.items() if above in found} - found:
-        found |= more
-    return {pid: commands[pid] for pid in found - {parent}}
-
-
-def running(folder: str) -> list[int]:
-    """Processes that name a folder on their command lines."""
-    return [pid for pid, command in below(0).items() if folder in command]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +135,7 @@ def unused_port() -> int:
 @pytest.mark.parametrize("way", ["address", "auto"])
 def test_a_missing_cluster_is_one_sentence_within_five_seconds(monkeypatch, way):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    place = f"127.0.0.1:{unused_port()}"
+    place = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", place)
     begun = time.monotonic()
     with pytest.raises(ConfigError, match=r"^no Ray cluster answers at [\d.]+:\d+ \(.*refused\)\. Start one there"):
@@ -172,7 +153,7 @@ def test_an_address_that_swallows_connections_is_refused_in_time():
             one.connect_ex(full.getsockname())
         begun = time.monotonic()
         with pytest.raises(ConfigError, match="no Ray cluster answers"):
-            start._probe(f"127.0.0.1:{full.getsockname()[1]}", "cluster.address")
+            reach.probe(f"127.0.0.1:{full.getsockname()[1]}", "cluster.address")
         assert time.monotonic() - begun < 5
         for one in waiting:
             one.close()
@@ -255,13 +236,6 @@ def command(folder: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "collm.cli.main", "train", str(recipe), *overrides, *more]
 
 
-def until(condition, seconds: float = 600) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.1)
-
-
 @pytest.mark.slow
 def test_a_killed_seat_is_made_again_and_the_run_ends_equal(tmp_path):
     subprocess.run(command(tmp_path, "--run.name", "whole"), check=True, capture_output=True)
@@ -325,32 +299,19 @@ def node(*options: str, environment: dict[str, str]) -> Iterator[subprocess.Pope
     begun = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         said = []
-        for line in begun.stdout:
+        while "Ray runtime started" not in (line := line_of(begun)):
             said.append(line)
-            if "Ray runtime started" in line:
-                break
-        else:
-            raise AssertionError("".join(said))
+            assert line, "".join(said)
         yield begun
     finally:
         kill_all(begun)
-
-
-def kill_all(begun: subprocess.Popen) -> None:
-    """SIGKILL a process and all that it began."""
-    for pid in [begun.pid, *below(begun.pid)]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    begun.wait()
 
 
 @pytest.mark.slow
 def test_two_nodes_train_and_one_of_them_is_lost(tmp_path):
     """By address and token: seats are on both nodes, and after the loss of one on the other; the run ends equal."""
     subprocess.run(command(tmp_path, "--run.name", "whole"), check=True, capture_output=True)
-    port = unused_port()
+    port = free_port()
     place = f"127.0.0.1:{port}"
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
     environment = {**os.environ, **token}

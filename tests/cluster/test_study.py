@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_ray import below, kill_all, node, running, until, unused_port
+from processes import below, kill_all, running, until
+from servers import free_port
+from test_ray import node
 
 pytest.importorskip("ray", reason="ray is not installed, so nothing was tried on it: pip install 'collm[cluster]'")
 
@@ -64,7 +66,7 @@ def results(folder: Path):
 @contextmanager
 def two_nodes(environment: dict[str, str]) -> Iterator[tuple[str, subprocess.Popen, subprocess.Popen, dict[str, str]]]:
     """(address, both nodes, environment of the driver)."""
-    port = unused_port()
+    port = free_port()
     place = f"127.0.0.1:{port}"
     environment = {**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
     with tempfile.TemporaryDirectory(prefix="collm-test-", dir="/tmp") as folder:

@@ -335,14 +335,53 @@ def test_the_cost_of_an_agents_answers_is_requests_tokens_and_seconds():
     assert engine.sent == 5
     a, b = engine.costs["a"], engine.costs["b"]
     assert (a.requests, a.prompt_tokens, a.sampled_tokens) == (2, 9, 2)
-    assert (b.requests, b.prompt_tokens, b.sampled_tokens) == (3, 0, 0)
+    assert (b.requests, b.prompt_tokens, b.sampled_tokens) == (3, None, None)  # the server may have sampled
     assert all(0 < cost.seconds <= spent for cost in (a, b))
     per_episode = cost_per_episode(engine.costs, seconds=8.0, num_episodes=4)
     assert per_episode["a"].items() >= {"requests": 0.5, "prompt_tokens": 2.25, "sampled_tokens": 0.5}.items()
-    assert per_episode["team"] == {"requests": 1.25, "prompt_tokens": 2.25, "sampled_tokens": 0.5, "seconds": 2.0}
+    assert per_episode["team"] == {"requests": 1.25, "prompt_tokens": None, "sampled_tokens": None, "seconds": 2.0}
     a.add(Usage(1, None), 0.0)  # a server that does not report what it sampled
     assert (a.prompt_tokens, a.sampled_tokens) == (10, None)
-    assert cost_per_episode(engine.costs, 8.0, 4)["team"]["sampled_tokens"] is None
+    alone = cost_per_episode({"a": a}, 8.0, 4)["team"]
+    assert (alone["prompt_tokens"], alone["sampled_tokens"]) == (2.5, None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "tokens"),
+    [
+        (http(b"{}", "400 Bad Request"), None),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{", None),  # it breaks
+        (http(b"<html>"), None),
+        (http(b'{"usage": {"prompt_tokens": 9, "completion_tokens": 9}, "choices": []}'), 9),
+    ],
+)
+def test_what_a_failed_answer_cost_is_unknown_unless_its_server_reports_it(answer, tokens):
+    with serve(lambda *_: answer) as served:
+        engine = engine_for(served.url, retries=0)
+        (got,) = engine.generate([HELLO])
+    assert got.error
+    assert (engine.costs["a"].prompt_tokens, engine.costs["a"].sampled_tokens) == (tokens, tokens)
+
+
+def test_what_no_server_received_costs_no_tokens():
+    engine = engine_for(f"http://127.0.0.1:{free_port()}/v1", retries=2, max_requests=4)
+    refused, over = engine.generate([HELLO])[0], engine.generate([HELLO])[0]
+    assert "(3 attempts)" in refused.error
+    assert "the budget of 4 requests is spent" in over.error
+    assert (engine.sent, engine.costs["a"].prompt_tokens, engine.costs["a"].sampled_tokens) == (4, 0, 0)
+    with serve(lambda *_: http(b"{}", "500 Bug")) as served:
+        engine = engine_for(served.url, retries=2, max_requests=1)
+        assert "the budget of 1 requests is spent" in engine.generate([HELLO])[0].error
+    assert (engine.sent, engine.costs["a"].prompt_tokens) == (1, None)  # the first attempt was received
+
+
+def test_the_agents_of_an_engine_are_those_of_its_costs_from_the_start():
+    """`sent` is read while other threads send: what it iterates over does not grow."""
+    engine = engine_for("http://127.0.0.1:1", "http://127.0.0.1:2")
+    (got,) = engine.generate([replace(HELLO, agent="z")])
+    assert "no server is known for z" in got.error
+    assert list(engine.costs) == ["a", "b"]
+    assert engine.sent == 0
 
 
 def test_a_mixed_engine_asks_both_at_once():

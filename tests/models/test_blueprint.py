@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from learners import critic_parts, frozen_parts, policy_parts
 
 from collm.errors import ConfigError
 from collm.models.blueprint import BaseSpec, Blueprint, CriticSpec, PolicySpec, ReferenceSpec, policies_of, saved_policies
-from collm.models.sources import resolve
+from collm.models.sources import base_named_by, resolve
 from collm.settings.load import apply_overrides, parse_config
 from collm.settings.rooms import Config, LoraSettings
 
@@ -115,9 +116,23 @@ def test_the_folder_of_an_adapter_names_its_base(tmp_path: Path) -> None:
     found = blueprint_of(**{"team.models": {"agent_1": str(tmp_path)}})
     assert [policy.base for policy in found.policies] == [None, TINY, None]
     assert bodies(found) == [("team", "adapter", "agent_1")]
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="does not name its base"):
-        blueprint_of(**{"team.models": {"agent_1": str(tmp_path)}})
+    for damaged in ("{}", "[]"):
+        (tmp_path / "adapter_config.json").write_text(damaged)
+        with pytest.raises(ConfigError, match="does not name its base"):
+            blueprint_of(**{"team.models": {"agent_1": str(tmp_path)}})
+
+
+def test_an_adapter_for_another_revision_of_its_base_is_refused(tmp_path: Path) -> None:
+    def base_with(base: str, revision: str | None) -> str:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "revision": revision}))
+        return base_named_by(str(tmp_path))
+
+    assert base_with("owner/base", None) == base_with("owner/base", "main") == "owner/base"
+    assert base_with(str(tmp_path), "4f1c") == str(tmp_path)  # a folder is what it is
+    with pytest.raises(
+        ConfigError, match=r"for revision '4f1c' of its base 'owner/base'.*`hf download owner/base --revision 4f1c"
+    ):
+        base_with("owner/base", "4f1c")
 
 
 def test_team_mates_on_servers_have_no_parameters_here() -> None:

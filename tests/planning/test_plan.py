@@ -400,7 +400,9 @@ def test_what_does_not_fit_is_refused_with_a_setting_that_would(capsys: pytest.C
     assert main(["plan", recipe, "--memory", "many"]) == 2
     assert "--memory 'many' is not an amount of memory" in capsys.readouterr().err
     assert main(["plan", recipe, "--team.model", "nobody/nothing"]) == 2
-    assert "model 'nobody/nothing' cannot be planned" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "model 'nobody/nothing' cannot be planned" in refused
+    assert "`hf download nobody/nothing --include '*.json'`" in refused  # of a whole model and of an adapter alike
 
 
 def test_the_smallest_change_comes_first() -> None:

@@ -9,7 +9,6 @@ import http.client
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from typing import Any
 import pytest
 from browsing import DOWN, Browser
 from places import ROOT
+from processes import line_of
 from test_reports import record, write_run
 
 from collm.cli.main import main
@@ -283,10 +283,8 @@ def watching(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     }
     with subprocess.Popen(command, **options) as process:
         try:
-            assert process.stdout is not None
-            assert select.select([process.stdout], [], [], 120)[0], "it printed nothing"
             lines = []
-            while (line := process.stdout.readline()) and not line.startswith("Following"):
+            while (line := line_of(process)) and not line.startswith("Following"):
                 lines.append(line)
             found = re.fullmatch(r"Following .* until Ctrl-C: (http://127\.0\.0\.1:\d+/)\n", line)
             assert found is not None, line

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 from places import DATA, needs
+from processes import below, line_of
 
 from collm.errors import EnvError, SandboxError
 from collm.sandbox import Job, Sandbox, Verdict, judge
@@ -457,22 +458,6 @@ def test_threads_share_one_sandbox() -> None:
     assert {n: [m for m, [v] in enumerate(r) if v.passed] for n, r in results.items()} == {n: [n + 1] for n in range(6)}
 
 
-def descendants(pid: int) -> set[int]:
-    """Processes below `pid`, from /proc."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
-    found, new = set(), {pid}
-    while new:
-        new = {child for child, parent in parents.items() if parent in new} - found
-        found |= new
-    return found
-
-
 def open_files() -> set[str]:
     return {
         f"{n} {os.readlink(f'/proc/self/fd/{n}')}" for n in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{n}")
@@ -481,11 +466,11 @@ def open_files() -> set[str]:
 
 def test_nothing_is_left_behind(box: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    files, threads, before = open_files(), threading.active_count(), descendants(os.getpid())
+    files, threads, before = open_files(), threading.active_count(), set(below(os.getpid()))
     with Sandbox(2) as sandbox:
         sandbox.judge([Job(f"x = {i}; open('f', 'w')", ("pass", "import os; os.mkdir('d')", "1 / 0")) for i in range(4)])
         sandbox.judge([Job("while True: pass", ("pass",), seconds=0.2)])
-        inside = descendants(os.getpid()) - before
+        inside = set(below(os.getpid())) - before
         assert len(inside) == 6  # two boxes: bubblewrap outside, its first process inside, the zygote
     end = time.monotonic() + 3
     while inside & {int(n) for n in os.listdir("/proc") if n.isdigit()} and time.monotonic() < end:
@@ -529,9 +514,8 @@ def test_the_process_wide_pool_ends_with_the_process(box: Sandbox) -> None:
     for ending in ("end of input", "SIGKILL"):
         process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stdout.readline() == "judged\n"
-        inside = descendants(process.pid)
+        assert line_of(process) == "judged\n"
+        inside = set(below(process.pid))
         assert inside
         process.kill() if ending == "SIGKILL" else process.stdin.close()
         assert process.wait() == (-9 if ending == "SIGKILL" else 0)
