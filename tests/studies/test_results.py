@@ -199,3 +199,18 @@ def area_rows(folder: Path) -> list[str]:
         share = f"{found[1]['shortened']} of {found[1]['steps']}" if found[1] else ""
         rows.append(f"| {task} | {seed} | {areas} | {share} |")
     return rows
+
+
+def test_the_fresh_seeds_of_own_views_are_those_on_the_page() -> None:
+    """Areas and explained variance of the seeds of which every method is made."""
+    folder = RESULTS / "credit"
+    page, runs = (folder / "README.md").read_text(), json.loads((folder / "own_views_again.json").read_text())["runs"]
+    seeds = {method: {run["seed"] for run in runs if run["method"] == method} for method in {run["method"] for run in runs}}
+    whole = set.intersection(*seeds.values())
+    for method in seeds:
+        own = sorted((run for run in runs if run["method"] == method and run["seed"] in whole), key=lambda run: run["seed"])
+        cells = [" ".join(f"{run['area']:.3f}" for run in own)]
+        for name in ("explained_variance", "ceiling"):
+            cells.append(" ".join(f"{run[name][max(run[name], key=int)]:.3f}" for run in own if run[name]))
+        row = "|".join(f" {cell} " if cell else " " for cell in cells)
+        assert f"| `{method}` |{row}|" in page
