@@ -209,8 +209,7 @@ def test_the_fresh_seeds_of_own_views_are_those_on_the_page() -> None:
     whole = set.intersection(*seeds.values())
     for method in seeds:
         own = sorted((run for run in runs if run["method"] == method and run["seed"] in whole), key=lambda run: run["seed"])
-        cells = [" ".join(f"{run['area']:.3f}" for run in own)]
-        for name in ("explained_variance", "ceiling"):
-            cells.append(" ".join(f"{run[name][max(run[name], key=int)]:.3f}" for run in own if run[name]))
+        read = [[run[name][max(run[name], key=int)] for run in own if run[name]] for name in ("explained_variance", "ceiling")]
+        cells = [" ".join(f"{value:.3f}" for value in values) for values in ([run["area"] for run in own], *read)]
         row = "|".join(f" {cell} " if cell else " " for cell in cells)
         assert f"| `{method}` |{row}|" in page
