@@ -200,7 +200,7 @@ class Cluster:
 
     @staticmethod
     def share(given: Any) -> Any:
-        """Put an argument where several seats read it. Raises EngineError where memory and disk for it are full for it."""
+        """Put an argument where several seats read it. Raises EngineError where memory and disk are full."""
         import ray
 
         try:
