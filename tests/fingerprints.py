@@ -35,7 +35,6 @@ DEFAULT: dict[str, dict[str, Any]] = {
 CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "collm-cc": {"algorithm": {"name": "collm-cc"}, "env": BUILD, "rollout": {"max_tokens": 24}},
     "collm-cc-paper": {"algorithm": {"name": "collm-cc-paper"}},
-    "limited steps": {"algorithm": {"name": "collm-cc", "max_drop": 0.001}},
     "collm-dc": {"algorithm": {"name": "collm-dc"}, "env": BUILD, "rollout": {"max_tokens": 24}},
     "magrpo": {"algorithm": {"name": "magrpo"}},
     "marloo": {"algorithm": {"name": "marloo"}},

@@ -62,7 +62,7 @@ def test_weights_that_are_not_cast_are_not_copied():
 
 def test_observers_see_every_token_and_end_their_own_answer_alone(tiny):
     """Rows leave the batch at different steps, and each observer goes on with its own."""
-    requests = [Request("a", chat, Sampling(2.0, max_tokens=12 + seed), seed) for seed, chat in enumerate(CHATS * 2)]
+    requests = [Request("a", chat, Sampling(2.0, max_tokens=12 + seed), 10 + seed) for seed, chat in enumerate(CHATS * 2)]
     alone = [c for request in requests for c in LocalEngine(Team({"a": tiny})).generate([request])]
     seen: dict[int, list[tuple[int, float]]] = {i: [] for i in (0, 1, 3, 4)}
 
