@@ -124,7 +124,7 @@ def logged(run: Path, iteration: int) -> dict[str, float]:
 
 
 def test_each_choice_of_weights_repeats_what_the_run_measured_with_them(run, copy, evaluated):
-    """Teams with different results, two of which may agree; best is the newest state's word for it, here turned to iteration 2."""
+    """Teams with different results, two of which may agree; best is what the newest state says, here iteration 2."""
     expected = {iteration: logged(run, iteration) for iteration in (0, 2, 3)}
     assert len({values["reward"] for values in expected.values()}) >= 2
     state = copy / "checkpoints" / "000003" / "state.json"
