@@ -62,8 +62,12 @@ class Place:
 
     device: Device
     share: float
-    """Fraction of the device that is the unit's. The units of a device share all of it in proportion to their needs, so that
-    those of several devices fit however Ray packs them; settings may name less."""
+    """Fraction of the device that is the unit's. The units of a device share all of it in proportion to their needs; settings
+    may name less."""
+    number: int = 0
+    """Of the device among those of the cluster."""
+    taken: float = 1.0
+    """Fraction of the device that all its units have together."""
 
     def adapt(self, config: Config) -> Config:
         """The settings of a process there."""
@@ -175,8 +179,9 @@ def place(needs: Sequence[Need], devices: Sequence[Device]) -> dict[str, Place]:
         if share is None:
             part = need.on(device) / sum(unnamed) if all(unnamed) else 1 / len(unnamed)
             share = int(rest * part * 10_000) / 10_000
-        places[need.unit] = Place(device, share)
-    return places
+        places[need.unit] = Place(device, share, found[need.unit])
+    sums = {number: round(sum(places[other.unit].share for other in others), 4) for number, others in taken.items()}
+    return {unit: replace(one, taken=sums[one.number]) for unit, one in places.items()}
 
 
 def _spread(needs: Sequence[Need], devices: Sequence[Device]) -> dict[str, int] | None:

@@ -44,6 +44,8 @@ class Cluster:
         """Whether this object started or joined Ray, and its temporary folder."""
         self.closed = False
         self.actors: list[Any] = []
+        self.groups: dict[int, Any] = {}
+        """Number of a GPU among the cluster's devices -> Ray's placement group, which reserves what all its seats take."""
         self.waiting: dict[str, Asked] = {}
         """Seat -> what it was asked for last and has not answered, and since when (`time.monotonic`)."""
         atexit.register(self.close)
@@ -112,7 +114,9 @@ class Cluster:
         for actor in self.actors:
             with suppress(Exception):
                 ray.kill(actor)
-        self.actors.clear()
+        for group in self.groups.values():
+            with suppress(Exception):
+                ray.util.remove_placement_group(group)
         if self.started:
             ray.shutdown()
         if self.folder is not None:
@@ -185,12 +189,29 @@ class Cluster:
                 num_gpus=place.share if place.device.kind == "cuda" else 0,
                 max_restarts=0,
                 max_task_retries=0,
-                scheduling_strategy=only(place.device.node),
+                scheduling_strategy=self._strategy(place),
             )
             .remote()
         )
         self.actors.append(actor)
         return RaySeat(actor, name, self.waiting)
+
+    def _strategy(self, place: Place) -> Any:
+        """Ray's strategy that puts a seat on its device.
+
+        The seats of a GPU are in one reservation. Ray would put each fraction on the fullest GPU that has room for it, in the
+        order in which seats are created, and the last one might fit on none.
+        """
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        node = place.device.node
+        if place.device.kind != "cuda" or node not in self.alive():  # a lost node is an error at once
+            return only(node)
+        if place.number not in self.groups:
+            on = [{"ray.io/node-id": node}]
+            self.groups[place.number] = ray.util.placement_group([{"GPU": place.taken}], bundle_label_selector=on)
+        return PlacementGroupSchedulingStrategy(self.groups[place.number])
 
     @staticmethod
     def first(calls: Sequence[Call]) -> int:

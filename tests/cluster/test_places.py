@@ -60,6 +60,11 @@ def test_a_named_share_counts_instead_of_memory():
     assert [found[name].share for name in ("a", "b", "critic")] == [0.5, 0.5, 1.0]
 
 
+def test_a_place_knows_its_device_and_what_all_units_of_it_take():
+    found = place([Need("a", 0, 0.3), Need("b", 0, 0.3), *needs(critic=60)], gpus(80, 80))
+    assert [(found[name].number, found[name].taken) for name in ("critic", "a", "b")] == [(0, 1.0), (1, 0.6), (1, 0.6)]
+
+
 def test_unknown_memory_is_spread_by_count():
     devices = gpus(80, 80)
     found = place([Need(name, 0) for name in "abcd"], devices)

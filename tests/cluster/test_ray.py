@@ -331,6 +331,42 @@ def test_two_nodes_train_and_one_of_them_is_lost(tmp_path):
     check_same(tmp_path / "whole", tmp_path / "apart")
 
 
+GPUS = """
+import os
+import ray
+from collm.cluster.places import Device, Place
+from collm.cluster.seats import Seat
+from collm.cluster.start import Cluster
+
+class Seeing(Seat):
+    def gpu(self):
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
+ray.init(num_cpus=1, num_gpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+gpu = Device(ray.get_runtime_context().get_node_id(), "cuda", 80 << 30)
+places = [Place(gpu, share, number) for share, number in ((0.3333, 0), (0.45, 1), (0.6667, 0), (0.55, 1))]
+cluster = Cluster.connect("local")
+seats = [cluster.seat(str(number), place, Seeing) for number, place in enumerate(places)]
+print(*[seat.ask("gpu")() for seat in seats])
+cluster.close()
+print(ray.util.placement_group_table() and [one["state"] for one in ray.util.placement_group_table().values()])
+ray.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_seats_share_gpus_as_they_were_placed_in_whatever_order_they_are_made():
+    """Two logical GPUs: Ray alone puts the first two seats on one of them, the third on the other, and the last on none."""
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    done = subprocess.run([sys.executable, "-c", GPUS], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    seen, groups = done.stdout.splitlines()[-2:]
+    a, c, b, d = seen.split()
+    assert {a, c} == {"0", "1"}
+    assert (a, c) == (b, d)
+    assert groups == "['REMOVED', 'REMOVED']"
+
+
 def test_a_run_that_began_on_a_strangers_cluster_asks_for_its_address_again(tmp_path):
     run = trained(config_of("magrpo", tmp_path, iterations=1))
     config = json.loads((run / "config.json").read_text())
