@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import platform
 import socket
 import tempfile
@@ -67,6 +68,18 @@ def machine() -> Machine:
     return Machine(versions, memory() or 0, gpu_memories())
 
 
+def _portable(error: Exception) -> Exception:
+    """The error itself, or one with its message and notes if another process could not read it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            plain.add_note(note)
+        return plain
+    return error
+
+
 class Seat:
     """One unit of the blueprint. Its methods are called by name through `ask`, one at a time."""
 
@@ -81,7 +94,7 @@ class Seat:
         except Exception as error:
             if not isinstance(error, CollmError):
                 error.add_note(f"in the process of a seat:\n{traceback.format_exc()}")
-            return Failed(error.with_traceback(None))
+            return Failed(_portable(error.with_traceback(None)))
 
     def follow(self, method: str, *arguments: Any) -> None:
         """Call a method of a rank whose result is that of the first rank."""

@@ -10,9 +10,10 @@ import pytest
 import torch
 from fingerprints import AGREE, CONFIGURATIONS, settings_of
 from safetensors.torch import load_file
-from seats import PickledCluster, pickled  # noqa: F401
+from seats import PickledCluster, PickledSeat, pickled  # noqa: F401
 from servers import completion, http, serve
 
+from collm.cluster.seats import Seat
 from collm.engines.local import LocalEngine
 from collm.errors import ConfigError, EngineError, TrainingError
 from collm.learning.parts import PolicyPart
@@ -167,6 +168,23 @@ def test_errors_of_seats_arrive_as_they_were_raised(tmp_path, pickled: PickledCl
     monkeypatch.setattr(LocalEngine, "generate", _broken)
     with pytest.raises(EngineError, match=r"^no answer\.$"):
         trainer.engine.generate([Request("agent_0", (Message("user", "Name one colour."),))])
+
+
+class Two(Exception):
+    """It is pickled with its message alone, and cannot be made again from that."""
+
+    def __init__(self, one, other):
+        super().__init__(f"{one} and {other}")
+
+
+def test_an_error_that_cannot_travel_arrives_as_its_message():
+    class Broken(Seat):
+        def work(self):
+            raise Two("this", "that")
+
+    with pytest.raises(RuntimeError, match=r"^Two: this and that$") as raised:
+        PickledSeat("one", Broken).ask("work")()
+    assert "in the process of a seat" in raised.value.__notes__[0]
 
 
 def _broken(self, requests):
