@@ -11,6 +11,7 @@ from collm.envs.base import EnvMaker
 from collm.learning.tensors import restore
 from collm.rollout.collector import LocalCollector
 from collm.rollout.plan import Plan
+from collm.runs.heap import HEAP
 from collm.types import Group
 
 
@@ -21,6 +22,10 @@ class Player(Seat):
         """Load the weights of a policy, which `renew` gives to the engine. Raises ValueError if they do not fit."""
         assert self.held.team is not None
         restore(self.held.team.policies[policy].trained, load(data))
+
+    def renew(self) -> None:
+        HEAP.iterated()
+        super().renew()
 
     def play(self, plan: Plan, tasks: Sequence[int], keys: Sequence[int], iteration: int) -> list[Group]:
         """Play one shard, as `Collector.play`, with an engine that holds no cache of a former one."""

@@ -117,7 +117,10 @@ class Seat:
 
     def parts(self, method: str, arguments: Sequence[Any]) -> list[Any]:
         """Call a method of every part; returns the results in the order of the parts."""
-        return [getattr(part, method)(*arguments) for part in self.held.parts]
+        found = [getattr(part, method)(*arguments) for part in self.held.parts]
+        if method == "learn":
+            HEAP.iterated()
+        return found
 
     def files(self) -> list[list[str]]:
         """Names of the checkpoint files of every part."""
@@ -144,7 +147,6 @@ class Seat:
 
     def renew(self) -> None:
         """Later answers are those of the present weights."""
-        HEAP.iterated()
         if self.held.engine is not None and self.held.team is not None:
             self.held.engine.load(self.held.team)
 

@@ -142,6 +142,18 @@ def test_weights_travel_once_per_update_from_the_seats(tmp_path, pickled):  # no
     assert pickled.seats["agent_0"].asked.count("tensors") == 2
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_process_counts_iterations(tmp_path, pickled, monkeypatch, workers):  # noqa: F811
+    """Seats when they have learned, a critic's among them; workers when they get weights. The driver counts its own."""
+    counted = []
+    monkeypatch.setattr("collm.runs.heap.HEAP.iterated", lambda: counted.append(sys._getframe(1).f_code.co_qualname))
+    cluster = {"address": "local", "rollouts": workers}
+    trained(config_of("collm-cc", tmp_path, address="local", rollout=SHARDS, cluster=cluster))
+    assert counted.count("Seat.parts") == 2 * 3
+    assert counted.count("Trainer._iterate") == 2
+    assert counted.count("Player.renew") == workers * 2
+
+
 def test_an_environment_that_a_node_lacks_is_one_sentence(tmp_path, pickled, monkeypatch):  # noqa: F811
     (tmp_path / "mine.py").write_text("from collm.envs.agree import Agree\n")
     monkeypatch.syspath_prepend(str(tmp_path))
