@@ -58,6 +58,8 @@ class Rollouts:
         self.workers: dict[str, RaySeat] = {name: self._begin(name) for name in places}
         self.current = set[str]()
         """The workers that have the present weights."""
+        self.running: dict[str, tuple[int, Call]] = {}
+        """Worker -> the number of its work and its call; of a call that was left early until the next one."""
         for filled in [self._fill(name) for name in places]:
             filled()
 
@@ -78,7 +80,8 @@ class Rollouts:
         self.heartbeat.beat()
 
     def rest(self) -> None:
-        self._tell(self.workers, "rest")  # a lost one is made again when it is to play
+        idle = [name for name in self.workers if name not in self.running]  # a stopped run does not wait for shards
+        self._tell(idle, "rest")  # a lost one is made again when it is to play
 
     def close(self) -> None:
         self.heartbeat.stop()
@@ -90,7 +93,7 @@ class Rollouts:
         What a lost worker was doing is given to another one. Raises PartLost when none is left.
         """
         left, results = deque(range(len(work))), dict[int, Any]()
-        running: dict[str, tuple[int, Call]] = {}
+        running = self.running = {}
         while len(results) < len(work):
             self._send_weights()
             for name, worker in self.workers.items():

@@ -123,6 +123,24 @@ def test_errors_of_workers_arrive_as_they_were_raised(tmp_path, pickled, monkeyp
     assert len(workers_of(pickled)) == 2  # an error is not retried
 
 
+def test_a_stopped_run_does_not_wait_for_shards(tmp_path, pickled):  # noqa: F811
+    trainer = Trainer(sharded("magrpo", tmp_path, 2), quiet=True)
+
+    def stop(number: int) -> int:
+        raise KeyboardInterrupt
+
+    pickled.pick = stop
+    with pytest.raises(KeyboardInterrupt):
+        trainer.collect()
+    workers = [pickled.seats[name] for name in ("rollouts/0", "rollouts/1")]
+    trainer.engine.rest()
+    assert [worker.asked.count("rest") for worker in workers] == [0, 0]
+    pickled.pick = lambda number: 0
+    assert len(trainer.collect()) == SHARDS["tasks"]
+    trainer.engine.rest()
+    assert [worker.asked.count("rest") for worker in workers] == [1, 1]
+
+
 def test_weights_travel_once_per_update_from_the_seats(tmp_path, pickled):  # noqa: F811
     trainer = Trainer(sharded("collm-cc", tmp_path, 2), quiet=True)
     groups = trainer.collect()
