@@ -62,6 +62,7 @@ class PickledCluster:
         self.asked = Counter[str]()
         self.made = list[str]()
         """The name of every seat in the order in which it was made."""
+        self.ended = list[PickledSeat]()
         self.pick: Callable[[int], int] = lambda number: 0
         """Which of so many calls ends first."""
 
@@ -86,6 +87,9 @@ class PickledCluster:
 
     def share(self, given: Any) -> Any:
         return given
+
+    def end(self, seat: PickledSeat) -> None:
+        self.ended.append(seat)
 
     def close(self) -> None:
         self.closed = True

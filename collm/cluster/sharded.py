@@ -140,7 +140,7 @@ class Rollouts:
 
     def _replace(self, name: str, error: PartLost) -> None:
         """Make a lost worker again in its place, or go on without it. Raises PartLost when none is left."""
-        del self.workers[name]
+        self.cluster.end(self.workers.pop(name))
         self.current.discard(name)
         if self.restarts:
             self.restarts -= 1

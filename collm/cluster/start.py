@@ -196,6 +196,14 @@ class Cluster:
         self.actors.append(actor)
         return RaySeat(actor, name, self.waiting)
 
+    def end(self, seat: RaySeat) -> None:
+        """End the process of a lost seat, which may only be out of reach."""
+        import ray
+
+        self.actors.remove(seat.actor)
+        with suppress(Exception):
+            ray.kill(seat.actor)
+
     def _strategy(self, place: Place) -> Any:
         """Ray's strategy that puts a seat on its device.
 

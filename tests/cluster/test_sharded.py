@@ -73,6 +73,8 @@ def test_deaths_change_nothing(tmp_path, pickled, whole, capsys, deaths, restart
     pickled.deaths = deaths
     check_same(whole, run(tmp_path, 2, restarts=restarts))
     assert len(workers_of(pickled)) == made
+    assert all(seat.lost for seat in pickled.ended)
+    assert len({id(seat) for seat in pickled.ended}) == len(pickled.ended) == len(deaths)
     said = capsys.readouterr().err
     assert ("is made again" in said) == (made > 2)
 
