@@ -60,8 +60,11 @@ class Rollouts:
         """The workers that have the present weights."""
         self.running: dict[str, tuple[int, Call]] = {}
         """Worker -> the number of its work and its call; of a call that was left early until the next one."""
-        for filled in [self._fill(name) for name in places]:
-            filled()
+        for name, filled in [(name, self._fill(name)) for name in places]:
+            try:
+                filled()
+            except PartLost as error:
+                self._replace(name, error)
 
     def play(self, plan: Plan, tasks: Sequence[int], keys: Sequence[int], iteration: int = 0) -> list[Group]:
         """As `Collector.play`; one worker each plays a piece."""
@@ -148,9 +151,10 @@ class Rollouts:
             self.workers[name] = self._begin(name)
             try:
                 self._fill(name)()
-            except (ConfigError, PartLost) as reason:
-                del self.workers[name]
-                self.say(f"collm: {reason}")
+            except Exception as reason:  # of any type, as loading a model raises it
+                self.cluster.end(self.workers.pop(name))
+                why = str(reason).partition("\n")[0] or type(reason).__name__
+                self.say(f"collm: {name} was not made again: {why}")
         if name not in self.workers:
             self.say(f"collm: the process of {name} is lost; the other {len(self.workers)} rollout workers play its shards.")
         if not self.workers:

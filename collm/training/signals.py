@@ -12,8 +12,8 @@ from types import FrameType
 from collm.runs.directory import command, ignored
 
 
-class Interrupted(Exception):
-    """A signal stopped the run; it continues after its last checkpoint."""
+class Interrupted(BaseException):
+    """A signal stopped the run; it continues after its last checkpoint. What handles failures does not handle it."""
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")

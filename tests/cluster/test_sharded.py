@@ -13,7 +13,7 @@ from servers import completion, http, serve
 from test_seats import check_same, config_of, trained
 
 from collm.cluster.places import Device, needs_of, needs_of_workers
-from collm.cluster.players import missing
+from collm.cluster.players import Player, missing
 from collm.engines.local import LocalEngine
 from collm.envs.catalogue import EnvSpec
 from collm.errors import ConfigError, EngineError, PartLost
@@ -67,6 +67,7 @@ def test_number_and_order_of_workers_change_nothing(tmp_path, pickled, whole, wo
         ({("renew", 3)}, 0, 2),
         ({("play", 2), ("fill", 6)}, 3, 3),  # lost again while it loads its models: three seats and two workers were first
         ({("rest", 1)}, 3, 3),
+        ({("fill", 2)}, 3, 3),  # lost while it loads its models for the first time
     ],
 )
 def test_deaths_change_nothing(tmp_path, pickled, whole, capsys, deaths, restarts, made):  # noqa: F811
@@ -84,6 +85,23 @@ def test_without_a_worker_the_run_is_lost_as_with_a_seat(tmp_path, pickled):  # 
     with pytest.raises(PartLost, match=r"^no rollout worker is left\. the process of rollouts/\d was lost during 'play'"):
         trained(sharded("magrpo", tmp_path, 2, restarts=0))
     assert pickled.closed
+
+
+def test_a_worker_that_cannot_load_its_models_again_is_left_out(tmp_path, pickled, whole, capsys, monkeypatch):  # noqa: F811
+    """An error of any type; without a second worker, the run is lost."""
+    fill = Player.fill
+
+    def filling(self, make):
+        if pickled.made.count("rollouts/0") + pickled.made.count("rollouts/1") > 2:
+            raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB.")
+        return fill(self, make)
+
+    monkeypatch.setattr(Player, "fill", filling)
+    pickled.deaths = {("play", 2)}
+    check_same(whole, run(tmp_path, 2))
+    said = capsys.readouterr().err
+    assert "was not made again: CUDA out of memory.\n" in said
+    assert len(pickled.ended) == 2
 
 
 def test_a_lost_seat_is_not_a_lost_worker(tmp_path, pickled):  # noqa: F811
