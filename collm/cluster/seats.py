@@ -136,9 +136,11 @@ class Seat:
 
     def restore(self) -> None:
         """Load the files that were received. Raises ValueError if they do not fit."""
-        for part in self.held.parts:
-            part.restore(lambda name: load(self.received[name]))
-        self.received.clear()
+        try:
+            for part in self.held.parts:
+                part.restore(lambda name: load(self.received.pop(name)))
+        finally:
+            self.received.clear()
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer requests to agents of this seat."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fingerprints import AGREE, CONFIGURATIONS, settings_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from seats import PickledCluster, PickledSeat, pickled  # noqa: F401
 from servers import completion, http, serve
 
@@ -168,6 +168,25 @@ def test_errors_of_seats_arrive_as_they_were_raised(tmp_path, pickled: PickledCl
     monkeypatch.setattr(LocalEngine, "generate", _broken)
     with pytest.raises(EngineError, match=r"^no answer\.$"):
         trainer.engine.generate([Request("agent_0", (Message("user", "Name one colour."),))])
+
+
+def test_a_seat_keeps_no_file_that_it_was_to_restore():
+    """Each is released when it is read; none is left after an error."""
+    left = []
+
+    class Part:
+        def restore(self, read):
+            left.extend((sorted(seat.received), list(read(name))) for name in ("one", "two"))
+            raise ValueError("no.")
+
+    seat = Seat()
+    seat.held.parts = [Part()]
+    for name in ("one", "two", "three"):
+        seat.receive(name, save({name: torch.zeros(1)}))
+    with pytest.raises(ValueError, match="no"):
+        seat.restore()
+    assert left == [(["one", "three", "two"], ["one"]), (["three", "two"], ["two"])]
+    assert not seat.received
 
 
 class Two(Exception):
