@@ -34,10 +34,11 @@ class Player(Seat):
         return LocalCollector(self.held.engine).play(plan, tasks, keys, iteration)
 
 
-def missing(env: EnvMaker) -> str:
+def missing(env: EnvMaker, splits: Sequence[str] = ("train",)) -> str:
     """Why an environment cannot be made in this process; empty if it can."""
     try:
-        env.make("train")
+        for split in splits:
+            env.make(split)
     except Exception as error:
         return str(error) or type(error).__name__
     return ""

@@ -161,9 +161,9 @@ class Rollouts:
             raise PartLost(f"no rollout worker is left. {error}") from error
 
 
-def check_everywhere(env: EnvMaker, cluster: Cluster) -> None:
-    """Raises ConfigError where a node of the cluster cannot make the environment."""
-    for host, fault in cluster.each(missing, env):
+def check_everywhere(env: EnvMaker, splits: Sequence[str], cluster: Cluster) -> None:
+    """Raises ConfigError where a node of the cluster cannot make the environment, or one of its splits."""
+    for host, fault in cluster.each(missing, env, splits):
         if fault:
             raise ConfigError(
                 f"the environment cannot be made on the cluster's node {host}: {fault} Install it there, or set "

@@ -142,10 +142,11 @@ class Cluster:
             yield node["NodeManagerHostname"], found
 
     def _on_nodes(self, call: Callable[..., Any], *arguments: Any) -> Iterator[tuple[dict[str, Any], Any]]:
-        """(node, result of a function there) for every node, in the order of their names; this process calls it for its own."""
+        """(node, result of a function there) for every node, in the order of their names; where the cluster was
+        started here, this process calls it for its own."""
         import ray
 
-        mine, alive = ray.get_runtime_context().get_node_id(), self.alive()
+        mine, alive = None if self.folder is None else ray.get_runtime_context().get_node_id(), self.alive()
         run = ray.remote(num_cpus=0, max_retries=0)(call)
         asked = {name: run.options(scheduling_strategy=only(name)).remote(*arguments) for name in alive if name != mine}
         for name, node in alive.items():

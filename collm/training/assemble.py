@@ -353,7 +353,7 @@ def make_seats(
         known = config.model_copy(update={"run": run})
         workers = needs_of_workers(known, blueprint)
         if workers:
-            check_everywhere(plan.env, cluster)
+            check_everywhere(plan.env, ("train", "eval") if config.evaluation.every else ("train",), cluster)
         needs = needs_of(known, blueprint, max(devices, key=lambda device: device.memory))
         placed = place([*needs, *workers], devices)
         seats, filled = dict[str, RemoteSeat](), list[Callable[[], Any]]()

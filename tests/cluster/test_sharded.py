@@ -220,6 +220,21 @@ def test_what_keeps_an_environment_from_being_made_is_its_own_sentence():
     assert "cannot be imported" in missing(EnvSpec("nowhere:Env"))
 
 
+def test_held_out_tasks_are_looked_for_on_every_node(tmp_path, pickled, monkeypatch):  # noqa: F811
+    """Only a run that is evaluated needs them."""
+    made = set()
+    make = EnvSpec.make
+    monkeypatch.setattr(EnvSpec, "make", lambda self, split="train": made.add(split) or make(self, split))
+    asked = []
+    pickled.each = lambda call, *arguments: asked.append(arguments[1]) or iter(())
+    for every in (0, 1):
+        Trainer(sharded("magrpo", tmp_path / str(every), 2, evaluation={"every": every, "episodes": 1}), quiet=True)
+    assert asked == [("train",), ("train", "eval")]
+    made.clear()
+    assert missing(EnvSpec("agree", {"turns": 2}), ("train", "eval")) == ""
+    assert made == {"train", "eval"}
+
+
 def test_a_worker_needs_all_policies_without_optimizers_and_one_shards_answers():
     def needs(**more):
         values = {"env": {"name": "agree", "wording": "terse"}, "algorithm": {"name": "collm-cc"}, "run": {"device": "cpu"}}
