@@ -6,6 +6,7 @@ import ctypes
 import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 
@@ -61,7 +62,7 @@ class Heap:
         self.iterations += 1
         if self.iterations != MEASURED or not self._own_mappings(LARGE, UNTRIMMED):
             return
-        self.limit = SLACK * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+        self.limit = SLACK * most_resident()
         if self.thread is None:
             self.thread = Thread(target=self._watch, name="collm-heap", daemon=True)
             self.thread.start()
@@ -76,15 +77,25 @@ class Heap:
         assert self.libc is not None
         never = Event()
         while not never.wait(SECONDS):
-            if self.limit is not None and resident() > self.limit:
-                self.libc.malloc_trim(0)
-                self.trims += 1
-                self.limit = max(self.limit, SLACK * resident())  # what is left is in use
+            limit = self.limit
+            with suppress(OSError):  # for example, no file can be opened
+                if limit is not None and resident() > limit:
+                    self.libc.malloc_trim(0)
+                    self.trims += 1
+                    left = max(limit, SLACK * resident())  # it is in use
+                    if self.limit == limit:  # another thread may have begun a run
+                        self.limit = left
 
 
 def resident() -> int:
     """Resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+
+
+def most_resident() -> int:
+    """Most resident memory that this process has had, in bytes; `ru_maxrss` counts that of the process that began it, too."""
+    words = Path("/proc/self/status").read_text(encoding="utf-8").split()
+    return int(words[words.index("VmHWM:") + 1]) << 10 if "VmHWM:" in words else resident()
 
 
 HEAP = Heap()

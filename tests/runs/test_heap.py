@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from threading import Thread
 
 import pytest
 import torch
 
-from collm.runs.heap import CACHES
+from collm.runs.heap import CACHES, Heap
 
 BLOCKS = """
 import sys
@@ -105,3 +108,61 @@ def test_products_of_many_lengths_are_not_kept(kind: str, monkeypatch: pytest.Mo
         monkeypatch.delenv(name, raising=False)  # a run in this process may have set it
     done = subprocess.run([sys.executable, "-c", PRODUCTS, kind], capture_output=True, text=True, check=True, timeout=120)
     assert (float(done.stdout) < 80) == (kind == "limited"), done.stdout
+
+
+def small() -> Heap:
+    """The heap of a process with a limit of one byte, which nobody looks at."""
+    heap = Heap()
+    if heap.libc is None:
+        pytest.skip("glibc alone keeps freed blocks")
+    heap.limit = 1.0
+    return heap
+
+
+def watched(heap: Heap, until: Callable[[], bool]) -> float | None:
+    """Let the thread look until then, and a little longer. Returns the limit."""
+    Thread(target=heap._watch, daemon=True).start()
+    end = time.monotonic() + 60
+    while not until():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.1)
+    left, heap.limit = heap.limit, None
+    return left
+
+
+def test_a_limit_that_was_changed_during_a_trim_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a run that another thread begins."""
+    heap, looks = small(), [0]
+
+    def resident() -> int:
+        looks[0] += 1
+        if looks[0] == 2:  # after the trim
+            heap.limit = 7.0
+        return 2
+
+    monkeypatch.setattr("collm.runs.heap.resident", resident)
+    assert watched(heap, lambda: looks[0] >= 2) == 7
+    assert heap.trims == 1
+
+
+def test_memory_that_cannot_be_read_does_not_end_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    heap, looks = small(), [0]
+
+    def resident() -> int:
+        looks[0] += 1
+        if looks[0] == 1:
+            raise OSError(24, "Too many open files")
+        return 2
+
+    monkeypatch.setattr("collm.runs.heap.resident", resident)
+    watched(heap, lambda: heap.trims == 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_the_memory_of_the_process_that_began_this_one_does_not_count() -> None:
+    held = bytearray(300 << 20)
+    held[:: 1 << 12] = b"1" * len(held[:: 1 << 12])
+    words = [sys.executable, "-c", "from collm.runs.heap import most_resident; print(most_resident() >> 20)"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120, close_fds=False)
+    assert 0 < int(done.stdout) < 200
