@@ -108,7 +108,7 @@ COPIES: dict[str, dict[str, Any]] = {
         "team": {"shared": True},
         "critic": {"epochs": 2, "replay": 3},
     },
-    "value heads": {"algorithm": {"name": "collm-dc"}, "critic": {"body": "policy", "warmup": 1}},
+    "value heads": {"algorithm": {"name": "collm-dc"}, "critic": {"body": "policy", "warmup": 1}, "run": {"iterations": 2}},
     "adapters": {"team": {"lora": {"rank": 4}}},
     "joint Q": {"algorithm": {"name": "collm-cc", "baseline": "counterfactual", "resamples": 2}},
 }
@@ -130,7 +130,6 @@ def test_whole_copies_share_the_work(tmp_path, processes: ProcessCluster, name):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_split_team_is_one_process(tmp_path, processes: ProcessCluster, tied):  # noqa: F811
     """Policies, references, a critic; checkpoints load in one process, and what is exported answers alike."""
-    processes.memory = 19 << 20  # a unit of tiny does not fit
     model = tied_model(tmp_path / "tied") if tied else "tiny"
     rooms = {
         "team": {"model": model},
@@ -138,8 +137,10 @@ def test_a_split_team_is_one_process(tmp_path, processes: ProcessCluster, tied):
         "learner": {"gradient_checkpointing": not tied},
         "env": {"name": "worlds:Echo"},  # the tied model says nothing that earns a reward elsewhere
     }
-    devices = {"critic": 2, "agent_0": 2, "agent_1": 2}
-    wide = trained(config_of(tmp_path, "wide", **rooms, cluster={"devices": devices}), split=["agent_0", "agent_1", "critic"])
+    config = config_of(tmp_path, "wide", **rooms, cluster={"devices": {"critic": 2, "agent_0": 2, "agent_1": 2}})
+    needs = needs_of(config, Blueprint.of(config, ("agent_0", "agent_1")), processes.devices("cpu")[0])
+    processes.memory = min(need.memory for need in needs) - 1  # no unit fits
+    wide = trained(config, split=["agent_0", "agent_1", "critic"])
     one = trained(config_of(tmp_path, "one", address="none", **rooms))
     check_close(one, wide)
     assert greedy(one / "final" / "agent_0") == greedy(wide / "final" / "agent_0")
