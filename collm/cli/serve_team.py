@@ -30,17 +30,17 @@ def serve_team(arguments: argparse.Namespace, key: str) -> int:
         raise ConfigError(
             "--record writes what one process answers. Leave it out; GET /AGENT/metrics has numbers of a replica."
         )
-    agents, what = agents_of(run, arguments.checkpoint)
+    agents, checkpoint, what = agents_of(run, arguments.checkpoint)
     replicas = replicas_of(arguments.replicas, agents)
 
-    from collm.cluster.deployments import Served, deployed, require_serve, watch
+    from collm.cluster.deployments import Served, deployed, require_serve
     from collm.cluster.start import Cluster
-    from collm.serving.server import LOCAL
+    from collm.serving.server import is_loopback
 
     require_serve()
-    loopback = bool(LOCAL.fullmatch(arguments.host)) or arguments.host == "::1"
+    loopback = is_loopback(arguments.host)
     options = {
-        "checkpoint": arguments.checkpoint,
+        "checkpoint": checkpoint,
         "device": arguments.device,
         "threads": arguments.threads or max(1, usable_cores() // sum(least for least, _ in replicas.values())),
         "key": key,
@@ -50,16 +50,16 @@ def serve_team(arguments: argparse.Namespace, key: str) -> int:
     team = [Served(agent, run, replicas[agent], options) for agent in agents]
     with (
         closing(Cluster.connect(address)) as cluster,
-        deployed(cluster, team, device=arguments.device, host=arguments.host, port=arguments.port) as addresses,
+        deployed(cluster, team, device=arguments.device, host=arguments.host, port=arguments.port) as served,
     ):
         if not key and not loopback:
             warn_of_others(arguments.host)
         stop = threading.Event()
         before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-        for agent, place in addresses.items():
+        for agent, place in served.addresses.items():
             print(f"{agent} of {arguments.run} ({what}) answers at {place}", flush=True)
         while not stop.wait(WATCHED):
-            watch()
+            served.watch()
         for number, handler in before.items():
             signal.signal(number, handler)  # a second signal stops at once
     print("The team has stopped.", flush=True)
@@ -83,8 +83,12 @@ def address_of(overrides: Mapping[str, Any]) -> str:
     return str(address)
 
 
-def agents_of(run: Path, checkpoint: str) -> tuple[tuple[str, ...], str]:
-    """(names of a run's agents, description of their weights). Raises RunError or ConfigError."""
+def agents_of(run: Path, checkpoint: str) -> tuple[tuple[str, ...], str, str]:
+    """(names of a run's agents, the checkpoint that all replicas load, description of their weights).
+
+    The best checkpoint gets its number here: a replica that starts later might find another one best. Raises RunError or
+    ConfigError.
+    """
     if (run / "tokenizer_config.json").is_file():
         raise ConfigError(f"{str(run)!r} holds one model, and --all is for run directories. Serve it with --agent NAME.")
     if not run.is_dir():
@@ -96,7 +100,9 @@ def agents_of(run: Path, checkpoint: str) -> tuple[tuple[str, ...], str]:
         raise RunError(
             f"run {str(run)!r} has no final weights, which name its agents. Finish it, or serve one with --agent NAME."
         )
-    return agents, what
+    if checkpoint == "best":
+        checkpoint = "start" if weights is None else str(int(weights.name))
+    return agents, checkpoint, what
 
 
 def replicas_of(given: Sequence[str], agents: Sequence[str]) -> dict[str, tuple[int, int]]:

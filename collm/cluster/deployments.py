@@ -9,9 +9,9 @@ import importlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,7 +20,7 @@ from collm.cluster.start import START, Cluster
 from collm.errors import ConfigError, PartLost, RunError
 from collm.runs.output import complain
 from collm.serving.batcher import BATCH, QUEUE
-from collm.serving.server import GRACE, listen, load_app
+from collm.serving.server import GRACE, is_loopback, listen, load_app
 
 POLL = 0.5
 """Seconds between two looks at the state of the deployments."""
@@ -39,8 +39,30 @@ class Served:
     """A folder that all nodes see."""
     replicas: tuple[int, int]
     """Least and greatest number of replicas; Ray Serve chooses one in between by load."""
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(repr=False)  # the API key is among them
     """Other arguments of `load_app`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """A team that answers."""
+
+    addresses: Mapping[str, str]
+    unhealthy: set[str] = field(default_factory=set)
+    """Agents that `watch` found without a working replica and has named."""
+
+    def watch(self) -> None:
+        """Name agents whose replicas fail. Raises PartLost where the cluster is gone, or an agent was removed from it."""
+        found = _applications(self.addresses)
+        for agent in self.addresses:
+            if agent not in found:
+                raise PartLost(
+                    f"{agent} was removed from the cluster, so its address answers no longer. Start the command again."
+                )
+            failing = found[agent].status in ("UNHEALTHY", "DEPLOY_FAILED")
+            if failing and agent not in self.unhealthy:
+                complain(f"collm: not every replica of {agent} works: {_reason(found[agent])}")
+            (self.unhealthy.add if failing else self.unhealthy.discard)(agent)
 
 
 class Replica:
@@ -89,11 +111,12 @@ def require_serve() -> None:
 
 
 @contextmanager
-def deployed(cluster: Cluster, team: Sequence[Served], *, device: str, host: str, port: int) -> Iterator[dict[str, str]]:
-    """Agent -> its address, while all agents answer there; afterwards answers in progress are finished.
+def deployed(cluster: Cluster, team: Sequence[Served], *, device: str, host: str, port: int) -> Iterator[Deployed]:
+    """All agents, once they answer; afterwards answers in progress are finished.
 
-    Raises ConfigError or RunError where they cannot be served.
+    Raises ConfigError or RunError where they cannot be served, and PartLost where the cluster is lost meanwhile.
     """
+    import ray
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -108,9 +131,11 @@ def deployed(cluster: Cluster, team: Sequence[Served], *, device: str, host: str
         if not seen:
             raise ConfigError(f"the cluster's node {node} does not see {team[0].run}. Put it on a disk that all nodes share.")
     head, here = cluster.head()
-    if here or port == 0:
+    if here:
         with listen(host, port) as held:  # fails now where the port is taken
             port = held.getsockname()[1]
+    else:
+        refuse_remote(head, host, port)
     quiet = {"enable_access_log": False, "log_level": "ERROR"}
     try:
         try:
@@ -126,27 +151,51 @@ def deployed(cluster: Cluster, team: Sequence[Served], *, device: str, host: str
                 for served in team
             ]
             serve.run_many(targets, wait_for_applications_running=False)
-        except (RuntimeError, TimeoutError, ValueError) as error:
+        except (ray.exceptions.RayError, RuntimeError, TimeoutError, ValueError) as error:
             raise ConfigError(f"Ray Serve did not start: {' '.join(str(error).split())[:300]}") from error
-        _wait_until_running()
+        names = [served.agent for served in team]
+        _wait_until_running(names)
         shown = head if host in ("0.0.0.0", "::") else host
         shown = f"[{shown}]" if ":" in shown else shown
-        yield {served.agent: f"http://{shown}:{port}/{quote(served.agent)}/v1" for served in team}
+        yield Deployed({name: f"http://{shown}:{port}/{quote(name)}/v1" for name in names})
     finally:
-        _end(own=cluster.folder is not None)
+        _end([served.agent for served in team], own=cluster.folder is not None)
 
 
-def _wait_until_running() -> None:
-    """Wait for all agents. Raises RunError with the error of a replica that cannot load its agent."""
+def refuse_remote(head: str, host: str, port: int) -> None:
+    """Raises ConfigError where the proxy on another machine, the head node, could not be reached, or its port not be known."""
+    if is_loopback(host):
+        raise ConfigError(
+            f"--host {host}: the proxy runs on the cluster's head node {head}, where only that node reaches {host}. Set --host "
+            "0.0.0.0 and require a key (--api-key-env), or run this command there."
+        )
+    if port == 0:
+        raise ConfigError(
+            f"--port 0: the proxy runs on the cluster's head node {head}, whose free ports are not known here. Name one."
+        )
+
+
+def _applications(agents: Iterable[str]) -> dict[str, Any]:
+    """Agent -> Ray Serve's application, for those of these agents that it has. Raises PartLost where the cluster is lost."""
+    import ray
     from ray import serve
 
+    try:
+        found = serve.status().applications
+    except (ray.exceptions.RayError, RuntimeError, ConnectionError) as error:
+        raise PartLost(f"the cluster that serves the team is lost: {' '.join(str(error).split())[:200]}") from error
+    return {agent: found[agent] for agent in agents if agent in found}
+
+
+def _wait_until_running(agents: Sequence[str]) -> None:
+    """Wait for all agents. Raises RunError with the error of a replica that cannot load its agent, or PartLost."""
     late = time.monotonic() + START
     while True:
-        found = serve.status().applications
+        found = _applications(agents)
         for agent, application in found.items():
             if application.status == "DEPLOY_FAILED":
                 raise RunError(f"{agent} cannot be served: {_reason(application)}")
-        waiting = [agent for agent, application in found.items() if application.status != "RUNNING"]
+        waiting = [agent for agent in agents if agent not in found or found[agent].status != "RUNNING"]
         if not waiting:
             return
         if time.monotonic() > late:
@@ -165,26 +214,18 @@ def _reason(application: Any) -> str:
     return ours[-1] if ours else " ".join(lines)[-300:]
 
 
-def watch() -> None:
-    """Raises PartLost where the cluster that serves the team is gone."""
-    import ray
-    from ray import serve
+def _end(agents: Sequence[str], *, own: bool) -> None:
+    """Finish answers in progress, for at most GRACE seconds, and remove the agents; Ray Serve ends unless it has other work.
 
-    try:
-        serve.status()
-    except (ray.exceptions.RayError, RuntimeError, ConnectionError) as error:
-        raise PartLost(f"the cluster that served the team is lost: {str(error)[:200]}") from error
-
-
-def _end(*, own: bool) -> None:
-    """Finish answers in progress, for at most GRACE seconds, and end Ray Serve. own: the cluster ends right afterwards."""
+    own: the cluster ends right afterwards.
+    """
     from ray import serve
 
     with suppress(Exception):  # the cluster may be gone
         late = time.monotonic() + GRACE
-        for agent in serve.status().applications:
+        for agent in _applications(agents):
             serve.delete(agent, _blocking=False)
-        while serve.status().applications and time.monotonic() < late:
+        while _applications(agents) and time.monotonic() < late:
             time.sleep(POLL)
-        if not own:
+        if not own and not serve.status().applications:
             serve.shutdown()

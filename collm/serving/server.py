@@ -265,6 +265,11 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server at this address."""
+    return bool(LOCAL.fullmatch(host)) or host == "::1"
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ConfigError where the port is taken or the host is not an address of this machine."""
     try:

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from processes import below, kill_all, line_of, until
@@ -20,10 +22,11 @@ from served import greedy, played, spoken
 from servers import free_port
 
 from collm.cli.main import main
-from collm.cli.serve_team import replicas_of
-from collm.cluster.deployments import Served, deployment_options, gpu_share
+from collm.cli.serve_team import agents_of, replicas_of
+from collm.cluster import deployments
+from collm.cluster.deployments import Deployed, Served, deployment_options, gpu_share, refuse_remote
 from collm.engines.http import HttpEngine, endpoint
-from collm.errors import ConfigError
+from collm.errors import ConfigError, PartLost, RunError
 from collm.serving.batcher import BATCH
 from collm.settings.load import parse_config
 from collm.training.trainer import Trainer
@@ -111,6 +114,108 @@ def test_without_ray_serve_the_extra_is_named(capsys, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray.serve", None)
     error = refusal(capsys, str(run), "--all", "--cluster.address", "local")
     assert "Install the extra `cluster-serve`" in error
+
+
+# --- with a stand-in for Ray Serve --------------------------------------------------------------------------------------
+
+
+class Serve(types.ModuleType):
+    """Ray Serve with these applications; what it is asked to delete is gone at once."""
+
+    def __init__(self, **statuses: str):
+        super().__init__("ray.serve")
+        self.applications = {
+            agent: SimpleNamespace(status=status, message="the replica died", deployments={})
+            for agent, status in statuses.items()
+        }
+        self.lost: Exception | None = None
+        self.ended = False
+
+    def status(self) -> SimpleNamespace:
+        if self.lost is not None:
+            raise self.lost
+        return SimpleNamespace(applications=dict(self.applications))
+
+    def delete(self, agent: str, *, _blocking: bool) -> None:
+        del self.applications[agent]
+
+    def shutdown(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """A function that puts a stand-in where `from ray import serve` finds it."""
+    ray = pytest.importorskip("ray")
+
+    def put(**statuses: str) -> Serve:
+        found = Serve(**statuses)
+        monkeypatch.setitem(sys.modules, "ray.serve", found)
+        monkeypatch.setattr(ray, "serve", found, raising=False)
+        return found
+
+    return put
+
+
+def test_an_agent_that_fails_is_named_once_until_it_works_again(serve, capsys):
+    there = serve(agent_0="RUNNING", agent_1="RUNNING", other="UNHEALTHY")
+    served = Deployed({"agent_0": "http://a", "agent_1": "http://b"})
+    served.watch()
+    assert capsys.readouterr().err == ""  # what others run is not judged
+    there.applications["agent_1"].status = "UNHEALTHY"
+    served.watch()
+    served.watch()
+    assert capsys.readouterr().err == "collm: not every replica of agent_1 works: the replica died\n"
+    there.applications["agent_1"].status = "RUNNING"
+    served.watch()
+    there.applications["agent_1"].status = "UNHEALTHY"
+    served.watch()
+    assert "agent_1" in capsys.readouterr().err
+
+
+def test_a_removed_agent_or_a_lost_cluster_ends_the_command(serve):
+    ray = pytest.importorskip("ray")
+    there = serve(agent_0="RUNNING")
+    served = Deployed({"agent_0": "http://a", "agent_1": "http://b"})
+    with pytest.raises(PartLost, match="agent_1 was removed from the cluster"):
+        served.watch()
+    for there.lost in (RuntimeError("gone"), ray.exceptions.RayActorError()):
+        with pytest.raises(PartLost, match="the cluster that serves the team is lost"):
+            served.watch()
+
+
+def test_only_the_teams_own_agents_are_awaited(serve):
+    serve(agent_0="RUNNING", other="DEPLOYING")
+    deployments._wait_until_running(["agent_0"])
+    serve(agent_0="DEPLOY_FAILED")
+    with pytest.raises(RunError, match="agent_0 cannot be served: the replica died"):
+        deployments._wait_until_running(["agent_0"])
+
+
+def test_the_end_removes_the_team_and_leaves_what_others_serve(serve):
+    there = serve(agent_0="RUNNING", other="RUNNING")
+    deployments._end(["agent_0"], own=False)
+    assert list(there.applications) == ["other"]
+    assert not there.ended
+    deployments._end(["other"], own=False)
+    assert there.ended
+
+
+@pytest.mark.parametrize(("host", "port", "words"), [("127.0.0.1", 8000, "only that node reaches"), ("0.0.0.0", 0, "Name one")])
+def test_a_proxy_on_another_machine_needs_an_address_that_can_be_reached(host, port, words):
+    with pytest.raises(ConfigError, match=f"10.0.0.7.*{words}"):
+        refuse_remote("10.0.0.7", host, port)
+    refuse_remote("10.0.0.7", "0.0.0.0", 8000)
+
+
+def test_the_best_checkpoint_is_the_same_for_every_replica(run, monkeypatch):
+    assert agents_of(run, "final") == (AGENTS, "final", "final weights")
+    monkeypatch.setattr("collm.runs.weights.best_iteration", lambda *_: 1)
+    assert agents_of(run, "best") == (AGENTS, "1", "weights after 1 iterations (best)")
+
+
+def test_the_key_is_not_shown():
+    assert "secret" not in repr(Served("a", Path("run"), (1, 1), {"key": "secret"}))
 
 
 # --- on Ray Serve itself -------------------------------------------------------------------------------------------------
