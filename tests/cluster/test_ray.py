@@ -292,10 +292,11 @@ def test_nothing_runs_on_after_the_command(tmp_path, number):
 
 
 @contextmanager
-def node(*options: str, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
-    """A node of a cluster of one's own, on this machine, once it runs."""
+def node(*options: str, environment: dict[str, str], host: str = "") -> Iterator[subprocess.Popen]:
+    """A node of a cluster of one's own, on this machine, once it runs. host: the network namespace that it is in."""
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--object-store-memory=200000000"]
     words += ["--disable-usage-stats", *options]
+    words = ["ip", "netns", "exec", host, *words] if host else words
     begun = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         said = []
