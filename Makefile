@@ -12,7 +12,7 @@ export EXTRAS = import sys, tomllib; \
 help:
 	@echo "make demo       install, train two tiny builders (at most 10 minutes), show before and after"
 	@echo "make test       install, check style and types, run the quick tests"
-	@echo "make test-slow  the long checks (at most half an hour)"
+	@echo "make test-slow  the long checks (about half an hour)"
 	@echo "make fuzz       20,000 hostile answers to all environments (make test plays 2,000)"
 	@echo "make test-vllm  the vLLM engine, run on the CPU in an environment of its own (3.5 GB; 5 minutes)"
 	@echo "make test-clients  openai, litellm, langchain and lm-eval against a served agent, wandb, MLflow and Trackio in a run,"
@@ -52,8 +52,9 @@ test: $(BIN)/ray bubblewrap
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+# One worker more than cores: many of these wait for processes that start or end.
 test-slow: $(BIN)/ray
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal -v -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 3 --dist worksteal -v -rs --durations=30
 
 fuzz: $(BIN)/collm
 	COLLM_FUZZ=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/envs/test_fuzz.py -v

@@ -27,13 +27,33 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from collm.envs.agree import Agree
+from collm.envs.base import Outcome
+
 TICK = os.sysconf("SC_CLK_TCK")
 COLLM = (sys.executable, "-m", "collm.cli.main")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
 QUIET = ("--run.trackers", "[]", "--run.threads", "1", "--evaluation.every", "0")
 
 STR_BUILD = ("recipes/tiny/str_build.toml",)
-PROGRAMS = ("recipes/tiny/coop_code.toml", "--algorithm.name", "magrpo", "--rollout.tasks", "16", "--rollout.shards", "4")
-"""Collecting bounds it, since every answer is run: shards of 16 episodes, four tasks with four joint actions each."""
+JUDGED = (
+    *("recipes/tiny/agree.toml", "--env.name", "cluster:Judged", "--env.turns", "2", "--algorithm.name", "magrpo"),
+    *("--rollout.tasks", "16", "--rollout.shards", "4"),
+)
+"""Collecting bounds it, since the judge computes; shards of 16 episodes, four tasks with four joint actions each."""
+JUDGE = 0.03
+"""CPU seconds of the judge for a joint action, as a compiler, a simulator or a judging model takes them."""
+
+
+class Judged(Agree):
+    """`agree` with a judge that computes for JUDGE seconds."""
+
+    def play(self, answers: dict[str, str]) -> Outcome:
+        end = time.thread_time() + JUDGE
+        while time.thread_time() < end:
+            pass
+        return super().play(answers)
+
 
 SIDES: dict[str, dict[str, tuple[str, ...]]] = {
     "apart": {
@@ -41,8 +61,8 @@ SIDES: dict[str, dict[str, tuple[str, ...]]] = {
         "seats": (*STR_BUILD, "--cluster.address", "local"),
     },
     "rollouts": {
-        "one worker": (*PROGRAMS, "--cluster.address", "local", "--cluster.rollouts", "1"),
-        "two workers": (*PROGRAMS, "--cluster.address", "local", "--cluster.rollouts", "2"),
+        "one worker": (*JUDGED, "--cluster.address", "local", "--cluster.rollouts", "1"),
+        "two workers": (*JUDGED, "--cluster.address", "local", "--cluster.rollouts", "2"),
     },
 }
 
@@ -106,9 +126,7 @@ def measure(words: tuple[str, ...], iterations: int, skip: int) -> Spent:
         ]
         begun = time.monotonic()
         with Path(folder, "errors").open("w") as errors:
-            process = subprocess.Popen(
-                command, stdout=errors, stderr=errors, process_group=0, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
+            process = subprocess.Popen(command, stdout=errors, stderr=errors, process_group=0, env=ENVIRONMENT)
         try:
             metrics, seen = Path(folder, "run", "metrics.jsonl"), []
             for lines in (skip, iterations):

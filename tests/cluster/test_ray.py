@@ -237,23 +237,6 @@ def command(folder: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_killed_seat_is_made_again_and_the_run_ends_equal(tmp_path):
-    subprocess.run(command(tmp_path, "--run.name", "whole"), check=True, capture_output=True)
-    apart = subprocess.Popen(
-        command(tmp_path, "--run.name", "apart", "--cluster.address", "local"), stderr=subprocess.PIPE, text=True
-    )
-    until((tmp_path / "apart" / "checkpoints" / "000001").exists)
-    seats = [pid for pid, words in below(apart.pid).items() if words.startswith("ray::Seat")]
-    assert len(seats) == 3
-    os.kill(seats[1], signal.SIGKILL)
-    _, said = apart.communicate(timeout=300)
-    assert apart.returncode == 0, said
-    assert "was lost" in said
-    assert "Restarting (3 left)." in said
-    check_same(tmp_path / "whole", tmp_path / "apart")
-
-
-@pytest.mark.slow
 def test_a_killed_rollout_worker_is_made_again_and_the_run_ends_equal(tmp_path):
     """Two workers, one of them killed: no restart from a checkpoint, and the run of one process with the same shards."""
     subprocess.run(command(tmp_path, "--run.name", "whole", "--rollout.shards", "3"), check=True, capture_output=True)

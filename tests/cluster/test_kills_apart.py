@@ -1,0 +1,67 @@
+"""Every kind of process of a run on a cluster, killed at random moments: the run ends as one that nothing happened to."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+from processes import below
+from test_ray import command
+from test_seats import check_same
+
+pytest.importorskip("ray", reason="ray is not installed, so nothing was tried on it: pip install 'collm[cluster]'")
+
+KILLS = int(os.environ.get("COLLM_KILLS", "5"))
+KINDS = {
+    "seat": "ray::Seat",
+    "rollout worker": "ray::Player",
+    "node": "/raylet/raylet",
+    "head": "/gcs_server",
+    "driver": "",
+}
+"""Kind of process -> what its command line holds. Of the seats, those of an agent and of the critic, any may be hit."""
+SHARDED = ("--rollout.shards", "3")
+LONGEST = 900.0
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_run_ends_equal(tmp_path):
+    """`COLLM_KILLS=20 pytest tests/cluster/test_kills_apart.py -m slow -s` kills twenty."""
+    dice = random.Random(os.urandom(8))
+    words = (*SHARDED, "--run.iterations", str(10 * KILLS))
+    subprocess.run(command(tmp_path, "--run.name", "whole", *words), check=True, capture_output=True)
+    placed = ("--cluster.address", "local", "--cluster.rollouts", "2", "--cluster.restarts", "100")
+    begin = command(tmp_path, "--run.name", "apart", *words, *placed)
+    resume = [*begin[:3], "train", "--resume", str(tmp_path / "apart"), *placed]
+    metrics, killed = tmp_path / "apart" / "metrics.jsonl", []
+    end = time.monotonic() + LONGEST
+    resumed = 0
+    while True:
+        with (tmp_path / "said").open("a") as said:
+            words = resume if (tmp_path / "apart" / "config.json").is_file() else begin
+            run = subprocess.Popen(words, stdout=said, stderr=said)
+        while run.poll() is None:
+            assert time.monotonic() < end, (killed, (tmp_path / "said").read_text())
+            time.sleep(dice.uniform(0.2, 2))
+            done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+            if len(killed) < min(KILLS, done):  # each kill is in another iteration, or in the start after the last one
+                kind = list(KINDS)[len(killed) % len(KINDS)]
+                there = [pid for pid, line in below(run.pid).items() if KINDS[kind] and KINDS[kind] in line]
+                there = there or ([run.pid] if kind == "driver" else [])
+                if there and run.poll() is None:
+                    os.kill(dice.choice(there), signal.SIGKILL)
+                    killed.append(kind)
+                    print(f"{len(killed)}/{KILLS} {kind}", flush=True)
+        if run.returncode == 0:
+            break
+        resumed += 1
+    print(f"killed {killed}; resumed {resumed} times")
+    assert len(killed) == KILLS
+    said = (tmp_path / "said").read_text()
+    assert "was lost" in said
+    assert "Restarting (" in said
+    check_same(tmp_path / "whole", tmp_path / "apart")
