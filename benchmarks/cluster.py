@@ -10,7 +10,8 @@ out: counting begins when the metrics of the last skipped iteration are written,
 
 CPU seconds are those of all processes: the driver, seats and workers, and Ray's own. Wall times need idle cores: two for
 `apart` with two agents, and one for each rollout worker. Busy cores slow each other down (memory, and threads of one core), so
-CPU seconds are compared with --one-core, on which all processes of a side share one.
+a side of `apart` is the same run twice at once, whose CPU seconds are the mean of both. With --one-core all processes of a side
+share one core.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,9 +58,11 @@ class Judged(Agree):
         return super().play(answers)
 
 
+TWICE = "one process, twice at once"
 SIDES: dict[str, dict[str, tuple[str, ...]]] = {
     "apart": {
         "one process": STR_BUILD,
+        TWICE: STR_BUILD,
         "seats": (*STR_BUILD, "--cluster.address", "local"),
     },
     "rollouts": {
@@ -82,6 +87,11 @@ class Spent:
 
     def since(self, before: Spent) -> Spent:
         return Spent(*(now - then for now, then in zip(asdict(self).values(), asdict(before).values(), strict=True)))
+
+
+def mean(found: Sequence[Spent]) -> Spent:
+    """Of each number."""
+    return Spent(*(statistics.fmean(values) for values in zip(*(asdict(one).values() for one in found), strict=True)))
 
 
 def cpu_seconds(driver: int) -> dict[str, float]:
@@ -156,15 +166,17 @@ def main() -> None:
     if options.one_core:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     sides = SIDES[options.what]
-    base, other = sides
+    base, *more, other = sides
     found: dict[str, list[Spent]] = {name: [] for name in sides}
     for repeat in range(1, options.repeats + 1):
         for name, words in sides.items():
-            spent = measure(words, options.iterations, options.skip)
+            with ThreadPoolExecutor() as pool:
+                copies = [pool.submit(measure, words, options.iterations, options.skip) for _ in range(1 + (name == TWICE))]
+            spent = mean([copy.result() for copy in copies])
             found[name].append(spent)
             parts = f"driver {spent.driver:.1f}, seats and workers {spent.seats:.1f}, Ray's own {spent.ray:.1f}"
             print(
-                f"{repeat}/{options.repeats}  {name:12}  wall {spent.wall:6.1f} s  CPU {spent.cpu:6.1f} s: {parts}", flush=True
+                f"{repeat}/{options.repeats}  {name:27}  wall {spent.wall:6.1f} s  CPU {spent.cpu:6.1f} s: {parts}", flush=True
             )
     pairs = list(zip(found[base], found[other], strict=True))
     ratios = {
@@ -172,6 +184,9 @@ def main() -> None:
         f"CPU, {other} / {base}": [after.cpu / before.cpu for before, after in pairs],
         f"driver's part of the CPU seconds, {other}": [after.driver / after.cpu for _, after in pairs],
     }
+    for name in more:
+        beside = zip(found[name], found[other], strict=True)
+        ratios[f"CPU, {other} / {name}"] = [after.cpu / before.cpu for before, after in beside]
     for name, values in ratios.items():
         print(f"{name}: {statistics.median(values):.3f} (from {min(values):.3f} to {max(values):.3f})")
     if options.out:

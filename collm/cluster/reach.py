@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from collm.errors import ConfigError
+from collm.runs.output import complain
 
 PROBE = 2.0
 """Seconds that an address has to accept a connection; without a probe Ray itself waits for 204 s."""
@@ -76,6 +77,17 @@ def read_environment() -> None:
     raylet.AuthenticationTokenLoader.instance().reset_cache()
     constants: Any = importlib.import_module("ray._private.ray_constants")
     constants.ENABLE_RAY_CLUSTER = constants.env_bool(constants.ENABLE_RAY_CLUSTERS_ENV_VAR, sys.platform == "linux")
+
+
+def shorten_messages() -> None:
+    """Ray's messages about lost processes become a line each on stderr; they hold up to 20 lines of logs and go to stdout."""
+
+    def show(batch: Mapping[str, Any], *_: Any, **__: Any) -> None:
+        for message in batch["lines"]:
+            complain(f"Ray: {str(message).strip().splitlines()[0].partition('. ')[0].rstrip('.')}.")
+
+    worker: Any = importlib.import_module("ray._private.worker")
+    worker.print_to_stdstream = show
 
 
 @contextmanager

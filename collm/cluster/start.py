@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from collm.cluster.heartbeat import Asked
 from collm.cluster.places import Device, Place
-from collm.cluster.reach import environment, probe, read_environment, require_ray, running, shared_memory
+from collm.cluster.reach import environment, probe, read_environment, require_ray, running, shared_memory, shorten_messages
 from collm.cluster.seats import Failed, Machine, Seat, machine
 from collm.errors import ConfigError, EngineError, PartLost
 from collm.runs.output import complain
@@ -61,6 +61,7 @@ class Cluster:
 
         if ray.is_initialized():
             return cls(started=False)
+        shorten_messages()
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         if address == "local":
             return cls._start(quiet, setting)

@@ -143,6 +143,15 @@ def test_a_missing_cluster_is_one_sentence_within_five_seconds(monkeypatch, way)
     assert time.monotonic() - begun < 5
 
 
+def test_rays_messages_are_a_line_each_on_stderr(cluster, capsys):
+    import ray
+
+    message = "Raylet is terminated. Termination is unexpected.\nLast 20 lines of its logs:\n    [state-dump] 0 total\n"
+    printed = ray._private.worker.print_to_stdstream
+    printed({"lines": [message], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    assert capsys.readouterr() == ("", "Ray: Raylet is terminated.\n")
+
+
 def test_an_address_that_swallows_connections_is_refused_in_time():
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
