@@ -26,6 +26,9 @@ START = 120.0
 """Seconds that a process of the cluster has to start."""
 END = 3.0
 """Seconds that seats have to close their engines before they are killed."""
+IDENTIFIERS = re.compile(r"\b(?:class_name|actor_id|pid|namespace|ip|(?:Node|Owner|Worker|Lease|Job) I[dD]): \S+ ?")
+LONGEST = 300
+"""Characters of a message of Ray's that are shown."""
 SETTINGS = {
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on every system: listen on 127.0.0.1 alone
@@ -364,7 +367,10 @@ def only(node: str) -> Any:
 
 
 def _sentence(error: BaseException) -> str:
-    """The first sentences of Ray's message, without its layout and colours."""
-    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()) or type(error).__name__
-    text = text if len(text) <= 300 else f"{text[:300]} ..."
+    """The first sentences of Ray's message, without its layout, colours and names of its own."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+    text = IDENTIFIERS.sub("", text).strip() or type(error).__name__
+    if len(text) > LONGEST:
+        whole = text[:LONGEST].rpartition(". ")[0]
+        text = whole or f"{text[:LONGEST]} ..."
     return text if text.endswith((".", "!", "?")) else f"{text}."

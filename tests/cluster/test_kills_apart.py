@@ -30,7 +30,7 @@ LONGEST = 900.0
 
 @pytest.mark.slow
 def test_killed_at_random_moments_the_run_ends_equal(tmp_path):
-    """`COLLM_KILLS=20 pytest tests/cluster/test_kills_apart.py -m slow -s` kills twenty; the loss of the head takes a minute."""
+    """`COLLM_KILLS=20 pytest tests/cluster/test_kills_apart.py -m slow -s` kills twenty; losing the head takes a minute."""
     dice = random.Random(os.urandom(8))
     words = (*SHARDED, "--run.iterations", str(10 * KILLS))
     subprocess.run(command(tmp_path, "--run.name", "whole", *words), check=True, capture_output=True)

@@ -143,6 +143,19 @@ def test_a_missing_cluster_is_one_sentence_within_five_seconds(monkeypatch, way)
     assert time.monotonic() - begun < 5
 
 
+def test_rays_errors_are_its_first_sentences_without_its_names():
+    died = (
+        "The actor died unexpectedly before finishing this task.\n\tclass_name: Seat\n\tactor_id: d24b4f33\n\tpid: 19912\n"
+        "\tnamespace: c18fa6d0-f78d\n\tip: 10.77.3.2\nThe actor died because its node has died. Node Id: ecc4c699\n"
+    )
+    assert start._sentence(RuntimeError(died)) == (
+        "The actor died unexpectedly before finishing this task. The actor died because its node has died."
+    )
+    assert start._sentence(RuntimeError("One sentence. " * 40)) == " ".join(["One sentence."] * 21)
+    assert start._sentence(RuntimeError("x" * 400)) == "x" * 300 + " ..."
+    assert start._sentence(RuntimeError()) == "RuntimeError."
+
+
 def test_rays_messages_are_a_line_each_on_stderr(cluster, capsys):
     import ray
 
