@@ -213,3 +213,13 @@ def test_the_fresh_seeds_of_own_views_are_those_on_the_page() -> None:
         cells = [" ".join(f"{value:.3f}" for value in values) for values in ([run["area"] for run in own], *read)]
         row = "|".join(f" {cell} " if cell else " " for cell in cells)
         assert f"| `{method}` |{row}|" in page
+
+
+def test_the_readings_on_a_second_task_are_those_on_the_page() -> None:
+    folder = RESULTS / "credit"
+    page, runs = (folder / "README.md").read_text(), json.loads((folder / "text_alone_gathering.json").read_text())["runs"]
+    shares = [sum(run[name]["2"] for run in runs) for name in ("explained_variance", "ceiling")]
+    assert f"the readings explain {shares[0] / shares[1]:.2f} of what a regression" in page
+    for run in runs:
+        cells = [f"{run[name][turn]:.3f}" for turn in "123" for name in ("explained_variance", "ceiling")]
+        assert f"| {run['seed']} | {' | '.join(cells)} |" in page
