@@ -201,20 +201,6 @@ def area_rows(folder: Path) -> list[str]:
     return rows
 
 
-def test_the_fresh_seeds_of_own_views_are_those_on_the_page() -> None:
-    """Areas and explained variance of the seeds of which every method is made."""
-    folder = RESULTS / "credit"
-    page, runs = (folder / "README.md").read_text(), json.loads((folder / "own_views_again.json").read_text())["runs"]
-    seeds = {method: {run["seed"] for run in runs if run["method"] == method} for method in {run["method"] for run in runs}}
-    whole = set.intersection(*seeds.values())
-    for method in seeds:
-        own = sorted((run for run in runs if run["method"] == method and run["seed"] in whole), key=lambda run: run["seed"])
-        read = [[run[name][max(run[name], key=int)] for run in own if run[name]] for name in ("explained_variance", "ceiling")]
-        cells = [" ".join(f"{value:.3f}" for value in values) for values in ([run["area"] for run in own], *read)]
-        row = "|".join(f" {cell} " if cell else " " for cell in cells)
-        assert f"| `{method}` |{row}|" in page
-
-
 def test_the_readings_on_a_second_task_are_those_on_the_page() -> None:
     folder = RESULTS / "credit"
     page, runs = (folder / "README.md").read_text(), json.loads((folder / "text_alone_gathering.json").read_text())["runs"]
