@@ -193,7 +193,7 @@ def test_few_blocks_of_the_tutorials_are_not_run():
         ("```python\nassert 1 > 2\n```\n", 1),
         ("<!-- not run: it fails -->\n```sh\nfalse\n```\n", 0),
         ("Save this as `a.txt`:\n\n```json\n1\n```\n\n```sh\ngrep 1 a.txt\n```\n", 0),
-        ("```sh\nsleep 60 &\n```\n\n```sh\nkill $(jobs -p)\nwait\n```\n", 0),
+        ("```sh\nsleep 9 &\n```\n\n```sh\nkill $(jobs -p)\nwait\n```\n", 0),
     ],
 )  # fmt: skip
 def test_a_page_stops_at_its_first_failure(tmp_path, text, code):

@@ -90,8 +90,9 @@ def test_errors_of_seats_are_our_own_and_a_lost_seat_is_named(tmp_path, cluster)
     trainer = Trainer(config_of("magrpo", tmp_path, address="local"), quiet=True)
     with pytest.raises(ValueError, match=r"^it holds other tensors than this team"):
         trainer.learner.restore(lambda name: {})
-    seat = trainer.engine.homes["agent_1"]
-    os.kill(seat.ask("started")(), signal.SIGKILL)
+    process = trainer.engine.homes["agent_1"].ask("started")()
+    assert os.getpriority(os.PRIO_PROCESS, process) == os.getpriority(os.PRIO_PROCESS, 0)  # Ray's default is 15 more
+    os.kill(process, signal.SIGKILL)
     with pytest.raises(PartLost, match=r"^the process of agent_1 was lost"):
         trainer.run()
     trainer.engine.close()
@@ -302,6 +303,7 @@ def node(*options: str, environment: dict[str, str], host: str = "") -> Iterator
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--object-store-memory=200000000"]
     words += ["--disable-usage-stats", *options]
     words = ["ip", "netns", "exec", host, *words] if host else words
+    environment = {**environment, "RAY_worker_niceness": "0"}
     begun = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         said = []
