@@ -59,7 +59,7 @@ def test_killed_at_random_moments_the_run_ends_equal(tmp_path):
                     print(f"{len(killed)}/{KILLS} {kind}", flush=True)
         if run.returncode == 0:
             break
-        assert run.returncode in (1, -signal.SIGKILL), (tmp_path / "said").read_text()
+        assert run.returncode in (1, 2, -signal.SIGKILL), (tmp_path / "said").read_text()  # 2: it was killed as it started
         resumed += 1
     print(f"killed {killed}; resumed {resumed} times")
     assert len(killed) == KILLS
