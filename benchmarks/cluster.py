@@ -122,18 +122,8 @@ def cpu_seconds(driver: int) -> dict[str, float]:
 def measure(words: tuple[str, ...], iterations: int, skip: int) -> Spent:
     """Train, and return what the iterations after the skipped ones took."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *COLLM,
-            "train",
-            *words,
-            *QUIET,
-            "--run.iterations",
-            str(iterations),
-            "--run.folder",
-            folder,
-            "--run.name",
-            "run",
-        ]
+        command = [*COLLM, "train", *words, *QUIET, "--run.iterations", str(iterations)]
+        command += ["--run.folder", folder, "--run.name", "run"]
         begun = time.monotonic()
         with Path(folder, "errors").open("w") as errors:
             process = subprocess.Popen(command, stdout=errors, stderr=errors, process_group=0, env=ENVIRONMENT)

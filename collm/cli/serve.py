@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 
 from collm.errors import ConfigError
@@ -37,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from collm.serving import server
 
     with server.listen(host, port) as held:  # before a model is loaded, so that a taken port fails at once
-        loopback = ipaddress.ip_address(held.getsockname()[0]).is_loopback
+        loopback = server.is_loopback(held.getsockname()[0])
         app, what = server.load_app(
             arguments.run,
             agent,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from collm.cluster.start import START, Cluster
+from collm.cluster.start import START, Cluster, sentence
 from collm.errors import ConfigError, PartLost, RunError
 from collm.runs.output import complain
 from collm.serving.batcher import BATCH, QUEUE
@@ -49,7 +49,7 @@ class Deployed:
 
     addresses: Mapping[str, str]
     unhealthy: set[str] = field(default_factory=set)
-    """Agents that `watch` found without a working replica and has named."""
+    """Agents of which `watch` has named replicas that fail."""
 
     def watch(self) -> None:
         """Name agents whose replicas fail. Raises PartLost where the cluster is gone, or an agent was removed from it."""
@@ -137,6 +137,7 @@ def deployed(cluster: Cluster, team: Sequence[Served], *, device: str, host: str
     else:
         refuse_remote(head, host, port)
     quiet = {"enable_access_log": False, "log_level": "ERROR"}
+    names = [served.agent for served in team]
     try:
         try:
             serve.start("HeadOnly", {"host": host, "port": port}, logging_config=quiet)
@@ -152,14 +153,13 @@ def deployed(cluster: Cluster, team: Sequence[Served], *, device: str, host: str
             ]
             serve.run_many(targets, wait_for_applications_running=False)
         except (ray.exceptions.RayError, RuntimeError, TimeoutError, ValueError) as error:
-            raise ConfigError(f"Ray Serve did not start: {' '.join(str(error).split())[:300]}") from error
-        names = [served.agent for served in team]
+            raise ConfigError(f"Ray Serve did not start: {sentence(error)}") from error
         _wait_until_running(names)
         shown = head if host in ("0.0.0.0", "::") else host
         shown = f"[{shown}]" if ":" in shown else shown
         yield Deployed({name: f"http://{shown}:{port}/{quote(name)}/v1" for name in names})
     finally:
-        _end([served.agent for served in team], own=cluster.folder is not None)
+        _end(names, own=cluster.folder is not None)
 
 
 def refuse_remote(head: str, host: str, port: int) -> None:
@@ -183,7 +183,7 @@ def _applications(agents: Iterable[str]) -> dict[str, Any]:
     try:
         found = serve.status().applications
     except (ray.exceptions.RayError, RuntimeError, ConnectionError) as error:
-        raise PartLost(f"the cluster that serves the team is lost: {' '.join(str(error).split())[:200]}") from error
+        raise PartLost(f"the cluster that serves the team is lost: {sentence(error)}") from error
     return {agent: found[agent] for agent in agents if agent in found}
 
 

@@ -75,7 +75,7 @@ class Cluster:
         try:
             page = ray.init(address=where, **quiet).dashboard_url
         except (RuntimeError, ConnectionError, ValueError, ray.exceptions.RayError) as error:
-            raise ConfigError(f"{setting}={address!r}: {_sentence(error)}") from error
+            raise ConfigError(f"{setting}={address!r}: {sentence(error)}") from error
         if page:
             complain(f"Ray's dashboard: http://{page}")
         return cls(started=True)
@@ -102,7 +102,7 @@ class Cluster:
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, Exception):  # a plain Exception if a process of Ray's takes more than 30 s to start
-                raise ConfigError(f"{setting}='local': Ray did not start: {_sentence(error)}") from error
+                raise ConfigError(f"{setting}='local': Ray did not start: {sentence(error)}") from error
             raise
         return cls(started=True, folder=folder)
 
@@ -161,7 +161,7 @@ class Cluster:
                 if name not in self.alive():
                     continue  # it has just been lost
                 raise ConfigError(
-                    f"the cluster's node {node['NodeManagerHostname']} does not run collm: {_sentence(error)} Install the same "
+                    f"the cluster's node {node['NodeManagerHostname']} does not run collm: {sentence(error)} Install the same "
                     "collm on every node."
                 ) from error
 
@@ -242,7 +242,7 @@ class Cluster:
             return ray.put(given)
         except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
             raise EngineError(
-                f"the cluster has no room for what its processes are to read: {_sentence(error)} Free the disk of /tmp, or "
+                f"the cluster has no room for what its processes are to read: {sentence(error)} Free the disk of /tmp, or "
                 "make /dev/shm larger (docker run --shm-size 8g)."
             ) from error
 
@@ -286,7 +286,7 @@ class RaySeat:
                 "cluster. Wait for it, or choose another cluster.address."
             ) from error
         except ray.exceptions.RayError as error:
-            raise ConfigError(f"the process of {self.name} did not start: {_sentence(error)}") from error
+            raise ConfigError(f"the process of {self.name} did not start: {sentence(error)}") from error
         self.begun = True
 
     def result(self, reference: Any, method: str) -> Any:
@@ -297,11 +297,11 @@ class RaySeat:
             answer = _get(reference)
         except losses() as error:
             raise PartLost(
-                f"the process of {self.name} was lost during {method!r}: {_sentence(error)} `collm train --resume` continues "
+                f"the process of {self.name} was lost during {method!r}: {sentence(error)} `collm train --resume` continues "
                 "from the last checkpoint."
             ) from error
         except ray.exceptions.RayError as error:
-            raise EngineError(f"the process of {self.name} could not answer {method!r}: {_sentence(error)}") from error
+            raise EngineError(f"the process of {self.name} could not answer {method!r}: {sentence(error)}") from error
         finally:
             self.waiting.pop(self.name, None)
         if isinstance(answer, Failed):
@@ -367,7 +367,7 @@ def only(node: str) -> Any:
     return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
-def _sentence(error: BaseException) -> str:
+def sentence(error: BaseException) -> str:
     """The first sentences of Ray's message, without its layout, colours and names of its own."""
     text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
     text = IDENTIFIERS.sub("", text).strip() or type(error).__name__

@@ -16,26 +16,25 @@ from test_seats import check_same
 pytest.importorskip("ray", reason="ray is not installed, so nothing was tried on it: pip install 'collm[cluster]'")
 
 KILLS = int(os.environ.get("COLLM_KILLS", "4"))
-KINDS = {
-    "seat": "ray::Seat",
-    "rollout worker": "ray::Player",
-    "node": "/raylet/raylet",
-    "driver": "",
-    "head": "/gcs_server",
-}
+KINDS = ("seat", "rollout worker", "node", "driver", "head")
+HELD = {"seat": "ray::Seat", "rollout worker": "ray::Player", "node": "/raylet/raylet", "head": "/gcs_server"}
 """Kind of process -> what its command line holds. Of the seats, those of an agent and of the critic, any may be hit."""
-SHARDED = ("--rollout.shards", "3")
 LONGEST = 900.0
+"""Seconds."""
+
+
+def alive(kind: str, driver: int) -> list[int]:
+    return [driver] if kind == "driver" else [pid for pid, line in below(driver).items() if HELD[kind] in line]
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_the_run_ends_equal(tmp_path):
     """`COLLM_KILLS=20 pytest tests/cluster/test_kills_apart.py -m slow -s` kills twenty; losing the head takes a minute."""
     dice = random.Random(os.urandom(8))
-    words = (*SHARDED, "--run.iterations", str(10 * KILLS))
-    subprocess.run(command(tmp_path, "--run.name", "whole", *words), check=True, capture_output=True)
+    settings = ("--rollout.shards", "3", "--run.iterations", str(10 * KILLS))
+    subprocess.run(command(tmp_path, "--run.name", "whole", *settings), check=True, capture_output=True)
     placed = ("--cluster.address", "local", "--cluster.rollouts", "2", "--cluster.restarts", "100")
-    begin = command(tmp_path, "--run.name", "apart", *words, *placed)
+    begin = command(tmp_path, "--run.name", "apart", *settings, *placed)
     resume = [*begin[:3], "train", "--resume", str(tmp_path / "apart"), *placed]
     metrics, killed = tmp_path / "apart" / "metrics.jsonl", []
     end = time.monotonic() + LONGEST
@@ -49,13 +48,11 @@ def test_killed_at_random_moments_the_run_ends_equal(tmp_path):
             time.sleep(dice.uniform(0.2, 2))
             written = metrics.stat().st_mtime_ns if metrics.is_file() else 0
             if len(killed) < KILLS and written > seen:  # the run has gone on since the last kill
-                kind = list(KINDS)[len(killed) % len(KINDS)]
-                there = [pid for pid, line in below(run.pid).items() if KINDS[kind] and KINDS[kind] in line]
-                there = there or ([run.pid] if kind == "driver" else [])
-                if there and run.poll() is None:
+                kind = KINDS[len(killed) % len(KINDS)]
+                if (there := alive(kind, run.pid)) and run.poll() is None:
                     os.kill(dice.choice(there), signal.SIGKILL)
                     killed.append(kind)
-                    seen = written
+                    seen = metrics.stat().st_mtime_ns
                     print(f"{len(killed)}/{KILLS} {kind}", flush=True)
         if run.returncode == 0:
             break

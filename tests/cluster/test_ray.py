@@ -31,6 +31,9 @@ from collm.training.trainer import Trainer
 
 pytest.importorskip("ray", reason="ray is not installed, so nothing was tried on it: pip install 'collm[cluster]'")
 
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+"""Environment of a cluster of one's own, and of its driver."""
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
@@ -149,12 +152,12 @@ def test_rays_errors_are_its_first_sentences_without_its_names():
         "The actor died unexpectedly before finishing this task.\n\tclass_name: Seat\n\tactor_id: d24b4f33\n\tpid: 19912\n"
         "\tnamespace: c18fa6d0-f78d\n\tip: 10.77.3.2\nThe actor died because its node has died. Node Id: ecc4c699\n"
     )
-    assert start._sentence(RuntimeError(died)) == (
+    assert start.sentence(RuntimeError(died)) == (
         "The actor died unexpectedly before finishing this task. The actor died because its node has died."
     )
-    assert start._sentence(RuntimeError("One sentence. " * 40)) == " ".join(["One sentence."] * 21)
-    assert start._sentence(RuntimeError("x" * 400)) == "x" * 300 + " ..."
-    assert start._sentence(RuntimeError()) == "RuntimeError."
+    assert start.sentence(RuntimeError("One sentence. " * 40)) == " ".join(["One sentence."] * 21)
+    assert start.sentence(RuntimeError("x" * 400)) == "x" * 300 + " ..."
+    assert start.sentence(RuntimeError()) == "RuntimeError."
 
 
 def test_rays_messages_are_a_line_each_on_stderr(cluster, capsys):
@@ -260,6 +263,23 @@ def command(folder: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
+def test_a_killed_seat_is_made_again_and_the_run_ends_equal(tmp_path):
+    subprocess.run(command(tmp_path, "--run.name", "whole"), check=True, capture_output=True)
+    apart = subprocess.Popen(
+        command(tmp_path, "--run.name", "apart", "--cluster.address", "local"), stderr=subprocess.PIPE, text=True
+    )
+    until((tmp_path / "apart" / "checkpoints" / "000001").exists)
+    seats = [pid for pid, words in below(apart.pid).items() if words.startswith("ray::Seat")]
+    assert len(seats) == 3
+    os.kill(seats[1], signal.SIGKILL)
+    _, said = apart.communicate(timeout=300)
+    assert apart.returncode == 0, said
+    assert "was lost" in said
+    assert "Restarting (3 left)." in said
+    check_same(tmp_path / "whole", tmp_path / "apart")
+
+
+@pytest.mark.slow
 def test_a_killed_rollout_worker_is_made_again_and_the_run_ends_equal(tmp_path):
     """Two workers, one of them killed: no restart from a checkpoint, and the run of one process with the same shards."""
     subprocess.run(command(tmp_path, "--run.name", "whole", "--rollout.shards", "3"), check=True, capture_output=True)
@@ -321,8 +341,7 @@ def test_two_nodes_train_and_one_of_them_is_lost(tmp_path):
     subprocess.run(command(tmp_path, "--run.name", "whole"), check=True, capture_output=True)
     port = free_port()
     place = f"127.0.0.1:{port}"
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-    environment = {**os.environ, **token}
+    environment = {**os.environ, **TOKEN}
     with tempfile.TemporaryDirectory(prefix="collm-test-", dir="/tmp") as folder:
         head = node("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}", environment=environment)
         with head as first, node(f"--address={place}", environment=environment) as second:
@@ -365,7 +384,7 @@ ray.shutdown()
 @pytest.mark.slow
 def test_seats_share_gpus_as_they_were_placed_in_whatever_order_they_are_made():
     """Two logical GPUs: Ray alone puts the first two seats on one of them, the third on the other, and the last on none."""
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    environment = {**os.environ, **TOKEN}
     done = subprocess.run([sys.executable, "-c", GPUS], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     seen, groups = done.stdout.splitlines()[-2:]

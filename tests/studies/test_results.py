@@ -204,8 +204,11 @@ def area_rows(folder: Path) -> list[str]:
 def test_the_readings_on_a_second_task_are_those_on_the_page() -> None:
     folder = RESULTS / "credit"
     page, runs = (folder / "README.md").read_text(), json.loads((folder / "text_alone_gathering.json").read_text())["runs"]
-    shares = [sum(run[name]["2"] for run in runs) for name in ("explained_variance", "ceiling")]
-    assert f"the readings explain {shares[0] / shares[1]:.2f} of what a regression" in page
+    third, last = (
+        sum(run["explained_variance"][turn] for run in runs) / sum(run["ceiling"][turn] for run in runs) for turn in "23"
+    )
+    assert f"the readings explain {third:.2f} of what a regression" in page
+    assert f"explains, and before the last turn {last:.2f};" in page
     for run in runs:
         cells = [f"{run[name][turn]:.3f}" for turn in "123" for name in ("explained_variance", "ceiling")]
         assert f"| {run['seed']} | {' | '.join(cells)} |" in page

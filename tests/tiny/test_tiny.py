@@ -91,7 +91,7 @@ def test_its_recipe_gives_the_same_weights_twice(tmp_path: Path) -> None:
     digests = []
     for name in ("one", "two"):
         folder = tmp_path / name
-        command = [sys.executable, "-m", "collm.tiny.workshop.pretrain", str(folder), "--steps", "8", "--threads", "1"]
+        command = [sys.executable, "-m", "collm.tiny.workshop.pretrain", str(folder), "--steps", "20", "--threads", "1"]
         subprocess.run(command, check=True, capture_output=True, timeout=1200)
         digests.append(hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest())
     assert digests[0] == digests[1]
