@@ -78,3 +78,4 @@ def test_a_host_is_cut_off_in_the_middle(tmp_path, back_after):
             assert list(map(len, seats)) == [1, 1]  # an agent on each host
             assert ("was lost" in said) == (back_after is None)
     check_same(tmp_path / "whole", tmp_path / "apart")
+    assert (tmp_path / "apart" / "final").is_dir()
