@@ -283,7 +283,7 @@ class RaySeat:
         except ray.exceptions.GetTimeoutError as error:
             raise ConfigError(
                 f"the process of {self.name} did not start within {START:.0f} s: its device is taken by other work of the "
-                "cluster. Wait for it, or choose another cluster.address."
+                "cluster, or its node is too busy to start it. Wait for that work, or choose another cluster.address."
             ) from error
         except ray.exceptions.RayError as error:
             raise ConfigError(f"the process of {self.name} did not start: {sentence(error)}") from error

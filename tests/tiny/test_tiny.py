@@ -91,8 +91,8 @@ def test_its_recipe_gives_the_same_weights_twice(tmp_path: Path) -> None:
     digests = []
     for name in ("one", "two"):
         folder = tmp_path / name
-        command = [sys.executable, "-m", "collm.tiny.workshop.pretrain", str(folder), "--steps", "20", "--threads", "1"]
-        subprocess.run(command, check=True, capture_output=True, timeout=1200)
+        words = f"-m collm.tiny.workshop.pretrain {folder} --chats 500 --steps 20 --threads 1"
+        subprocess.run([sys.executable, *words.split()], check=True, capture_output=True, timeout=1200)
         digests.append(hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest())
     assert digests[0] == digests[1]
     assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (tmp_path / "two" / "tokenizer.json").read_bytes()

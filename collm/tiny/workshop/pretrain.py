@@ -108,10 +108,15 @@ def batches(chat: Chat, seed: int, tokens: int, longest: int) -> Iterator[tuple[
             yield ids_BL, weights_BL
 
 
-def pretrain(folder: Path, *, seed: int = 0, steps: int = 2400, tokens: int = 6144, lr: float = 3e-3) -> None:
-    """Train and write model and tokenizer (fp16 safetensors) to `folder`; prints the loss and the time left."""
+def pretrain(
+    folder: Path, *, seed: int = 0, chats: int = 8000, steps: int = 2400, tokens: int = 6144, lr: float = 3e-3
+) -> None:
+    """Train and write model and tokenizer (fp16 safetensors) to `folder`; prints the loss and the time left.
+
+    The tokenizer is trained on so many `chats`, the model in so many `steps` of about `tokens` tokens each.
+    """
     tokenizer = make_tokenizer(
-        text for turns in itertools.islice(demonstrations.chats(seed + 1), 8000) for pair in turns for text in pair
+        text for turns in itertools.islice(demonstrations.chats(seed + 1), chats) for pair in turns for text in pair
     )
     chat = Chat(tokenizer)
     model = make_model(len(tokenizer), seed)
@@ -150,11 +155,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the tiny language model that collm ships.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chats", type=int, default=8000, help="for the tokenizer")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--threads", type=int, default=1, help="the shipped weights were made with 1")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    pretrain(arguments.folder, seed=arguments.seed, steps=arguments.steps)
+    pretrain(arguments.folder, seed=arguments.seed, chats=arguments.chats, steps=arguments.steps)
 
 
 if __name__ == "__main__":
