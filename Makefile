@@ -67,7 +67,7 @@ test-vllm:
 # loads at each start.
 .venv-clients/made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-clients
-	.venv-clients/bin/python -m pip install --quiet -c constraints.txt -e ".[dev,clients,trackers,cluster-serve]"
+	.venv-clients/bin/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev,clients,trackers,cluster-serve]"
 	@touch $@
 
 test-clients: .venv-clients/made
@@ -77,7 +77,7 @@ test-clients: .venv-clients/made
 # mkdocs reads docstrings from source, so collm itself is not installed there.
 .venv-docs/made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet -c constraints.txt $$($(PYTHON) -c "$$EXTRAS" docs)
+	.venv-docs/bin/python -m pip install --quiet --no-compile -c constraints.txt $$($(PYTHON) -c "$$EXTRAS" docs)
 	@touch $@
 
 docs: .venv-docs/made

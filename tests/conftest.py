@@ -22,12 +22,13 @@ os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (PASSED_
 """A machine's HTTP proxy does not reach the servers that tests start."""
 
 LONGEST_FIRST = (
+    "test_the_commands_of_the_readme_run",
     "test_the_plan_is_within_15_percent_of_what_training_takes",
-    "test_its_recipe_gives_the_same_weights_twice",
-    "test_killed_twenty_times_five_of_them_inside_a_save",
+    "test_killed_at_random_moments_the_run_ends_equal",
+    "test_runs_are_on_both_nodes_and_one_of_them_is_lost",
     "test_killed_in_the_middle_it_repeats_nothing_and_ends_the_same",
 )
-"""Tests of minutes begin first, so that two workers end together."""
+"""Tests of minutes begin first, so that all workers end together."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -388,9 +388,10 @@ def test_a_written_page_asks_for_nothing(tmp_path: Path, browser: Browser) -> No
     assert browser.console() == []
 
 
-POLLS = 24 * 3600 // 2
-"""Polls of 24 hours."""
-ARRIVALS = 108
+HOURS = int(os.environ.get("COLLM_HOURS", "6"))
+POLLS = HOURS * 3600 // 2
+"""Polls of so many hours."""
+ARRIVALS = 4 * HOURS
 """Iterations that arrive meanwhile."""
 
 
@@ -400,7 +401,8 @@ def resident(process: subprocess.Popen[str]) -> int:
 
 
 @pytest.mark.slow
-def test_a_day_of_polling_leaves_memory_flat(tmp_path: Path, browser: Browser) -> None:
+def test_hours_of_polling_leave_memory_flat(tmp_path: Path, browser: Browser) -> None:
+    """`COLLM_HOURS=24 pytest -m slow tests/reports/test_live.py -s` polls as in a day."""
     folder = new_run(tmp_path / "run")
     with watching(folder) as (process, url, _):
         browser.call("/url", {"url": url})
