@@ -444,7 +444,7 @@ def test_the_plan_is_within_15_percent_of_what_training_takes() -> None:
     cases = ["own critics", "no critic"]
     if multiplies_bfloat16():  # without its instructions the third case takes an hour
         cases.append("bfloat16 adapters")
-    command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--json", "--cases", *cases]
+    command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--json", "--iterations", "3", "--cases", *cases]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
