@@ -2,16 +2,18 @@
 
     python benchmarks/cluster.py apart      # one process against a seat for each model: CPU seconds, wall time, driver
     python benchmarks/cluster.py rollouts   # one rollout worker against two, with the same shards: wall time
+    python benchmarks/cluster.py ahead      # a rollout worker that plays while seats learn against one that waits: wall time
     python benchmarks/cluster.py apart --one-core --repeats 5 --out FILE.json
+    python benchmarks/cluster.py apart --iterations 4 -- --team.model build/smollm2   # settings of every side
 
 Each side is `collm train RECIPE` in a process group of its own, with one thread a process. Sides take turns, and ratios are
 those of one repeat; their median is printed. Loading of models, the start of Ray and the first iterations (--skip) are left
 out: counting begins when the metrics of the last skipped iteration are written, and ends with those of the last iteration.
 
 CPU seconds are those of all processes: the driver, seats and workers, and Ray's own. Wall times need idle cores: two for
-`apart` with two agents, and one for each rollout worker. Busy cores slow each other down (memory, and threads of one core), so
-a side of `apart` is the same run twice at once, whose CPU seconds are the mean of both. With --one-core all processes of a side
-share one core.
+`apart` with two agents, one for each rollout worker, and for `ahead` those of the seats as well. Busy cores slow each other
+down (memory, and threads of one core), so a side of `apart` is the same run twice at once, whose CPU seconds are the mean of
+both. With --one-core all processes of a side share one core.
 """
 
 from __future__ import annotations
@@ -39,6 +41,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.jo
 QUIET = ("--run.trackers", "[]", "--run.threads", "1", "--evaluation.every", "0")
 
 STR_BUILD = ("recipes/tiny/str_build.toml",)
+CLIPPED = (
+    *(*STR_BUILD, "--algorithm.name", "magrpo", "--algorithm.loss", "ppo_clip"),
+    *("--cluster.address", "local", "--cluster.rollouts", "1"),
+)
 JUDGED = (
     *("recipes/tiny/agree.toml", "--env.name", "cluster:Judged", "--env.turns", "2", "--algorithm.name", "magrpo"),
     *("--rollout.tasks", "16", "--rollout.shards", "4"),
@@ -69,6 +75,7 @@ SIDES: dict[str, dict[str, tuple[str, ...]]] = {
         "one worker": (*JUDGED, "--cluster.address", "local", "--cluster.rollouts", "1"),
         "two workers": (*JUDGED, "--cluster.address", "local", "--cluster.rollouts", "2"),
     },
+    "ahead": {"in turn": CLIPPED, "ahead": (*CLIPPED, "--rollout.ahead", "1")},
 }
 
 
@@ -150,7 +157,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--one-core", action="store_true", help="all processes on one core")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    own, dashes, settings = sys.argv[1:], "--", list[str]()
+    if dashes in own:
+        own, settings = own[: own.index(dashes)], own[own.index(dashes) + 1 :]
+    options = parser.parse_args(own)
     if not 1 <= options.skip < options.iterations:
         parser.error("--skip must be at least 1 and less than --iterations")
     if options.one_core:
@@ -161,7 +171,10 @@ def main() -> None:
     for repeat in range(1, options.repeats + 1):
         for name, words in sides.items():
             with ThreadPoolExecutor() as pool:
-                copies = [pool.submit(measure, words, options.iterations, options.skip) for _ in range(1 + (name == TWICE))]
+                copies = [
+                    pool.submit(measure, (*words, *settings), options.iterations, options.skip)
+                    for _ in range(1 + (name == TWICE))
+                ]
             spent = mean([copy.result() for copy in copies])
             found[name].append(spent)
             parts = f"driver {spent.driver:.1f}, seats and workers {spent.seats:.1f}, Ray's own {spent.ray:.1f}"
@@ -182,7 +195,11 @@ def main() -> None:
     if options.out:
         spent_by = {name: [asdict(one) for one in all_] for name, all_ in found.items()}
         options.out.write_text(
-            json.dumps({"cores": len(os.sched_getaffinity(0)), "seconds": spent_by, "ratios": ratios}, indent=1) + "\n"
+            json.dumps(
+                {"cores": len(os.sched_getaffinity(0)), "settings": settings, "seconds": spent_by, "ratios": ratios},
+                indent=1,
+            )
+            + "\n"
         )
 
 

@@ -32,12 +32,14 @@ class Outlook:
     """Name as in `plans` -> operations in an iteration, by phase."""
     alone: float
     """Operations of an iteration on one device, without rollout workers."""
+    ahead: bool = False
+    """Whether rollout workers generate while the seats learn."""
 
     @property
     def widest(self) -> tuple[str, str, float]:
         """(unit, phase, fraction) that an iteration waits for most, with a device for every unit."""
         own = self.costs
-        whole = iteration([[one] for one in own.values()])
+        whole = iteration([[one] for one in own.values()], ahead=self.ahead)
         size, unit, phase = max((size, unit, phase) for unit, one in own.items() for phase, size in one.items())
         return unit, phase, size / whole
 
@@ -45,13 +47,13 @@ class Outlook:
     def duration(self) -> float:
         """Operations of an iteration one after another."""
         own = self.costs
-        return iteration([[own[unit] for unit in units] for units in self.devices])
+        return iteration([[own[unit] for unit in units] for units in self.devices], ahead=self.ahead)
 
     @property
     def speed_ups(self) -> tuple[float, float]:
         """Operations on one device over those one after another: on these devices, and on one for every unit."""
         own = self.costs
-        return self.alone / self.duration, self.alone / iteration([[one] for one in own.values()])
+        return self.alone / self.duration, self.alone / iteration([[one] for one in own.values()], ahead=self.ahead)
 
 
 def outlook(config: Config, limit: int, work: Work | None = None) -> Outlook:
@@ -73,9 +75,10 @@ def outlook(config: Config, limit: int, work: Work | None = None) -> Outlook:
         shards = len(range(number, config.rollout.shards, config.cluster.rollouts))
         spent[need.unit] = costs_of_worker(plans[need.unit], shards)
     needs += workers
+    ahead = bool(config.rollout.ahead and workers)
     whole = iteration([[costs(found) for found in apart(with_settings(config, {"cluster.rollouts": 0}), work)]])
     if any(need.on(device) > 1 for need in needs):
-        return Outlook(plans, (), ranks, spent, whole)
+        return Outlook(plans, (), ranks, spent, whole, ahead)
     devices = [Device(str(number), "cuda", limit) for number in range(fewest(needs, device))]
     found = place(needs, devices)
     placed = tuple(tuple(unit for unit in plans if found[unit].device == one) for one in devices)
@@ -87,7 +90,7 @@ def outlook(config: Config, limit: int, work: Work | None = None) -> Outlook:
                 f"cluster.devices ({named}) puts {' and '.join(units)} on one device, which need {size / GIB:.1f} of its "
                 f"{limit / GIB:.1f} GiB. Name larger shares, or leave them out to place units by their memory."
             )
-    return Outlook(plans, placed, ranks, spent, whole)
+    return Outlook(plans, placed, ranks, spent, whole, ahead)
 
 
 def way_out(config: Config, limit: int) -> Settings | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safetensors.torch import load
+from safetensors.torch import load, save
 
 from collm.cluster.seats import Seat
 from collm.envs.base import EnvMaker
 from collm.learning.tensors import restore
+from collm.models.split import whole_weights
 from collm.rollout.collector import LocalCollector
 from collm.rollout.plan import Plan
 from collm.runs.heap import HEAP
@@ -22,6 +23,11 @@ class Player(Seat):
         """Load the weights of a policy, which `renew` gives to the engine. Raises ValueError if they do not fit."""
         assert self.held.team is not None
         restore(self.held.team.policies[policy].trained, load(data))
+
+    def policy(self, policy: str) -> bytes:
+        """The weights of a policy, as `weights` takes them."""
+        assert self.held.team is not None
+        return save(whole_weights(self.held.team.policies[policy].trained))
 
     def renew(self) -> None:
         HEAP.iterated()

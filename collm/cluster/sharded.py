@@ -36,6 +36,7 @@ class Rollouts:
         sources: policy -> (the seat that trains it, the name of its file in a checkpoint).
         shards: number of pieces that tasks are cut into.
         restarts: number of lost workers that are made again, at most.
+        ahead: whether the seats learn while pieces are played. A worker that is made again then has its weights from another.
         say: called with each line of progress.
     """
 
@@ -50,10 +51,11 @@ class Rollouts:
         *,
         shards: int,
         restarts: int,
+        ahead: bool = False,
         say: Callable[[str], None] = complain,
     ):
         self.cluster, self.places, self.make, self.sources = cluster, places, make, sources
-        self.shards, self.restarts, self.say = shards, restarts, say
+        self.shards, self.restarts, self.ahead, self.say = shards, restarts, ahead, say
         self.heartbeat = Heartbeat(cluster.waiting)
         self.workers: dict[str, RaySeat] = {name: self._begin(name) for name in places}
         self.current = set[str]()
@@ -68,13 +70,18 @@ class Rollouts:
 
     def play(self, plan: Plan, tasks: Sequence[int], keys: Sequence[int], iteration: int = 0) -> list[Group]:
         """As `Collector.play`; one worker each plays a piece."""
+        return self.begin(plan, tasks, keys, iteration)()
+
+    def begin(self, plan: Plan, tasks: Sequence[int], keys: Sequence[int], iteration: int) -> Callable[[], list[Group]]:
+        """As `Background.begin`: every worker begins a piece. The returned function hands out those that are left."""
         shared = self.cluster.share(plan)
         pieces = [(shared, tasks[piece], keys[piece], iteration) for piece in cut(len(tasks), self.shards)]
-        return [group for groups in self._hand_out("play", pieces) for group in groups]
+        finish = self._hand_out("play", pieces)
+        return lambda: [group for groups in finish() for group in groups]
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One worker answers all requests."""
-        (answers,) = self._hand_out("generate", [(requests,)])
+        (answers,) = self._hand_out("generate", [(requests,)])()
         return list(answers)
 
     def load(self, team: Any) -> None:
@@ -90,38 +97,61 @@ class Rollouts:
         self.heartbeat.stop()
         self.cluster.close()
 
-    def _hand_out(self, method: str, work: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call `method` of any worker once with each of these arguments; returns the results in their order.
+    def _hand_out(self, method: str, work: Sequence[tuple[Any, ...]]) -> Callable[[], list[Any]]:
+        """Call `method` of any worker once with each of these arguments, every worker beginning now; returns a function that
+        waits for the results, in their order.
 
-        What a lost worker was doing is given to another one. Raises PartLost when none is left.
+        What a lost worker was doing is given to another one. Raises PartLost when none is left that can do it.
         """
         left, results = deque(range(len(work))), dict[int, Any]()
         running = self.running = {}
-        while len(results) < len(work):
-            self._send_weights()
+
+        def begin(*, older: bool = False) -> None:
+            self._send_weights(older=older)
             for name, worker in self.workers.items():
                 if left and name not in running:
                     number = left.popleft()
                     running[name] = number, worker.ask(method, *work[number])
-            names = list(running)
-            name = names[self.cluster.first([running[name][1] for name in names])]
-            number, call = running.pop(name)
-            try:
-                results[number] = call()
-            except PartLost as error:
-                left.appendleft(number)
-                self._replace(name, error)
-        return [results[number] for number in range(len(work))]
 
-    def _send_weights(self) -> None:
-        """Give the seats' weights to the workers that do not have them; one policy at a time travels."""
+        def finish() -> list[Any]:
+            while len(results) < len(work):
+                begin(older=self.ahead)
+                names = list(running)
+                name = names[self.cluster.first([running[name][1] for name in names])]
+                number, call = running.pop(name)
+                try:
+                    results[number] = call()
+                except PartLost as error:
+                    left.appendleft(number)
+                    self._replace(name, error)
+            return [results[number] for number in range(len(work))]
+
+        begin()
+        return finish
+
+    def _send_weights(self, *, older: bool) -> None:
+        """Give the present weights to the workers that do not have them; one policy at a time travels.
+
+        older: the seats may have newer ones; a worker that has the present ones sends them. Raises PartLost if none has.
+        """
         while behind := [name for name in self.workers if name not in self.current]:
+            holder = next((name for name in self.workers if name in self.current), None)
+            if older and holder is None:
+                raise PartLost("no rollout worker is left with the weights that the iteration is played with.")
             lost: dict[str, PartLost] = {}
             for policy, (seat, file) in self.sources.items():
-                data = self.cluster.share(seat.ask("tensors", file)())
+                call = self.workers[holder].ask("policy", policy) if older and holder else seat.ask("tensors", file)
+                try:
+                    data = self.cluster.share(call())
+                except PartLost as gone:
+                    if not older:
+                        raise
+                    lost = {str(holder): gone}
+                    break
                 lost |= self._tell([name for name in behind if name not in lost], "weights", policy, data)
-            lost |= self._tell([name for name in behind if name not in lost], "renew")
-            self.current |= set(behind) - set(lost)
+            else:
+                lost |= self._tell([name for name in behind if name not in lost], "renew")
+                self.current |= set(behind) - set(lost)
             for name, error in lost.items():
                 self._replace(name, error)
 

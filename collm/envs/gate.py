@@ -129,7 +129,7 @@ def numbers(mapping: Any, what: str) -> dict[str, float]:
 
 
 def texts(observations: Any, live: Sequence[str]) -> dict[str, str]:
-    """Observations as text that UTF-8 can encode. Raises EnvError where one of a live agent is missing."""
+    """Observations of agents as text that UTF-8 can encode. Raises EnvError where one of a live agent is missing."""
     _mapping(observations, "observations")
     missing = [agent for agent in live if agent not in observations]
     if missing:
@@ -137,7 +137,7 @@ def texts(observations: Any, live: Sequence[str]) -> dict[str, str]:
     for agent, text in observations.items():
         if not isinstance(text, str):
             raise EnvError(f"{_shown(agent)} observed {type(text).__name__}, not text.")
-    return {agent: encodable(str(text)) for agent, text in observations.items()}
+    return {agent: encodable(str(text)) for agent, text in observations.items() if isinstance(agent, str)}
 
 
 def _live(env: ParallelEnv) -> list[str]:

@@ -198,7 +198,7 @@ class PolicyPart:
                     sequences = [sequence for rows in packed.values() for sequence in rows]
                     metrics[f"{self.name}/step_fraction"] = self._shorten(sequences, moved, before_X, good_X, settings.max_drop)
                 metrics |= self._summary(totals, num)
-                metrics |= {} if epoch else self._gaps(totals)
+                metrics |= {} if epoch else self._gaps(totals, iteration)
         return dict(metrics)
 
     def _shorten(
@@ -248,13 +248,13 @@ class PolicyPart:
             metrics[f"{name}/kl"] = totals["kl"] / scored
         return metrics
 
-    def _gaps(self, totals: Metrics) -> Metrics:
-        """Absolute difference per token between the engine's and the learner's log-probs before any step: mean and maximum, in
-        nats. 0 up to rounding if both use the same weights in the same number format."""
-        metrics: Metrics = {}
+    def _gaps(self, totals: Metrics, iteration: int) -> Metrics:
+        """Absolute difference per token between the engine's and the learner's log-probs before any step, in nats: 0 up to
+        rounding for the same weights in the same number format. With rollout.ahead the engine's are an update older."""
+        metrics, gap = Metrics(), "staleness" if iteration and self.config.rollout.ahead else "logprob_gap"
         for agent in self.agents:
-            metrics[f"{agent}/logprob_gap_mean"] = totals[f"{agent}/gap"] / max(totals[f"{agent}/tokens"], 1)
-            metrics[f"{agent}/logprob_gap_max"] = totals[f"{agent}/gap_max"]
+            metrics[f"{agent}/{gap}_mean"] = totals[f"{agent}/gap"] / max(totals[f"{agent}/tokens"], 1)
+            metrics[f"{agent}/{gap}_max"] = totals[f"{agent}/gap_max"]
         return metrics
 
     def _policy_loss(

@@ -84,10 +84,15 @@ def _generated(found: Plan, policies: Sequence[PolicySpec]) -> float:
     return 2.0 * products * tokens
 
 
-def iteration(devices: Sequence[Sequence[Costs]]) -> float:
+def iteration(devices: Sequence[Sequence[Costs]], *, ahead: bool = False) -> float:
     """Operations of an iteration one after another: in each phase those of the device with the most.
 
     devices: of each device, the costs of its units.
+    ahead: rollout workers generate during the other phases, so that those of the longer count, or all of one device.
     """
     phases = dict.fromkeys(phase for units in devices for unit in units for phase in unit)
-    return sum(max(sum(unit[phase] for unit in units) for units in devices) for phase in phases)
+    longest = {phase: max(sum(unit[phase] for unit in units) for units in devices) for phase in phases}
+    if not ahead:
+        return sum(longest.values())
+    generation = longest.pop("generation")
+    return max(generation, sum(longest.values()), *(sum(sum(unit.values()) for unit in units) for units in devices))

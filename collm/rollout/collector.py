@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 from collm.engines.base import Engine
 from collm.rollout.collect import collect
@@ -20,9 +20,29 @@ class Collector(Protocol):
         """Play one group per task; its random numbers follow from its key alone.
 
         The returned episodes are complete, with the resampled answers and no-op replays of the plan, and are not changed later.
-        iteration: the iteration whose weights answer.
+        iteration: the iteration that learns from the episodes, counted from 0. The present weights answer.
         """
         ...
+
+
+@runtime_checkable
+class Background(Collector, Protocol):
+    """A collector that plays in other processes, while this one goes on."""
+
+    def begin(self, plan: Plan, tasks: Sequence[int], keys: Sequence[int], iteration: int) -> Callable[[], list[Group]]:
+        """As `play`, with the present weights; returns a function that waits for the groups."""
+        ...
+
+
+def begin_play(
+    collector: Collector, plan: Plan, tasks: Sequence[int], keys: Sequence[int], iteration: int
+) -> Callable[[], list[Group]]:
+    """Begin to play with the present weights; returns a function that waits for the groups. A collector that plays in this
+    process has played them by then."""
+    if isinstance(collector, Background):
+        return collector.begin(plan, tasks, keys, iteration)
+    groups = collector.play(plan, tasks, keys, iteration)
+    return lambda: groups
 
 
 def cut(number: int, shards: int) -> list[slice]:

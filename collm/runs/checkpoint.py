@@ -11,6 +11,7 @@
         critic-NAME.safetensors     critic (of its adapter and head alone, if it is one) or value head, with running moments
         optimizer-NAME.safetensors  AdamW's averages and step counts
         replay-critic-NAME.safetensors  recent iterations, with critic.replay or critic.body="frozen"
+        ahead.json                  episodes of the next iteration, with rollout.ahead
 
 Nothing is pickled, and no random state is saved: every random number is a function of the seed and of its purpose.
 """
@@ -34,15 +35,18 @@ from collm.learning.learner import Learner
 from collm.learning.tensors import restore
 from collm.models.blueprint import POLICY
 from collm.models.team import AnyTeam
+from collm.runs import groups
 from collm.runs.directory import checkpoints
 from collm.runs.examples import of_agent, write_examples
 from collm.runs.files import REMOVING, explained, remove, replacing, write_text
-from collm.types import Example
+from collm.types import Example, Group
 
 FORMAT = 1
 SAVE_AFTER, SAVE_SHARE = 60.0, 0.02
 """See `Pace`: seconds, and a fraction of the time."""
-STATE = "state.json"
+KEPT = 2
+"""Number of last checkpoints kept, beside the best one by held-out reward."""
+STATE, AHEAD = "state.json", "ahead.json"
 _DAMAGE = (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, RecursionError, SafetensorError)
 
 
@@ -66,9 +70,10 @@ class Pace:
         self.took = self.saved - began
 
 
-def save(folder: Path, learner: Learner, state: Mapping[str, Any]) -> None:
+def save(folder: Path, learner: Learner, state: Mapping[str, Any], ahead: Sequence[Group] | None = None) -> None:
     """Write checkpoint `folder` atomically. If it exists already, only its state is replaced.
 
+    ahead: the groups that were played for the next iteration already.
     Raises SaveError and leaves no files behind then.
     """
     account = json.dumps({"format": FORMAT, **state}, indent=1)
@@ -81,6 +86,8 @@ def save(folder: Path, learner: Learner, state: Mapping[str, Any]) -> None:
         for name, tensors in learner.tensors().items():
             with failing_as_os_errors():
                 save_file(tensors, aside / f"{name}.safetensors")
+        if ahead is not None:
+            (aside / AHEAD).write_text(json.dumps(groups.plain(ahead)), encoding="utf-8")
         (aside / STATE).write_text(account, encoding="utf-8")
 
 
@@ -109,11 +116,12 @@ def failing_as_os_errors() -> Iterator[None]:
 
 
 def load(folder: Path, learner: Learner) -> dict[str, Any]:
-    """Restore weights, critics and optimizers, and return the state. Raises RunError where the files cannot be read or do not
-    fit."""
-    state = read_state(folder)
+    """Restore weights, critics and optimizers, and return the state, with the groups played ahead as "ahead". Raises RunError
+    where the files cannot be read or do not fit."""
+    state, ahead = read_state(folder), folder / AHEAD
     try:
         learner.restore(lambda name: load_file(folder / f"{name}.safetensors"))
+        state["ahead"] = groups.read(groups.GROUPS, json.loads(ahead.read_text(encoding="utf-8"))) if ahead.exists() else None
     except _DAMAGE as error:
         raise RunError(
             f"checkpoint {folder} cannot be read: {error}. Remove that folder to continue from the one before it."
@@ -152,9 +160,9 @@ def load_policies(folder: Path, policies: Mapping[str, Any]) -> None:
         raise RunError(f"checkpoint {folder} cannot be read: {error}.") from error
 
 
-def prune(run: Path, keep: int, best: int | None) -> None:
-    """Delete all checkpoints except the last `keep` and the best one. A folder is renamed before it is deleted."""
-    for old in checkpoints(run)[:-keep]:
+def prune(run: Path, best: int | None) -> None:
+    """Delete all checkpoints except the last `KEPT` and the best one. A folder is renamed before it is deleted."""
+    for old in checkpoints(run)[:-KEPT]:
         if best is None or int(old.name) != best:
             doomed = old.with_name(f"{REMOVING}{old.name}")
             remove(doomed)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # figures are drawn without torch
 
 EMPTY: Mapping[Any, Any] = {}
 NOTHING = Annotation()
+EPISODES_SAVED = 4
+"""Training episodes written to the run directory per iteration."""
 
 
 def episode_record(episode: Episode, annotations: Mapping[tuple[int, str], Annotation] = EMPTY) -> dict[str, Any]:

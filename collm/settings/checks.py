@@ -104,6 +104,14 @@ def shards_have_tasks(c: Config) -> None:
         )
 
 
+def older_answers_are_corrected(c: Config) -> None:
+    if c.rollout.ahead and c.algorithm.loss == "reinforce":
+        raise ValueError(
+            f"rollout.ahead={c.rollout.ahead} trains on answers of an older policy, and algorithm.loss='reinforce' does not "
+            "correct for that: with it teams lost what they had learned. Set algorithm.loss='ppo_clip', or rollout.ahead=0."
+        )
+
+
 def critic_settings_have_a_critic(c: Config) -> None:
     if c.algorithm.has_critic:
         return
@@ -236,6 +244,7 @@ CONFIG = (
     sampling_varies,
     vllm_can_sample,
     shards_have_tasks,
+    older_answers_are_corrected,
     critic_settings_have_a_critic,
     regressions_have_a_source,
     warm_up_ends,

@@ -36,6 +36,7 @@ ADDED: dict[tuple[str, str], Any] = {
     ("env", "wording"): "terse",
     ("rollout", "examples"): 0,
     ("rollout", "shards"): 1,
+    ("rollout", "ahead"): 0,
     ("algorithm", "max_drop"): None,
     ("critic", "loss"): "mse",
     ("critic", "replay"): None,

@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from collm.errors import ConfigError
 from collm.settings import checks, former
@@ -141,6 +133,9 @@ class RolloutSettings(Room):
     """Tasks drawn per iteration; each is played as one episode, one group or one turn tree."""
     shards: int = Field(1, ge=1)
     """Pieces that tasks are cut into, each played by itself, if wanted by several processes (`cluster.rollouts`)."""
+    ahead: int = Field(0, ge=0, le=1)
+    """Updates that the weights which play an iteration may lack: with 1 its episodes are played while the update of the
+    iteration before is computed, if by other processes (`cluster.rollouts`); it needs a clipped `algorithm.loss`."""
     protocol: Literal["parallel", "pipeline", "discussion"] = "parallel"
     """Order of answers within a turn: "parallel" is decentralized execution; "pipeline" (one agent after the other) and
     "discussion" (a round of messages before the answers) are for evaluation only."""

@@ -380,6 +380,7 @@ def make_seats(
                 {policy.name: (homes[policy.name], policy.weights_name) for policy in blueprint.policies},
                 shards=config.rollout.shards,
                 restarts=config.cluster.restarts,
+                ahead=config.rollout.ahead > 0,
             )
         vocabulary = max(wait() for wait in filled)
     except BaseException:

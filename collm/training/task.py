@@ -115,6 +115,12 @@ def metric_names(config: Config) -> tuple[str, ...]:
     return tuple(sorted(names - frozenset(getattr(env, "diagnostics", ()))))
 
 
+def drawn(config: Config, iteration: int, tasks: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The tasks that an iteration plays, of these, and the key of each: a function of the seed and the iteration."""
+    chosen = draw_tasks(config.run.seed, iteration, config.rollout.tasks, tasks)
+    return chosen, [seeds.derive(config.run.seed, "episode", iteration, i) for i in range(len(chosen))]
+
+
 def draw_tasks(seed: int, iteration: int, count: int, tasks: Sequence[int]) -> list[int]:
     """`count` of these tasks for one iteration: a new random order of all of them in every pass."""
     drawn: list[int] = []

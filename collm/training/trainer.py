@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from collm import seeds
 from collm.engines.base import Engine
 from collm.errors import ConfigError
 from collm.learning.learner import Learner
 from collm.models.team import Team
-from collm.rollout.collector import Collector
+from collm.rollout.collector import Collector, begin_play
 from collm.runs import checkpoint
 from collm.runs.alarms import PREFIX, Alarms, answer_metrics, sentence
 from collm.runs.directory import begin, checkpoints, lock, resumed_config, write_config
 from collm.runs.examples import recorded_examples, write_examples
 from collm.runs.heap import HEAP
-from collm.runs.log import RunLog, describe
+from collm.runs.log import EPISODES_SAVED, RunLog, describe
 from collm.settings.rooms import Config
 from collm.training.assemble import assemble, prepare, unfiltered
 from collm.training.display import Display
 from collm.training.evaluate import evaluate
 from collm.training.signals import Interrupted, Signals
-from collm.training.task import draw_tasks
+from collm.training.task import drawn
 from collm.types import Group
-
-KEPT = 2
-"""Number of last checkpoints kept, beside the best one by held-out reward."""
-EPISODES_SAVED = 4
-"""Training episodes written to the run directory per iteration."""
 
 
 class Trainer:
@@ -76,6 +70,7 @@ class Trainer:
         self.plan, self.tasks, self.rates = made.plan, made.tasks, made.rates
         self.iteration = self.joint_actions = 0
         self.best: tuple[float, int] | None = None
+        self.ahead: list[Group] | None = None  # those of the next iteration, with rollout.ahead
         self.pending: dict[str, Any] | None = {"iteration": 0, "joint_actions": 0, **unfiltered(made.team, made.plan.sampling)}
         self.changed, self.pace, self.whole = False, checkpoint.Pace(), True  # not whole during an update
 
@@ -115,12 +110,19 @@ class Trainer:
         """One iteration: collect episodes, update, and evaluate and save if due."""
         started, number = time.monotonic(), self.iteration + 1
         with display.phase("collecting", self.engine, of=number), self.signals.at_once():
-            groups = self.collect()
+            groups = self.collect() if self.ahead is None else self.ahead
+            later: Callable[[], list[Group]] | None = None
+            if self.config.rollout.ahead and number < self.config.run.iterations:
+                self.engine.rest()
+                later = begin_play(self.collector, self.plan, *drawn(self.config, number, self.tasks), number)
         self.engine.rest()
         collected = time.monotonic()
         with display.phase("learning", of=number), self.signals.at_once():
             self.whole = False
             update = self.learner.update(groups, self.iteration)
+            learned = time.monotonic()
+            self.ahead = later() if later else None
+            waited = time.monotonic() - learned
         self.engine.load(self.team)
         HEAP.iterated()
         episodes = [episode for group in groups for episode in group.episodes]
@@ -128,7 +130,7 @@ class Trainer:
         self.iteration, self.whole = number, True
         record = {"iteration": number, "joint_actions": self.joint_actions, **describe(episodes), **update.metrics}
         record |= answer_metrics(episodes, self.plan.env.make("train"))
-        record |= {"seconds/collect": collected - started, "seconds/learn": time.monotonic() - collected}
+        record |= {"seconds/collect": collected - started + waited, "seconds/learn": time.monotonic() - collected - waited}
         log.episodes(number, episodes[:EPISODES_SAVED], update.annotations)
         self._complete(record, log, display)
 
@@ -153,9 +155,7 @@ class Trainer:
 
     def collect(self) -> list[Group]:
         """Play this iteration's tasks; tasks and random numbers are a function of the seed and the iteration."""
-        tasks = draw_tasks(self.config.run.seed, self.iteration, self.config.rollout.tasks, self.tasks)
-        keys = [seeds.derive(self.config.run.seed, "episode", self.iteration, i) for i in range(len(tasks))]
-        return self.collector.play(self.plan, tasks, keys, self.iteration)
+        return self.collector.play(self.plan, *drawn(self.config, self.iteration, self.tasks), self.iteration)
 
     def _evaluate(self, log: RunLog, display: Display) -> dict[str, Any]:
         """Held-out means now; the best iteration is recorded so that its checkpoint is kept."""
@@ -183,8 +183,8 @@ class Trainer:
         best, name = self.best and list(self.best), f"{self.iteration:06d}"
         state = {"iteration": self.iteration, "joint_actions": self.joint_actions, "best": best, "pending": self.pending}
         with self.pace.measure():
-            checkpoint.save(self.folder / "checkpoints" / name, self.learner, state)
-            checkpoint.prune(self.folder, KEPT, self.best and self.best[1])
+            checkpoint.save(self.folder / "checkpoints" / name, self.learner, state, self.ahead)
+            checkpoint.prune(self.folder, self.best and self.best[1])
 
     def _restore(self) -> None:
         if found := checkpoints(self.folder):
@@ -196,5 +196,5 @@ class Trainer:
                 )
             self.iteration, self.joint_actions = state["iteration"], state["joint_actions"]
             self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
-            self.pending = state["pending"]
+            self.pending, self.ahead = state["pending"], state["ahead"]
             self.engine.load(self.team)

@@ -14,6 +14,7 @@ from test_seats import check_same, config_of, trained
 
 from collm.cluster.places import Device, needs_of, needs_of_workers
 from collm.cluster.players import Player, missing
+from collm.cluster.seats import Seat
 from collm.engines.local import LocalEngine
 from collm.envs.catalogue import EnvSpec
 from collm.errors import ConfigError, EngineError, PartLost
@@ -25,10 +26,11 @@ from collm.types import Message, Request
 SHARDS = {"tasks": 6, "max_tokens": 3, "shards": 3}
 
 
-def sharded(name: str, folder: Path, workers: int, *, restarts: int = 3, server: str = "", **rooms):
+def sharded(name: str, folder: Path, workers: int, *, restarts: int = 3, ahead: int = 0, server: str = "", **rooms):
     """A configuration of the fingerprints in three shards; in one process without workers."""
     cluster = {"address": "local" if workers else "none", "rollouts": workers, "restarts": restarts}
-    config = config_of(name, folder, address=cluster["address"], server=server, rollout=SHARDS, cluster=cluster, **rooms)
+    rooms |= {"rollout": {**SHARDS, "ahead": ahead}, "cluster": cluster}
+    config = config_of(name, folder, address=cluster["address"], server=server, **rooms)
     return config.model_copy(update={"run": config.run.model_copy(update={"name": f"{workers}-{folder.name}"})})
 
 
@@ -78,6 +80,50 @@ def test_deaths_change_nothing(tmp_path, pickled, whole, capsys, deaths, restart
     assert len({id(seat) for seat in pickled.ended}) == len(pickled.ended) == len(deaths)
     said = capsys.readouterr().err
     assert ("is made again" in said) == (made > 2)
+
+
+@pytest.fixture(scope="module")
+def whole_ahead(tmp_path_factory) -> Path:
+    """The run of one process that plays an iteration ahead."""
+    return trained(sharded("ratio per token", tmp_path_factory.mktemp("one"), 0, ahead=1, iterations=3))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_iteration_ahead_is_played_while_the_seats_learn(tmp_path, pickled, whole_ahead, workers):  # noqa: F811
+    """Each worker has begun one shard when an update begins, and the run is that of one process."""
+    begun = []
+    parts = Seat.parts
+
+    def noting(self, *arguments):
+        begun.append(sum(seat.asked.count("play") for seat in pickled.seats.values()))
+        return parts(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Seat, "parts", noting)
+        check_same(whole_ahead, trained(sharded("ratio per token", tmp_path, workers, ahead=1, iterations=3)))
+    assert list(dict.fromkeys(begun)) == list(
+        dict.fromkeys([3 + workers, 6 + workers, 9])
+    )  # three shards an iteration; the last has no next one
+
+
+@pytest.mark.parametrize(
+    "deaths", [{("play", 4)}, {("play", 5), ("play", 7)}, {("weights", 4)}, {("renew", 2)}, {("play", 4), ("renew", 5)}]
+)
+def test_deaths_change_nothing_of_an_iteration_ahead(tmp_path, pickled, whole_ahead, deaths):  # noqa: F811
+    """A worker that is made again while the seats learn plays with the weights that the others have."""
+    pickled.deaths = deaths
+    check_same(whole_ahead, trained(sharded("ratio per token", tmp_path, 2, ahead=1, iterations=3)))
+    assert len(pickled.ended) == len(deaths)
+
+
+def test_weights_of_an_iteration_ahead_that_are_gone_are_not_replaced_by_newer_ones(tmp_path, pickled):  # noqa: F811
+    """The last worker that holds them is lost in an update, or as it sends them: the run is lost, and can be resumed."""
+    pickled.deaths = {("play", 4)}
+    with pytest.raises(PartLost, match="no rollout worker is left with the weights"):
+        trained(sharded("ratio per token", tmp_path, 1, ahead=1, iterations=3))
+    pickled.deaths = {("play", pickled.asked["play"] + 4), ("policy", 1)}
+    with pytest.raises(PartLost, match="no rollout worker is left with the weights"):
+        trained(sharded("ratio per token", tmp_path / "two", 2, ahead=1, iterations=3))
 
 
 def test_without_a_worker_the_run_is_lost_as_with_a_seat(tmp_path, pickled):  # noqa: F811
