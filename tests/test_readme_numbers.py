@@ -124,10 +124,16 @@ def seeds() -> Values:
     return WORDS[number], percent(student), WORDS[len(first)]
 
 
-def demonstrated(name: str, *, elsewhere: bool = False) -> Values:
-    """Both cells of a row of the demonstration, or of the same run on another processor."""
+def demonstrated(name: str) -> Values:
+    """Both cells of a row of the demonstration."""
+    return tuple(shown(cell, 2) for cell in read("images", "demo.json")["report"][name])
+
+
+def elsewhere() -> Values:
+    """The seed of the demonstration, the number of other processors, and the reward at the end of the same run on each."""
     found = read("images", "demo.json")
-    return tuple(shown(cell, 2) for cell in (found["other_processor"] if elsewhere else found)["report"][name])
+    others = [one["report"]["reward"][1] for name, one in found.items() if name.endswith("_processor")]
+    return found["seed"], WORDS[len(others)], *(shown(cell, 2) for cell in others)
 
 
 # pre-trained models
@@ -335,8 +341,8 @@ HELD: list[tuple[str, Callable[[], Values]]] = [
     ("One run has {} iterations of {} joint actions;", lambda: (recipe(DEMO).run.iterations, joint_actions(DEMO))),
     ("{} words are held out.", lambda: (held_out(DEMO),)),
     (
-        "These are the numbers of one run (seed {}); the same seed on another processor ended at a reward of {},",
-        lambda: (read("images", "demo.json")["seed"], demonstrated("reward", elsewhere=True)[1]),
+        "These are the numbers of one run (seed {}); the same seed on {} other processors ended at a reward of {} and of {},",
+        elsewhere,
     ),
     ("| reward (at most {:.0f}) | {} | {} |", lambda: (StrBuild.max_reward, *demonstrated("reward"))),
     ("| target cells written by both | {} | {} |", lambda: demonstrated("target cells written by both")),
