@@ -29,9 +29,14 @@ def alive(kind: str, driver: int) -> list[int]:
 
 @pytest.mark.slow
 def test_killed_at_random_moments_the_run_ends_equal(tmp_path):
-    """`COLLM_KILLS=20 pytest tests/cluster/test_kills_apart.py -m slow -s` kills twenty; losing the head takes a minute."""
+    """`COLLM_KILLS=20 pytest tests/cluster/test_kills_apart.py -m slow -s` kills twenty; losing the head takes a minute.
+
+    With and without an iteration ahead by chance, or as COLLM_AHEAD says.
+    """
     dice = random.Random(os.urandom(8))
-    settings = ("--rollout.shards", "3", "--run.iterations", str(10 * KILLS))
+    ahead = os.environ.get("COLLM_AHEAD") or dice.choice("01")
+    settings = ("--rollout.shards", "3", "--run.iterations", str(10 * KILLS), "--rollout.ahead", ahead)
+    settings += ("--algorithm.loss", "ppo_clip")
     subprocess.run(command(tmp_path, "--run.name", "whole", *settings), check=True, capture_output=True)
     placed = ("--cluster.address", "local", "--cluster.rollouts", "2", "--cluster.restarts", "100")
     begin = command(tmp_path, "--run.name", "apart", *settings, *placed)
@@ -58,7 +63,7 @@ def test_killed_at_random_moments_the_run_ends_equal(tmp_path):
             break
         assert run.returncode in (1, 2, -signal.SIGKILL), (tmp_path / "said").read_text()  # 2: it was killed as it started
         resumed += 1
-    print(f"killed {killed}; resumed {resumed} times")
+    print(f"rollout.ahead={ahead}, killed {killed}; resumed {resumed} times")
     assert len(killed) == KILLS
     said = (tmp_path / "said").read_text()
     assert "was lost" in said
