@@ -2,8 +2,9 @@
 
 In a recorded episode the answer of one agent at one turn, both drawn uniformly, is replaced by that agent's answer of the same
 turn to another task. All other answers stay as recorded, so that a lower return is this answer's doing alone; episodes whose
-return does not fall are left out. The players are the environments' scripted ones, whose answers are exchanged in the same way
-with probability `--noise`; in quote, a script that repeats a passage which begins at random. It alone has a policy to resample.
+return does not fall are left out. The players repeat what the environments' scripted players answered in the same task and
+turn, exchanged in the same way with probability `--noise`; in quote, they repeat a passage which begins at random. These are
+policies over answers, from which resampling draws.
 Credit is collm-cc's without a language model as critic: its regressions learn from `--learn` batches.
 
     python benchmarks/blame.py --episodes 50 --folder runs/blame
@@ -75,10 +76,39 @@ class Passages(ScriptedEngine):
         return " ".join(told[start : start + 12])
 
 
+class Plans(ScriptedEngine):
+    """Players who know what scripted players answered in each task, turn by turn, and sometimes take another task's answer."""
+
+    trains = True
+
+    def __init__(self, noise: float = 0.0) -> None:
+        super().__init__(self.planned)
+        self.noise = noise
+        self.known: dict[tuple[str, str], list[str]] = {}
+        """(agent, its first observation) -> its answers."""
+
+    def learn(self, episodes: Sequence[Episode]) -> None:
+        for episode in episodes:
+            for agent in episode.agents:
+                turns = [turn for turn in episode.turns if agent in turn.completions]
+                self.known[agent, turns[0].observations[agent]] = [turn.completions[agent].text for turn in turns]
+
+    def planned(self, request: Request) -> str:
+        first, t = request.messages[0].text, sum(message.role == "assistant" for message in request.messages)
+        rng = random.Random(request.seed)
+        own = self.known[request.agent, first]
+        others = [
+            plan[t] for (agent, told), plan in self.known.items() if agent == request.agent and told != first and t < len(plan)
+        ]
+        if others and rng.random() < self.noise:
+            return rng.choice(others)
+        return own[min(t, len(own) - 1)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", choices=ENVIRONMENTS, action="append", help="default: all four")
-    parser.add_argument("--episodes", type=int, default=50, help="planted failures of each environment")
+    parser.add_argument("--episodes", type=int, default=50, help="planted failures of each environment, at least")
     parser.add_argument("--learn", type=int, default=16, help="batches that the regressions learn from")
     parser.add_argument("--plays", type=int, default=4, help="K of resampling; 0 leaves it out")
     parser.add_argument("--noise", type=float, default=0.05, help="probability that a scripted answer is another task's")
@@ -91,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         play(name, given.folder / f"{name}.jsonl", given.episodes, given.learn, given.plays, given.noise)
     found = {name: rows for name in ENVIRONMENTS if (rows := read(given.folder / f"{name}.jsonl"))}
     given.out.mkdir(parents=True, exist_ok=True)
-    summary = {name: summarize(rows[: given.episodes]) for name, rows in found.items()}
+    summary = {name: summarize(rows) for name, rows in found.items()}
     write_text(given.out / "blame.json", json.dumps(summary, indent=1) + "\n")
     print(table(summary))
     return 0
@@ -110,17 +140,17 @@ def play(name: str, path: Path, wanted: int, learn: int, plays: int, noise: floa
     recipe, settings = ENVIRONMENTS[name]
     overrides = {"critic.body": "none", "algorithm.name": "collm-cc", "rollout.tasks": BATCH, "evaluation.every": 0}
     config = prepare(load_config(ROOT / f"recipes/tiny/{recipe}.toml", {**overrides, "run.threads": 1, **settings}))
-    engine = Passages() if name == "quote" else None
+    engine = Passages() if name == "quote" else Plans()
     made = assemble(config, engine=engine)
     learner = PartsLearner(LocalHands([]), made.team.agents, made.learner.critic_labels, made.learner.regressions, config)
     for number in range(learn):
-        learner.update(batch_of(made, config, number, LEARN_NOISE if engine is None else None), number)
+        learner.update(batch_of(made, config, number, LEARN_NOISE), number)
     made.engine.rest()
     done = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
     while len(read(path)) < wanted:
         began = time.monotonic()
-        groups = batch_of(made, config, learn + done, noise if engine is None else None)
-        rows = judge(made, learner, planted(made, groups, done), 0 if engine is None else plays)
+        groups = batch_of(made, config, learn + done, noise)
+        rows = judge(made, learner, planted(made, groups, done), plays)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"seconds": time.monotonic() - began, "rows": rows}) + "\n")
         made.engine.rest()
@@ -128,29 +158,23 @@ def play(name: str, path: Path, wanted: int, learn: int, plays: int, noise: floa
         print(f"{name}: {len(read(path))} of {wanted}, {time.monotonic() - began:.0f} s a batch", file=sys.stderr, flush=True)
 
 
-def batch_of(made: Assembly, config: Config, number: int, noise: float | None) -> list[Group]:
-    """A batch played by the engine, or by scripted players with `noise`; no-op replays included."""
+def batch_of(made: Assembly, config: Config, number: int, noise: float) -> list[Group]:
+    """A batch played by the engine; no-op replays included."""
     keys = [seeds.derive(config.run.seed, "blame", number, i) for i in range(BATCH)]
     tasks = draw_tasks(config.run.seed, number, BATCH, made.tasks)
-    if noise is None:
-        return made.collector.play(made.plan, tasks, keys, 0)
-    clean = [scripted(made.plan, task, key, [], 0.0) for task, key in zip(tasks, keys, strict=True)]
-    noisy = [scripted(made.plan, task, key, clean, noise) for task, key in zip(tasks, keys, strict=True)]
-    replay_without(made.plan, noisy)
-    return [Group(episode.task, [episode]) for episode in noisy]
+    if isinstance(made.engine, Plans):
+        made.engine.noise = noise
+        made.engine.learn([scripted(made.plan, task, key) for task, key in zip(tasks, keys, strict=True)])
+    return made.collector.play(made.plan, tasks, keys, 0)
 
 
-def scripted(plan: Plan, task: int, seed: int, others: Sequence[Episode], noise: float) -> Episode:
-    """An episode of the environment's scripted player; with probability `noise` an answer is that of another task's episode."""
+def scripted(plan: Plan, task: int, seed: int) -> Episode:
+    """An episode of the environment's scripted player."""
     env: Any = plan.env.make(plan.split)
-    live, rng = live_episode(plan, task, seed, env=env), seeds.stream(seed, "noise")
+    live = live_episode(plan, task, seed, env=env)
     begin(live)
     while live.requests:
-        answers, t = env.scripted_answers(), len(live.episode.turns)
-        for agent in answers:
-            taken = other_answers(others, task, t, agent)
-            if taken and rng.random() < noise:
-                answers[agent] = rng.choice(taken).text
+        answers = env.scripted_answers()
         resume(live, [Completion(request.agent, answers[request.agent]) for request in live.requests])
     return live.episode
 

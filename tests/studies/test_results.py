@@ -212,3 +212,21 @@ def test_the_readings_on_a_second_task_are_those_on_the_page() -> None:
     for run in runs:
         cells = [f"{run[name][turn]:.3f}" for turn in "123" for name in ("explained_variance", "ceiling")]
         assert f"| {run['seed']} | {' | '.join(cells)} |" in page
+
+
+def test_the_page_of_blame_says_what_was_counted() -> None:
+    table = runpy.run_path(str(ROOT / "benchmarks" / "blame.py"))["table"]
+    page, found = (RESULTS / "blame.md").read_text(), json.loads((RESULTS / "blame.json").read_text())
+    assert table(found).strip() in page
+
+    def step(env: str, *names: str) -> list[float]:
+        return [found[env][name]["step"]["mean"] for name in names]
+
+    *rates, often = step("str_build", "resampling", "credit", "no-op", "most frequent")
+    words = "step {:.1f} times as often as the best baseline, credit {:.1f} times, no-op replay {:.1f} times"
+    assert words.format(*(rate / often for rate in rates)) in page
+    right, often = step("resource_gathering", "resampling", "most frequent")
+    assert f"naming always this turn is right in {100 * often:.0f} %." in page
+    assert (
+        f"right in {100 * right:.0f} %, {right / often:.1f} times as often; twice as often would be {200 * often:.0f} %" in page
+    )
