@@ -108,7 +108,8 @@ def older_answers_are_corrected(c: Config) -> None:
     if c.rollout.ahead and c.algorithm.loss == "reinforce":
         raise ValueError(
             f"rollout.ahead={c.rollout.ahead} trains on answers of an older policy, and algorithm.loss='reinforce' does not "
-            "correct for that: with it teams lost what they had learned. Set algorithm.loss='ppo_clip', or rollout.ahead=0."
+            "correct for that: two of four teams lost all they had learned with it (docs/log.md). Set "
+            "algorithm.loss='ppo_clip', or rollout.ahead=0."
         )
 
 
