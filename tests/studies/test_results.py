@@ -230,3 +230,23 @@ def test_the_page_of_blame_says_what_was_counted() -> None:
     assert (
         f"right in {100 * right:.0f} %, {right / often:.1f} times as often; twice as often would be {200 * often:.0f} %" in page
     )
+
+
+def test_the_pages_say_what_the_critic_alone_is_worth() -> None:
+    """The joint critic and own critics with all else equal, on fresh seeds of own views; pairs of areas by seed."""
+    folder = RESULTS / "credit"
+    runs = json.loads((folder / "own_views_again" / "results.json").read_text())["runs"]
+    areas = {(run["method"], run["seed"]): run["area"] for run in runs}
+
+    def minus(one: str, other: str) -> tuple[str, str]:
+        found = student([areas[one, seed] - areas[other, seed] for seed in range(5, 10)], fewest=2)
+        return f"{found.mean:+.3f}", f"[{found.low:+.3f}, {found.high:+.3f}]"
+
+    mean, interval_ = minus("td-lambda", "collm-dc")
+    assert f"by {mean[1:]}, Student's {interval_} (p 0.04;" in (folder / "README.md").read_text()
+    assert f"{mean}, Student's {interval_}, p 0.04, the one comparison" in (RESULTS / "README.md").read_text()
+    assert all(areas["td-lambda", seed] > areas["collm-dc", seed] for seed in range(5, 10))
+    mean, interval_ = minus("td-lambda", "magrpo")
+    assert f"by {mean[1:]}, Student's {interval_}." in (folder / "README.md").read_text()
+    mean, interval_ = minus("collm-cc", "td-lambda")
+    assert f"is {mean} {interval_}, which" in (folder / "README.md").read_text()
