@@ -19,7 +19,7 @@ KILLS = int(os.environ.get("COLLM_KILLS", "4"))
 KINDS = ("seat", "rollout worker", "node", "driver", "head")
 HELD = {"seat": "ray::Seat", "rollout worker": "ray::Player", "node": "/raylet/raylet", "head": "/gcs_server"}
 """Kind of process -> what its command line holds. Of the seats, those of an agent and of the critic, any may be hit."""
-LONGEST = 900.0
+LONGEST = max(900.0, 120.0 * KILLS)
 """Seconds."""
 
 
