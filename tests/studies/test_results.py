@@ -250,3 +250,16 @@ def test_the_pages_say_what_the_critic_alone_is_worth() -> None:
     assert f"by {mean[1:]}, Student's {interval_}." in (folder / "README.md").read_text()
     mean, interval_ = minus("collm-cc", "td-lambda")
     assert f"is {mean} {interval_}, which" in (folder / "README.md").read_text()
+
+
+def test_the_page_says_what_an_iteration_ahead_costs() -> None:
+    page = (RESULTS.parent / "cluster.md").read_text()
+    runs = json.loads((RESULTS / "cluster" / "ahead_agree.json").read_text())
+    ahead, clipped = runs["collm-cc-ahead"], runs["collm-cc-clipped"]
+    found = student([one["mean"] - other["mean"] for one, other in zip(ahead, clipped, strict=True)])
+    assert f"lower by {-found.mean:.3f}, Student's [{-found.high:.3f}, {-found.low:.3f}]" in page
+    after, before = (sorted(run["solved"] for run in one) for one in (ahead, clipped))
+    assert f"after {after[0]} to {after[-1]} iterations instead of {before[0]} to {before[-1]}" in page
+    assert min(run["last"] for run in ahead) >= 0.98
+    assert f"never falls below {min(run['lowest'] for run in ahead):.2f} " in page
+    assert [sum(run["last"] == 0 for run in runs[f"magrpo-{kind}"]) for kind in ("ahead", "clipped")] == [1, 1]
