@@ -97,11 +97,11 @@ class Plans(ScriptedEngine):
         first, t = request.messages[0].text, sum(message.role == "assistant" for message in request.messages)
         rng = random.Random(request.seed)
         own = self.known[request.agent, first]
-        others = [
-            plan[t] for (agent, told), plan in self.known.items() if agent == request.agent and told != first and t < len(plan)
-        ]
-        if others and rng.random() < self.noise:
-            return rng.choice(others)
+        if rng.random() < self.noise:
+            known = self.known.items()
+            others = [plan[t] for (agent, told), plan in known if agent == request.agent and told != first and t < len(plan)]
+            if others:
+                return rng.choice(others)
         return own[min(t, len(own) - 1)]
 
 

@@ -135,18 +135,18 @@ class Rollouts:
         older: the seats may have newer ones; a worker that has the present ones sends them. Raises PartLost if none has.
         """
         while behind := [name for name in self.workers if name not in self.current]:
-            holder = next((name for name in self.workers if name in self.current), None)
+            holder = next((name for name in self.workers if name in self.current), None) if older else None
             if older and holder is None:
                 raise PartLost("no rollout worker is left with the weights that the iteration is played with.")
             lost: dict[str, PartLost] = {}
             for policy, (seat, file) in self.sources.items():
-                call = self.workers[holder].ask("policy", policy) if older and holder else seat.ask("tensors", file)
+                call = seat.ask("tensors", file) if holder is None else self.workers[holder].ask("policy", policy)
                 try:
                     data = self.cluster.share(call())
                 except PartLost as gone:
-                    if not older:
+                    if holder is None:
                         raise
-                    lost = {str(holder): gone}
+                    lost = {holder: gone}
                     break
                 lost |= self._tell([name for name in behind if name not in lost], "weights", policy, data)
             else:

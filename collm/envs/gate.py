@@ -129,7 +129,7 @@ def numbers(mapping: Any, what: str) -> dict[str, float]:
 
 
 def texts(observations: Any, live: Sequence[str]) -> dict[str, str]:
-    """Observations of agents as text that UTF-8 can encode. Raises EnvError where one of a live agent is missing."""
+    """Observations, of keys that are text, as text that UTF-8 can encode. Raises EnvError where a live agent has none."""
     _mapping(observations, "observations")
     missing = [agent for agent in live if agent not in observations]
     if missing:

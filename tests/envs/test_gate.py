@@ -246,3 +246,8 @@ def test_an_odd_environment_trains_resumes_and_is_evaluated(tmp_path: Path, caps
     assert main(["evaluate", str(tmp_path / "odd"), "--env.name", "test_gate:Sometimes", "--json"]) == 0
     assert main(["check", "test_gate:Sometimes"]) == 2
     assert "not a finite number" in capsys.readouterr().err
+
+
+def test_an_observation_under_a_key_that_is_no_text_is_left_out() -> None:
+    """JSON, and with it a checkpoint, could not hold it."""
+    assert gate.texts({"a": "Name a colour.", ("b", 1): "Nobody reads this."}, ["a"]) == {"a": "Name a colour."}
