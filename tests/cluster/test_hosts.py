@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 from processes import below, until
-from test_ray import TOKEN, command, node
+from ray_nodes import OWN, command, node
 from test_seats import check_same
 
 pytest.importorskip("ray", reason="ray is not installed, so nothing was tried on it: pip install 'collm[cluster]'")
@@ -55,7 +55,7 @@ def test_a_host_is_cut_off_in_the_middle(tmp_path, back_after):
     """A short break is waited for; a host that stays away is lost, and its seat is made again on the other. Both end equal."""
     words = ("--algorithm.name", "magrpo", "--run.iterations", "8")
     subprocess.run(command(tmp_path, "--run.name", "whole", *words), check=True, capture_output=True)
-    environment = {**os.environ, **TOKEN}
+    environment = {**os.environ, **OWN}
     with two_hosts() as (here, there), tempfile.TemporaryDirectory(prefix="collm-test-", dir="/tmp") as folder:
         options = ("--head", "--port=6379", f"--node-ip-address={HEAD}", "--include-dashboard=false", f"--temp-dir={folder}")
         joining = (f"--address={HEAD}:6379", f"--node-ip-address={OTHER}")

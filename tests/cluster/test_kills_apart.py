@@ -10,7 +10,7 @@ import time
 
 import pytest
 from processes import below
-from test_ray import command
+from ray_nodes import command
 from test_seats import check_same
 
 pytest.importorskip("ray", reason="ray is not installed, so nothing was tried on it: pip install 'collm[cluster]'")

@@ -12,12 +12,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Timer
 
 import pytest
-from processes import below, kill_all, line_of, running, until
+from processes import below, kill_all, running, until
+from ray_nodes import OWN, command, node
 from servers import free_port
 from test_seats import check_same, config_of, trained
 
@@ -30,9 +30,6 @@ from collm.training.signals import Interrupted, Signals
 from collm.training.trainer import Trainer
 
 pytest.importorskip("ray", reason="ray is not installed, so nothing was tried on it: pip install 'collm[cluster]'")
-
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-"""Environment of a cluster of one's own, and of its driver."""
 
 
 @pytest.fixture(scope="module")
@@ -249,19 +246,6 @@ def test_no_room_for_what_travels_is_one_sentence(monkeypatch, kind):
 # --- commands ------------------------------------------------------------------------------------------------------------
 
 
-def command(folder: Path, *more: str) -> list[str]:
-    settings = {
-        "env.name": "agree", "env.turns": "1", "env.wording": "terse", "rollout.tasks": "8", "rollout.max_tokens": "3",
-        "run.iterations": "4", "run.checkpoint_every": "1", "run.threads": "1", "run.device": "cpu", "evaluation.every": "0",
-        "run.folder": str(folder), "run.trackers": "[]", "algorithm.name": "collm-cc",
-    }  # fmt: skip
-    recipe = folder / "recipe.toml"
-    recipe.parent.mkdir(parents=True, exist_ok=True)
-    recipe.write_text('[env]\nname = "agree"\nwording = "terse"\n')
-    overrides = [word for name, value in settings.items() if name != "env.name" for word in (f"--{name}", value)]
-    return [sys.executable, "-m", "collm.cli.main", "train", str(recipe), *overrides, *more]
-
-
 @pytest.mark.slow
 def test_a_killed_seat_is_made_again_and_the_run_ends_equal(tmp_path):
     subprocess.run(command(tmp_path, "--run.name", "whole"), check=True, capture_output=True)
@@ -317,31 +301,13 @@ def test_nothing_runs_on_after_the_command(tmp_path, number):
     until(lambda: not begun.items() & below(0).items(), 120)
 
 
-@contextmanager
-def node(*options: str, environment: dict[str, str], host: str = "") -> Iterator[subprocess.Popen]:
-    """A node of a cluster of one's own, on this machine, once it runs. host: the network namespace that it is in."""
-    words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--object-store-memory=200000000"]
-    words += ["--disable-usage-stats", *options]
-    words = ["ip", "netns", "exec", host, *words] if host else words
-    environment = {**environment, "RAY_worker_niceness": "0"}
-    begun = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    try:
-        said = []
-        while "Ray runtime started" not in (line := line_of(begun)):
-            said.append(line)
-            assert line, "".join(said)
-        yield begun
-    finally:
-        kill_all(begun)
-
-
 @pytest.mark.slow
 def test_two_nodes_train_and_one_of_them_is_lost(tmp_path):
     """By address and token: seats are on both nodes, and after the loss of one on the other; the run ends equal."""
     subprocess.run(command(tmp_path, "--run.name", "whole"), check=True, capture_output=True)
     port = free_port()
     place = f"127.0.0.1:{port}"
-    environment = {**os.environ, **TOKEN}
+    environment = {**os.environ, **OWN}
     with tempfile.TemporaryDirectory(prefix="collm-test-", dir="/tmp") as folder:
         head = node("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}", environment=environment)
         with head as first, node(f"--address={place}", environment=environment) as second:
@@ -384,7 +350,7 @@ ray.shutdown()
 @pytest.mark.slow
 def test_seats_share_gpus_as_they_were_placed_in_whatever_order_they_are_made():
     """Two logical GPUs: Ray alone puts the first two seats on one of them, the third on the other, and the last on none."""
-    environment = {**os.environ, **TOKEN, "RAY_worker_niceness": "0"}  # else four processes hardly start beside other tests
+    environment = {**os.environ, **OWN}
     done = subprocess.run([sys.executable, "-c", GPUS], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     seen, groups = done.stdout.splitlines()[-2:]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from processes import below, kill_all, running, until
+from ray_nodes import OWN, node
 from servers import free_port
-from test_ray import TOKEN, node
 
 pytest.importorskip("ray", reason="ray is not installed, so nothing was tried on it: pip install 'collm[cluster]'")
 
@@ -68,7 +68,7 @@ def two_nodes(environment: dict[str, str]) -> Iterator[tuple[str, subprocess.Pop
     """(address, both nodes, environment of the driver)."""
     port = free_port()
     place = f"127.0.0.1:{port}"
-    environment = {**environment, **TOKEN}
+    environment = {**environment, **OWN}
     with tempfile.TemporaryDirectory(prefix="collm-test-", dir="/tmp") as folder:
         head = node("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}", environment=environment)
         with head as first, node(f"--address={place}", environment=environment) as second:
