@@ -180,7 +180,8 @@ class PlacedCommand:
             if time.monotonic() > self.late:
                 self.late = math.inf
                 if self._logged() == self.before:
-                    self.commands.say(f"{self.command.run} has not begun: its device is taken by other work of the cluster")
+                    why = "its device is taken by other work of the cluster, or its node is too busy"
+                    self.commands.say(f"{self.command.run} has not begun: {why}")
             return None
         self.code = self._result()
         if self.code is None:

@@ -130,7 +130,8 @@ def test_a_command_whose_device_is_taken_is_named_once(tmp_path, monkeypatch):
         assert one.poll() is None
         one.late = 0.0
         assert [one.poll(), one.poll()] == [None, None]
-        assert said == [f"{tmp_path / 'run'} has not begun: its device is taken by other work of the cluster"]
+        why = "its device is taken by other work of the cluster, or its node is too busy"
+        assert said == [f"{tmp_path / 'run'} has not begun: {why}"]
     one.terminate()
     one.terminate()  # a second interrupt would end the wait of `carry_out`
     assert cancelled == ["it"]
