@@ -89,8 +89,7 @@ def test_two_agents_agree(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("agents", [2, 3])
+@pytest.mark.parametrize(("agents", "seed"), [(2, 0), (3, 1)])
 @pytest.mark.parametrize("name", ["collm-cc", "collm-dc", "magrpo", "marloo", "maremax", "mareinforce"])
 def test_every_algorithm_agrees(tmp_path: Path, name: str, agents: int, seed: int) -> None:
     changes: dict[str, dict[str, Any]] = {}
@@ -100,7 +99,7 @@ def test_every_algorithm_agrees(tmp_path: Path, name: str, agents: int, seed: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", ["ac", "grpo"])
 def test_one_agent_names_the_stated_target(tmp_path: Path, name: str, seed: int) -> None:
     solves(make_trainer(tmp_path, name, 1, seed, learner={"lr": 3e-4}, critic={"lr": 3e-4}, run={"iterations": 100}))
