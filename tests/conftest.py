@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from order import dealt
 
 from collm.engines.local import LocalEngine
 from collm.envs.catalogue import EnvSpec
@@ -21,19 +22,11 @@ PASSED_BY = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (PASSED_BY, "127.0.0.1", "localhost")))
 """A machine's HTTP proxy does not reach the servers that tests start."""
 
-LONGEST_FIRST = (
-    "test_the_commands_of_the_readme_run",
-    "test_the_plan_is_within_15_percent_of_what_training_takes",
-    "test_killed_at_random_moments_the_run_ends_equal",
-    "test_runs_are_on_both_nodes_and_one_of_them_is_lost",
-    "test_killed_in_the_middle_it_repeats_nothing_and_ends_the_same",
-)
-"""Tests of minutes begin first, so that all workers end together."""
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: order.get(item.name, len(order)))
+@pytest.hookimpl(trylast=True)  # once marks have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    items[:] = dealt(items, [item.name for item in items], workers)
 
 
 @pytest.fixture(autouse=True)
