@@ -67,7 +67,9 @@ class ProcessCluster:
     def __init__(self) -> None:
         self.memory = 64 << 30
         self.seats: dict[str, ProcessSeat] = {}
-        self.waiting = dict[str, str]()
+
+    def waiting(self) -> dict[str, Any]:
+        return {}
 
     def devices(self, wanted: str) -> list[Device]:
         return [Device(f"node {number}", "cpu", self.memory) for number in range(6)]

@@ -22,11 +22,11 @@ class Heartbeat:
     """Names the seats that do not answer, once per iteration.
 
     Args:
-        waiting: seat -> what it was asked for and has not answered; read from another thread.
+        waiting: tells in another thread: seat -> what it was asked for and has not answered.
         say: prints a line.
     """
 
-    def __init__(self, waiting: Mapping[str, Asked], say: Callable[[str], None] = complain):
+    def __init__(self, waiting: Callable[[], Mapping[str, Asked]], say: Callable[[str], None] = complain):
         self.waiting, self.say = waiting, say
         self.begun: float | None = None
         self.seconds: list[float] = []
@@ -60,7 +60,7 @@ class Heartbeat:
         with self.lock:
             if self.timer is not current_thread():
                 return  # stopped
-            waiting, now = dict(self.waiting), time.monotonic()
+            waiting, now = self.waiting(), time.monotonic()
             age = max((now - since for _, since in waiting.values()), default=0.0)
             if age < TIMES * usual:
                 self._after(TIMES * usual - age, usual)

@@ -50,8 +50,8 @@ class Cluster:
         self.actors: list[Any] = []
         self.groups: dict[int, Any] = {}
         """Number of a GPU among the cluster's devices -> Ray's placement group, which reserves what all its seats take."""
-        self.waiting: dict[str, Asked] = {}
-        """Seat -> what it was asked for last and has not answered, and since when (`time.monotonic`)."""
+        self.asked: dict[str, tuple[Asked, Any]] = {}
+        """Seat -> what it was asked for last, if the result was not fetched, and Ray's reference to that."""
         atexit.register(self.close)
 
     @classmethod
@@ -105,6 +105,16 @@ class Cluster:
                 raise ConfigError(f"{setting}='local': Ray did not start: {sentence(error)}") from error
             raise
         return cls(started=True, folder=folder)
+
+    def waiting(self) -> dict[str, Asked]:
+        """Seat -> what it was asked for last and has not answered, and since when (`time.monotonic`)."""
+        import ray
+
+        references = {reference: (seat, asked) for seat, (asked, reference) in self.asked.copy().items()}
+        if not references:
+            return {}
+        left = ray.wait(list(references), num_returns=len(references), timeout=0, fetch_local=False)[1]
+        return dict(references[reference] for reference in left)
 
     def close(self) -> None:
         """End all seats, and Ray if it was started or joined here. A second call does nothing."""
@@ -200,7 +210,7 @@ class Cluster:
             .remote()
         )
         self.actors.append(actor)
-        return RaySeat(actor, name, self.waiting)
+        return RaySeat(actor, name, self.asked)
 
     def end(self, seat: RaySeat) -> None:
         """End the process of a lost seat, which may only be out of reach."""
@@ -263,15 +273,15 @@ class Call:
 class RaySeat:
     """A seat in a Ray actor."""
 
-    def __init__(self, actor: Any, name: str, waiting: dict[str, Asked]):
-        self.actor, self.name, self.waiting, self.begun = actor, name, waiting, False
+    def __init__(self, actor: Any, name: str, asked: dict[str, tuple[Asked, Any]]):
+        self.actor, self.name, self.asked, self.begun = actor, name, asked, False
 
     def ask(self, method: str, *arguments: Any) -> Call:
         """Begin a call, which waits for its result when it is called."""
         if not self.begun:
             self._begin()
         reference = self.actor.ask.remote(method, *arguments)
-        self.waiting[self.name] = (str(arguments[0]) if method == "parts" else method, time.monotonic())
+        self.asked[self.name] = (str(arguments[0]) if method == "parts" else method, time.monotonic()), reference
         return Call(self, reference, method)
 
     def _begin(self) -> None:
@@ -303,7 +313,7 @@ class RaySeat:
         except ray.exceptions.RayError as error:
             raise EngineError(f"the process of {self.name} could not answer {method!r}: {sentence(error)}") from error
         finally:
-            self.waiting.pop(self.name, None)
+            self.asked.pop(self.name, None)
         if isinstance(answer, Failed):
             raise answer.error
         return answer

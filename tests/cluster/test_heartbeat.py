@@ -13,7 +13,7 @@ from collm.cluster.heartbeat import FEWEST, TIMES, Asked, Heartbeat
 def late(seconds: list[float], waiting: dict[str, Asked]) -> tuple[Heartbeat, list[str], threading.Event]:
     """A heartbeat after iterations of so many seconds, what it says, and an event that follows."""
     said, event = list[str](), threading.Event()
-    heartbeat = Heartbeat(waiting, lambda line: (said.append(line), event.set()))
+    heartbeat = Heartbeat(lambda: waiting, lambda line: (said.append(line), event.set()))
     heartbeat.seconds = seconds
     return heartbeat, said, event
 
@@ -37,7 +37,8 @@ def test_a_long_iteration_of_short_calls_is_not_named() -> None:
     looks = {id(heartbeat.timer)}
     end = time.monotonic() + 30
     while len(looks) < 4 and time.monotonic() < end:  # a long evaluation: nothing pending, then a call that is young
-        heartbeat.waiting = {"a": ("generate", time.monotonic())} if len(looks) == 2 else {}
+        now = {"a": ("generate", time.monotonic())} if len(looks) == 2 else {}
+        heartbeat.waiting = lambda now=now: now
         looks.add(id(heartbeat.timer))
     heartbeat.stop()
     assert len(looks) == 4

@@ -98,6 +98,21 @@ def test_errors_of_seats_are_our_own_and_a_lost_seat_is_named(tmp_path, cluster)
     trainer.engine.close()
 
 
+def test_a_call_that_was_answered_is_not_waited_for(cluster):
+    class Slow(Seat):
+        def work(self) -> str:
+            time.sleep(2)
+            return "done"
+
+    seat = cluster.seat("slow", Place(here(), 0.0), Slow)
+    seat.ask("started")()
+    assert cluster.waiting() == {}
+    call = seat.ask("work")
+    assert {name: what for name, (what, _) in cluster.waiting().items()} == {"slow": "work"}
+    until(lambda: not cluster.waiting(), 60)  # nobody has fetched the answer
+    assert call() == "done"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["result", "first"])
 def test_a_signal_while_a_seat_works_is_an_interrupted_run(cluster, way):
