@@ -111,7 +111,7 @@ class Cluster:
         import ray
 
         references = {reference: (seat, asked) for seat, (asked, reference) in self.asked.copy().items()}
-        if not references:
+        if self.closed or not references:  # a call of Ray's would start it again
             return {}
         left = ray.wait(list(references), num_returns=len(references), timeout=0, fetch_local=False)[1]
         return dict(references[reference] for reference in left)
