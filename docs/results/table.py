@@ -1,6 +1,7 @@
 """The rows of a grid's table in Markdown: `python docs/results/table.py docs/results/real/quote collm-cc`.
 
-Where texts.json has every run, the table also compares final rewards text by text.
+Where texts.json has every run, the table also compares final rewards text by text. A grid whose answers were judged has a
+table of credit fidelity instead.
 """
 
 import json
@@ -11,7 +12,7 @@ import numpy as np
 from draw import read
 
 from collm.studies.grid import Line
-from collm.studies.intervals import Interval, interval, student
+from collm.studies.intervals import Interval, holm, interval, student, student_p
 from collm.studies.series import REWARD
 
 
@@ -45,6 +46,48 @@ def rows(folder: Path, against: str) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in table]
 
 
+def judged_rows(folder: Path, against: str) -> list[str]:
+    """Per task and method: the area, credit fidelity by seed, its mean and ceiling, and what that of `against` is more.
+
+    Differences are paired by seed, with Student's interval; p is Student's, by Holm for all methods of the task.
+    """
+    grid = read(folder / "results.json")
+    head = [
+        "task",
+        "method",
+        "area",
+        "credit fidelity by seed",
+        "mean",
+        "ceiling",
+        f"that of `{against}` minus it",
+        "p by Holm",
+    ]
+    table = [head, ["---"] * len(head)]
+    for task in sorted(grid.tasks):
+        found = {line.method: _judged(line) for line in grid.lines(task)}
+        pairs = {
+            method: [found[against][seed] - own[seed] for seed in own] for method, own in found.items() if method != against
+        }
+        corrected = dict(zip(pairs, holm([student_p(values) for values in pairs.values()]), strict=True))
+        for line in sorted(grid.lines(task), key=lambda line: line.method):
+            method, values = line.method, list(found[line.method].values())
+            cells = [f"`{task}`", f"`{method}`", f"{np.mean([result.area for result in line.results]):.3f}"]
+            cells += [" ".join(f"{value:.2f}" for value in values), f"{np.mean(values):.2f}"]
+            cells += [f"{line.fidelity['ceiling'].mean:.2f}"]
+            if method == against:
+                cells += ["", ""]
+            else:
+                less = student(pairs[method], fewest=2, unit="seed")
+                cells += [f"{less.mean:+.2f} [{less.low:+.2f}, {less.high:+.2f}]", f"{corrected[method]:.2f}"]
+            table.append(cells)
+    return [f"| {' | '.join(cells)} |" for cells in table]
+
+
+def _judged(line: Line) -> dict[int, float]:
+    """Seed -> credit fidelity."""
+    return {result.cell.seed: result.fidelity["pearson"]["mean"] for result in line.results if result.fidelity}
+
+
 def _name(line: Line, seed: int) -> str:
     return f"{line.method}-seed{seed}" if line.rate is None else f"{line.method}-lr{line.rate:g}-seed{seed}"
 
@@ -66,4 +109,6 @@ def _shown(found: Interval) -> str:
 
 
 if __name__ == "__main__":
-    print(*rows(Path(sys.argv[1]), sys.argv[2]), sep="\n")
+    folder, against = Path(sys.argv[1]), sys.argv[2]
+    judged = any(result.fidelity for result in read(folder / "results.json").results)
+    print(*(judged_rows if judged else rows)(folder, against), sep="\n")

@@ -142,7 +142,8 @@ def test_a_page_of_its_own_says_what_its_grids_say(folder: Path, monkeypatch: py
     page, recipe = (folder.parent / "README.md").read_text(), (folder / "recipe.toml").read_text()
     assert recipe == recipe_of(folder).read_text()
     assert json.loads((folder / "results.json").read_text())["missing"] == 0
-    assert "\n".join(table.rows(folder, tomllib.loads(recipe)["compare"].get("against", "collm-cc"))) in page
+    rows = table.judged_rows if folder.name == "fidelity" else table.rows
+    assert "\n".join(rows(folder, tomllib.loads(recipe)["compare"].get("against", "collm-cc"))) in page
 
 
 @pytest.mark.parametrize("folder", PAGES, ids=lambda folder: folder.name)
@@ -154,7 +155,7 @@ def test_a_grid_goes_on_from_its_results(folder: Path, tmp_path: Path) -> None:
     assert recorded == {job.cell.name: job.cell.settings for job in jobs}
 
 
-CREDIT = sorted(path.parent for path in RESULTS.glob("credit/*/results.json"))
+CREDIT = [folder for folder in PAGES if folder.parent.name == "credit" and folder.name != "fidelity"]
 
 
 @pytest.mark.parametrize("folder", CREDIT, ids=lambda folder: folder.name)
@@ -212,35 +213,6 @@ def test_the_readings_on_a_second_task_are_those_on_the_page() -> None:
     for run in runs:
         cells = [f"{run[name][turn]:.3f}" for turn in "123" for name in ("explained_variance", "ceiling")]
         assert f"| {run['seed']} | {' | '.join(cells)} |" in page
-
-
-def test_the_page_of_credit_says_what_judged_answers_say() -> None:
-    folder = RESULTS / "credit"
-    page, runs = (folder / "README.md").read_text(), json.loads((folder / "fidelity.json").read_text())["runs"]
-    assert "\n".join(fidelity_rows(runs)) in page
-
-
-def fidelity_rows(runs: list[dict]) -> list[str]:
-    """A row for each task and method: the area, credit fidelity by seed, and what that of collm-cc is more, paired by seed."""
-    found: dict[tuple[str, str], dict[int, dict]] = {}
-    for run in sorted(runs, key=lambda run: run["seed"]):
-        found.setdefault((run["task"], run["method"]), {})[run["seed"]] = run
-    rows = []
-    for (task, method), by_seed in sorted(found.items()):
-        area, ceiling = (
-            sum(values) / len(values)
-            for values in ([run["area"] for run in by_seed.values()], [run["fidelity"]["ceiling"] for run in by_seed.values()])
-        )
-        fidelity = {seed: run["fidelity"]["pearson"]["mean"] for seed, run in by_seed.items()}
-        against = {seed: run["fidelity"]["pearson"]["mean"] for seed, run in found[task, "collm-cc"].items()}
-        pairs = [against[seed] - fidelity[seed] for seed in fidelity.keys() & against.keys()]
-        shown = " ".join(f"{value:.2f}" for value in fidelity.values())
-        cells = [f"{area:.3f}", shown, f"{sum(fidelity.values()) / len(fidelity):.2f}", f"{ceiling:.2f}", ""]
-        if method != "collm-cc" and len(pairs) > 1:
-            less = student(pairs, fewest=2)
-            cells[-1] = f"{less.mean:+.2f} [{less.low:+.2f}, {less.high:+.2f}]"
-        rows.append(f"| `{task}` | `{method}` | {' | '.join(cells)} |")
-    return rows
 
 
 def test_the_page_of_blame_says_what_was_counted() -> None:
