@@ -83,10 +83,12 @@ def measure(name: str, given: argparse.Namespace) -> Row:
     """One cell, in this process."""
     import torch
 
+    from collm.runs.heap import HEAP
     from collm.settings.load import load_config
     from collm.training.assemble import prepare
 
     torch.set_num_threads(1)
+    HEAP.restrict()  # as `collm train` does: without it a third of the seconds is memory that is returned and taken again
     config = prepare(load_config(*settings_of(name, given)))
     found: Row = {"steps": config.critic.epochs, "iterations": [], "seconds": [], "rewards": []}
     source = offline(config, given) if name.startswith("smollm2/") else online(config)
@@ -94,6 +96,7 @@ def measure(name: str, given: argparse.Namespace) -> Row:
         watch = Stopwatch()
         with watch:
             metrics = learner.update(groups, number).metrics
+        HEAP.iterated()
         found["iterations"].append(explained_of(metrics, labels))
         found["seconds"].append(round(watch.cpu, 3))
         returns = [sum(turn.raw_reward for turn in episode.turns) for group in groups for episode in group.episodes]

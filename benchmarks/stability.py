@@ -1,6 +1,7 @@
 """Whether a solved team stays solved: `agree` at the rates of recipes/compare/agree.toml, over seeds.
 
     python benchmarks/stability.py --set algorithm.max_drop=0.03  # collm-cc and collm-dc, two and three agents, 20 seeds
+    python benchmarks/stability.py --set algorithm.max_drop=0.03 critic.body=none   # without a language model as critic
     python benchmarks/stability.py --methods collm-cc --seeds 0-4 # every step whole
     python benchmarks/stability.py --table                        # the table of all runs in the file, without a run
 
@@ -38,6 +39,7 @@ SOLVED, KEPT, END = 0.99, 0.85, 0.95
 def settings_of(method: str, agents: int, changes: dict[str, str]) -> dict[str, Any]:
     rate = RATES[agents]
     values: dict[str, Any] = {"algorithm.name": method, "env.agents": agents, "learner.lr": rate, "critic.lr": rate}
+    values["critic.body"] = "auto"
     if method in ("magrpo", "grpo"):
         values |= {"rollout.tasks": 16}  # groups of 4
         del values["critic.lr"]

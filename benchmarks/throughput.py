@@ -170,6 +170,7 @@ def measure_collm(model: Path, method: str, turns: int, *, quick: bool) -> list[
             "history": HISTORY,
         },
         "algorithm": {"name": {"maac": "collm-cc", "iac": "collm-dc", "magrpo": "magrpo"}[method], "teammates": "none"},
+        "critic": {"body": "auto"},  # a language model, as the reference's critics are
         "evaluation": {"every": 0},
     }
     with tempfile.TemporaryDirectory() as folder:

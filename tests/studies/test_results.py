@@ -170,6 +170,25 @@ def test_the_page_of_credit_says_what_critics_explain(folder: Path) -> None:
         assert f"| `{method}` | {shown[0]} | {shown[1]} | {max(sum(explained) / sum(ceiling), 0):.2f} |" in page
 
 
+def test_the_page_of_critics_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table = runpy.run_path(str(ROOT / "benchmarks" / "critics.py"))["table"]
+    folder = RESULTS / "critics"
+    page, found = (folder / "README.md").read_text(), table(json.loads((folder / "critics.json").read_text()))
+    assert all(line in page for line in found.splitlines() if line.startswith("|"))
+
+
+def test_the_pages_say_what_a_critic_without_a_language_model_is_worth() -> None:
+    page, critics = ((RESULTS / name / "README.md").read_text() for name in ("credit", "critics"))
+    for grid, other in (("text_alone", "collm-cc-metrics"), ("own_views_again", "collm-cc")):
+        runs = json.loads((RESULTS / "credit" / grid / "results.json").read_text())["runs"]
+        areas = {name: [run["area"] for run in runs if run["method"] == name] for name in ("no-text", other)}
+        assert " and ".join(f"{sum(own) / len(own):.3f}" for own in areas.values()) in critics
+        found = student([a - b for a, b in zip(*areas.values(), strict=True)], fewest=2)
+        shown = f"[{found.low:+.3f}, {found.high:+.3f}]"
+        assert shown in page or f"[{-found.high:+.3f}, {-found.low:+.3f}]" in page
+
+
 def test_the_page_of_stability_says_what_its_runs_say() -> None:
     table = runpy.run_path(str(ROOT / "benchmarks" / "stability.py"))["table"]
     folder = RESULTS / "stability"
