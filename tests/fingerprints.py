@@ -5,7 +5,8 @@
     python tests/fingerprints.py --record            # write tests/fingerprints.json, which test_fingerprints.py compares with
 
 A refactor is proved by equal fingerprints. Bits differ between processors and versions of torch, so recorded fingerprints are
-kept per processor and version. Every rate is stated here, so that a new default does not change a configuration.
+kept per processor and version. Every rate and the kind of critic are stated here, so that a new default does not change a
+configuration.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ RECORDED = Path(__file__).with_name("fingerprints.json")
 
 AGREE = {"name": "agree", "agents": 2, "turns": 2, "wording": "terse"}
 BUILD = {"name": "str_build", "wording": "terse", "world": "persistent", "reward": "sparse", "turns": 3, "strings": ["IT", "C"]}
-RATES = {"learner": {"lr": 1e-3}, "critic": {"lr": 1e-3}}
+RATES = {"learner": {"lr": 1e-3}, "critic": {"lr": 1e-3, "body": "auto"}}
 DEFAULT: dict[str, dict[str, Any]] = {
     "env": AGREE,
     "rollout": {"tasks": 4, "max_tokens": 4, "temperature": 1.0},

@@ -15,11 +15,12 @@ OWN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "RAY_
 
 
 def command(folder: Path, *more: str) -> list[str]:
-    """`collm train` on a small task for four iterations, with these further words."""
+    """`collm train` on a small task for four iterations, a critic model among them, with these further words."""
     settings = {
         "env.name": "agree", "env.turns": "1", "env.wording": "terse", "rollout.tasks": "8", "rollout.max_tokens": "3",
         "run.iterations": "4", "run.checkpoint_every": "1", "run.threads": "1", "run.device": "cpu", "evaluation.every": "0",
         "run.folder": str(folder), "run.trackers": "[]", "algorithm.name": "collm-cc",
+        "critic.body": "auto",
     }  # fmt: skip
     recipe = folder / "recipe.toml"
     recipe.parent.mkdir(parents=True, exist_ok=True)

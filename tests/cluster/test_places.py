@@ -105,6 +105,7 @@ def test_the_needs_of_units_are_their_plans():
     values = {
         "env": {"name": "agree", "agents": 2, "wording": "terse"},
         "run": {"device": "cpu"},
+        "critic": {"body": "auto"},
         "cluster": {"devices": {"critic": 0.5, "agent_1": 0.25}},
     }
     config = parse_config(values)
@@ -118,7 +119,8 @@ def test_the_needs_of_units_are_their_plans():
 
 
 def test_models_that_planning_does_not_know_can_be_placed():
-    config = parse_config({"env": {"name": "agree", "wording": "terse"}, "team": {"model": "somebody/unknown"}})
+    rooms = {"team": {"model": "somebody/unknown"}, "critic": {"body": "auto"}}
+    config = parse_config({"env": {"name": "agree", "wording": "terse"}, **rooms})
     assert [
         need.memory for need in needs_of(config, Blueprint.of(config, ("agent_0", "agent_1")), Device("node", "cpu", 0))
     ] == [0, 0, 0]

@@ -35,7 +35,7 @@ def config_of(folder: Path, name: str, *, address: str = "local", **rooms: dict[
         "env": {"name": "agree", "agents": 2, "turns": 2, "wording": "terse"},
         "rollout": {"tasks": 6, "max_tokens": 3, "temperature": 1.0},
         "algorithm": {"name": "collm-cc"},
-        "critic": {"lr": 1e-3},
+        "critic": {"lr": 1e-3, "body": "auto"},
         "learner": {"lr": 1e-3, "micro_batch_tokens": 64},
         "evaluation": {"every": 0},
         "cluster": {"address": address},

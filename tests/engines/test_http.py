@@ -432,7 +432,7 @@ def mixed_recipe(tmp_path, url: str, **algorithm):
             "rollout": {"tasks": 32, "max_tokens": 4},
             "algorithm": algorithm,
             "learner": {"lr": 2e-3},
-            "critic": {"lr": 1e-3},
+            "critic": {"lr": 1e-3, "body": "auto"},
             "evaluation": {"every": 12, "temperature": 1.0, "episodes": 1},
         }
     )

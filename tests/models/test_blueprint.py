@@ -27,7 +27,7 @@ ELSEWHERE = {"team.models": {"agent_0": "http://127.0.0.1:9/v1"}}
 
 
 def config_of(**overrides: Any) -> Config:
-    values: dict[str, Any] = {"env": {"name": "agree", "agents": 3}, "run": {"device": "cpu"}}
+    values: dict[str, Any] = {"env": {"name": "agree", "agents": 3}, "critic": {"body": "auto"}, "run": {"device": "cpu"}}
     apply_overrides(values, overrides)
     return parse_config(values)
 

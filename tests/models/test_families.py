@@ -285,7 +285,7 @@ def speakers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def of_three_families(folder: Path, speakers: dict[str, str], **changes: Any) -> Trainer:
     values: dict[str, dict[str, Any]] = {
         "team": {"models": {"agent_0": speakers["qwen3"], "agent_1": speakers["llama3"]}},
-        "critic": {"model": speakers["gemma3"], "lr": 1e-3},
+        "critic": {"body": "model", "model": speakers["gemma3"], "lr": 1e-3},
         "learner": {"lr": 2e-3},
         "run": {"iterations": 25},
     }

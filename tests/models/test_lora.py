@@ -54,7 +54,7 @@ def learner_of(agents: int = 2, algorithm: dict[str, Any] | None = None, **rooms
             "env": {"name": "agree", "wording": "terse", "agents": agents},
             "algorithm": algorithm or {"name": "collm-cc"},
             "run": {"device": "cpu"},
-            **{"team": lora(), **rooms},
+            **{"team": lora(), "critic": {"body": "auto"}, **rooms},
         }
     )
     team = make_team(config, tuple(f"agent_{n}" for n in range(agents)))

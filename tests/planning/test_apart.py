@@ -22,7 +22,7 @@ GIB = 1 << 30
 
 
 def config_of(**overrides: Any) -> Config:
-    values: dict[str, Any] = {"env": {"name": "agree"}}
+    values: dict[str, Any] = {"env": {"name": "agree"}, "critic": {"body": "auto"}}
     apply_overrides(values, {name.replace("__", "."): value for name, value in overrides.items()})
     return parse_config(values)
 
@@ -182,7 +182,7 @@ def test_of_settings_that_need_as_few_devices_one_that_keeps_results_is_named(ca
 
 
 def test_small_units_share_a_device() -> None:
-    config = load_config(ROOT / "recipes" / "tiny" / "str_build.toml")
+    config = load_config(ROOT / "recipes" / "tiny" / "str_build.toml", {"critic.body": "auto"})
     found = outlook(config, 8 * GIB)
     assert found.devices == (("builder_0", "builder_1", "critic"),)
     assert found.speed_ups[0] == 1

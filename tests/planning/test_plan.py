@@ -31,7 +31,7 @@ RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.toml") if path.par
 
 
 def planned(work: Work | None = None, **overrides: Any) -> Plan:
-    values: dict[str, Any] = {"env": {"name": "agree"}}
+    values: dict[str, Any] = {"env": {"name": "agree"}, "critic": {"body": "auto"}}
     apply_overrides(values, {name.replace("__", "."): value for name, value in overrides.items()})
     return plan(parse_config(values), work)
 

@@ -40,6 +40,7 @@ max_tokens = 4
 name = "collm-cc"
 [critic]
 lr = 1e-3
+body = "auto"
 [learner]
 lr = 1e-3
 [evaluation]

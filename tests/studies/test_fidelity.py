@@ -100,8 +100,8 @@ def test_agreement_is_reported_per_turn_with_intervals_over_episodes():
 
 
 METHODS: dict[str, dict[str, Any]] = {
-    "collm-cc": {"algorithm": {"name": "collm-cc"}},
-    "collm-dc": {"algorithm": {"name": "collm-dc"}},
+    "collm-cc": {"algorithm": {"name": "collm-cc"}, "critic": {"body": "auto"}},
+    "collm-dc": {"algorithm": {"name": "collm-dc"}, "critic": {"body": "auto"}},
     "heads": {"algorithm": {"name": "collm-dc"}, "critic": {"body": "policy"}},
     "no-text": {"algorithm": {"name": "collm-cc"}, "critic": {"body": "none"}},
     "counterfactual": {"algorithm": {"name": "collm-cc", "baseline": "counterfactual", "resamples": 2}},

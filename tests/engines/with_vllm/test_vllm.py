@@ -90,7 +90,7 @@ def trainer_of(folder: Path, team: Team | None, engine: VllmEngine | None, **roo
         "env": {"name": "agree", "wording": "terse"},
         "rollout": {"tasks": 16, "max_tokens": 4, "engine": "vllm", "vllm": SETTINGS.model_dump()},
         "learner": {"lr": 5e-4},
-        "critic": {"lr": 5e-4},
+        "critic": {"lr": 5e-4, "body": "auto"},
         "evaluation": {"every": 0},
     }
     for room, settings in rooms.items():
