@@ -419,7 +419,7 @@ def test_truncated_episodes_are_judged_by_what_the_critic_expects_next(tiny):
         {
             "env": {"name": "agree", "wording": "terse"},
             "algorithm": {"name": "collm-cc", "gamma": 0.5, "lam": 0.0},
-            "critic": {"lr": 1e-9, "lam": 0.0},
+            "critic": {"body": "auto", "lr": 1e-9, "lam": 0.0},
         }
     )
     learner = make_learner(

@@ -33,7 +33,7 @@ def luck(folder: Path, name: str = "collm-cc", **critic: Any) -> tuple[Trainer, 
         0,
         env={"name": "worlds:Luck"},
         run={"iterations": 6},
-        critic={"lr": 1e-4, "lam": 1.0, **critic},
+        critic={"body": "auto", "lr": 1e-4, "lam": 1.0, **critic},
         algorithm={"name": name, "lam": 1.0, "gamma": 1.0},
     )
     trainer.run()
@@ -166,7 +166,7 @@ def echo(folder: Path, *, agents: int = 2, name: str = "collm-cc", difference: b
         0,
         env={"name": "worlds:Echo", "agents": agents, "turns": 1},
         run={"iterations": 8},
-        critic={"lr": 1e-4, "metrics": True},
+        critic={"body": "auto", "lr": 1e-4, "metrics": True},
         algorithm={"name": name, "teammates": "replay" if difference else "none"},
         learner={"lr": 1e-12},
     )

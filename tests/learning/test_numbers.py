@@ -10,7 +10,7 @@ from typing import Any
 import learners
 import pytest
 import torch
-from test_learning import make_trainer
+from test_learning import make_trainer as trainer_of
 
 from collm.envs.base import Outcome, TextEnv
 from collm.errors import TrainingError
@@ -36,6 +36,12 @@ class Broken(TextEnv):
 
     def task_name(self, task: int) -> str:
         return ("fine", "poisoned")[task]
+
+
+def make_trainer(folder: Path, name: str, agents: int, seed: int, **changes: dict[str, Any]) -> Trainer:
+    """With a language model as critic, whose numbers are looked at here."""
+    changes["critic"] = {"body": "auto", **changes.get("critic", {})}
+    return trainer_of(folder, name, agents, seed, **changes)
 
 
 def one_iteration(folder: Path, **changes: dict[str, Any]) -> Trainer:

@@ -190,6 +190,7 @@ def test_the_size_of_micro_batches_changes_no_update(tiny, sampled, algorithm):
             {
                 "env": {"name": "str_build", "wording": "terse"},
                 "algorithm": algorithm,
+                "critic": {"body": "auto"},
                 "learner": {"micro_batch_tokens": size, "lr": 1e-4},
             }
         )
@@ -506,9 +507,8 @@ def test_the_metric_counts_cut_readings(tiny):
         episode.turns[0].observations = dict.fromkeys(BUILDERS, "one two three four five six seven eight")
     config = {"env": {"name": "str_build", "wording": "terse"}, "algorithm": {"name": "collm-cc"}}
     for max_tokens, expected in ((8192, 0), (16, 2)):
-        learner = make_learner(
-            Team({a: policy_of(tiny) for a in BUILDERS}), parse_config(config | {"critic": {"max_tokens": max_tokens}}), HOT
-        )
+        critic = {"body": "auto", "max_tokens": max_tokens}
+        learner = make_learner(Team({a: policy_of(tiny) for a in BUILDERS}), parse_config(config | {"critic": critic}), HOT)
         assert learner.update([Group(0, copy.deepcopy(episodes))], 0).metrics["critic/cut"] == expected
 
 

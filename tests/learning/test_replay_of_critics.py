@@ -72,7 +72,8 @@ def _one_without_targets() -> Recent:
 def build(folder: Path, iterations: int = 1, *, name: str = "run", tasks: int = 4, **critic: Any) -> Trainer:
     env = {"name": "str_build", "wording": "terse", "world": "persistent", "turns": 2, "strings": ["IT", "C"]}
     rooms = {"algorithm": {"teammates": "none"}, "rollout": {"tasks": tasks, "max_tokens": 12}, "env": env}
-    return make_trainer(folder, "collm-cc", 2, 0, run={"name": name, "iterations": iterations}, critic=critic, **rooms)
+    rooms["critic"] = {"body": "auto", **critic}
+    return make_trainer(folder, "collm-cc", 2, 0, run={"name": name, "iterations": iterations}, **rooms)
 
 
 def test_steps_on_one_small_iteration_are_those_without_a_replay(tmp_path: Path) -> None:

@@ -31,12 +31,13 @@ UPDATES: dict[str, dict[str, Any]] = {
     "turn trees": {"algorithm": {**GROUPS, "tree": True}, "env": {"turns": 2}},
     "worked examples, of different tasks": {
         "algorithm": {"name": "collm-cc"},
+        "critic": {"body": "auto"},
         "env": {"name": "str_build", "strings": ["IT", "C", "HI"]},
         "rollout": {"examples": 2, "max_tokens": 8},
     },
     "adapters": {"team": {"lora": {"rank": 4}}},
     "a shared policy": {"team": {"shared": True}},
-    "a joint critic": {"algorithm": {"name": "collm-cc", "group_size": 4}, "env": {"turns": 2}},
+    "a joint critic": {"algorithm": {"name": "collm-cc", "group_size": 4}, "critic": {"body": "auto"}, "env": {"turns": 2}},
     "value heads": {"algorithm": {"name": "collm-dc", "group_size": 4}, "critic": {"body": "policy"}, "env": {"turns": 2}},
     "resampled answers": {"algorithm": {"name": "collm-cc", "baseline": "counterfactual", "resamples": 3}},
     "KL, recomputed layers, small batches": {

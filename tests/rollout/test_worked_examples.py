@@ -46,7 +46,7 @@ def config(folder: Path, **changes: dict[str, Any]) -> Any:
         "rollout": {"tasks": 4, "max_tokens": 4, "examples": 2},
         "algorithm": {"name": "collm-cc"},
         "learner": {"lr": 1e-3},
-        "critic": {"lr": 1e-3},
+        "critic": {"body": "auto", "lr": 1e-3},
         "evaluation": {"every": 2, "episodes": 3},
     }
     for room, settings in changes.items():

@@ -29,7 +29,7 @@ def config_of(folder: Path, *, ahead: int = 1, **algorithm: Any) -> Config:
             "rollout": {"tasks": 12, "max_tokens": 4, "ahead": ahead},
             "algorithm": {"name": "collm-cc", "loss": "ppo_clip", **algorithm},
             "learner": {"lr": 1e-3},
-            "critic": {"lr": 1e-3},
+            "critic": {"body": "auto", "lr": 1e-3},
             "evaluation": {"every": 2, "episodes": 2},
         }
     )

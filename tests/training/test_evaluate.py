@@ -27,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "env": {"name": "str_build", "wording": "terse", "turns": 1, "strings": ["HE", "WE", "US"], "eval_strings": WORDS},
     "rollout": {"tasks": 3, "max_tokens": 24},
     "learner": {"lr": 1e-3},
-    "critic": {"lr": 1e-3},
+    "critic": {"body": "auto", "lr": 1e-3},
     "evaluation": {"every": 2},
 }
 RECIPE = """

@@ -126,13 +126,19 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "TD(lambda), three turns": {
         "algorithm": {"lam": 0.9, "teammates": "none"},
+        "critic": {"body": "auto"},
         "env": {"turns": 3},
         "rollout": {"tasks": 24},
     },
-    "difference baseline, three turns": {"env": {"turns": 3}, "rollout": {"tasks": 24}, "learner": {"lr": 2e-4}},
+    "difference baseline, three turns": {
+        "critic": {"body": "auto"},
+        "env": {"turns": 3},
+        "rollout": {"tasks": 24},
+        "learner": {"lr": 2e-4},
+    },
     "TD error, three turns": {
         "algorithm": {"lam": 0.0, "teammates": "none"},
-        "critic": {"lam": 0.0},
+        "critic": {"body": "auto", "lam": 0.0},
         "env": {"turns": 3},
         "rollout": {"tasks": 24},
         "learner": {"lr": 2e-4},
@@ -149,7 +155,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "group deviation": {"algorithm": {"name": "magrpo", "normalize": "group"}, "rollout": {"tasks": 16}},
     "everything on": {
         "algorithm": {"kl_coef": 0.001, "normalize": "agent", "lam": 0.5},
-        "critic": {"lam": 0.5, "warmup": 3, "epochs": 2, "normalize_targets": True, "state": True},
+        "critic": {"body": "auto", "lam": 0.5, "warmup": 3, "epochs": 2, "normalize_targets": True, "state": True},
         "env": {"turns": 2},
         "rollout": {"tasks": 32},
         "learner": {"lr": 2e-4},
@@ -178,7 +184,7 @@ def test_tokens_grow_with_agents_and_critic_steps_do_not(tmp_path: Path, monkeyp
     monkeypatch.setattr(Critic, "reads_trees", False)
     records = {}
     for number in (1, agents):
-        changes = {"run": {"iterations": 1}, "env": {"name": "worlds:Echo", "agents": number}}
+        changes = {"run": {"iterations": 1}, "env": {"name": "worlds:Echo", "agents": number}, "critic": {"body": "auto"}}
         trainer = make_trainer(tmp_path / str(number), "collm-cc", number, 0, rollout={"max_tokens": 1}, **changes)
         steps = count_steps(trainer)
         trainer.run()

@@ -115,10 +115,10 @@ def elsewhere(config: Any, team: Team) -> PartsLearner:
 
 @pytest.mark.parametrize("name", ["collm-cc", "collm-dc", "magrpo"])
 def test_parts_called_elsewhere_give_the_same_weights(tmp_path: Path, name: str) -> None:
-    algorithm = {"algorithm": {"name": name}}
-    plain = Trainer(config_of(tmp_path / "plain", **algorithm), quiet=True)
+    rooms = {"algorithm": {"name": name}, "critic": {"body": "auto"}}
+    plain = Trainer(config_of(tmp_path / "plain", **rooms), quiet=True)
     plain.run()
-    config = prepare(config_of(tmp_path / "elsewhere", **algorithm))
+    config = prepare(config_of(tmp_path / "elsewhere", **rooms))
     team = make_team(config, ("agent_0", "agent_1"))
     learner: Learner = elsewhere(config, team)
     trainer = Trainer(config, team=team, learner=learner, quiet=True)

@@ -46,6 +46,7 @@ name = "collm-cc"
 lam = 0.5
 teammates = "replay"
 [critic]
+body = "auto"
 lr = 1e-3
 normalize_targets = true
 metrics = true
