@@ -100,8 +100,8 @@ def measure(name: str, folder: Path, iterations: int, imported: int) -> dict[str
     make_model(shape, folder / "model")
     run = {"iterations": iterations, "threads": 1, "folder": str(folder), "name": "run", "trackers": [], "device": "cpu"}
     overrides = {f"run.{key}": value for key, value in run.items()}
-    overrides |= {"team.model": str(folder / "model"), "evaluation.every": 0, "algorithm.name": "collm-cc"}
-    overrides |= {"critic.body": "auto", **settings}
+    algorithm = {"algorithm.name": "collm-cc", "critic.body": "auto"}
+    overrides |= {"team.model": str(folder / "model"), "evaluation.every": 0, **algorithm, **settings}
     (folder / "recipe.toml").write_text("")
     words = [word for key, value in overrides.items() for word in (f"--{key}", json.dumps(value))]
     peaks = train([str(folder / "recipe.toml"), *words], folder / "run" / "metrics.jsonl")

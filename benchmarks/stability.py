@@ -38,8 +38,8 @@ SOLVED, KEPT, END = 0.99, 0.85, 0.95
 
 def settings_of(method: str, agents: int, changes: dict[str, str]) -> dict[str, Any]:
     rate = RATES[agents]
-    values: dict[str, Any] = {"algorithm.name": method, "env.agents": agents, "learner.lr": rate, "critic.lr": rate}
-    values["critic.body"] = "auto"
+    critic = {"critic.body": "auto", "critic.lr": rate}
+    values: dict[str, Any] = {"algorithm.name": method, "env.agents": agents, "learner.lr": rate, **critic}
     if method in ("magrpo", "grpo"):
         values |= {"rollout.tasks": 16}  # groups of 4
         del values["critic.lr"]

@@ -17,6 +17,12 @@ from collm.studies.series import REWARD
 
 
 def rows(folder: Path, against: str) -> list[str]:
+    """The table of the folder's kind of grid."""
+    judged = any(result.fidelity for result in read(folder / "results.json").results)
+    return (judged_rows if judged else reward_rows)(folder, against)
+
+
+def reward_rows(folder: Path, against: str) -> list[str]:
     """Per method: each seed's final reward, their mean, the area, and what `against` has more.
 
     Differences of areas are paired by seed, with the bootstrap's interval (from three seeds on) and Student's. Differences of
@@ -52,33 +58,23 @@ def judged_rows(folder: Path, against: str) -> list[str]:
     Differences are paired by seed, with Student's interval; p is Student's, by Holm for all methods of the task.
     """
     grid = read(folder / "results.json")
-    head = [
-        "task",
-        "method",
-        "area",
-        "credit fidelity by seed",
-        "mean",
-        "ceiling",
-        f"that of `{against}` minus it",
-        "p by Holm",
-    ]
+    head = ["task", "method", "area", "credit fidelity by seed", "mean", "ceiling"]
+    head += [f"that of `{against}` minus it", "p by Holm"]
     table = [head, ["---"] * len(head)]
     for task in sorted(grid.tasks):
-        found = {line.method: _judged(line) for line in grid.lines(task)}
-        pairs = {
-            method: [found[against][seed] - own[seed] for seed in own] for method, own in found.items() if method != against
+        ours = _judged(grid.line(task, against))
+        lines = sorted(grid.lines(task), key=lambda line: line.method)
+        more = {
+            line.method: [ours[seed] - own for seed, own in _judged(line).items()] for line in lines if line.method != against
         }
-        corrected = dict(zip(pairs, holm([student_p(values) for values in pairs.values()]), strict=True))
-        for line in sorted(grid.lines(task), key=lambda line: line.method):
-            method, values = line.method, list(found[line.method].values())
+        corrected = dict(zip(more, holm([student_p(values) for values in more.values()]), strict=True))
+        for line in lines:
+            values, method = list(_judged(line).values()), line.method
             cells = [f"`{task}`", f"`{method}`", f"{np.mean([result.area for result in line.results]):.3f}"]
             cells += [" ".join(f"{value:.2f}" for value in values), f"{np.mean(values):.2f}"]
-            cells += [f"{line.fidelity['ceiling'].mean:.2f}"]
-            if method == against:
-                cells += ["", ""]
-            else:
-                less = student(pairs[method], fewest=2, unit="seed")
-                cells += [f"{less.mean:+.2f} [{less.low:+.2f}, {less.high:+.2f}]", f"{corrected[method]:.2f}"]
+            cells += [f"{line.fidelity['ceiling'].mean:.2f}", "", ""]
+            if method != against:
+                cells[-2:] = [_shown(student(more[method], fewest=2, unit="seed"), 2), f"{corrected[method]:.2f}"]
             table.append(cells)
     return [f"| {' | '.join(cells)} |" for cells in table]
 
@@ -102,13 +98,11 @@ def _both(values: list[float], unit: str) -> list[str]:
     return [_shown(interval(values, fewest=3, unit=unit)), _shown(student(values, fewest=2, unit=unit))]
 
 
-def _shown(found: Interval) -> str:
+def _shown(found: Interval, digits: int = 3) -> str:
     if found.low is None or found.high is None:
-        return f"{found.mean:+.3f}"
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+        return f"{found.mean:+.{digits}f}"
+    return "{:+.{n}f} [{:+.{n}f}, {:+.{n}f}]".format(found.mean, found.low, found.high, n=digits)
 
 
 if __name__ == "__main__":
-    folder, against = Path(sys.argv[1]), sys.argv[2]
-    judged = any(result.fidelity for result in read(folder / "results.json").results)
-    print(*(judged_rows if judged else rows)(folder, against), sep="\n")
+    print(*rows(Path(sys.argv[1]), sys.argv[2]), sep="\n")

@@ -92,11 +92,11 @@ def test_ten_seeds_of_the_critic_say_what_the_page_says() -> None:
     assert f"Over ten seeds it is {found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]" in (RESULTS / "README.md").read_text()
 
 
-def by_holm(grid: str) -> dict[str, str]:
-    """Method -> p-value of "collm-cc minus it", by Holm for all methods of a grid, as the page writes it."""
+def by_holm(grid: str, against: str = "collm-cc", *, digits: int = 2) -> dict[str, str]:
+    """Method -> p-value of "`against` minus it", by Holm for all methods of a grid, as the page writes it."""
     read = runpy.run_path(str(RESULTS / "draw.py"))["read"](RESULTS / grid / "results.json")
-    found = Grid(Study(read.study.cells, "collm-cc"), read.results)
-    return {method: f"{corrected:.2f}" for method, (_, corrected) in found.p_values(*found.tasks).items()}
+    found = Grid(Study(read.study.cells, against), read.results)
+    return {method: f"{corrected:.{digits}f}" for method, (_, corrected) in found.p_values(*found.tasks).items()}
 
 
 def test_the_verdicts_rest_on_p_values_by_holm() -> None:
@@ -117,6 +117,22 @@ def test_the_verdicts_rest_on_p_values_by_holm() -> None:
     )
     learned = ("tldr", "arxiv", "coop_code", "str_build", "str_build_sparse")
     assert f"(p by Holm at most {max(by_holm(grid)['grpo'] for grid in learned)})" in page
+
+
+def test_the_verdicts_on_what_critics_may_read_rest_on_p_values_by_holm() -> None:
+    claims, page = (RESULTS / "README.md").read_text(), (RESULTS / "credit" / "README.md").read_text()
+    own, text = by_holm("credit/own_views_again"), by_holm("credit/text_alone", "readings", digits=3)
+    choosing = by_holm("credit/own_views", digits=3)
+    assert f"beyond Student's interval (p by Holm {choosing['constant']});" in page
+    pairs = [(name, own[name]) for name in ("magrpo-teammates", "constant", "magrpo", "collm-dc")]
+    words = "Corrected by Holm for the seven comparisons of the table, p is {}.".format(
+        ", ".join(f"{p} against `{name}`" for name, p in pairs)
+    )
+    assert words in page
+    assert f"p by Holm for seven comparisons {own['collm-dc']}, {own['magrpo']} and {own['magrpo-teammates']} |" in claims
+    assert f"the area is above `text-alone` by both intervals (p by Holm {text['text-alone']})" in page
+    assert f"Student's [+0.114, +0.230], p by Holm {text['text-alone']};" in claims
+    assert f"and above that of `readings` by both intervals (p by Holm {text['no-text']})." in page
 
 
 def test_every_grid_is_whole_and_told_of() -> None:
@@ -142,8 +158,7 @@ def test_a_page_of_its_own_says_what_its_grids_say(folder: Path, monkeypatch: py
     page, recipe = (folder.parent / "README.md").read_text(), (folder / "recipe.toml").read_text()
     assert recipe == recipe_of(folder).read_text()
     assert json.loads((folder / "results.json").read_text())["missing"] == 0
-    rows = table.judged_rows if folder.name == "fidelity" else table.rows
-    assert "\n".join(rows(folder, tomllib.loads(recipe)["compare"].get("against", "collm-cc"))) in page
+    assert "\n".join(table.rows(folder, tomllib.loads(recipe)["compare"].get("against", "collm-cc"))) in page
 
 
 @pytest.mark.parametrize("folder", PAGES, ids=lambda folder: folder.name)
@@ -174,19 +189,20 @@ def test_the_page_of_critics_says_what_was_measured(monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     table = runpy.run_path(str(ROOT / "benchmarks" / "critics.py"))["table"]
     folder = RESULTS / "critics"
-    page, found = (folder / "README.md").read_text(), table(json.loads((folder / "critics.json").read_text()))
-    assert all(line in page for line in found.splitlines() if line.startswith("|"))
+    page, found = (folder / "README.md").read_text(), json.loads((folder / "critics.json").read_text())
+    assert table(found).strip() in page
 
 
 def test_the_pages_say_what_a_critic_without_a_language_model_is_worth() -> None:
-    page, critics = ((RESULTS / name / "README.md").read_text() for name in ("credit", "critics"))
+    """The area without one minus that with one, paired by seed; all else is equal."""
+    claims, credit, critics = ((RESULTS / name / "README.md").read_text() for name in ("", "credit", "critics"))
     for grid, other in (("text_alone", "collm-cc-metrics"), ("own_views_again", "collm-cc")):
         runs = json.loads((RESULTS / "credit" / grid / "results.json").read_text())["runs"]
         areas = {name: [run["area"] for run in runs if run["method"] == name] for name in ("no-text", other)}
         assert " and ".join(f"{sum(own) / len(own):.3f}" for own in areas.values()) in critics
         found = student([a - b for a, b in zip(*areas.values(), strict=True)], fewest=2)
-        shown = f"[{found.low:+.3f}, {found.high:+.3f}]"
-        assert shown in page or f"[{-found.high:+.3f}, {-found.low:+.3f}]" in page
+        for page in (claims, credit):
+            assert f"{found.mean:+.3f}, Student's [{found.low:+.3f}, {found.high:+.3f}]" in page
 
 
 def test_the_page_of_stability_says_what_its_runs_say() -> None:
