@@ -56,9 +56,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "none": {"critic.body": "none"},
-    "trained": {},
-    "replay": {"critic.replay": 8},
-    "hl_gauss": {"critic.replay": 8, "critic.loss": "hl_gauss"},
+    "trained": {"critic.body": "auto"},
+    "replay": {"critic.body": "auto", "critic.replay": 8},
+    "hl_gauss": {"critic.body": "auto", "critic.replay": 8, "critic.loss": "hl_gauss"},
     "frozen": {"critic.body": "frozen"},
 }
 

@@ -3,6 +3,7 @@
     python benchmarks/stability.py --set algorithm.max_drop=0.03  # collm-cc and collm-dc, two and three agents, 20 seeds
     python benchmarks/stability.py --set algorithm.max_drop=0.03 critic.body=none   # without a language model as critic
     python benchmarks/stability.py --methods collm-cc --seeds 0-4 # every step whole
+    python benchmarks/stability.py --remedy bounded --methods collm-cc --agents 2 --seeds 100-105 --iterations 20  # of REMEDIES
     python benchmarks/stability.py --table                        # the table of all runs in the file, without a run
 
 Each run's training rewards are added to a JSON file; a run that is there already is not repeated. A run counts as solved at the
@@ -13,15 +14,21 @@ is the mean of the last three iterations.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from collm import seeds
+from collm.algorithms.advantages import discounted_returns
+from collm.learning import learner as learning
+from collm.learning import residual
+from collm.learning.parts import PolicyPart
 from collm.runs.alarms import PREFIX, Alarms
 from collm.runs.files import write_text
 from collm.runs.log import describe
@@ -36,6 +43,79 @@ RATES = {1: 3e-4, 2: 1e-3, 3: 5e-4}
 SOLVED, KEPT, END = 0.99, 0.85, 0.95
 
 
+class Bounded:
+    """V is held within the range of returns seen in earlier iterations."""
+
+    def __init__(self) -> None:
+        self.low, self.high = 0.0, 0.0
+
+    def __call__(self, values_ENT: torch.Tensor, returns_ET: torch.Tensor) -> torch.Tensor:
+        held_ENT = values_ENT.clamp(self.low, self.high)
+        self.low, self.high = min(self.low, returns_ET.min().item()), max(self.high, returns_ET.max().item())
+        return held_ENT
+
+
+def gated(values_ENT: torch.Tensor, returns_ET: torch.Tensor) -> torch.Tensor:
+    """Where V explains none of the variance of the returns, the mean return of the turn takes its place (EVPO)."""
+    held_ENT = values_ENT.clone()
+    for t in range(returns_ET.shape[1]):
+        missed = (returns_ET[:, t, None] - values_ENT[..., t]).var()
+        if missed >= returns_ET[:, t].var():
+            held_ENT[..., t] = returns_ET[:, t].mean()
+    return held_ENT
+
+
+@contextlib.contextmanager
+def values_held(held: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Credit is assigned with held(V, returns) in place of V, for agents and critics alike."""
+    assign = learning.assign_values
+
+    def assigned(batch: Any, text: Any, wanted: Any, regressions: Any, critics: Any, settings: Any, **rest: Any) -> Any:
+        rows = regressions.read(batch)
+        predicted_ENT = residual.predict_returns(regressions.returns, rows, batch, text.read_ENT)
+        returns_ET = discounted_returns(batch.rewards_ET, gamma=settings.gamma)
+        values_ENT = held(text.values_ENT + predicted_ENT, returns_ET)
+        text = dataclasses.replace(text, values_ENT=values_ENT - predicted_ENT)
+        return assign(batch, text, wanted, regressions, critics, settings, **rest)
+
+    learning.assign_values = assigned
+    try:
+        yield
+    finally:
+        learning.assign_values = assign
+
+
+def optimizers(learner: Any, *, critics: bool) -> list[dict[str, Any]]:
+    """Groups of parameters of all critics, or of all policies."""
+    parts = [part for part in learner.hands.parts if isinstance(part, PolicyPart) != critics]
+    return [group for part in parts for group in part.optimizer.param_groups]
+
+
+def quick_critic(learner: Any) -> None:
+    for group in optimizers(learner, critics=True):
+        group["betas"] = (0.0, group["betas"][1])
+
+
+def slow_critic(learner: Any) -> None:
+    for group in optimizers(learner, critics=True):
+        group["full_lr"] /= 4
+
+
+def large_epsilon(learner: Any) -> None:
+    for group in optimizers(learner, critics=False):
+        group["eps"] = 1e-4
+
+
+REMEDIES: dict[str, tuple[str, Callable[[Any], None] | None, Callable[[], Any] | None]] = {
+    "bounded": ("V within the range of returns seen", None, Bounded),
+    "gate": ("mean return where V explains nothing", None, lambda: gated),
+    "quick_critic": ("critic without momentum", quick_critic, None),
+    "slow_critic": ("critic at a quarter of its rate", slow_critic, None),
+    "epsilon": ("epsilon of the policies' AdamW 1e-4", large_epsilon, None),
+}
+"""Name -> what it is, what it changes in the learner, what holds V."""
+
+
 def settings_of(method: str, agents: int, changes: dict[str, str]) -> dict[str, Any]:
     rate = RATES[agents]
     critic = {"critic.body": "auto", "critic.lr": rate}
@@ -46,11 +126,22 @@ def settings_of(method: str, agents: int, changes: dict[str, str]) -> dict[str, 
     return {**values, "run.threads": 1, "evaluation.every": 0, **changes}
 
 
-def play(settings: dict[str, Any], seed: int, iterations: int) -> dict[str, Any]:
+def play(settings: dict[str, Any], seed: int, iterations: int, remedies: Sequence[str]) -> dict[str, Any]:
+    """Of one run, with some of REMEDIES."""
+    with contextlib.ExitStack() as stack:
+        for name in remedies:
+            if (holds := REMEDIES[name][2]) is not None:
+                stack.enter_context(values_held(holds()))
+        return played(settings, seed, iterations, [change for name in remedies if (change := REMEDIES[name][1]) is not None])
+
+
+def played(settings: dict[str, Any], seed: int, iterations: int, changes: Sequence[Callable[[Any], None]]) -> dict[str, Any]:
     """Training rewards, mean values of each critic, fractions of steps that were taken, and alarms of one run."""
     recipe = ROOT / "recipes" / "tiny" / "agree.toml"
     config = prepare(load_config(recipe, {**settings, "run.seed": seed, "run.iterations": iterations}))
     made, alarms = assemble(config), Alarms([{"iteration": 0}])
+    for change in changes:
+        change(made.learner)
     found: dict[str, Any] = {"rewards": [], "values": [], "fractions": [], "alarms": {}}
     for iteration in range(iterations):
         tasks = draw_tasks(seed, iteration, config.rollout.tasks, made.tasks)
@@ -101,6 +192,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0-19", help="first and last seed")
     parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings that differ")
+    parser.add_argument(
+        "--remedy", nargs="+", default=[], choices=REMEDIES, help="what is done instead of max_drop, or beside it"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the table of the file and stop")
     given = parser.parse_args()
@@ -111,11 +205,13 @@ def main() -> None:
     cases = [(seed, n, method) for seed in range(first, last + 1) for n in given.agents for method in given.methods]
     for seed, agents, method in [] if given.table else cases:
         name = " ".join([method, f"{agents} agents", *given.set])
+        if given.remedy:
+            name = f"{name}, {', '.join(REMEDIES[remedy][0] for remedy in given.remedy)}, {given.iterations} iterations,"
         key = f"{name} seed {seed}"
         if key in runs:
             continue
         started = time.monotonic()
-        runs[key] = play(settings_of(method, agents, changes), seed, given.iterations)
+        runs[key] = play(settings_of(method, agents, changes), seed, given.iterations, given.remedy)
         end, low = judged(runs[key]["rewards"])
         print(f"{key}: end {end:.3f}, lowest {low}, {time.monotonic() - started:.0f} s", flush=True)
         given.out.parent.mkdir(parents=True, exist_ok=True)

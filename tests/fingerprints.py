@@ -35,8 +35,20 @@ DEFAULT: dict[str, dict[str, Any]] = {
 }
 CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "collm-cc": {"algorithm": {"name": "collm-cc"}, "env": BUILD, "rollout": {"max_tokens": 24}},
+    "collm-cc, no language model as critic": {
+        "algorithm": {"name": "collm-cc"},
+        "env": BUILD,
+        "rollout": {"max_tokens": 24},
+        "critic": {"body": "none"},
+    },
     "collm-cc-paper": {"algorithm": {"name": "collm-cc-paper"}},
     "collm-dc": {"algorithm": {"name": "collm-dc"}, "env": BUILD, "rollout": {"max_tokens": 24}},
+    "collm-dc, no language model as critic": {
+        "algorithm": {"name": "collm-dc"},
+        "env": BUILD,
+        "rollout": {"max_tokens": 24},
+        "critic": {"body": "none"},
+    },
     "magrpo": {"algorithm": {"name": "magrpo"}},
     "marloo": {"algorithm": {"name": "marloo"}},
     "maremax": {"algorithm": {"name": "maremax"}},

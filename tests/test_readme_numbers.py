@@ -241,7 +241,8 @@ def learning_rates() -> Values:
     """Of adapters and the tiny model, of other whole models, and of critics that are adapters."""
 
     def default(model: str, **team: object) -> tuple[str, str]:
-        config = parse_config({"env": {"name": "agree"}, "algorithm": {"name": "collm-cc"}, "team": {"model": model, **team}})
+        critic = {"body": "auto"}
+        config = parse_config({"env": {"name": "agree"}, "critic": critic, "team": {"model": model, **team}})
         blueprint = Blueprint.of(config, ("a", "b"))
         return rate(blueprint.policies[0].rate(config)), rate(blueprint.critics[0].rate(config))
 

@@ -77,7 +77,7 @@ def algorithms(arguments: argparse.Namespace) -> int:
     for name, preset in ALGORITHMS.items():
         print(f"{name:<15} {preset.about}")
         print(" " * 16 + "  ".join(f"{key}={value!r}" for key, value in preset.settings().items()) + "\n")
-    print("critic.body='none' trains those with a critic without a language model as critic: V is a regression alone.")
+    print("critic.body='auto' adds a language model as critic to those whose V is a regression alone (critic.body='none').")
     return 0
 
 

@@ -139,7 +139,8 @@ RULES = (
         "value_outside",
         0.2,
         "the mean value of {who} is outside the range of all returns seen so far, by {percent} of its width: advantages then "
-        "have one sign, whatever the answers are. Lower critic.lr, or set critic.metrics='auto'.",
+        "have one sign, whatever the answers are. Set critic.metrics='auto'; with a language model as critic, lower critic.lr "
+        "or set critic.body='none'.",
         when="later",
     ),
     _looks("repetition", 0.5, "answers repeat themselves"),

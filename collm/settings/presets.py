@@ -32,9 +32,9 @@ MAX_DROP = 0.03
 
 ALGORITHMS = {
     "collm-cc": Preset(
-        "one centralized critic of the joint history (arXiv:2601.21972); TD error minus a difference baseline",
+        "one centralized critic of numbers in the joint history (arXiv:2601.21972); TD error minus a difference baseline",
         {"baseline": "value", "teammates": "replay", "max_drop": MAX_DROP},
-        {"reads": "joint", "lam": 0.9, "metrics": "auto"},
+        {"reads": "joint", "body": "none", "lam": 0.9, "metrics": "auto"},
     ),
     "collm-cc-paper": Preset(
         "the setting of arXiv:2601.21972: a critic that reads text alone, TD error z-scored per agent",
@@ -44,7 +44,7 @@ ALGORITHMS = {
     "collm-dc": Preset(
         "a decentralized critic per agent, which reads that agent's history and nothing else; TD(lambda)",
         {"baseline": "value", "lam": 0.9, "max_drop": MAX_DROP},
-        {"reads": "own", "lam": 0.9, "metrics": "auto"},
+        {"reads": "own", "body": "none", "lam": 0.9, "metrics": "auto"},
     ),
     "magrpo": _monte_carlo("return minus the mean of a task's siblings (arXiv:2508.04652)", "group_mean"),
     "marloo": _monte_carlo("return minus the mean of the other siblings (arXiv:2402.14740)", "leave_one_out"),
@@ -53,7 +53,7 @@ ALGORITHMS = {
     "ac": Preset(
         "one agent and its critic; TD(lambda)",
         {"baseline": "value", "lam": 0.9, "max_drop": MAX_DROP},
-        {"reads": "joint", "lam": 0.9, "metrics": "readings"},
+        {"reads": "joint", "body": "none", "lam": 0.9, "metrics": "readings"},
     ),
     "grpo": _monte_carlo("magrpo with one agent (arXiv:2402.03300)", "group_mean"),
 }

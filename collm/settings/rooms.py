@@ -322,8 +322,8 @@ class Config(Room):
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, values: Any) -> Any:
-        """Apply the preset's settings of the critic. Drop its difference baseline if the recipe replaces the baseline or
-        disables the metrics."""
+        """Apply the preset's settings of the critic. If the recipe replaces the baseline or disables the metrics, drop the
+        preset's difference baseline, and its critic without a language model: text, or Q of answers, is then to be read."""
         algorithm, critic = (values.get(room, {}) for room in ("algorithm", "critic"))
         if not isinstance(algorithm, Mapping) or not isinstance(critic, Mapping):
             return values  # each room refuses what it cannot read
@@ -333,10 +333,9 @@ class Config(Room):
             return values
         baseline = algorithm.get("baseline", preset.algorithm["baseline"])
         room = {**(preset.critic if baseline in CRITIC_BASELINES else {}), **critic}
-        if "teammates" in preset.algorithm and (
-            baseline != preset.algorithm["baseline"] or former.metrics(room.get("metrics", "none")) == "none"
-        ):
-            algorithm = {"teammates": "none", **algorithm}
+        if baseline != preset.algorithm["baseline"] or former.metrics(room.get("metrics", "none")) == "none":
+            room = {key: value for key, value in room.items() if key != "body" or key in critic}
+            algorithm = {**({"teammates": "none"} if "teammates" in preset.algorithm else {}), **algorithm}
         return {**values, "algorithm": algorithm, "critic": room}
 
     @model_validator(mode="after")

@@ -81,6 +81,8 @@ SEATS = {
     **QUICK,
     "collm-dc": ["agent_0", "agent_1", "agent_0/critic", "agent_1/critic"],
     "magrpo": ["agent_0", "agent_1"],
+    "collm-cc, no language model as critic": ["agent_0", "agent_1"],
+    "collm-dc, no language model as critic": ["agent_0", "agent_1"],
     "LoRA": ["agent_0"],
     "LoRA, critics that are whole models": ["agent_0", "critic"],
     "shared policy": ["agent_0", "critic"],

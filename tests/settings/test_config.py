@@ -191,7 +191,7 @@ CONTRADICTIONS = [
         [{"algorithm__baseline": "value"}, {"critic__body": "auto"}],
     ),
     (
-        {"critic__body": "none", "critic__epochs": 2},
+        {"critic__epochs": 2},  # of collm-cc, whose V is a regression alone
         ["critic.epochs=2", "critic.body='none'", "Leave it out, or set critic.body='auto'"],
         [{"critic__epochs": 1}, {"critic__body": "auto"}],
     ),
@@ -211,12 +211,12 @@ CONTRADICTIONS = [
         [{"critic__loss": "mse"}, {"critic__body": "auto"}],
     ),
     (
-        {"critic__replay": 4},
+        {"critic__body": "auto", "critic__replay": 4},
         ["critic.replay=4", "critic.epochs=1", "Set critic.epochs=50, or critic.replay=1"],
         [{"critic__epochs": 50}, {"critic__replay": 1}],
     ),
     (
-        {"critic__loss": "hl_gauss", "critic__normalize_targets": True},
+        {"critic__body": "auto", "critic__loss": "hl_gauss", "critic__normalize_targets": True},
         ["critic.normalize_targets=true", "critic.loss='hl_gauss'", "set critic.loss='mse'"],
         [{"critic__normalize_targets": False}, {"critic__loss": "mse"}],
     ),
@@ -397,6 +397,23 @@ def test_addresses_of_a_cluster(address):
 @pytest.mark.parametrize("address", ["", "here", "10.0.0.1", "ray://10.0.0.1:10001", "10.0.0.1:port", "a b:1"])
 def test_other_addresses_are_refused(address):
     assert "Set 'local', 'auto', or HOST:PORT" in refused(rooms(cluster__address=address))
+
+
+@pytest.mark.parametrize("name", ["collm-cc", "collm-dc", "ac"])
+@pytest.mark.parametrize(
+    ("changes", "body"),
+    [
+        ({}, "none"),
+        ({"critic__metrics": "readings"}, "none"),
+        ({"critic__metrics": "none"}, "auto"),
+        ({"algorithm__baseline": "counterfactual"}, "auto"),
+        ({"critic__metrics": "none", "critic__body": "none"}, "none"),
+        ({"critic__body": "frozen"}, "frozen"),
+    ],
+)
+def test_a_language_model_is_the_critic_where_no_regression_can_be(name, changes, body):
+    """A critic of text, or of answers, cannot be a regression on numbers; what a recipe sets itself stays."""
+    assert parse_config(rooms(algorithm__name=name, **changes)).critic.body == body
 
 
 @pytest.mark.parametrize("share", [0, -1, 1.5, "much"])

