@@ -206,7 +206,8 @@ def main() -> None:
     for seed, agents, method in [] if given.table else cases:
         name = " ".join([method, f"{agents} agents", *given.set])
         if given.remedy:
-            name = f"{name}, {', '.join(REMEDIES[remedy][0] for remedy in given.remedy)}, {given.iterations} iterations,"
+            done = "all five" if set(given.remedy) == set(REMEDIES) else ", ".join(REMEDIES[one][0] for one in given.remedy)
+            name = f"{name}, {done}"
         key = f"{name} seed {seed}"
         if key in runs:
             continue
