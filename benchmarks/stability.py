@@ -216,7 +216,9 @@ def main() -> None:
         end, low = judged(runs[key]["rewards"])
         print(f"{key}: end {end:.3f}, lowest {low}, {time.monotonic() - started:.0f} s", flush=True)
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(given.out, json.dumps(runs, indent=0, sort_keys=True).replace(",\n", ", ").replace("}, ", "},\n") + "\n")
+        write_text(
+            given.out, "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(runs[key])}" for key in sorted(runs)) + "\n}\n"
+        )
     print(table(runs))
 
 
