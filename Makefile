@@ -10,7 +10,7 @@ export EXTRAS = import sys, tomllib; \
 .PHONY: demo test test-slow test-vllm test-clients docs constraints fuzz bubblewrap tiny smollm2 clean help
 
 help:
-	@echo "make demo       install, train two tiny builders (at most 10 minutes), show before and after"
+	@echo "make demo       install, train two tiny builders (at most 8 minutes), show before and after"
 	@echo "make test       install, check style and types, run the quick tests"
 	@echo "make test-slow  the long checks (about half an hour)"
 	@echo "make fuzz       20,000 hostile answers to all environments (make test plays 2,000)"

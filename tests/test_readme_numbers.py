@@ -336,7 +336,7 @@ HELD: list[tuple[str, Callable[[], Values]]] = [
     ("{} words are held out.", lambda: (held_out(DEMO),)),
     ("These are the numbers of one run (seed {});", lambda: (read("images", "demo.json")["seed"],)),
     ("| reward (at most {:.0f}) | {} | {} |", lambda: (StrBuild.max_reward, *demonstrated("reward"))),
-    ("| target cells written by both | {} | {} |", lambda: demonstrated("target cells written by both")),
+    ("| target cells built | {} | {} |", lambda: demonstrated("target cells built")),
     ("| like blocks side by side | {} | {} |", lambda: demonstrated("like blocks side by side")),
     ("| IoU with the word | {} | {} |", lambda: demonstrated("IoU with the word")),
     ("# what {} untrained writers read and wrote", lambda: (agents(QUOTE),)),
