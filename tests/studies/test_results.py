@@ -7,6 +7,7 @@ import runpy
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 
 import pytest
 from places import ROOT
@@ -236,6 +237,23 @@ def area_rows(folder: Path) -> list[str]:
         share = f"{found[1]['shortened']} of {found[1]['steps']}" if found[1] else ""
         rows.append(f"| {task} | {seed} | {areas} | {share} |")
     return rows
+
+
+def test_the_page_says_what_two_writers_of_a_real_model_earned() -> None:
+    """Final reward and area by seed; the median of what critics explain in the second half; differences of areas."""
+    page = (RESULTS / "credit" / "README.md").read_text()
+    found = json.loads((RESULTS / "credit" / "quote_own.json").read_text())
+    runs = {(run["method"], run["seed"]): run for run in found["runs"]}
+    explained = found["explained before the last turn"]
+    for method in ("magrpo", "magrpo-teammates", "collm-dc", "collm-cc"):
+        own = [runs[method, seed] for seed in (2, 3)]
+        cells = [f"{run['final']['reward']:.3f}" for run in own] + [f"{run['area']:.3f}" for run in own]
+        halves = [[x for row in explained.get(f"{method}-seed{seed}", [])[6:] for x in row] for seed in (2, 3)]
+        cells += [f"{median(values):.2f}" if values else "" for values in halves]
+        assert f"| `{method}` | {' | '.join(cells)} |" in page
+    for method in ("collm-dc", "magrpo-teammates"):
+        more = [runs["collm-cc", seed]["area"] - runs[method, seed]["area"] for seed in (2, 3)]
+        assert f"`{method}`{' is' if method == 'collm-dc' else ''} {more[0]:+.3f} and {more[1]:+.3f}" in page
 
 
 def test_the_readings_on_a_second_task_are_those_on_the_page() -> None:
