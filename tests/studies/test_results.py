@@ -251,6 +251,8 @@ def test_the_page_says_what_two_writers_of_a_real_model_earned() -> None:
         halves = [[x for row in explained.get(f"{method}-seed{seed}", [])[6:] for x in row] for seed in (2, 3)]
         cells += [f"{median(values):.2f}" if values else "" for values in halves]
         assert f"| `{method}` | {' | '.join(cells)} |" in page
+        if (method, 4) in runs:
+            assert f"`{method}` {runs[method, 4]['final']['reward']:.3f}" in page
     for method in ("collm-dc", "magrpo-teammates"):
         more = [runs["collm-cc", seed]["area"] - runs[method, seed]["area"] for seed in (2, 3)]
         assert f"`{method}`{' is' if method == 'collm-dc' else ''} {more[0]:+.3f} and {more[1]:+.3f}" in page
