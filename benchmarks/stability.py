@@ -14,11 +14,10 @@ is the mean of the last three iterations.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ import torch
 
 from collm import seeds
 from collm.algorithms.advantages import discounted_returns
-from collm.learning import learner as learning
 from collm.learning import residual
+from collm.learning.batch import Batch
+from collm.learning.critics import Values
 from collm.learning.parts import PolicyPart
 from collm.runs.alarms import PREFIX, Alarms
 from collm.runs.files import write_text
@@ -65,24 +65,17 @@ def gated(values_ENT: torch.Tensor, returns_ET: torch.Tensor) -> torch.Tensor:
     return held_ENT
 
 
-@contextlib.contextmanager
-def values_held(held: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def hold_values(learner: Any, held: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
     """Credit is assigned with held(V, returns) in place of V, for agents and critics alike."""
-    assign = learning.assign_values
+    read = learner._read
 
-    def assigned(batch: Any, text: Any, wanted: Any, regressions: Any, critics: Any, settings: Any, **rest: Any) -> Any:
-        rows = regressions.read(batch)
-        predicted_ENT = residual.predict_returns(regressions.returns, rows, batch, text.read_ENT)
-        returns_ET = discounted_returns(batch.rewards_ET, gamma=settings.gamma)
-        values_ENT = held(text.values_ENT + predicted_ENT, returns_ET)
-        text = dataclasses.replace(text, values_ENT=values_ENT - predicted_ENT)
-        return assign(batch, text, wanted, regressions, critics, settings, **rest)
+    def read_and_held(batch: Batch) -> Values:
+        text, regressions = read(batch), learner.regressions
+        predicted_ENT = residual.predict_returns(regressions.returns, regressions.read(batch), batch, text.read_ENT)
+        returns_ET = discounted_returns(batch.rewards_ET, gamma=learner.config.algorithm.gamma)
+        return dataclasses.replace(text, values_ENT=held(text.values_ENT + predicted_ENT, returns_ET) - predicted_ENT)
 
-    learning.assign_values = assigned
-    try:
-        yield
-    finally:
-        learning.assign_values = assign
+    learner._read = read_and_held
 
 
 def optimizers(learner: Any, *, critics: bool) -> list[dict[str, Any]]:
@@ -106,14 +99,14 @@ def large_epsilon(learner: Any) -> None:
         group["eps"] = 1e-4
 
 
-REMEDIES: dict[str, tuple[str, Callable[[Any], None] | None, Callable[[], Any] | None]] = {
-    "bounded": ("V within the range of returns seen", None, Bounded),
-    "gate": ("mean return where V explains nothing", None, lambda: gated),
-    "quick_critic": ("critic without momentum", quick_critic, None),
-    "slow_critic": ("critic at a quarter of its rate", slow_critic, None),
-    "epsilon": ("epsilon of the policies' AdamW 1e-4", large_epsilon, None),
+REMEDIES: dict[str, tuple[str, Callable[[Any], None]]] = {
+    "bounded": ("V within the range of returns seen", lambda learner: hold_values(learner, Bounded())),
+    "gate": ("mean return where V explains nothing", lambda learner: hold_values(learner, gated)),
+    "quick_critic": ("critic without momentum", quick_critic),
+    "slow_critic": ("critic at a quarter of its rate", slow_critic),
+    "epsilon": ("epsilon of the policies' AdamW 1e-4", large_epsilon),
 }
-"""Name -> what it is, what it changes in the learner, what holds V."""
+"""Name -> what it is, and what it changes in the learner."""
 
 
 def settings_of(method: str, agents: int, changes: dict[str, str]) -> dict[str, Any]:
@@ -127,21 +120,12 @@ def settings_of(method: str, agents: int, changes: dict[str, str]) -> dict[str, 
 
 
 def play(settings: dict[str, Any], seed: int, iterations: int, remedies: Sequence[str]) -> dict[str, Any]:
-    """Of one run, with some of REMEDIES."""
-    with contextlib.ExitStack() as stack:
-        for name in remedies:
-            if (holds := REMEDIES[name][2]) is not None:
-                stack.enter_context(values_held(holds()))
-        return played(settings, seed, iterations, [change for name in remedies if (change := REMEDIES[name][1]) is not None])
-
-
-def played(settings: dict[str, Any], seed: int, iterations: int, changes: Sequence[Callable[[Any], None]]) -> dict[str, Any]:
     """Training rewards, mean values of each critic, fractions of steps that were taken, and alarms of one run."""
     recipe = ROOT / "recipes" / "tiny" / "agree.toml"
     config = prepare(load_config(recipe, {**settings, "run.seed": seed, "run.iterations": iterations}))
     made, alarms = assemble(config), Alarms([{"iteration": 0}])
-    for change in changes:
-        change(made.learner)
+    for name in reversed(remedies):  # the first holds V last
+        REMEDIES[name][1](made.learner)
     found: dict[str, Any] = {"rewards": [], "values": [], "fractions": [], "alarms": {}}
     for iteration in range(iterations):
         tasks = draw_tasks(seed, iteration, config.rollout.tasks, made.tasks)

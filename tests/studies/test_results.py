@@ -209,10 +209,11 @@ def test_the_pages_say_what_a_critic_without_a_language_model_is_worth() -> None
 def test_the_page_of_stability_says_what_its_runs_say() -> None:
     table = runpy.run_path(str(ROOT / "benchmarks" / "stability.py"))["table"]
     folder = RESULTS / "stability"
+    page = (folder / "README.md").read_text()
     for name in ("stability.json", "remedies.json"):
         for line in table(json.loads((folder / name).read_text())).splitlines():
-            assert line in (folder / "README.md").read_text()
-    assert all(line in (folder / "README.md").read_text() for line in [*limited_rows(folder), *area_rows(folder)])
+            assert line in page
+    assert all(line in page for line in [*limited_rows(folder), *area_rows(folder)])
 
 
 def limited_rows(folder: Path) -> list[str]:
