@@ -16,8 +16,8 @@ from collm.types import Metrics
 
 def measure_ceiling(ceiling: MetricCeiling | None, batch: Batch, features_ETM: Tensor, *, gamma: float) -> Metrics:
     """Per turn t: `ceiling_turn_t`, the metric ceiling over recent iterations (the fraction of the variance within tasks that
-    least squares on the environment metrics explains); and `spread_turn_t`, the sum of squared deviations of returns from their
-    task's mean, in squared units of return."""
+    least squares on the environment metrics explains); and, in squared units of return, the sum of squared deviations of
+    returns from their task's mean (`spread_turn_t`) and from the mean of all (`variation_turn_t`)."""
     metrics: Metrics = {}
     if ceiling is None:
         return metrics
@@ -27,6 +27,7 @@ def measure_ceiling(ceiling: MetricCeiling | None, batch: Batch, features_ETM: T
         returns, tasks = returns_ET[chosen, t], batch.tasks_E[chosen]
         metrics[f"ceiling_turn_{t}"] = ceiling.measure(t, features_ETM[chosen, t], returns, tasks)
         metrics[f"spread_turn_{t}"] = without_task_means(returns, tasks).square().sum().item()
+        metrics[f"variation_turn_{t}"] = (returns.double() - returns.double().mean()).square().sum().item()
     return metrics
 
 

@@ -22,6 +22,7 @@ _EXPLAINED = {
         ("all", "explained_variance"),
         ("ceiling", "ceiling"),
         ("spread", "spread"),
+        ("variation", "variation"),
     )
 }
 Curves = dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
@@ -66,8 +67,9 @@ def ceiling_by_turn(run: Run) -> Curves:
 
 
 def spread_by_turn(run: Run) -> Curves:
-    """The variation within tasks: the sum of squared deviations of returns from their task's mean."""
-    return _by_turn(run, "spread")
+    """The variation that `explained_by_turn` gives a fraction of: the sum of squared deviations of returns from their task's
+    mean, or from the mean of all where tasks do not repeat; empty for runs of versions that did not record it."""
+    return _by_turn(run, "spread" if repeats_tasks(run) else "variation")
 
 
 def _by_turn(run: Run, what: str) -> Curves:

@@ -28,7 +28,7 @@ from collm.settings.presets import ALGORITHMS
 from collm.studies.grid import Study, read_grid
 from collm.studies.jobs import digest
 from collm.studies.recipe import read_plan
-from collm.studies.result import Cell, area_under, first_reaching
+from collm.studies.result import Cell, area_under, first_reaching, read_result
 from collm.training.task import metric_names
 
 RECIPE = """
@@ -409,6 +409,27 @@ def test_what_critics_explain_is_that_of_the_second_half_over_seeds(tmp_path: Pa
     assert line.results[2].explained[0] == pytest.approx((1 * 1.5 + 3 * 2.0) / 4)
     assert line.explained[1].mean == pytest.approx((1.1 - 9.0) / 2)
     assert line.results[0].judged == "within tasks"
+
+
+def test_where_tasks_seldom_repeat_an_iteration_counts_by_all_its_variation(tmp_path: Path) -> None:
+    """A task drawn twice in one of five iterations must not make that iteration the only one that counts."""
+    cell = Cell("task", "a", None, 0, tmp_path / "a")
+    metrics = [
+        {
+            "critic/explained_within_tasks_turn_0": -5.0 if number == 3 else None,
+            "critic/explained_variance_turn_0": 0.2 * number,
+            "spread_turn_0": 0.01 if number == 3 else 0.0,
+            "variation_turn_0": [9.0, 9.0, 9.0, 1.0, 3.0][number],
+        }
+        for number in range(5)
+    ]
+    old = Cell("task", "old", None, 0, tmp_path / "old")
+    write_run(cell.folder, {0: [record("one", 0.0, tokens=7)]}, metrics)
+    without = [{name: value for name, value in row.items() if name != "variation_turn_0"} for row in metrics]
+    write_run(old.folder, {0: [record("one", 0.0, tokens=7)]}, without)
+    assert read_result(cell).explained[0] == pytest.approx((1 * 0.6 + 3 * 0.8) / 4)
+    assert read_result(cell).judged == "tasks included"
+    assert read_result(old).explained[0] == pytest.approx((0.6 + 0.8) / 2)  # recorded before variations were
 
 
 def strip(plain: Any) -> Any:
