@@ -7,9 +7,19 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from collm.envs.base import Outcome, TextEnv, agent_names
 from collm.errors import EnvError
+
+
+@contextmanager
+def cpu_seconds_at_most(limit: float) -> Iterator[None]:
+    """Fails where the block needs more CPU time of this process, which depends on other work far less than time does."""
+    begun = time.process_time()
+    yield
+    assert time.process_time() - begun < limit
 
 
 class Echo(TextEnv):

@@ -7,7 +7,6 @@ import json
 import random
 import shutil
 import textwrap
-import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from places import DATA, needs
+from worlds import cpu_seconds_at_most
 
 from collm import check_env, make
 from collm.envs.coding import problems
@@ -322,12 +322,11 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_hostile_answer_is_read_and_walked_in_no_time(text):
-    begun = time.monotonic()
-    tree = read(text)
-    found = [] if tree is None else taken(tree)
-    use_of(found, "f", ["aux"])
-    returns_something(function(found, "f"))
-    assert time.monotonic() - begun < 2.0
+    with cpu_seconds_at_most(2):
+        tree = read(text)
+        found = [] if tree is None else taken(tree)
+        use_of(found, "f", ["aux"])
+        returns_something(function(found, "f"))
 
 
 def test_a_check_is_split_into_its_asserts_with_the_set_up_before_them():
