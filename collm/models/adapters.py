@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,13 @@ class Base:
         finally:
             self.activate(before)
 
+    def mixed(self) -> AbstractContextManager[Any]:
+        """Autocast if the base is in bfloat16, where the adapters' float32 matrices need it."""
+        weight = self.model.get_input_embeddings().weight
+        if weight.dtype != torch.bfloat16:
+            return nullcontext()
+        return torch.autocast(weight.device.type, dtype=torch.bfloat16)
+
     def again(self) -> Any:
         """A context that activates the adapter that is active now, for passes that are computed twice."""
         return self.using(self.active)
@@ -149,7 +156,8 @@ class Base:
             for layer in self.layers.values()
         ]
         try:
-            self.body(input_ids=ids_BL, use_cache=False)
+            with self.using(None):
+                self.body(input_ids=ids_BL, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -176,6 +184,8 @@ class Base:
         if not isinstance(config.target_modules, str):  # an adapter from elsewhere may name its layers by a pattern
             config.target_modules = sorted(config.target_modules)
         self.layers = {path: module for path, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+        for layer in self.layers.values():
+            layer.cast_input_dtype_enabled = False  # autocast does it; PEFT would copy every input to float32 and back
         self.__dict__.pop("keeps_rows", None)
         if any(name in layer.lora_embedding_A for layer in self.layers.values()) or isinstance(
             self.model.get_output_embeddings(), LoraLayer
@@ -214,7 +224,8 @@ class Adapter(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         self.base.activate(self.name)
-        return self.base.body(**inputs)
+        with self.base.mixed():
+            return self.base.body(**inputs)
 
     def tensors(self) -> dict[str, Tensor]:
         """PEFT's name -> weight (not a copy)."""

@@ -347,8 +347,9 @@ def tree_bytes(shape: Shape, c: int, longest: int, num: int) -> float:
 def block_bytes(shape: Shape, c: int, lora: LoraSettings | None) -> float:
     """Bytes per token that one block keeps for its backward pass. c: bytes per number in products (4, or 2 for bfloat16).
 
-    Norms are float32. A layer keeps its input if it is trained or adapted. In float32, layers with the same input share it; in
-    bfloat16 each has its own copy, except a whole model's output projection, which takes attention's answer as it is.
+    Norms are float32. A layer keeps its input if it is trained or adapted. Layers with the same input share it, and the output
+    projection takes attention's answer as it is; but autocast makes a copy in bfloat16 for each layer of a whole model after a
+    norm.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     trained = lora is None
@@ -359,11 +360,9 @@ def block_bytes(shape: Shape, c: int, lora: LoraSettings | None) -> float:
     size += c * 2 * (queries + keys)  # queries, keys, values and answer of attention
     size += c * 3 * shape.intermediate  # gate, its activation, and up
     chosen = list(shape.linear) if lora is None or lora.targets == ["all-linear"] else lora.targets
-    for readers in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",), ("o_proj",)):
+    for readers in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",)):
         num = len(set(readers) & set(chosen))
-        copies = num if c == 2 else min(num, 1)
-        if readers == ("o_proj",) and (trained or c == 4):
-            copies = 0
+        copies = num if trained and c == 2 else min(num, 1)
         size += c * copies * shape.linear[readers[0]][0]
     return size + (0 if lora is None else c * lora.rank * len(chosen))
 

@@ -246,6 +246,28 @@ def test_only_adapters_learn_and_stay_float32_on_a_bfloat16_base(tmp_path: Path)
         assert all(entry["exp_avg"].dtype == torch.float32 for entry in optimizer.state.values())
 
 
+def test_on_a_bfloat16_base_no_input_is_copied_to_float32_and_the_numbers_are_peft_s() -> None:
+    """Adapters are float32; PEFT casts every layer's input to float32, which autocast then casts back."""
+    policy = stirred(Policy.from_pretrained("tiny", compute="bfloat16", lora=LoraSettings(rank=4), seed=0), 0)
+    layers = list(policy.adapter.base.layers.values())
+    seen: list[torch.dtype] = []
+    for layer in layers:
+        layer.lora_A[policy.adapter.name].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+
+    def hidden_and_gradients() -> list[Tensor]:
+        hidden_BLD = policy.hidden(IDS)
+        weights = list(policy.adapter.parameters())
+        return [hidden_BLD, *torch.autograd.grad(hidden_BLD.float().square().sum(), weights)]
+
+    ours = hidden_and_gradients()
+    assert set(seen) == {torch.bfloat16}
+    assert len(seen) == len(layers)
+    for layer in layers:
+        layer.cast_input_dtype_enabled = True
+    assert all(torch.equal(a, b) for a, b in zip(ours, hidden_and_gradients(), strict=True))
+    assert torch.equal(policy.adapter(input_ids=IDS, use_cache=False).last_hidden_state, ours[0]), "also outside autocast"
+
+
 def test_the_reference_of_kl_penalties_is_the_base_without_adapter() -> None:
     learner = learner_of(2, {"name": "magrpo", "kl_coef": 0.1})
     part = policy_parts(learner)["agent_0"]
