@@ -1,6 +1,7 @@
 """Seconds of one update of groups of siblings, with what they share read once and with one pass per answer.
 
     python benchmarks/update.py build/smollm2      # a few minutes on one core
+    python benchmarks/update.py build/smollm2 --adapters    # in bfloat16: inputs of layers cast as PEFT does, and as they are
 
 Prompts and answers are random token ids, since their lengths alone decide. Both ways alternate in one process on the same
 episodes and weights; the ratio of their processor seconds is the median over the rounds. Printed too: tokens read, and the
@@ -22,6 +23,7 @@ from collm.learning.credit import Credit
 from collm.learning.parts import PolicyPart
 from collm.models.policy import Policy
 from collm.settings.load import parse_config
+from collm.settings.rooms import LoraSettings
 from collm.types import Completion, Episode, Group, Sampling, Turn
 
 WORKLOADS = {"quote": (45, 14), "tldr": (400, 60), "long answers": (150, 150)}
@@ -56,7 +58,7 @@ def measured(part: PolicyPart, batch: Batch, *, trees: bool) -> tuple[float, flo
     return seconds, metrics["tokens/policy"], kept[0]
 
 
-def compare(policy: Policy, name: str, siblings: int, tokens: int, rounds: int) -> None:
+def workload(policy: Policy, name: str, siblings: int, tokens: int) -> tuple[PolicyPart, Batch]:
     prompt, answer = WORKLOADS[name]
     values: dict[str, Any] = {
         "env": {"name": "agree", "agents": 1},
@@ -64,7 +66,31 @@ def compare(policy: Policy, name: str, siblings: int, tokens: int, rounds: int) 
         "learner": {"micro_batch_tokens": 1024},
     }
     part = PolicyPart("a", policy, ["a"], {}, parse_config(values), Sampling(), lr=0.0, head_lr=0.0)
-    batch = batch_of(policy, prompt, answer, max(1, tokens // (prompt + answer) // siblings), siblings)
+    return part, batch_of(policy, prompt, answer, max(1, tokens // (prompt + answer) // siblings), siblings)
+
+
+def compare_casts(policy: Policy, name: str, siblings: int, tokens: int, rounds: int) -> None:
+    part, batch = workload(policy, name, siblings, tokens)
+    ratios = []
+    for _ in range(rounds):
+        found = []
+        for casts in (True, False):
+            for layer in policy.adapter.base.layers.values():
+                layer.cast_input_dtype_enabled = casts
+            found.append(measured(part, batch, trees=True))
+        (cast, _, wanted), (plain, read, gradient) = found
+        ratios.append(cast / plain)
+    print(
+        f"{name:<14} G {siblings:<3} answers {len(batch.episodes):<4} tokens {read:.0f}  seconds {cast:.2f} -> {plain:.2f}  "
+        f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})  "
+        f"gradients {'equal' if torch.equal(wanted, gradient) else 'differ'}",
+        flush=True,
+    )
+
+
+def compare(policy: Policy, name: str, siblings: int, tokens: int, rounds: int) -> None:
+    prompt, answer = WORKLOADS[name]
+    part, batch = workload(policy, name, siblings, tokens)
     ratios = []
     for _ in range(rounds):
         alone, many, wanted = measured(part, batch, trees=False)
@@ -87,12 +113,14 @@ def main() -> None:
     add("--siblings", nargs="+", type=int, default=[4, 8])
     add("--tokens", type=int, default=4000, help="tokens of an update without sharing (default: 4000)")
     add("--rounds", type=int, default=3)
+    add("--adapters", action="store_true", help="compare casts of adapters on a bfloat16 base")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    policy = Policy.from_pretrained(options.model)
+    about: dict[str, Any] = {"compute": "bfloat16", "lora": LoraSettings(rank=16)} if options.adapters else {}
+    policy = Policy.from_pretrained(options.model, **about)
     for name in options.workloads:
         for siblings in options.siblings:
-            compare(policy, name, siblings, options.tokens, options.rounds)
+            (compare_casts if options.adapters else compare)(policy, name, siblings, options.tokens, options.rounds)
 
 
 if __name__ == "__main__":
