@@ -260,16 +260,18 @@ def test_the_page_says_what_two_writers_of_a_real_model_earned() -> None:
 
 
 def test_the_readings_on_a_second_task_are_those_on_the_page() -> None:
-    folder = RESULTS / "credit"
-    page, runs = (folder / "README.md").read_text(), json.loads((folder / "text_alone_gathering.json").read_text())["runs"]
+    page = (RESULTS / "credit" / "README.md").read_text()
+    runs = json.loads((RESULTS / "credit" / "text_alone_gathering" / "results.json").read_text())["runs"]
     third, last = (
         sum(run["explained_variance"][turn] for run in runs) / sum(run["ceiling"][turn] for run in runs) for turn in "23"
     )
     assert f"the readings explain {third:.2f} of what a regression" in page
-    assert f"explains, and before the last turn {last:.2f};" in page
+    assert f"explains, and before the last turn {last:.2f} (the ceiling" in page
     for run in runs:
         cells = [f"{run[name][turn]:.3f}" for turn in "123" for name in ("explained_variance", "ceiling")]
         assert f"| {run['seed']} | {' | '.join(cells)} |" in page
+    claims = (RESULTS / "README.md").read_text()
+    assert f"five fresh seeds: {third:.2f} and {last:.2f} of the ceiling before the third and the last turn" in claims
 
 
 def test_the_page_of_blame_says_what_was_counted() -> None:
