@@ -171,7 +171,7 @@ def test_a_grid_goes_on_from_its_results(folder: Path, tmp_path: Path) -> None:
     assert recorded == {job.cell.name: job.cell.settings for job in jobs}
 
 
-CREDIT = [folder for folder in PAGES if folder.parent.name == "credit" and folder.name != "fidelity"]
+CREDIT = [folder for folder in PAGES if folder.parent.name == "credit" and folder.name not in ("fidelity", "real_quote_own")]
 
 
 @pytest.mark.parametrize("folder", CREDIT, ids=lambda folder: folder.name)
@@ -246,23 +246,27 @@ def test_where_no_step_was_shortened_the_limit_changed_no_run() -> None:
     assert all(curves[task, seed, "whole"] == curves[task, seed, "limited"] for task, seed, _ in curves)
 
 
-def test_the_page_says_what_two_writers_of_a_real_model_earned() -> None:
-    """Final reward and area by seed; the median of what critics explain in the second half; differences of areas."""
-    page = (RESULTS / "credit" / "README.md").read_text()
-    found = json.loads((RESULTS / "credit" / "quote_own.json").read_text())
-    runs = {(run["method"], run["seed"]): run for run in found["runs"]}
-    explained = found["explained before the last turn"]
-    for method in ("magrpo", "magrpo-teammates", "collm-dc", "collm-cc"):
-        own = [runs[method, seed] for seed in (2, 3)]
-        cells = [f"{run['final']['reward']:.3f}" for run in own] + [f"{run['area']:.3f}" for run in own]
-        halves = [[x for row in explained.get(f"{method}-seed{seed}", [])[6:] for x in row] for seed in (2, 3)]
-        cells += [f"{median(values):.2f}" if values else "" for values in halves]
-        assert f"| `{method}` | {' | '.join(cells)} |" in page
-        if (method, 4) in runs:
-            assert f"`{method}` {runs[method, 4]['final']['reward']:.3f}" in page
-    for method in ("collm-dc", "magrpo-teammates"):
-        more = [runs["collm-cc", seed]["area"] - runs[method, seed]["area"] for seed in (2, 3)]
-        assert f"`{method}`{' is' if method == 'collm-dc' else ''} {more[0]:+.3f} and {more[1]:+.3f}" in page
+def test_the_pages_say_what_critics_of_two_writers_of_a_real_model_explain() -> None:
+    """The median of what critics explain in the second half, and areas, `collm-cc` against the others."""
+    folder = RESULTS / "credit" / "real_quote_own"
+    page, claims = (folder.parent / "README.md").read_text(), (RESULTS / "README.md").read_text()
+    found, runs = json.loads((folder / "explained.json").read_text()), json.loads((folder / "results.json").read_text())["runs"]
+    shares = {
+        method: [median(x for row in found[f"{method}-seed{seed}"][6:] for x in row) for seed in range(5)]
+        for method in ("collm-dc", "collm-cc")
+    }
+    for method, own in shares.items():
+        assert f"| `{method}` | {' '.join(f'{share:.2f}' for share in own)} | {sum(own) / 5:.2f} |" in page
+    more = student([cc - dc for dc, cc in zip(*shares.values(), strict=True)], fewest=2)
+    assert f"by {more.mean:.2f}, Student's [{more.low:+.2f}, {more.high:+.2f}]" in page
+    means = [f"{sum(shares[method]) / 5:.2f}" for method in ("collm-cc", "collm-dc")]
+    assert f"{' and '.join(means)}, Student's of the difference [{more.low:+.2f}, {more.high:+.2f}]" in claims
+    areas = {(run["method"], run["seed"]): run["area"] for run in runs}
+    for words, seeds in ((claims, range(5)), (page, (2, 3, 4))):
+        for method in ("collm-dc", "magrpo", "magrpo-teammates"):
+            least = student([areas["collm-cc", seed] - areas[method, seed] for seed in seeds], fewest=2)
+            assert f"{least.mean:+.3f}, Student's [{least.low:+.3f}, {least.high:+.3f}]" in words
+    assert sum(run["final"]["reward"] < 0.3605 for run in runs) == 18
 
 
 def test_the_readings_on_a_second_task_are_those_on_the_page() -> None:
