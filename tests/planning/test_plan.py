@@ -385,6 +385,10 @@ def test_two_agents_of_4b_and_a_critic_as_adapters_fit_in_24_gb() -> None:
     found = plan(parse_config(values))
     assert found.held["shared base"] == pytest.approx(2 * 4.02e9, rel=0.01)
     assert 8 * GIB < found.peak < 24e9
+    apply_overrides(values, {"critic.body": "auto"})
+    page = (ROOT / "docs" / "planning.md").read_text()
+    assert f": {found.peak / GIB:.1f} GiB (a test checks" in page
+    assert f"and {plan(parse_config(values)).peak / GIB:.1f} GiB with a critic that is an adapter" in page
 
 
 def test_what_does_not_fit_is_refused_with_a_setting_that_would(capsys: pytest.CaptureFixture[str]) -> None:
