@@ -20,8 +20,8 @@ from transformers import DynamicCache
 
 from collm.algorithms.logprobs import sample
 from collm.engines.kv_cache import GrowingCache, Layers, Memory, attends_to_all, joined, new_cache
-from collm.models.adapters import Stack
-from collm.models.policy import Policy, compute_in
+from collm.models.adapters import Stack, compute_in
+from collm.models.policy import Policy
 from collm.models.sharing import num_shared
 from collm.models.team import Team
 from collm.types import Completion, Ids, Request, Sampling

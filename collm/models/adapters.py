@@ -30,6 +30,13 @@ from collm.models.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS, resolve
 from collm.settings.rooms import LoraSettings
 
 
+def compute_in(dtype: str, device: torch.device) -> AbstractContextManager:
+    """Autocast to bfloat16 for dtype "bfloat16"; weights and optimizer state stay float32."""
+    if dtype == "bfloat16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
 class Base:
     """A frozen language model, its tokenizer, and the adapters on it; at most one adapter is active at a time."""
 
@@ -135,13 +142,6 @@ class Base:
         finally:
             self.activate(before)
 
-    def mixed(self) -> AbstractContextManager[Any]:
-        """Autocast if the base is in bfloat16, where the adapters' float32 matrices need it."""
-        weight = self.model.get_input_embeddings().weight
-        if weight.dtype != torch.bfloat16:
-            return nullcontext()
-        return torch.autocast(weight.device.type, dtype=torch.bfloat16)
-
     def again(self) -> Any:
         """A context that activates the adapter that is active now, for passes that are computed twice."""
         return self.using(self.active)
@@ -224,7 +224,8 @@ class Adapter(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         self.base.activate(self.name)
-        with self.base.mixed():
+        device = self.base.model.get_input_embeddings().weight.device
+        with compute_in(self.base.spec.dtype, device):  # float32 matrices on a bfloat16 base need it
             return self.base.body(**inputs)
 
     def tensors(self) -> dict[str, Tensor]:

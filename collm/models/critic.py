@@ -20,10 +20,10 @@ from transformers import AutoModel, AutoTokenizer
 
 from collm.algorithms import losses
 from collm.algorithms.stats import RunningMoments
+from collm.models.adapters import compute_in
 from collm.models.blueprint import HISTOGRAM_BINS
 from collm.models.chat import Chat
 from collm.models.loading import load_pretrained, max_positions_of
-from collm.models.policy import compute_in
 from collm.models.trees import Tree, hidden_states, reads_trees
 from collm.types import Episode, Ids, Message
 

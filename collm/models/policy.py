@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from collm.algorithms.logprobs import token_logprobs
 from collm.errors import ConfigError
 from collm.models import attention
-from collm.models.adapters import Adapter, Base
+from collm.models.adapters import Adapter, Base, compute_in
 from collm.models.blueprint import BaseSpec, base_of
 from collm.models.chat import Chat
 from collm.models.loading import check_vocabulary, load_pretrained, max_positions_of
@@ -30,13 +29,6 @@ from collm.types import Sampling
 
 LOGITS_AT_ONCE = 1 << 25
 """Maximum number of logits (K V) in one chunk; larger batches are scored in chunks that the backward pass recomputes."""
-
-
-def compute_in(dtype: str, device: torch.device) -> AbstractContextManager:
-    """Autocast to bfloat16 for dtype "bfloat16"; weights and optimizer state stay float32."""
-    if dtype == "bfloat16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
 
 
 def multiplies_bfloat16() -> bool:

@@ -15,11 +15,11 @@ import torch
 from transformers import DynamicCache
 
 from collm.errors import ConfigError
-from collm.models.adapters import Adapter
+from collm.models.adapters import Adapter, compute_in
 from collm.models.chat import Chat
 from collm.models.critic import Critic
 from collm.models.loading import check_vocabulary
-from collm.models.policy import Policy, compute_in
+from collm.models.policy import Policy
 from collm.models.team import Team
 from collm.types import Message
 
